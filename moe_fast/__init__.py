@@ -1,0 +1,48 @@
+"""moe_fast: mixture-of-experts text encoders.
+
+    model = moe_fast.upcycle("path/to/a/sentence-transformer", num_experts=5,
+                             routing="enforced", domains=["a", "b", "c", "d", "e"])
+    model.encode(["a text"], domain="a")
+
+Importing this registers the architectures with transformers' AutoConfig and AutoModel; it needs
+torch, transformers and numpy, and loads neither sentence-transformers nor any other extra.
+"""
+
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
+
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "kernels" / "triton_ops").is_dir():  # a checkout: kernels/triton_ops is ours too
+    __path__.append(str(_root / "kernels"))
+
+from moe_fast import losses, ops  # noqa: E402
+from moe_fast.layers import MoEBertLayer, MoEMLP  # noqa: E402
+from moe_fast.models import extract_expert, upcycle  # noqa: E402
+from moe_fast.ops import available_backends, show_backends, use_backend  # noqa: E402
+from moe_fast.version import __version__  # noqa: E402
+
+if TYPE_CHECKING:
+    from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
+
+__all__ = [
+    "MoEBertLayer",
+    "MoEMLP",
+    "MoESentenceTransformer",
+    "__version__",
+    "available_backends",
+    "extract_expert",
+    "losses",
+    "ops",
+    "show_backends",
+    "upcycle",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs an extra only when it is asked for."""
+    if name == "MoESentenceTransformer":
+        from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
+
+        return MoESentenceTransformer
+    raise AttributeError(f"module 'moe_fast' has no attribute {name!r}")

@@ -1,0 +1,198 @@
+"""MoEMLP: the MLP of an encoder layer, its weights replicated into experts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_fast import ops
+from moe_fast.layers.router import MoERouter
+from moe_fast.layers.routing_info import RoutingInfo
+from moe_fast.ops.activations import ACTIVATIONS, activate
+from moe_fast.ops.checks import check_choice
+from moe_fast.ops.route import check_experts_per_tok, resolve_weight_mode
+
+TARGETS = ("mlp", "intermediate", "output")
+
+
+class MoEMLP(nn.Module):
+    """A mixture of E expert MLPs, K per token; the MLP alone, no residual and no norm.
+
+    Args:
+        hidden_size, intermediate_size: D and H.
+        num_experts, num_experts_per_tok: E and K. With ``routing="dense"`` K is E.
+        hidden_act: a name of :data:`moe_fast.ops.activations.ACTIVATIONS`.
+        gated: ``down(act(z1) * z2)`` with ``[z1, z2] = gate_up(x)``, not ``down(act(up(x)))``.
+        bias: whether the projections have biases.
+        routing, weight_mode: as in :func:`moe_fast.ops.route`.
+        target: what is replicated: "mlp" (both projections), or only the "intermediate" (the
+            mixture is taken before the activation) or only the "output" projection (after it; the
+            router then reads the activated intermediate). The other projection stays one.
+
+    Parameters (transformers' names, stacked over experts, which the projection that is not
+    replicated lacks): ``up_proj`` [E, H, D] or gated ``gate_up_proj`` [E, 2H, D] (activated half
+    first), ``down_proj`` [E, D, H], their ``_bias`` [E, H], [E, 2H], [E, D] or ``None``, and
+    ``router.weight`` [E, D] ([E, H] for target "output"; none where routing is enforced).
+
+    Raises:
+        ValueError: for settings that do not go together, naming the argument.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        num_experts_per_tok: int = 1,
+        *,
+        hidden_act: str = "gelu",
+        gated: bool = False,
+        bias: bool = True,
+        routing: str = "token_topk",
+        weight_mode: str = "auto",
+        target: str = "mlp",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("hidden_act", hidden_act, ACTIVATIONS)
+        check_choice("target", target, TARGETS)
+        check_experts_per_tok(routing, num_experts_per_tok, num_experts)
+        if routing == "dense":
+            num_experts_per_tok = num_experts
+        _warn_untrained(
+            resolve_weight_mode(routing, weight_mode, num_experts_per_tok), num_experts_per_tok
+        )
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.hidden_act = hidden_act
+        self.gated = gated
+        self.target = target
+        up_rows = intermediate_size * (2 if gated else 1)
+        shapes = {
+            self.up_name: (up_rows, hidden_size),
+            "down_proj": (hidden_size, intermediate_size),
+        }
+        for name, shape in shapes.items():
+            stack = (num_experts,) if self.is_expert(name) else ()
+            weight = torch.empty(*stack, *shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(weight))
+            bias_value = torch.empty(*stack, shape[0], device=device, dtype=dtype)
+            self.register_parameter(f"{name}_bias", nn.Parameter(bias_value) if bias else None)
+        router_dim = intermediate_size if target == "output" else hidden_size
+        self.router = MoERouter(
+            router_dim, num_experts, num_experts_per_tok, routing, weight_mode, device, dtype
+        )
+        self.reset_parameters()
+
+    @property
+    def up_name(self) -> str:
+        """Name of the up projection's parameter."""
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    def is_expert(self, name: str) -> bool:
+        """Whether the projection ``name`` is replicated into experts."""
+        return self.target == "mlp" or (self.target == "output") == (name == "down_proj")
+
+    def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The stacked parameters, first dimension E, with their names."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if self.is_expert(name.removesuffix("_bias")):
+                yield name, parameter
+
+    def reset_parameters(self) -> None:
+        """Initialise every expert as ``nn.Linear`` does, and the router."""
+        for name in (self.up_name, "down_proj"):
+            weight, bias = self.projection(name)
+            bound = 1 / math.sqrt(weight.shape[-1]) if weight.shape[-1] else 0.0
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+        self.router.reset_parameters()
+
+    def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the projection ``name``."""
+        return getattr(self, name), getattr(self, f"{name}_bias")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        expert_ids: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        routing: RoutingInfo | None = None,
+    ) -> Tensor:
+        """Mix the experts of each token.
+
+        Args:
+            hidden_states: [B, L, D] or [T, D].
+            expert_ids, token_mask, cu_seqlens: as in :func:`moe_fast.ops.route`.
+            routing: these three in one object, instead.
+
+        Returns:
+            The shape and dtype of ``hidden_states``. Padding gives 0 for target "mlp"; for the
+            other targets what the shared projection makes of it.
+        """
+        info = RoutingInfo.of(
+            routing, expert_ids=expert_ids, token_mask=token_mask, cu_seqlens=cu_seqlens
+        )
+        up, up_bias = self.projection(self.up_name)
+        down, down_bias = self.projection("down_proj")
+        if self.target == "output":
+            h = activate(F.linear(hidden_states, up, up_bias), self.hidden_act, self.gated)
+            return self._expert_linear(h, down, down_bias, info)
+        if self.target == "intermediate":
+            z = self._expert_linear(hidden_states, up, up_bias, info)
+            return F.linear(activate(z, self.hidden_act, self.gated), down, down_bias)
+        routed, plan = self._route(hidden_states, info)
+        y = ops.expert_mlp(
+            hidden_states.reshape(-1, self.hidden_size),
+            up,
+            down,
+            up_bias,
+            down_bias,
+            routed,
+            plan,
+            act=self.hidden_act,
+            gated=self.gated,
+        )
+        return y.view(hidden_states.shape)
+
+    def _route(self, x: Tensor, info: RoutingInfo) -> tuple[Tensor, ops.RoutingPlan]:
+        """Routing weights [T, K] and the plan."""
+        routed = self.router(x, info)
+        if info.enforced is not None:
+            return routed.top_k_weights, info.enforced[1]
+        return routed.top_k_weights, ops.plan(routed.top_k_index, self.num_experts)
+
+    def _expert_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, info: RoutingInfo
+    ) -> Tensor:
+        weights, plan = self._route(x, info)
+        y = ops.expert_linear(x.reshape(-1, x.shape[-1]), weight, bias, weights, plan)
+        return y.view(*x.shape[:-1], weight.shape[1])
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows of the settings."""
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"hidden_act={self.hidden_act}, gated={self.gated}, target={self.target}"
+        )
+
+
+def _warn_untrained(weight_mode: str, num_experts_per_tok: int) -> None:
+    if weight_mode == "renormalize" and num_experts_per_tok == 1:
+        warnings.warn(
+            "weight_mode='renormalize' with num_experts_per_tok=1 is the constant 1: the task "
+            "never trains the router. Use 'straight_through' (what 'auto' chooses) or "
+            "'probability'.",
+            stacklevel=3,
+        )

@@ -1,0 +1,104 @@
+"""RoutingInfo: what a layer must be told to route a batch, in one object.
+
+A layer cannot tell padding from its attention mask (it may be ``None``, 4-D bool or 4-D float),
+so the model builds this from the 2-D mask and hands it to every layer as ``routing=``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fast import ops
+
+# Keywords of a layer's forward that routing consumes; the attention must not see them.
+_KEYWORDS = ("expert_ids", "token_mask", "cu_seqlens", "routing")
+_OUTPUT_FLAGS = ("output_router_logits", "output_tokens_per_expert")
+
+
+@dataclass(frozen=True)
+class RoutingInfo:
+    """What routes a batch, as :func:`moe_fast.ops.route` takes it.
+
+    Attributes:
+        expert_ids: [B], [B, L] or [T]; enforced routing only.
+        token_mask: [B, L] or [T] bool, True for real tokens; ``None``: all are real.
+        cu_seqlens: [B + 1] where the batch is packed, hidden states being [1, T, D] or [T, D].
+        enforced: the route and its plan, where they are known before the first layer and shared
+            by all of them (enforced routing).
+    """
+
+    expert_ids: Tensor | None = None
+    token_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    enforced: tuple[ops.Routing, ops.RoutingPlan] | None = None
+
+    @classmethod
+    def of(cls, routing: RoutingInfo | None, **parts: Any) -> RoutingInfo:
+        """``routing`` itself, or one made of its parts; both at once is an error."""
+        if routing is None:
+            return cls(**parts)
+        doubled = [name for name, value in parts.items() if value is not None]
+        if doubled:
+            raise ValueError(f"give routing or {', '.join(doubled)}, not both.")
+        if not isinstance(routing, cls):
+            names = ", ".join(f.name for f in fields(cls))
+            raise TypeError(
+                f"routing must be a RoutingInfo({names}); got {type(routing).__name__}."
+            )
+        return routing
+
+    @classmethod
+    def pop_from(cls, kwargs: dict[str, Any]) -> RoutingInfo:
+        """Take the routing keywords of a layer's forward out of ``kwargs``."""
+        for flag in _OUTPUT_FLAGS:
+            kwargs.pop(flag, None)
+        parts = {name: kwargs.pop(name, None) for name in _KEYWORDS}
+        return cls.of(parts.pop("routing"), **parts)
+
+    def with_shared_plan(self, num_experts: int, like: Tensor) -> RoutingInfo:
+        """The same, with the enforced route planned once for all layers.
+
+        Args:
+            num_experts: E.
+            like: hidden states [B, L, D], for shape, dtype and device only.
+        """
+        hidden = self.packed(like)
+        route = ops.route(
+            hidden,
+            None,
+            1,
+            mode="enforced",
+            expert_ids=self.expert_ids,
+            token_mask=self.flat_mask(),
+            cu_seqlens=self.cu_seqlens,
+            num_experts=num_experts,
+        )
+        plan = ops.plan(route.top_k_index, num_experts)
+        return RoutingInfo(self.expert_ids, self.token_mask, self.cu_seqlens, (route, plan))
+
+    def packed(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states as ``ops.route`` wants them: [T, D] where the batch is packed."""
+        if self.cu_seqlens is None:
+            return hidden_states
+        return hidden_states.reshape(-1, hidden_states.shape[-1])
+
+    def flat_mask(self) -> Tensor | None:
+        """The mask beside :meth:`packed` hidden states."""
+        if self.token_mask is None or self.cu_seqlens is None:
+            return self.token_mask
+        return self.token_mask.reshape(-1)
+
+
+def token_mask_of(attention_mask: Any) -> Tensor | None:
+    """[B, L] bool, True for real tokens, from a model's 2-D attention mask.
+
+    A 4-D mask, or ModernBERT's dictionary of masks, does not say which tokens are padding:
+    ``None``, every token is real.
+    """
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        return attention_mask.to(torch.bool)
+    return None

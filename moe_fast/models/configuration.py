@@ -1,0 +1,162 @@
+"""Configurations: the dense model's, plus what the mixture needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from packaging.version import Version
+from transformers import BertConfig, ModernBertConfig, RobertaConfig, XLMRobertaConfig
+
+from moe_fast.layers.moe_mlp import TARGETS
+from moe_fast.ops.checks import check_choice
+from moe_fast.ops.route import check_experts_per_tok, resolve_weight_mode
+from moe_fast.version import __version__
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class MoEConfigFields:
+    """What every moe_fast configuration adds to its dense one.
+
+    Attributes:
+        num_experts, num_experts_per_tok: E and K (K is E with ``routing="dense"``).
+        routing, weight_mode: as in :func:`moe_fast.ops.route`.
+        target: "mlp", "intermediate" or "output", as in :class:`moe_fast.MoEMLP`.
+        moe_layers: indices of the layers with experts; ``None``: all of them.
+        domains: names of the domains, in the order of their ids; with enforced routing a
+            domain's id is its expert's.
+        default_domain: the domain of a batch that names none; ``None``: there is no default.
+        domain_token_ids: one token id per domain, put in [CLS]'s place; empty: no such tokens.
+        domain_token_replaces: the id of [CLS], whose place a domain token takes.
+        output_router_logits: whether the model reports its routing unless told otherwise.
+        route_by_token_type: use ``token_type_ids`` as expert ids (enforced routing).
+        upcycled_from: name or path of the dense model this one was made of.
+        moe_fast_version: the version that wrote the checkpoint.
+    """
+
+    num_experts: int = 8
+    num_experts_per_tok: int = 1
+    routing: str = "token_topk"
+    weight_mode: str = "auto"
+    target: str = "mlp"
+    moe_layers: list[int] | None = None
+    domains: list[str] = field(default_factory=list)
+    default_domain: str | None = None
+    domain_token_ids: list[int] = field(default_factory=list)
+    domain_token_replaces: int | None = None
+    output_router_logits: bool = False
+    route_by_token_type: bool = False
+    upcycled_from: str | None = None
+    moe_fast_version: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.moe_fast_version is None:
+            self.moe_fast_version = __version__
+        _check_version(self.moe_fast_version)
+        self.moe_layers = _layers(self.moe_layers, self.num_hidden_layers)
+        check_experts_per_tok(self.routing, self.num_experts_per_tok, self.num_experts)
+        if self.routing == "dense":
+            self.num_experts_per_tok = self.num_experts
+        resolve_weight_mode(self.routing, self.weight_mode, self.num_experts_per_tok)
+        check_choice("target", self.target, TARGETS)
+        self._check_domains()
+
+    def _check_domains(self) -> None:
+        if len(set(self.domains)) != len(self.domains):
+            raise ValueError(f"domains must be distinct names; got {self.domains}.")
+        if self.default_domain is not None:
+            check_choice("default_domain", self.default_domain, self.domains)
+        if self.routing == "enforced" and len(self.domains) not in (0, self.num_experts):
+            raise ValueError(
+                "domains must name one domain per expert with routing='enforced' (a domain's id "
+                f"is its expert's); got {len(self.domains)} domains and "
+                f"num_experts={self.num_experts}."
+            )
+        if self.domain_token_ids and len(self.domain_token_ids) != len(self.domains):
+            raise ValueError(
+                "domain_token_ids must hold one id per domain; "
+                f"got {len(self.domain_token_ids)} ids and {len(self.domains)} domains."
+            )
+        if self.domains and self.routing != "enforced" and not self.domain_token_ids:
+            raise ValueError(
+                f"domains with routing={self.routing!r} need domain tokens: without them a domain "
+                "would have no effect. Leave domains out, or domain_tokens on."
+            )
+
+    def domain_id(self, domain: str) -> int:
+        """The id of ``domain``.
+
+        Raises:
+            TypeError: for anything but one name.
+            ValueError: for a name the model does not know; the message lists the known ones.
+        """
+        if not isinstance(domain, str):
+            raise TypeError(
+                "domain must be one name for the whole batch, a str; got "
+                f"{type(domain).__name__}. For one domain per text use "
+                "MoESentenceTransformer.encode(texts, domain=[...]), or domain_ids."
+            )
+        if domain not in self.domains:
+            known = ", ".join(repr(d) for d in self.domains) or "none: the model has no domains"
+            raise ValueError(
+                f"domain must be one of the model's domains ({known}); got {domain!r}."
+            )
+        return self.domains.index(domain)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but a checkpoint of another architecture is an error, not a warning."""
+        given = config_dict.get("model_type")
+        if given is not None and given != cls.model_type:
+            hint = " It is a dense model: make a mixture of it with moe_fast.upcycle(...)."
+            raise ValueError(
+                f"{cls.__name__} reads checkpoints with model_type {cls.model_type!r}; "
+                f"got {given!r}." + ("" if given.startswith("moe_") else hint)
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
+def _check_version(written_by: str) -> None:
+    """A newer minor version may have written what this one would misread."""
+    if Version(written_by).release[:2] > Version(__version__).release[:2]:
+        raise ValueError(
+            f"moe_fast_version: the checkpoint was written by moe_fast {written_by}, newer than "
+            f"this {__version__}. Upgrade: pip install 'moe-fast>={written_by}'."
+        )
+
+
+def _layers(moe_layers: list[int] | None, num_layers: int) -> list[int]:
+    if moe_layers is None:
+        return list(range(num_layers))
+    wrong = [i for i in moe_layers if not 0 <= i < num_layers]
+    if wrong or len(set(moe_layers)) != len(moe_layers) or not moe_layers:
+        raise ValueError(
+            f"moe_layers must be distinct indices in [0, num_hidden_layers) = [0, {num_layers}), "
+            f"at least one; got {moe_layers}."
+        )
+    return sorted(moe_layers)
+
+
+class MoEBertConfig(MoEConfigFields, BertConfig):
+    """``BertConfig`` plus :class:`MoEConfigFields`."""
+
+    model_type = "moe_bert"
+
+
+class MoERobertaConfig(MoEConfigFields, RobertaConfig):
+    """``RobertaConfig`` plus :class:`MoEConfigFields`."""
+
+    model_type = "moe_roberta"
+
+
+class MoEXLMRobertaConfig(MoEConfigFields, XLMRobertaConfig):
+    """``XLMRobertaConfig`` plus :class:`MoEConfigFields`."""
+
+    model_type = "moe_xlm_roberta"
+
+
+class MoEModernBertConfig(MoEConfigFields, ModernBertConfig):
+    """``ModernBertConfig`` plus :class:`MoEConfigFields`."""
+
+    model_type = "moe_modernbert"

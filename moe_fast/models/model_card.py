@@ -1,0 +1,78 @@
+"""The model card: how a mixture was made, for whoever finds the folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_fast.models.modeling import MoEModelMixin
+
+_FRONT_MATTER = """---
+library_name: transformers
+tags:
+- moe_fast
+- mixture-of-experts
+- feature-extraction
+---
+
+# {title}
+
+"""
+
+_USE = """
+## Use
+
+```python
+import moe_fast  # registers the architecture
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def describe_mixture(config: Any, total: int, active: int) -> str:
+    """A Markdown section that says how the mixture was made and how it routes.
+
+    Args:
+        config: a moe_fast configuration.
+        total, active: parameters of the model, and those that one token visits.
+    """
+    routed = {
+        "enforced": "by the domain (or expert id) given with each text",
+        "dense": "to all experts, weighted by a learned router",
+    }.get(
+        config.routing, f"by a learned router (`{config.routing}`, weights `{config.weight_mode}`)"
+    )
+    lines = [
+        "## Mixture of experts",
+        "",
+        f"Made with [moe_fast](https://pypi.org/project/moe-fast/) {config.moe_fast_version}: the "
+        f"MLPs ({config.target}) of layers {config.moe_layers} are {config.num_experts} experts, "
+        f"{config.num_experts_per_tok} of them per token, chosen {routed}.",
+        "",
+        f"- Architecture: `{config.model_type}`, {total:,} parameters, {active:,} active per token",
+    ]
+    if config.upcycled_from:
+        lines.append(f"- Upcycled from the dense model `{Path(config.upcycled_from).name}`")
+    if config.domains:
+        lines.append(f"- Domains: {', '.join(config.domains)}")
+        tokens = "have a token of their own in [CLS]'s place"
+        lines.append(f"- Domain tokens: {tokens if config.domain_token_ids else 'none'}")
+        lines.append(f"- Default domain: {config.default_domain or 'none, it must be given'}")
+    return "\n".join(lines) + "\n"
+
+
+def write_model_card(model: MoEModelMixin, folder: str | os.PathLike) -> None:
+    """Write ``README.md`` into ``folder`` unless there is one already."""
+    path = Path(folder) / "README.md"
+    if path.exists():
+        return
+    text = _FRONT_MATTER.format(title=type(model).__name__) + describe_mixture(
+        model.config, model.num_parameters(), model.num_parameters(only_active=True)
+    )
+    partial = path.with_suffix(".md.partial")
+    partial.write_text(text + _USE, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,335 @@
+"""The models: transformers' encoders with mixture-of-experts layers, for AutoModel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertModel,
+    ModernBertModel,
+    PreTrainedModel,
+    RobertaModel,
+    XLMRobertaModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from moe_fast.layers import (
+    MoEBertLayer,
+    MoEMLP,
+    MoEModernBertLayer,
+    MoERobertaLayer,
+    MoERouter,
+    MoEXLMRobertaLayer,
+    RouterOutput,
+)
+from moe_fast.models.configuration import (
+    MoEBertConfig,
+    MoEModernBertConfig,
+    MoERobertaConfig,
+    MoEXLMRobertaConfig,
+)
+from moe_fast.models.model_card import write_model_card
+from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
+from moe_fast.ops.checks import compute_dtype
+
+_ROUTING_RECORDERS = {
+    "router_logits": OutputRecorder(MoERouter, index=RouterOutput._fields.index("router_logits")),
+    "tokens_per_expert": OutputRecorder(
+        MoERouter, index=RouterOutput._fields.index("tokens_per_expert")
+    ),
+}
+
+
+@dataclass
+class MoEModelOutput(BaseModelOutput):
+    """The dense output, plus each MoE layer's routing where it was asked for.
+
+    Attributes:
+        router_logits: tuple of [T, E], one per MoE layer; ``None`` with enforced routing.
+        tokens_per_expert: tuple of [E] int64, one per MoE layer.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
+    tokens_per_expert: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MoEModelOutputWithPooling(BaseModelOutputWithPoolingAndCrossAttentions):
+    """As :class:`MoEModelOutput`, with the pooler's output."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+    tokens_per_expert: tuple[Tensor, ...] | None = None
+
+
+class MoEModelMixin(PreTrainedModel):
+    """What the four models share; stands before the dense model in their bases."""
+
+    moe_layer_class: type[nn.Module]
+    moe_output_class: type[BaseModelOutput]
+    is_moe_fast_model = True
+
+    @property
+    def encoder_layers(self) -> nn.ModuleList:
+        """The encoder's layers, dense and MoE ones."""
+        return self.layers if hasattr(self, "layers") else self.encoder.layer
+
+    def moe_mlps(self) -> dict[int, MoEMLP]:
+        """The MoE layers' mixtures, by layer index."""
+        return {i: self.encoder_layers[i].mlp for i in self.config.moe_layers}
+
+    def post_init(self) -> None:
+        """Swap layers before transformers initialises weights and reads the modules' plans."""
+        for i in self.config.moe_layers:
+            self.encoder_layers[i] = self.moe_layer_class(self.config, i)
+        super().post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MoEMLP):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, MoERouter) and module.weight is not None:
+            init.normal_(module.weight, mean=0.0, std=std)
+
+    def num_parameters(
+        self,
+        only_trainable: bool = False,
+        exclude_embeddings: bool = False,
+        only_active: bool = False,
+    ) -> int:
+        """Number of parameters, as transformers counts them.
+
+        Args:
+            only_active: leave out the experts that a token does not visit: K of E count.
+        """
+        total = super().num_parameters(only_trainable, exclude_embeddings)
+        if not only_active:
+            return total
+        idle = 0
+        for mlp in self.moe_mlps().values():
+            experts = (
+                p for _, p in mlp.expert_parameters() if p.requires_grad or not only_trainable
+            )
+            idle += sum(p[0].numel() for p in experts) * (mlp.num_experts - mlp.num_experts_per_tok)
+        return total - idle
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with a model card that says how the model was made."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_model_card(self, save_directory)
+
+    def _moe_forward(
+        self,
+        dense_inputs: dict[str, Any],
+        expert_ids: Tensor | None,
+        domain: str | None,
+        domain_ids: Tensor | None,
+        output_router_logits: bool | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Resolve the routing, run the dense model's forward, put the routing in the output."""
+        kwargs.pop("text_hash", None)  # our collator's, for the losses
+        return_dict = kwargs.pop("return_dict", None)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if output_router_logits:
+            self._refuse_reentrant_checkpointing()
+        input_ids, attention_mask = dense_inputs["input_ids"], dense_inputs["attention_mask"]
+        like = input_ids if input_ids is not None else dense_inputs["inputs_embeds"]
+        if like is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds; got neither.")
+        self._check_length(like.shape[1])
+        if like.shape[0] == 0:
+            return self._empty_batch(like, return_dict, output_router_logits)
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        batch = like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        expert_ids, domain_ids = resolve_ids(
+            self.config,
+            like,
+            batch,
+            expert_ids=expert_ids,
+            domain=domain,
+            domain_ids=domain_ids,
+            token_type_ids=dense_inputs.get("token_type_ids"),
+        )
+        dense_inputs["input_ids"] = place_domain_tokens(
+            self.config, input_ids, domain_ids, attention_mask, cu_seqlens
+        )
+        routing = build_routing(
+            self.config, like, expert_ids, attention_mask, cu_seqlens, self.dtype
+        )
+        outputs = super().forward(
+            **dense_inputs,
+            **kwargs,
+            routing=routing,
+            output_router_logits=output_router_logits,
+            output_tokens_per_expert=output_router_logits,
+            return_dict=True,
+        )
+        output = self.moe_output_class(**outputs)
+        output.router_logits = output.router_logits or None
+        return self._returned(output, return_dict)
+
+    def _returned(self, output: BaseModelOutput, return_dict: bool | None) -> Any:
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+    def _empty_batch(
+        self, like: Tensor, return_dict: bool | None, output_router_logits: bool
+    ) -> Any:
+        """Outputs of no texts, by shape: the dense attention cannot reshape an empty batch."""
+        empty: dict[str, Any] = {
+            "last_hidden_state": torch.empty(
+                0, like.shape[1], self.config.hidden_size, dtype=self.dtype, device=like.device
+            )
+        }
+        if getattr(self, "pooler", None) is not None:
+            empty["pooler_output"] = empty["last_hidden_state"].new_empty(
+                0, self.config.hidden_size
+            )
+        if output_router_logits:
+            num_experts = self.config.num_experts
+            layers = len(self.config.moe_layers)
+            counts = torch.zeros(num_experts, dtype=torch.int64, device=like.device)
+            empty["tokens_per_expert"] = (counts,) * layers
+            if self.config.routing != "enforced":
+                logits = torch.empty(
+                    0, num_experts, dtype=compute_dtype(self.dtype), device=like.device
+                )
+                empty["router_logits"] = (logits,) * layers
+        return self._returned(self.moe_output_class(**empty), return_dict)
+
+    def _check_length(self, length: int) -> None:
+        allowed = self.config.max_position_embeddings
+        if self.config.model_type in ("moe_roberta", "moe_xlm_roberta"):
+            allowed -= self.config.pad_token_id + 1  # positions start behind the padding index
+        if length > allowed:
+            raise ValueError(
+                f"input_ids must hold at most {allowed} tokens per text (the model's positions); "
+                f"got {length}. Truncate when tokenizing."
+            )
+
+    def _refuse_reentrant_checkpointing(self) -> None:
+        layer = self.encoder_layers[0]
+        if not (self.training and layer.gradient_checkpointing):
+            return
+        checkpoint = layer._gradient_checkpointing_func
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+            raise ValueError(
+                "output_router_logits needs gradient checkpointing with use_reentrant=False: the "
+                "reentrant form gives router logits no gradient. Call "
+                'gradient_checkpointing_enable({"use_reentrant": False}).'
+            )
+
+
+class _BertFamilyForward(MoEModelMixin):
+    """The forward of BERT, RoBERTa and XLM-RoBERTa."""
+
+    moe_output_class = MoEModelOutputWithPooling
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+        domain: str | None = None,
+        domain_ids: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoEModelOutputWithPooling:
+        """The dense model's forward, routed.
+
+        Args:
+            expert_ids: [B] or [B, L] int64 in [0, E); enforced routing only.
+            domain: one name for the whole batch; excludes ``expert_ids`` and ``domain_ids``.
+            domain_ids: [B] int64, indices into ``config.domains``.
+            output_router_logits: also return ``router_logits`` and ``tokens_per_expert``;
+                ``None``: as the config says.
+        """
+        dense_inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return self._moe_forward(
+            dense_inputs, expert_ids, domain, domain_ids, output_router_logits, kwargs
+        )
+
+
+class MoEBertModel(_BertFamilyForward, BertModel):
+    """``BertModel`` with :class:`~moe_fast.MoEBertLayer` in ``config.moe_layers``."""
+
+    config_class = MoEBertConfig
+    moe_layer_class = MoEBertLayer
+    _no_split_modules = [*BertModel._no_split_modules, "MoEBertLayer"]
+    _can_record_outputs = {**BertModel._can_record_outputs, **_ROUTING_RECORDERS}
+
+
+class MoERobertaModel(_BertFamilyForward, RobertaModel):
+    """``RobertaModel`` with mixture-of-experts layers in ``config.moe_layers``."""
+
+    config_class = MoERobertaConfig
+    moe_layer_class = MoERobertaLayer
+    _no_split_modules = [*RobertaModel._no_split_modules, "MoERobertaLayer"]
+    _can_record_outputs = {**RobertaModel._can_record_outputs, **_ROUTING_RECORDERS}
+
+
+class MoEXLMRobertaModel(_BertFamilyForward, XLMRobertaModel):
+    """``XLMRobertaModel`` with mixture-of-experts layers in ``config.moe_layers``."""
+
+    config_class = MoEXLMRobertaConfig
+    moe_layer_class = MoEXLMRobertaLayer
+    _no_split_modules = [*XLMRobertaModel._no_split_modules, "MoEXLMRobertaLayer"]
+    _can_record_outputs = {**XLMRobertaModel._can_record_outputs, **_ROUTING_RECORDERS}
+
+
+class MoEModernBertModel(MoEModelMixin, ModernBertModel):
+    """``ModernBertModel`` with mixture-of-experts layers in ``config.moe_layers``."""
+
+    config_class = MoEModernBertConfig
+    moe_layer_class = MoEModernBertLayer
+    moe_output_class = MoEModelOutput
+    _no_split_modules = [*ModernBertModel._no_split_modules, "MoEModernBertLayer"]
+    _can_record_outputs = {**ModernBertModel._can_record_outputs, **_ROUTING_RECORDERS}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+        domain: str | None = None,
+        domain_ids: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoEModelOutput:
+        """The dense model's forward, routed; arguments as :meth:`MoEBertModel.forward`."""
+        dense_inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return self._moe_forward(
+            dense_inputs, expert_ids, domain, domain_ids, output_router_logits, kwargs
+        )

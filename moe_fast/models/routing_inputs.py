@@ -1,0 +1,134 @@
+"""From what a caller says about a batch (a domain, ids, a mask) to what the layers need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fast.layers.routing_info import RoutingInfo, token_mask_of
+from moe_fast.models.configuration import MoEConfigFields
+from moe_fast.ops.checks import INTEGER_DTYPES, check_dtype, check_like, check_shape, checks_values
+
+
+def resolve_ids(
+    config: MoEConfigFields,
+    like: Tensor,
+    batch: int,
+    *,
+    expert_ids: Tensor | None,
+    domain: str | None,
+    domain_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The batch's expert ids ([B] or [B, L], enforced routing only) and domain ids ([B]).
+
+    Raises:
+        ValueError, TypeError: for contradictions, unknown domains, and ids that do not fit.
+    """
+    if domain is not None and (expert_ids is not None or domain_ids is not None):
+        other = "expert_ids" if expert_ids is not None else "domain_ids"
+        raise ValueError(f"give domain or {other}, not both; got domain={domain!r} and {other}.")
+    enforced = config.routing == "enforced"
+    if expert_ids is not None and not enforced:
+        raise ValueError(
+            f"expert_ids need routing='enforced'; this model's routing is {config.routing!r}."
+        )
+    if expert_ids is None and domain_ids is None and domain is None:
+        if config.route_by_token_type and token_type_ids is not None:
+            return token_type_ids, None
+        domain = config.default_domain
+    if domain is not None:
+        domain_ids = torch.full((batch,), config.domain_id(domain), device=like.device)
+    if domain_ids is not None:
+        _check_domain_ids(config, domain_ids, like, batch)
+        expert_ids = domain_ids if enforced and expert_ids is None else expert_ids
+    if enforced and expert_ids is None:
+        known = f" (known: {', '.join(config.domains)})" if config.domains else ""
+        raise ValueError(
+            f"routing='enforced' needs expert_ids or a domain{known}; got neither, and the model "
+            "has no default_domain."
+        )
+    one_per_sentence = expert_ids is not None and expert_ids.shape == (batch,)
+    if domain_ids is None and config.domains and one_per_sentence:
+        domain_ids = expert_ids
+    return expert_ids, domain_ids
+
+
+def _check_domain_ids(config: MoEConfigFields, ids: Tensor, like: Tensor, batch: int) -> None:
+    if not config.domains:
+        raise ValueError("domain_ids need a model with domains; this one has none.")
+    check_dtype("domain_ids", ids, INTEGER_DTYPES)
+    check_shape("domain_ids", ids, (batch,), "[B]")
+    check_like("the model's inputs", like, dtype=False, domain_ids=ids)
+    if torch.compiler.is_compiling() or not checks_values(ids.device):
+        return
+    wrong = ids[(ids < 0) | (ids >= len(config.domains))]
+    if wrong.numel():
+        raise ValueError(
+            f"domain_ids must lie in [0, {len(config.domains)}), one per domain of "
+            f"{config.domains}; got {int(wrong[0])}."
+        )
+
+
+def build_routing(
+    config: MoEConfigFields,
+    like: Tensor,
+    expert_ids: Tensor | None,
+    attention_mask: Any,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+) -> RoutingInfo:
+    """The RoutingInfo that all layers share; enforced routing is planned here, once.
+
+    Args:
+        like: input ids [B, L] or embeddings [B, L, D], for shape and device only.
+        cu_seqlens: where sentences start in a packed batch of shape [1, T].
+        dtype: of the hidden states.
+    """
+    info = RoutingInfo(expert_ids, token_mask_of(attention_mask), cu_seqlens)
+    if config.routing != "enforced":
+        return info
+    shape = (*like.shape[:2], 1)
+    return info.with_shared_plan(
+        config.num_experts, torch.empty(shape, dtype=dtype, device=like.device)
+    )
+
+
+def place_domain_tokens(
+    config: MoEConfigFields,
+    input_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    attention_mask: Any,
+    cu_seqlens: Tensor | None,
+) -> Tensor | None:
+    """``input_ids`` with each sentence's [CLS] replaced by its domain's token.
+
+    [CLS] is looked for where a sentence starts: at its first real token. A sentence that does not
+    start with it has no such place and is left as it is.
+    """
+    if domain_ids is None or not config.domain_token_ids:
+        return input_ids
+    if input_ids is None:
+        raise ValueError(
+            "a domain needs input_ids, to put its token in [CLS]'s place; got inputs_embeds."
+        )
+    tokens = torch.tensor(config.domain_token_ids, device=input_ids.device)[domain_ids]
+    starts = _starts(input_ids, token_mask_of(attention_mask), cu_seqlens)
+    if cu_seqlens is not None:
+        sentence = starts.reshape(-1).cumsum(0).view_as(input_ids) - 1
+        tokens = tokens[sentence.clamp(min=0)]
+    else:
+        tokens = tokens[:, None]
+    return torch.where(starts & (input_ids == config.domain_token_replaces), tokens, input_ids)
+
+
+def _starts(input_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """[B, L] bool, True at each sentence's first real token."""
+    if cu_seqlens is not None:
+        position = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+        return torch.isin(position, cu_seqlens[:-1])
+    if mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids) == 0
+    return mask & (mask.cumsum(1) == 1)

@@ -1,0 +1,29 @@
+"""Which of a mixture's parameters training may change."""
+
+from __future__ import annotations
+
+from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.ops.checks import check_choice
+
+TRAINABLE = ("all", "experts", "experts+router")
+
+
+def set_trainable(model: MoEModelMixin, trainable: str) -> None:
+    """Set ``requires_grad`` of every parameter of ``model``.
+
+    Args:
+        trainable: "all"; "experts", the stacked expert parameters alone; or "experts+router".
+            Yu, arXiv 2412.17364, trains the experts of one projection alone.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    check_choice("trainable", trainable, TRAINABLE)
+    model.requires_grad_(trainable == "all")
+    if trainable == "all":
+        return
+    for mlp in model.moe_mlps().values():
+        for _, parameter in mlp.expert_parameters():
+            parameter.requires_grad_(True)
+        if trainable == "experts+router":
+            mlp.router.requires_grad_(True)

@@ -1,0 +1,273 @@
+"""upcycle: a dense encoder becomes a mixture of experts that gives the same output.
+
+Every expert starts as a copy of the dense MLP (Komatsuzaki et al., arXiv 2212.05055), so before
+any training the mixture computes what the dense model does, wherever a token's weights sum to 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import cached_file
+
+from moe_fast.models.architectures import Architecture, architecture_of
+from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.trainable import set_trainable
+from moe_fast.ops.checks import check_choice
+
+ROUTER_INITS = ("normal", "kaiming_uniform")
+
+
+def upcycle(
+    model_or_path: Any,
+    *,
+    num_experts: int,
+    num_experts_per_tok: int = 1,
+    routing: str = "token_topk",
+    weight_mode: str = "auto",
+    layers: str | Sequence[int] = "all",
+    target: str = "mlp",
+    domains: Sequence[str] | None = None,
+    default_domain: str | None = None,
+    domain_tokens: bool = True,
+    cls_token_id: int | None = None,
+    router_init: str = "normal",
+    trainable: str = "all",
+    seed: int = 0,
+) -> Any:
+    """Make a mixture of experts of a dense encoder.
+
+    Args:
+        model_or_path: a ``BertModel``, ``RobertaModel``, ``XLMRobertaModel`` or
+            ``ModernBertModel``; a ``SentenceTransformer`` on one of them; or the folder or hub
+            id of either (with a ``modules.json`` it is read as a SentenceTransformer).
+        num_experts, num_experts_per_tok: E, and K of them per token.
+        routing, weight_mode: as in :func:`moe_fast.ops.route`.
+        layers: "all", "single" (the middle one, ``num_layers // 2``), "alternate" (every other
+            one, from the second), or indices.
+        target: "mlp", "intermediate" or "output", as in :class:`moe_fast.MoEMLP`.
+        domains: names of the domains. With enforced routing, one per expert.
+        default_domain: the domain of batches that name none.
+        domain_tokens: give each domain a token in [CLS]'s place, its embedding a copy of [CLS]'s.
+            The tokenizer is left alone: the model places the token.
+        cls_token_id: the id of [CLS], where the model's configuration does not know it and no
+            tokenizer lies beside it.
+        router_init: "normal" (the model's ``initializer_range``) or "kaiming_uniform" (as
+            ``nn.Linear``).
+        trainable: "all", "experts" or "experts+router": what keeps ``requires_grad``.
+        seed: of the router's initialisation; the global random state is left alone.
+
+    Returns:
+        A new model (``MoEBertModel`` ..., or a ``MoESentenceTransformer`` for a
+        ``SentenceTransformer``) on the device and in the dtype of the input, which is untouched.
+
+    Raises:
+        TypeError: for an unsupported architecture; the message lists the supported ones.
+        ValueError: for settings that do not go together, naming the argument.
+    """
+    settings = {k: v for k, v in locals().items() if k != "model_or_path"}
+    check_choice("router_init", router_init, ROUTER_INITS)
+    model = model_or_path
+    if isinstance(model, (str, os.PathLike)):
+        model = _load(os.fspath(model), cls_token_id)
+        if (
+            cls_token_id is None
+            and domains
+            and domain_tokens
+            and isinstance(model, PreTrainedModel)
+        ):
+            settings["cls_token_id"] = _cls_token_id_beside(os.fspath(model_or_path))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model_or_path must be a model or a path; got {type(model).__name__}.")
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "encode"):
+        # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
+        from moe_fast.integrations.sentence_transformers import upcycle_sentence_transformer
+
+        return upcycle_sentence_transformer(model, **settings)
+    return _upcycle_model(model, **settings)
+
+
+def _load(path: str, cls_token_id: int | None) -> Any:
+    """A SentenceTransformer where the folder or repository is one, else the bare encoder."""
+    if cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False):
+        from moe_fast.integrations.sentence_transformers import load_sentence_transformer
+
+        return load_sentence_transformer(path)
+    return AutoModel.from_pretrained(path)
+
+
+def _cls_token_id_beside(path: str) -> int | None:
+    """[CLS]'s id from the tokenizer in the same folder, where there is one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path).cls_token_id
+    except (OSError, ValueError):
+        return None
+
+
+def _upcycle_model(
+    model: PreTrainedModel,
+    *,
+    num_experts: int,
+    num_experts_per_tok: int,
+    routing: str,
+    weight_mode: str,
+    layers: str | Sequence[int],
+    target: str,
+    domains: Sequence[str] | None,
+    default_domain: str | None,
+    domain_tokens: bool,
+    cls_token_id: int | None,
+    router_init: str,
+    trainable: str,
+    seed: int,
+) -> MoEModelMixin:
+    architecture = architecture_of(model)
+    if isinstance(model, MoEModelMixin):
+        raise TypeError(f"model must be dense; got {type(model).__name__}, a mixture already.")
+    if domains is not None and isinstance(domains, str):
+        raise TypeError(f"domains must be a sequence of names; got the str {domains!r}.")
+    config = _moe_config(
+        architecture,
+        model,
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        routing=routing,
+        weight_mode=weight_mode,
+        target=target,
+        moe_layers=_layer_indices(layers, model.config.num_hidden_layers),
+        domains=list(domains or []),
+        default_domain=default_domain,
+        upcycled_from=getattr(model, "name_or_path", "") or type(model).__name__,
+        **_domain_token_fields(model, domains or [], domain_tokens, cls_token_id),
+    )
+    with torch.device("meta"):
+        moe = architecture.build_moe(config, model)
+    weights = _moe_state(architecture, model, moe)
+    weights.update(_router_weights(moe, model, router_init, seed))
+    load_exactly(moe, weights, buffers_of=model)
+    set_trainable(moe, trainable)
+    return moe.train(model.training)
+
+
+def _layer_indices(layers: str | Sequence[int], num_layers: int) -> list[int]:
+    if not isinstance(layers, str):
+        return [int(i) for i in layers]
+    check_choice("layers (or a list of indices)", layers, ("all", "single", "alternate"))
+    if layers == "single":
+        return [num_layers // 2]
+    return list(range(1 if layers == "alternate" and num_layers > 1 else 0, num_layers))[
+        :: 2 if layers == "alternate" else 1
+    ]
+
+
+def _domain_token_fields(
+    model: PreTrainedModel, domains: Sequence[str], domain_tokens: bool, cls_token_id: int | None
+) -> dict[str, Any]:
+    """Configuration of the domain tokens: new rows behind the vocabulary's last."""
+    if not domains or not domain_tokens:
+        return {}
+    if cls_token_id is None:
+        cls_token_id = getattr(model.config, "cls_token_id", None)
+    if cls_token_id is None:
+        cls_token_id = getattr(model.config, "bos_token_id", None)
+    if cls_token_id is None:
+        raise ValueError(
+            "cls_token_id must be given: domain tokens take [CLS]'s place, and neither the "
+            "model's configuration nor a tokenizer beside it says which id that is."
+        )
+    size = model.config.vocab_size
+    if not 0 <= cls_token_id < size:
+        raise ValueError(f"cls_token_id must lie in [0, vocab_size = {size}); got {cls_token_id}.")
+    if cls_token_id == model.config.pad_token_id:
+        raise ValueError(f"cls_token_id must not be the padding's id; got {cls_token_id}.")
+    return {
+        "domain_token_ids": list(range(size, size + len(domains))),
+        "domain_token_replaces": cls_token_id,
+        "vocab_size": size + len(domains),
+    }
+
+
+def _moe_config(architecture: Architecture, model: PreTrainedModel, **fields: Any) -> Any:
+    dense = model.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        dense.pop(name, None)
+    dense.update(fields, attn_implementation=model.config._attn_implementation)
+    return architecture.moe_config.from_dict(dense)
+
+
+def _moe_state(
+    architecture: Architecture, model: PreTrainedModel, moe: MoEModelMixin
+) -> dict[str, Tensor]:
+    """The mixture's weights but the routers': dense ones, copied into every expert."""
+    state: dict[str, Tensor] = {}
+    mlps = moe.moe_mlps()
+    for name, value in model.state_dict().items():
+        place = architecture.split(name)
+        if place is None or place[0] not in mlps or place[1] not in architecture.mlp_names:
+            state[name] = value.clone()
+            continue
+        layer, inner = place
+        new = architecture.mlp_names[inner]
+        projection = new.removeprefix("mlp.").removesuffix("_bias")
+        copies = [mlps[layer].num_experts] if mlps[layer].is_expert(projection) else []
+        stacked = value.expand(*copies, *value.shape).clone()
+        state[f"{architecture.layer_prefix}{layer}.{new}"] = stacked
+    _append_domain_tokens(moe, state)
+    return state
+
+
+def embedding_name(model: PreTrainedModel) -> str:
+    """The state-dict name of the token embeddings."""
+    embeddings = model.get_input_embeddings()
+    return next(f"{n}.weight" for n, m in model.named_modules() if m is embeddings)
+
+
+def _append_domain_tokens(moe: MoEModelMixin, state: dict[str, Tensor]) -> None:
+    count = len(moe.config.domain_token_ids)
+    if count:
+        name = embedding_name(moe)
+        cls_row = state[name][moe.config.domain_token_replaces]
+        state[name] = torch.cat((state[name], cls_row.expand(count, -1)))
+
+
+def _router_weights(
+    moe: MoEModelMixin, model: PreTrainedModel, router_init: str, seed: int
+) -> dict[str, Tensor]:
+    """Fresh router weights, drawn on the CPU so that every device gets the same."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, parameter in moe.named_parameters():
+        if not name.endswith("mlp.router.weight"):
+            continue
+        value = torch.empty(parameter.shape, dtype=torch.float32)
+        if router_init == "normal":
+            nn.init.normal_(value, std=moe.config.initializer_range, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        weights[name] = value.to(device=model.device, dtype=model.dtype)
+    return weights
+
+
+def load_exactly(
+    new: PreTrainedModel, weights: dict[str, Tensor], buffers_of: PreTrainedModel
+) -> None:
+    """Give ``new``, built on the meta device, all its weights, and another model's buffers.
+
+    Every parameter must be named: nothing is left to a random initialisation.
+    """
+    new.load_state_dict(weights, strict=True, assign=True)
+    for name, buffer in buffers_of.named_buffers():
+        module_name, _, leaf = name.rpartition(".")
+        module = new.get_submodule(module_name)
+        module.register_buffer(
+            leaf, copy.deepcopy(buffer), persistent=leaf not in module._non_persistent_buffers_set
+        )

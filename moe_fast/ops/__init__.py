@@ -1,0 +1,26 @@
+"""Functions over tensors: the mathematics, its reference, its gradient and the choice of backend.
+
+One operation per file, each with a reference in plain PyTorch registered as a ``torch.library``
+op of the namespace ``moe_fast``. Every function takes ``backend=`` as its last argument.
+"""
+
+from moe_fast.ops.backends import available_backends, show_backends, use_backend
+from moe_fast.ops.expert_linear import expert_linear
+from moe_fast.ops.expert_mlp import expert_mlp
+from moe_fast.ops.info_nce import InfoNCEStats, info_nce
+from moe_fast.ops.plan import RoutingPlan, plan
+from moe_fast.ops.route import Routing, route
+
+__all__ = [
+    "InfoNCEStats",
+    "Routing",
+    "RoutingPlan",
+    "available_backends",
+    "expert_linear",
+    "expert_mlp",
+    "info_nce",
+    "plan",
+    "route",
+    "show_backends",
+    "use_backend",
+]

@@ -1,0 +1,61 @@
+"""The activations an expert can have, each with its derivative, and the gated form on top.
+
+With ``z`` the up projection's output: ungated ``h = act(z)``; gated, with ``z = [z1, z2]`` halves
+along the last dimension, ``h = act(z1) * z2`` (transformers' ModernBERT: the first half is the
+activated one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    """An elementwise function and the product of a gradient with its derivative."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]  # (gradient of h, z) -> gradient of z
+
+
+_GELU = Activation(F.gelu, lambda grad, z: _aten.gelu_backward(grad, z))
+_GELU_TANH = Activation(
+    lambda z: F.gelu(z, approximate="tanh"),
+    lambda grad, z: _aten.gelu_backward(grad, z, approximate="tanh"),
+)
+_RELU = Activation(F.relu, lambda grad, z: _aten.threshold_backward(grad, z, 0))
+_SILU = Activation(F.silu, lambda grad, z: _aten.silu_backward(grad, z))
+
+# Keys are transformers' names (ACT2FN); "gelu" is the exact, erf-based one.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": _GELU,
+    "gelu_tanh": _GELU_TANH,
+    "gelu_new": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "relu": _RELU,
+    "silu": _SILU,
+    "swish": _SILU,
+}
+
+
+def activate(z: Tensor, act: str, gated: bool) -> Tensor:
+    """``h`` from ``z``: [..., H] -> [..., H], or gated [..., 2H] -> [..., H]."""
+    if not gated:
+        return ACTIVATIONS[act].forward(z)
+    z1, z2 = z.chunk(2, dim=-1)
+    return ACTIVATIONS[act].forward(z1) * z2
+
+
+def activate_backward(grad_h: Tensor, z: Tensor, act: str, gated: bool) -> Tensor:
+    """The gradient of ``z`` from that of ``h``; shapes as in :func:`activate`."""
+    if not gated:
+        return ACTIVATIONS[act].backward(grad_h, z)
+    z1, z2 = z.chunk(2, dim=-1)
+    grad_z1 = ACTIVATIONS[act].backward(grad_h * z2, z1.contiguous())
+    return torch.cat((grad_z1, grad_h * ACTIVATIONS[act].forward(z1)), dim=-1)

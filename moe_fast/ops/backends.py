@@ -1,0 +1,123 @@
+"""Which implementation of an op runs: the registry that every op file adds itself to.
+
+``torch`` is the reference and always there. ``cpp`` and ``triton`` are offered where their
+compiled library or compiler is present and the tensors' device suits them. ``auto`` takes the
+first of triton, cpp, torch that can run. Nothing above the ops knows which one ran.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from moe_fast.ops.checks import check_choice
+
+OPS = ("route", "plan", "expert_mlp", "expert_linear", "info_nce")
+BACKENDS = ("triton", "cpp", "torch")  # in the order "auto" tries them
+_CHOICES = ("auto", *BACKENDS)
+
+_default = os.environ.get("MOE_FAST_BACKEND", "auto")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One op on one backend.
+
+    Attributes:
+        run: the implementation, with the op's own internal signature.
+        unavailable: why it cannot run on a device type (``"cpu"``, ``"cuda"``), or ``None``.
+    """
+
+    run: Callable
+    unavailable: Callable[[str], str | None]
+
+
+_registry: dict[tuple[str, str], Implementation] = {}
+
+
+def register(
+    op: str, backend: str, run: Callable, unavailable: Callable[[str], str | None] = lambda _: None
+) -> None:
+    """Offer ``run`` as ``backend``'s implementation of ``op``. Called once per op file."""
+    check_choice("op", op, OPS)
+    check_choice("backend", backend, BACKENDS)
+    _registry[op, backend] = Implementation(run, unavailable)
+
+
+def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
+    """The reason why ``backend`` cannot run ``op`` on ``device_type``; ``None`` if it can."""
+    implementation = _registry.get((op, backend))
+    if implementation is None:
+        return "not implemented in this version"
+    return implementation.unavailable(device_type)
+
+
+def select(op: str, backend: str | None, device: torch.device) -> Callable:
+    """The implementation of ``op`` to run for tensors on ``device``.
+
+    Args:
+        backend: a backend's name, ``"auto"``, or ``None`` for the default (``use_backend``, else
+            the environment variable ``MOE_FAST_BACKEND`` at import, else ``"auto"``).
+
+    Raises:
+        ValueError: for an unknown backend, or one that cannot run here; the message says why.
+    """
+    chosen = _default if backend is None else backend
+    if chosen not in _CHOICES:
+        check_choice("backend" if backend is not None else "MOE_FAST_BACKEND", chosen, _CHOICES)
+    if chosen != "auto":
+        reason = why_unavailable(op, chosen, device.type)
+        if reason is None:
+            return _registry[op, chosen].run
+        if backend is not None:
+            offered = ", ".join(available_backends(op, device.type))
+            raise ValueError(
+                f"backend={backend!r} cannot run {op} on {device.type}: {reason}. "
+                f"Available here: {offered}."
+            )
+        # A default for the whole program hands ops that it lacks to the reference.
+        return _registry[op, "torch"].run
+    for name in BACKENDS:
+        if why_unavailable(op, name, device.type) is None:
+            return _registry[op, name].run
+    raise AssertionError("unreachable: the torch backend runs everywhere")
+
+
+def available_backends(op: str | None = None, device_type: str = "cpu") -> list[str]:
+    """Names of the backends that can run ``op`` (or, if ``None``, any op) on ``device_type``."""
+    if op is not None:
+        check_choice("op", op, OPS)
+    ops = OPS if op is None else (op,)
+    return [b for b in BACKENDS if any(why_unavailable(o, b, device_type) is None for o in ops)]
+
+
+def show_backends() -> None:
+    """Print, for every op, which backends can run it here and why the others cannot."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    print(f"default: {_default}  (use_backend(...), or MOE_FAST_BACKEND before import)")
+    for device_type in devices:
+        for op in OPS:
+            for backend in BACKENDS:
+                reason = why_unavailable(op, backend, device_type)
+                state = "available" if reason is None else f"no: {reason}"
+                print(f"{device_type:5s} {op:14s} {backend:7s} {state}")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the ``with`` block, run ops on ``backend`` unless a call names another.
+
+    Ops that ``backend`` does not implement on the tensors' device run on the reference
+    (``show_backends()`` lists them). The setting is the process's, not the thread's.
+    """
+    global _default
+    check_choice("backend", backend, _CHOICES)
+    previous, _default = _default, backend
+    try:
+        yield
+    finally:
+        _default = previous

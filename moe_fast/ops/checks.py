@@ -1,0 +1,104 @@
+"""Checks that several ops share: clear errors before any work starts.
+
+Shapes, dtypes and devices are checked everywhere, also under ``torch.compile``. Values (ids in
+range, NaN logits) are read only where that costs no device synchronisation: on the CPU, or on any
+device when the environment variable ``MOE_FAST_CHECK=1`` was set before ``import moe_fast``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHECK_EVERYWHERE = os.environ.get("MOE_FAST_CHECK", "0") == "1"
+INTEGER_DTYPES = (torch.int64, torch.int32)
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def checks_values(device: torch.device) -> bool:
+    """Whether values of tensors on ``device`` are checked (see the module's docstring)."""
+    return device.type == "cpu" or _CHECK_EVERYWHERE
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of router logits, routing weights and contrastive logits: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_choice(name: str, given: Any, allowed: Iterable[Any]) -> None:
+    """Raise ``ValueError`` unless ``given`` is one of ``allowed``."""
+    allowed = tuple(allowed)
+    if given not in allowed:
+        names = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{name} must be one of {names}; got {given!r}.")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], letters: str) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has ``shape`` (``None``: any size).
+
+    ``letters`` is how the message writes the shape, for example ``"[E, H, D]"``.
+    """
+    fits = tensor.dim() == len(shape) and all(
+        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} must have shape {letters} = [{sizes}]; got {list(tensor.shape)}.")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise ``TypeError`` unless ``tensor.dtype`` is one of ``allowed``."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        given = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must have dtype {names}; got {given}.")
+
+
+def check_like(
+    reference_name: str, reference: Tensor, dtype: bool = True, **tensors: Tensor | None
+) -> None:
+    """Raise unless all ``tensors`` are on the device, and of the dtype, of ``reference``.
+
+    Under autocast dtypes may differ: the op casts, as PyTorch's own layers do.
+    """
+    dtype = dtype and not torch.is_autocast_enabled(reference.device.type)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name} must be on the device of {reference_name}, {reference.device}; "
+                f"got {tensor.device}."
+            )
+        if dtype and tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {reference_name}, {reference.dtype} (or run under "
+                f"torch.autocast); got {tensor.dtype}."
+            )
+
+
+def autocast_to(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast floating tensors as autocast would for a matrix product; float64 stays float64."""
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    target = torch.get_autocast_dtype(device.type)
+    return tuple(
+        t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(target)
+        for t in tensors
+    )
+
+
+def without_autocast(kernel: Callable) -> Callable:
+    """Run ``kernel`` with autocast off: its dtypes are chosen by the caller, not by autocast."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *args)
+
+    return run

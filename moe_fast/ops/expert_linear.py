@@ -1,0 +1,165 @@
+"""expert_linear: one linear map per expert, summed with the routing weights.
+
+    y_t = sum over k of w[t, k] * (W[e] . x_t + b[e]),   e = e(t, k)
+
+The mixture of targets "intermediate" and "output", taken over one projection of the MLP only.
+
+Backward, for a row of expert e with upstream gradient dO (before the weight w), u = dO . W[e]:
+
+    dx = sum over k of w * u;  dw = <u, x> + <dO, b[e]>
+    dW[e] = sum of (w dO)^T x;  db[e] = sum of w dO
+
+Source: Yu, arXiv 2412.17364.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import (
+    FLOAT_DTYPES,
+    autocast_to,
+    check_dtype,
+    check_like,
+    check_shape,
+    without_autocast,
+)
+from moe_fast.ops.plan import RoutingPlan
+from moe_fast.ops.rows import check_plan, combine, slot_values
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    plan: RoutingPlan,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The mixture of linear maps; see the module's docstring for the mathematics.
+
+    Args:
+        x: [T, I].
+        weight: [E, O, I].
+        bias: [E, O] or ``None``.
+        top_k_weights: [T, K] float32 or float64, from :func:`route`.
+        plan: from :func:`plan` of the same route.
+        backend: see :func:`moe_fast.use_backend`.
+
+    Returns:
+        [T, O] in x's dtype (autocast's under autocast). Skipped slots contribute exactly 0.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes or devices that do not fit.
+    """
+    check_shape("x", x, (None, None), "[T, I]")
+    check_shape("weight", weight, (None, None, x.shape[1]), "[E, O, I]")
+    if bias is not None:
+        check_shape("bias", bias, tuple(weight.shape[:2]), "[E, O]")
+    check_dtype("x", x, FLOAT_DTYPES)
+    check_like("x", x, weight=weight, bias=bias)
+    check_plan(x, top_k_weights, plan, weight.shape[0])
+    x, weight, bias = autocast_to(x.device, x, weight, bias)
+    run = backends.select("expert_linear", backend, x.device)
+    return run(
+        x,
+        weight,
+        bias,
+        top_k_weights,
+        plan.expert_offsets,
+        plan.row_to_token,
+        plan.row_to_slot,
+        plan.slot_to_row,
+    )
+
+
+@torch.library.custom_op("moe_fast::expert_linear", mutates_args=())
+@without_autocast
+def _expert_linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> Tensor:
+    rows = x.new_empty(row_to_token.shape[0], weight.shape[1])
+    offsets = expert_offsets.tolist()
+    for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if first < last:
+            row_bias = None if bias is None else bias[e]
+            rows[first:last] = F.linear(x[row_to_token[first:last]], weight[e], row_bias)
+    return combine(rows, slot_to_row, top_k_weights)
+
+
+@_expert_linear_op.register_fake
+def _(x, weight, *rest):
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+@torch.library.custom_op("moe_fast::expert_linear_backward", mutates_args=())
+@without_autocast
+def _expert_linear_backward_op(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Experts without rows keep the zeros; an absent bias gets a gradient nobody reads.
+    grad_weight, grad_bias = torch.zeros_like(weight), x.new_zeros(weight.shape[:2])
+    grad_rows = x.new_empty(row_to_token.shape[0], x.shape[1])
+    grad_row_weights = top_k_weights.new_empty(row_to_token.shape[0])
+    offsets = expert_offsets.tolist()
+    for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if first == last:
+            continue
+        here = slice(first, last)
+        rows_x, grad_out = x[row_to_token[here]], grad_y[row_to_token[here]]
+        grad_rows[here] = grad_out @ weight[e]
+        row_weight = top_k_weights.reshape(-1)[row_to_slot[here]]
+        grad_row_weights[here] = (grad_rows[here].to(row_weight.dtype) * rows_x).sum(-1)
+        if bias is not None:
+            dtype = row_weight.dtype
+            grad_row_weights[here] += grad_out.to(dtype) @ bias[e].to(dtype)
+        grad_out = (grad_out * row_weight[:, None]).to(x.dtype)
+        grad_weight[e], grad_bias[e] = grad_out.t() @ rows_x, grad_out.sum(0)
+    grad_x = combine(grad_rows, slot_to_row, top_k_weights)
+    grad_weights = slot_values(grad_row_weights, slot_to_row, top_k_weights.shape)
+    return grad_x, grad_weight, grad_bias, grad_weights
+
+
+@_expert_linear_backward_op.register_fake
+def _(grad_y, x, weight, bias, top_k_weights, *rest):
+    return (
+        x.new_empty(x.shape),
+        torch.empty_like(weight),
+        x.new_empty(weight.shape[:2]),
+        top_k_weights.new_empty(top_k_weights.shape),
+    )
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_y):
+    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
+    bias = tensors[2]
+    grads = _expert_linear_backward_op(grad_y, *tensors)
+    grad_x, grad_weight, grad_bias, grad_weights = grads
+    return grad_x, grad_weight, None if bias is None else grad_bias, grad_weights, *[None] * 4
+
+
+_expert_linear_op.register_autograd(_backward, setup_context=_save_for_backward)
+backends.register("expert_linear", "torch", _expert_linear_op)

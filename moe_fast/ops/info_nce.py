@@ -1,0 +1,340 @@
+"""info_nce: the contrastive loss with in-batch negatives (multiple negatives ranking), dense form.
+
+With ``q = a`` and ``k = [b; negatives]`` (normalised to unit length for cosine similarity):
+
+    s_ij = scale * <q_i, k_j>                                   [B, N], N = B + B * G
+    row_i = cross_entropy(s_i. , T_i.)       a to b, over all N candidates
+    col_j = cross_entropy(s_.j , T'_.j)      b to a, over the B anchors, j < B
+    loss  = sum_i w_i * (row_i + col_i) / 2 / sum_i w_i          (one-way: w_i * row_i)
+
+Targets: the row's own positive, or, with ``group_ids``, evenly all rows of its group (as the outer
+form of SupCon, Khosla et al., arXiv 2004.11362); with ``label_smoothing`` eps, ``(1 - eps)`` of
+that plus eps spread evenly over the candidates that are not masked.
+
+Masks: a pair (i, j) is left out of both directions, unless j is a positive of i, when
+
+    - the rows i and j (j < B) share a text: the same anchor, the same positive, or one's anchor is
+      the other's positive; or a hard negative j is the same text as i's anchor or positive;
+    - ``domain_ids`` of the rows differ (a hard negative has the domain of its row).
+
+Backward, with P and P' the row- and column-wise softmax and g the upstream gradient:
+
+    G = g / sum(w) * (w_i (P - T) + w_j (P' - T')) / 2
+    dq = scale * G . k;  dk = scale * G^T . q;  dscale = sum(G * <q, k>)
+
+The products and the logits are at least float32 whatever the inputs are, with autocast off.
+
+Source: Henderson et al., arXiv 1705.00652 (in-batch negatives); van den Oord et al., arXiv
+1807.03748 (InfoNCE).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import (
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    check_choice,
+    check_dtype,
+    check_like,
+    check_shape,
+    checks_values,
+    compute_dtype,
+    without_autocast,
+)
+
+SIMILARITIES = ("cosine", "dot")
+
+
+@dataclass(frozen=True)
+class InfoNCEStats:
+    """What one pass of the loss also knows; detached, for logs and for choosing rows.
+
+    Attributes:
+        row_loss: [B] float, each row's loss (the mean of both directions where symmetric).
+        rank: [B] int64, 1 + the number of unmasked candidates, positives aside, at least as
+            similar to the anchor as its own positive: 1 is best, ties count against the row.
+        accuracy: [] float, the share of rows with rank 1.
+    """
+
+    row_loss: Tensor
+    rank: Tensor
+    accuracy: Tensor
+
+
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    similarity: str = "cosine",
+    symmetric: bool = True,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    domain_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, InfoNCEStats]:
+    """The contrastive loss of B pairs; see the module's docstring for the mathematics.
+
+    Args:
+        a: [B, d] anchors, B >= 1.
+        b: [B, d] positives, row i belonging to ``a[i]``.
+        negatives: [B * G, d] hard negatives, row i's being ``i * G .. i * G + G - 1``.
+        scale: 1 / temperature, > 0; a float, or a tensor of one element that wants a gradient.
+        similarity: "cosine" or "dot".
+        symmetric: the mean of both directions, or a to b only.
+        row_ids, col_ids: int64 [B] and [N], equal where texts are (hashes of anchors, and of
+            positives followed by hard negatives): the same text is never its own negative.
+        domain_ids: int64 [B]; negatives come from the same domain only.
+        group_ids: int64 [B]; rows of one group are each other's positives.
+        weights: float [B], >= 0, not all 0.
+        label_smoothing: in [0, 1).
+        return_stats: also return an :class:`InfoNCEStats`, at no extra pass.
+        backend: see :func:`moe_fast.use_backend`.
+
+    Returns:
+        The loss, [] float32 (float64 for float64 inputs), or ``(loss, stats)``. Gradients reach
+        ``a``, ``b``, ``negatives`` and ``scale``, not ``weights``.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+    """
+    check_choice("similarity", similarity, SIMILARITIES)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}.")
+    ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
+    _check(a, b, negatives, weights, col_ids, **ids)
+    dtype = compute_dtype(a.dtype)
+    scale = _as_scale(scale, a.device, dtype)
+    candidates = b if negatives is None else torch.cat((b, negatives))
+    q, k = a.to(dtype), candidates.to(dtype)
+    if similarity == "cosine":
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    run = backends.select("info_nce", backend, a.device)
+    loss, row_loss, rank = run(
+        q, k, scale, row_ids, col_ids, domain_ids, group_ids, weights, label_smoothing, symmetric
+    )
+    if not return_stats:
+        return loss
+    row_loss = row_loss.detach()
+    return loss, InfoNCEStats(row_loss, rank, (rank == 1).to(dtype).mean())
+
+
+def _as_scale(scale: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"scale must have one element; got shape {list(scale.shape)}.")
+        return scale.reshape(()).to(device=device, dtype=dtype)
+    if not scale > 0:
+        raise ValueError(f"scale must be greater than 0 (it is 1 / temperature); got {scale}.")
+    return torch.full((), scale, device=device, dtype=dtype)
+
+
+def _check(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    weights: Tensor | None,
+    col_ids: Tensor | None,
+    **row_values: Tensor | None,
+) -> None:
+    check_dtype("a", a, FLOAT_DTYPES)
+    check_shape("a", a, (None, None), "[B, d]")
+    batch, dim = a.shape
+    if batch == 0:
+        raise ValueError("a must hold at least one row: the mean over no rows is undefined.")
+    check_shape("b", b, (batch, dim), "[B, d]")
+    num_candidates = batch
+    if negatives is not None:
+        check_shape("negatives", negatives, (None, dim), "[B * G, d]")
+        if negatives.shape[0] % batch:
+            raise ValueError(
+                f"negatives must hold G rows for each of the B = {batch} anchors; "
+                f"got {negatives.shape[0]} rows."
+            )
+        num_candidates += negatives.shape[0]
+    check_like("a", a, b=b, negatives=negatives)
+    if (row_values["row_ids"] is None) != (col_ids is None):
+        raise ValueError("row_ids and col_ids go together; got one of them.")
+    for name, values in row_values.items():
+        if values is not None:
+            check_shape(name, values, (batch,), "[B]")
+    if col_ids is not None:
+        check_shape("col_ids", col_ids, (num_candidates,), "[B + B * G]")
+    for name, values in {**row_values, "col_ids": col_ids}.items():
+        if values is not None:
+            check_dtype(name, values, INTEGER_DTYPES)
+    if weights is not None:
+        check_shape("weights", weights, (batch,), "[B]")
+        check_dtype("weights", weights, FLOAT_DTYPES)
+    check_like("a", a, dtype=False, weights=weights, col_ids=col_ids, **row_values)
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+def _positives_and_candidates(
+    batch: int,
+    num_candidates: int,
+    device: torch.device,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Two bool matrices [B, N]: j is a positive of i; j takes part in i's softmax."""
+    row = torch.arange(batch, device=device)
+    num_negatives = (num_candidates - batch) // batch
+    row_of_candidate = torch.cat((row, row.repeat_interleave(num_negatives)))  # [N]
+    own = torch.arange(num_candidates, device=device) == row[:, None]
+    positive = own
+    if group_ids is not None:
+        same_group = group_ids[:, None] == group_ids
+        positive = own.clone()
+        positive[:, :batch] |= same_group
+    masked = torch.zeros_like(own)
+    if row_ids is not None and col_ids is not None:
+        masked |= (col_ids == row_ids[:, None]) | (col_ids == col_ids[:batch, None])
+        masked[:, :batch] |= row_ids == row_ids[:, None]
+        masked[:, :batch] |= (col_ids[:batch] == row_ids[:, None]).t()
+    if domain_ids is not None:
+        masked |= domain_ids[:, None] != domain_ids[row_of_candidate]
+    return positive, positive | ~masked
+
+
+def _targets(positive: Tensor, candidate: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """[B, N] target distribution of each row; rows sum to 1."""
+    target = positive.to(dtype) / positive.sum(1, keepdim=True)
+    if eps:
+        target = (1 - eps) * target + eps * candidate.to(dtype) / candidate.sum(1, keepdim=True)
+    return target
+
+
+def _cross_entropy(logits: Tensor, candidate: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Row-wise cross entropy [B] and softmax [B, N] over the candidates."""
+    log_p = logits.masked_fill(~candidate, -torch.inf).log_softmax(1)
+    return -torch.where(target > 0, target * log_p, 0).sum(1), log_p.exp()
+
+
+def _directions(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    label_smoothing: float,
+    symmetric: bool,
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """(logits, positive, candidate, softmax - target, loss) of a to b, then of b to a."""
+    batch = q.shape[0]
+    logits = scale * (q @ k.t())
+    positive, candidate = _positives_and_candidates(
+        batch, k.shape[0], q.device, row_ids, col_ids, domain_ids, group_ids
+    )
+    views = [(logits, positive, candidate)]
+    if symmetric:
+        views.append((logits[:, :batch].t(), positive[:, :batch].t(), candidate[:, :batch].t()))
+    result = []
+    for view in views:
+        target = _targets(view[1], view[2], label_smoothing, q.dtype)
+        loss, p = _cross_entropy(view[0], view[2], target)
+        result.append((*view, p - target, loss))
+    return result
+
+
+def _row_weights(weights: Tensor | None, q: Tensor) -> Tensor:
+    """[B], summing to 1."""
+    if weights is None:
+        return q.new_full((q.shape[0],), 1 / q.shape[0])
+    weights = weights.to(q.dtype)
+    if checks_values(q.device) and not ((weights >= 0).all() and weights.sum() > 0):
+        raise ValueError(f"weights must be >= 0 and not all 0; got {weights.tolist()}.")
+    return weights / weights.sum()
+
+
+@torch.library.custom_op("moe_fast::info_nce", mutates_args=())
+@without_autocast
+def _info_nce_op(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_weights = _row_weights(weights, q)
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)
+    row_loss = torch.stack([d[-1] for d in directions]).mean(0)
+    logits, positive, candidate = directions[0][:3]
+    beats = candidate & ~positive & (logits >= logits.diagonal()[:, None])
+    return (row_weights * row_loss).sum(), row_loss, 1 + beats.sum(1)
+
+
+@_info_nce_op.register_fake
+def _(q, *rest):
+    batch = q.shape[0]
+    return q.new_empty(()), q.new_empty((batch,)), q.new_empty((batch,), dtype=torch.int64)
+
+
+@torch.library.custom_op("moe_fast::info_nce_backward", mutates_args=())
+@without_autocast
+def _info_nce_backward_op(
+    grad_loss: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_weights = _row_weights(weights, q)
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)
+    grad = row_weights[:, None] * directions[0][3]  # [B, N], row-wise softmax minus target
+    if symmetric:
+        grad[:, : q.shape[0]] += (row_weights[:, None] * directions[1][3]).t()
+    grad *= grad_loss / len(directions)
+    return scale * (grad @ k), scale * (grad.t() @ q), (grad * (q @ k.t())).sum()
+
+
+@_info_nce_backward_op.register_fake
+def _(grad_loss, q, k, scale, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), scale.new_empty(())
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, label_smoothing, symmetric = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings = (label_smoothing, symmetric)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad_loss, _row_loss, _rank):
+    grads = _info_nce_backward_op(grad_loss, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *[None] * 7
+
+
+_info_nce_op.register_autograd(_backward, setup_context=_save_for_backward)
+backends.register("info_nce", "torch", _info_nce_op)

@@ -1,0 +1,41 @@
+"""Between tokens and expert-sorted rows: checks of a plan, and the weighted sum over K slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops.checks import check_like, check_shape
+from moe_fast.ops.plan import RoutingPlan
+
+
+def check_plan(x: Tensor, top_k_weights: Tensor, plan: RoutingPlan, num_experts: int) -> None:
+    """Raise unless ``plan`` and ``top_k_weights`` [T, K] fit ``x`` [T, D] and E experts."""
+    check_shape("top_k_weights", top_k_weights, (x.shape[0], None), "[T, K]")
+    check_shape("plan.expert_offsets", plan.expert_offsets, (num_experts + 1,), "[E + 1]")
+    rows = x.shape[0] * top_k_weights.shape[1]
+    for name in ("row_to_token", "row_to_slot", "slot_to_row"):
+        check_shape(f"plan.{name}", getattr(plan, name), (rows,), "[T * K]")
+    check_like("x", x, dtype=False, top_k_weights=top_k_weights, expert_offsets=plan.expert_offsets)
+
+
+def combine(rows: Tensor, slot_to_row: Tensor, weights: Tensor) -> Tensor:
+    """``y[t] = sum_k weights[t, k] * rows[slot_to_row[t, k]]``, skipped slots contributing 0.
+
+    Args:
+        rows: [S, D]; rows that no slot points to are not used, and may be uninitialised.
+        slot_to_row: [S]; -1 = skipped.
+        weights: [T, K]; the sum runs in their dtype.
+
+    Returns:
+        [T, D] in the dtype of ``rows``. Slots are summed in their order: deterministic.
+    """
+    row = slot_to_row.view(weights.shape)
+    taken = rows[row.clamp(min=0)].to(weights.dtype) * weights[..., None]  # [T, K, D]
+    return torch.where((row >= 0)[..., None], taken, 0).sum(1).to(rows.dtype)
+
+
+def slot_values(row_values: Tensor, slot_to_row: Tensor, shape: torch.Size) -> Tensor:
+    """Values of rows [S] at their slots [T, K]; 0 where a slot is skipped."""
+    row = slot_to_row.view(shape)
+    return torch.where(row >= 0, row_values[row.clamp(min=0)], 0)

@@ -1,0 +1,154 @@
+"""Which experts the tokens went to, in the trainer's logs."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moe_fast.layers import MoERouter
+
+
+class ExpertUsageCallback(TrainerCallback):
+    """Counts the tokens each expert got in training and logs every expert's share.
+
+    With each logged training loss come, over the steps since the one before,
+
+    - ``expert_share/layer_{i}/expert_{e}``: the share of the layer's routed tokens;
+    - ``expert_load_imbalance``: the busiest expert's tokens over the mean, of the most uneven
+      layer; 1 is perfect balance, the number of experts is collapse.
+
+    The counts stay on the device until they are logged, so that no step waits for them. Padding
+    is not counted, nor evaluation, nor what gradient checkpointing computes a second time.
+
+    Args:
+        log_shares: also log the shares, one number per layer and expert; they are in ``history``
+            either way.
+
+    Attributes:
+        history: one dict per logged interval: ``step``, ``epoch`` and ``tokens``, which maps each
+            layer's name to its experts' token counts.
+    """
+
+    def __init__(self, log_shares: bool = True) -> None:
+        self.log_shares = log_shares
+        self.history: list[dict[str, Any]] = []
+        self._counts: dict[str, Tensor] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._warned = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hooks every router of the model; says once where there is none."""
+        self._remove_hooks()
+        self._counts = {}
+        modules = () if model is None else model.named_modules()
+        routers = {name: module for name, module in modules if isinstance(module, MoERouter)}
+        if not routers and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "ExpertUsageCallback: the model is dense (it has no router); nothing to log.",
+                stacklevel=2,
+            )
+        for name, router in zip(_layer_names(list(routers)), routers.values(), strict=True):
+            self._hooks.append(router.register_forward_hook(self._counter(name)))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """With another trainer than ours: adds to what is being logged.
+
+        Callbacks that came earlier in the list (reporters) have seen the logs by then;
+        :class:`moe_fast.training.MoESentenceTransformerTrainer` adds them before any has.
+        """
+        if logs is None or "loss" not in logs:
+            return
+        extra = self.pop_logs(state)
+        if extra:
+            logs.update(extra)
+            state.log_history[-1].update(extra)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keeps the last, unlogged interval and takes the hooks off again."""
+        self.pop_logs(state)
+        self._remove_hooks()
+
+    def pop_logs(self, state: TrainerState) -> dict[str, float]:
+        """What to log of the tokens since the last call, which start again from zero.
+
+        With several processes their counts are added up: every process must call.
+        """
+        tokens = {name: _over_processes(count).tolist() for name, count in self._counts.items()}
+        self._counts = {}
+        if not any(map(sum, tokens.values())):
+            return {}
+        self.history.append({"step": state.global_step, "epoch": state.epoch, "tokens": tokens})
+        shares = {name: _shares(counts) for name, counts in tokens.items()}
+        logs = {"expert_load_imbalance": max(max(s) * len(s) for s in shares.values())}
+        if self.log_shares:
+            for name, layer in shares.items():
+                logs |= {f"expert_share/{name}/expert_{e}": share for e, share in enumerate(layer)}
+        return {key: round(value, 4) for key, value in logs.items()}
+
+    def total_tokens(self) -> dict[str, list[int]]:
+        """Each layer's tokens per expert, over the whole history."""
+        total: dict[str, list[int]] = {}
+        for entry in self.history:
+            for name, counts in entry["tokens"].items():
+                sums = total.get(name, [0] * len(counts))
+                total[name] = [a + b for a, b in zip(sums, counts, strict=True)]
+        return total
+
+    def _counter(self, name: str) -> Any:
+        def count(router: nn.Module, inputs: Any, output: Any) -> None:
+            # Inside a backward pass the same tokens come by again (gradient checkpointing).
+            if not router.training or torch._C._current_graph_task_id() != -1:
+                return
+            tokens = output.tokens_per_expert.detach()
+            previous = self._counts.get(name)
+            self._counts[name] = tokens.clone() if previous is None else previous + tokens
+
+        return count
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _layer_names(module_names: list[str]) -> list[str]:
+    """``layer_{i}`` with the last number in each name, or the names where those are ambiguous."""
+    numbers = [re.findall(r"(?<=\.)\d+(?=\.)", f".{name}.") for name in module_names]
+    last = [found[-1] if found else None for found in numbers]
+    if None in last or max(Counter(last).values(), default=1) > 1:
+        return module_names
+    return [f"layer_{number}" for number in last]
+
+
+def _over_processes(count: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+    return count
+
+
+def _shares(counts: list[int]) -> list[float]:
+    total = max(sum(counts), 1)
+    return [count / total for count in counts]

@@ -1,0 +1,83 @@
+"""A loss's own tensors (a learned temperature, running averages) beside a checkpoint.
+
+sentence-transformers' trainer saves the model, not the loss: what the loss has learned would start
+afresh on resuming. It lies in one safetensors file, written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from sentence_transformers.base.model import BaseModel
+from torch import Tensor, nn
+
+LOSS_STATE_NAME = "loss_state.safetensors"
+
+
+def own_state(loss: nn.Module | Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """A loss's parameters and persistent buffers but for those of the encoders in it.
+
+    A mapping of losses gives ``{name}.{key}``. The tensors are the loss's own, not copies.
+    """
+    if isinstance(loss, Mapping):
+        return {
+            f"{name}.{key}": tensor
+            for name, part in loss.items()
+            for key, tensor in own_state(part).items()
+        }
+    modules = loss.named_modules(remove_duplicate=False)
+    encoders = tuple(f"{name}." for name, module in modules if isinstance(module, BaseModel))
+    return {k: v for k, v in loss.state_dict().items() if not k.startswith(encoders)}
+
+
+def save_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
+    """Writes ``loss_state.safetensors`` into ``folder``; nothing for a loss without a state."""
+    state = own_state(loss)
+    if not state:
+        return
+    data = save({key: tensor.detach().cpu().clone() for key, tensor in state.items()})
+    path = Path(folder) / LOSS_STATE_NAME
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
+    """Copies what :func:`save_loss_state` wrote into the loss's tensors.
+
+    Raises:
+        FileNotFoundError: the loss has a state and the folder holds none.
+        ValueError: the folder's state is another loss's: other names or shapes.
+    """
+    state = own_state(loss)
+    path = Path(folder) / LOSS_STATE_NAME
+    if not path.is_file():
+        if not state:
+            return
+        raise FileNotFoundError(
+            f"the checkpoint {str(folder)!r} has no {LOSS_STATE_NAME}, which the loss needs for "
+            f"its {sorted(state)}: it was not saved by MoESentenceTransformerTrainer with this "
+            "loss, and going on would silently reset them."
+        )
+    saved = load_file(path)
+    theirs, ours = (
+        {key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (saved, state)
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"{path} belongs to another loss: it holds {theirs}, this loss has {ours} "
+            "(names and shapes). Use the loss and settings the checkpoint was trained with."
+        )
+    with torch.no_grad():
+        for key, tensor in state.items():
+            tensor.copy_(saved[key])

@@ -1,0 +1,138 @@
+"""Batches composed by domain."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch import Tensor
+
+from moe_fast.training.hashing import stable_hash
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_MODES = ("mixed", "single")
+
+
+class DomainBatchSampler(DefaultBatchSampler):
+    """Every row once an epoch, in batches that mix the domains evenly or hold one domain each.
+
+    "mixed": every batch has each domain's share of the dataset, to within about two rows.
+    "single": every batch is of one domain (in-batch negatives are harder, and with enforced
+    routing a batch uses one expert); the batches come in random order, the domains' last ones
+    may be smaller.
+
+    The order is a function of ``seed`` and the epoch (:meth:`set_epoch`) alone: a resumed run
+    sees the batches that an uninterrupted one would have seen.
+
+    As ``batch_sampler`` of sentence-transformers' training arguments: the class itself, or
+    ``functools.partial(DomainBatchSampler, mode="single", domain_column="source")``.
+
+    Args:
+        dataset: a ``datasets.Dataset`` with a domain column.
+        batch_size: rows of a batch, >= 1.
+        drop_last: leaves out batches that are smaller ("single": one per domain at most).
+        valid_label_columns, generator: part of sentence-transformers' signature; not used.
+        seed: of the order.
+        mode: "mixed" or "single".
+        domain_column: the column that holds each row's domain, a name or an id.
+
+    Raises:
+        ValueError: an unknown mode, a batch size below 1, a missing column, a row without domain.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        drop_last: bool,
+        valid_label_columns: list[str] | None = None,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        *,
+        mode: str = "mixed",
+        domain_column: str = "domain",
+    ) -> None:
+        if mode not in _MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, _MODES))}; got {mode!r}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            drop_last=drop_last,
+            valid_label_columns=valid_label_columns,
+            generator=generator,
+            seed=seed,
+        )
+        self.mode = mode
+        self.rows_of_domain = _rows_of_domain(dataset, domain_column)
+        self._rows_per_batch = batch_size
+        if mode == "single" and not drop_last:
+            # accelerate's BatchSamplerShard loses a round of batches whose last one is smaller
+            # than `batch_size`; None is its way of saying that sizes vary.
+            self.batch_size = None  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator()
+        generator.manual_seed(stable_hash(f"{self.seed}:{self.epoch}"))
+        shuffled = [_shuffle(rows, generator) for rows in self.rows_of_domain.values()]
+        if self.mode == "mixed":
+            yield from self._batches(_spread_evenly(shuffled, generator))
+            return
+        batches = [batch for rows in shuffled for batch in self._batches(rows)]
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]
+
+    def __len__(self) -> int:
+        sizes = [len(rows) for rows in self.rows_of_domain.values()]
+        if self.mode == "mixed":
+            sizes = [sum(sizes)]
+        size = self._rows_per_batch
+        return sum(n // size if self.drop_last else -(-n // size) for n in sizes)
+
+    def _batches(self, rows: Tensor) -> list[list[int]]:
+        batches = [chunk.tolist() for chunk in rows.split(self._rows_per_batch) if len(chunk)]
+        if self.drop_last and batches and len(batches[-1]) < self._rows_per_batch:
+            batches.pop()
+        return batches
+
+
+def _rows_of_domain(dataset: Dataset, column: str) -> dict[Any, Tensor]:
+    """The [n] int64 row numbers of each domain, in the order in which domains first appear."""
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"the dataset has no column {column!r} (domain_column) to compose batches by; "
+            f"its columns are {list(dataset.column_names)}."
+        )
+    values = list(dataset.with_format(None)[column])
+    if None in values:
+        count = Counter(values)[None]
+        raise ValueError(f"column {column!r} must name a domain in every row; {count} have none.")
+    rows: dict[Any, list[int]] = {}
+    for row, value in enumerate(values):
+        rows.setdefault(value, []).append(row)
+    return {value: torch.tensor(numbers) for value, numbers in rows.items()}
+
+
+def _shuffle(rows: Tensor, generator: torch.Generator) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=generator)]
+
+
+def _spread_evenly(domains: list[Tensor], generator: torch.Generator) -> Tensor:
+    """All rows, [N], so that every stretch holds each domain in about its share.
+
+    The k-th of a domain's n rows is put at (k + offset) / n of the way, with one random offset per
+    domain, so that every stretch of the way holds its share of a domain, rounded up or down.
+    """
+    if not domains:
+        return torch.empty(0, dtype=torch.int64)
+    places = []
+    for rows in domains:
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        places.append((torch.arange(len(rows), dtype=torch.float64) + offset) / len(rows))
+    return torch.cat(domains)[torch.cat(places).argsort(stable=True)]

@@ -1,0 +1,171 @@
+"""MoESentenceTransformer: one domain or one per text, saved so that the stock class loads it."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+import moe_fast
+
+TEXTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10 w11 w12", "w13 w14", "w3"]
+DOMAINS = ["a", "b", "c"]
+PER_TEXT = ["c", "a", "c", "b", "a"]
+
+
+@pytest.fixture
+def enforced(dense):
+    """Three experts that differ, one per domain."""
+    model = moe_fast.upcycle(dense, num_experts=3, routing="enforced", domains=DOMAINS)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for mlp in model.transformers_model.moe_mlps().values():
+            mlp.down_proj += 0.2 * torch.randn(mlp.down_proj.shape, generator=generator)
+    return model
+
+
+def _relative_error(got, want):
+    return np.abs(got - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("settings", "domain", "tolerance"),
+    [
+        ({"routing": "enforced", "domains": DOMAINS}, PER_TEXT, 1e-6),
+        ({"num_experts_per_tok": 1}, None, 1e-6),
+        ({"num_experts_per_tok": 2}, None, 1e-5),
+        ({"domains": ["p", "q"]}, "q", 1e-6),
+    ],
+)
+def test_upcycled_embeddings_equal_the_dense_ones(dense, settings, domain, tolerance):
+    want = dense.encode(TEXTS)
+    model = moe_fast.upcycle(dense, num_experts=3, **settings)
+    assert type(model) is moe_fast.MoESentenceTransformer
+    assert _relative_error(model.encode(TEXTS, domain=domain), want) <= tolerance
+    assert np.array_equal(dense.encode(TEXTS), want), "the input was changed"
+
+
+def test_from_a_folder(folder, dense):
+    model = moe_fast.upcycle(folder, num_experts=3)
+    assert type(model) is moe_fast.MoESentenceTransformer
+    assert _relative_error(model.encode(TEXTS), dense.encode(TEXTS)) <= 1e-6
+    assert model.max_seq_length == dense.max_seq_length == 32
+    assert model.prompts == dense.prompts
+
+
+def test_one_domain_per_text_is_each_text_with_its_domain(enforced):
+    got = enforced.encode(TEXTS, domain=PER_TEXT)
+    alone = [enforced.encode(t, domain=d) for t, d in zip(TEXTS, PER_TEXT, strict=True)]
+    assert _relative_error(got, np.stack(alone)) <= 1e-6
+    assert _relative_error(got, enforced.encode(TEXTS, domain="a")) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, np.ndarray),
+        ({"convert_to_tensor": True}, torch.Tensor),
+        ({"convert_to_numpy": False}, list),
+        ({"output_value": "token_embeddings"}, list),
+        ({"output_value": None}, list),
+    ],
+)
+def test_results_keep_the_order_and_the_type(enforced, options, kind):
+    got = enforced.encode(TEXTS, domain=PER_TEXT, batch_size=2, **options)
+    assert isinstance(got, kind) and len(got) == len(TEXTS)
+    if options.get("output_value") == "token_embeddings":
+        assert [len(x) for x in got] == [5, 3, 8, 4, 3]
+
+
+def test_queries_and_documents_take_a_domain(enforced):
+    queries = enforced.encode_query(TEXTS, domain=PER_TEXT)
+    want = enforced.encode([f"w1 {t}" for t in TEXTS], domain=PER_TEXT)
+    assert _relative_error(queries, want) <= 1e-6
+    assert enforced.encode_document(TEXTS, domain="a").shape == (5, 32)
+
+
+def test_no_texts(enforced):
+    assert len(enforced.encode([], domain=[])) == 0
+    assert len(enforced.encode([], domain="a")) == 0
+
+
+def test_the_stock_class_loads_what_was_saved(enforced, tmp_path):
+    enforced.save_pretrained(str(tmp_path))
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    assert type(stock) is SentenceTransformer
+    want = enforced.encode(TEXTS, domain="b")
+    assert np.array_equal(stock.encode(TEXTS, domain="b"), want)
+    with pytest.raises(TypeError, match="domain must be one name .* got list.*one domain per text"):
+        stock.encode(TEXTS, domain=PER_TEXT)
+    with pytest.raises(ValueError, match=r"needs expert_ids or a domain \(known: a, b, c\)"):
+        stock.encode(TEXTS)
+    ours = moe_fast.MoESentenceTransformer(str(tmp_path), device="cpu")
+    got = ours.encode(TEXTS, domain=PER_TEXT)
+    assert np.array_equal(got, enforced.encode(TEXTS, domain=PER_TEXT))
+
+
+def test_the_model_card_says_how_the_model_was_made(enforced, tmp_path, caplog):
+    enforced.save_pretrained(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("## Mixture of experts") == 1
+    assert "Domains: a, b, c" in card and "3 experts, 1 of them per token" in card
+    assert 'model.encode_query(queries, domain="a")' in card and "import moe_fast" in card
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    reloaded = moe_fast.MoESentenceTransformer(str(tmp_path), device="cpu")
+    reloaded.save_pretrained(str(tmp_path / "again"))
+    assert (tmp_path / "again" / "README.md").read_text().count("## Mixture of experts") == 1
+
+
+def test_default_domain(dense):
+    model = moe_fast.upcycle(
+        dense, num_experts=3, routing="enforced", domains=DOMAINS, default_domain="b"
+    )
+    assert np.array_equal(model.encode(TEXTS), model.encode(TEXTS, domain="b"))
+
+
+@pytest.mark.parametrize("expert", [1, "b"])
+def test_extract_expert(dense, enforced, expert):
+    alone = moe_fast.extract_expert(enforced, expert)
+    assert type(alone) is SentenceTransformer and alone.get_model_kwargs() == []
+    assert _relative_error(alone.encode(TEXTS), enforced.encode(TEXTS, domain="b")) <= 1e-6
+    untrained = moe_fast.upcycle(dense, num_experts=3, routing="enforced", domains=DOMAINS)
+    assert np.array_equal(
+        moe_fast.extract_expert(untrained, expert).encode(TEXTS), dense.encode(TEXTS)
+    )
+
+
+@pytest.mark.parametrize(
+    ("domain", "error", "message"),
+    [
+        ("z", ValueError, r"'a', 'b', 'c'\); got 'z'"),
+        (["a", "b", "c", "z", "a"], ValueError, r"'a', 'b', 'c'\); got 'z'"),
+        (["a"], ValueError, "one per text; got 1 names for 5 texts"),
+        (None, ValueError, "domain must be given.*Known domains: a, b, c; got None"),
+        (["a", "a", "a", "a", 3], TypeError, "domain must be one name.*got int"),
+    ],
+)
+def test_bad_domains_are_refused_before_any_work(enforced, domain, error, message):
+    enforced.transformers_model.forward = None
+    with pytest.raises(error, match=message):
+        enforced.encode(TEXTS, domain=domain)
+
+
+def test_long_texts_are_cut_only_when_asked_and_said(dense, caplog):
+    model = moe_fast.upcycle(dense, num_experts=2)
+    texts = ["w3", "w4 " * 40]
+    with pytest.raises(ValueError, match=r"max_seq_length = 32 .* text 1 has 42 \(1 of 2"):
+        model.encode(texts)
+    with caplog.at_level(logging.WARNING):
+        got = model.encode(texts, truncate=True)
+    assert "1 of 2 texts are longer than max_seq_length = 32" in caplog.text
+    assert _relative_error(got, dense.encode(texts)) <= 1e-6
+    # The prompt counts: 30 words fit, 30 words behind a prompt do not.
+    model.encode(["w4 " * 30])
+    with pytest.raises(ValueError, match="text 0 has 33"):
+        model.encode(["w4 " * 30], prompt_name="query")
+
+
+def test_a_dense_encoder_is_refused(folder):
+    with pytest.raises(TypeError, match="needs a mixture of experts; got BertModel"):
+        moe_fast.MoESentenceTransformer(folder, device="cpu")

@@ -1,0 +1,41 @@
+"""set_trainable: what keeps requires_grad."""
+
+import pytest
+
+import moe_fast
+from moe_fast.models import set_trainable
+
+EXPERTS = {"up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}
+
+
+def _trainable(model):
+    return {name.split("mlp.")[-1] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_all(bert):
+    assert all(p.requires_grad for p in moe_fast.upcycle(bert, num_experts=2).parameters())
+
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("mlp", EXPERTS),
+        ("intermediate", {"up_proj", "up_proj_bias"}),
+        ("output", {"down_proj", "down_proj_bias"}),
+    ],
+)
+def test_experts_and_router(bert, target, names):
+    moe = moe_fast.upcycle(bert, num_experts=2, target=target, trainable="experts")
+    assert _trainable(moe) == names
+    set_trainable(moe, "experts+router")
+    assert _trainable(moe) == names | {"router.weight"}
+    set_trainable(moe, "all")
+    assert all(p.requires_grad for p in moe.parameters())
+
+
+def test_only_trainable_parameters_get_gradients(bert, batch):
+    moe = moe_fast.upcycle(bert, num_experts=2, trainable="experts+router")
+    moe(**batch).last_hidden_state.pow(2).sum().backward()
+    assert _trainable(moe) == {
+        name.split("mlp.")[-1] for name, p in moe.named_parameters() if p.grad is not None
+    }
