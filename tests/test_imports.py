@@ -38,7 +38,8 @@ def test_no_extra_is_loaded():
     )
     base = _modules_after(f"import torch; from transformers import AutoModel; {peers}")
     ours = _modules_after("import moe_fast")
-    assert not {"sentence_transformers", "datasets", "triton"} & ours
+    assert not {"sentence_transformers", "datasets"} & ours
+    # Where Triton is installed, torch and transformers load it before us.
     assert not (ours - base) & set(FORBIDDEN)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ except ImportError as error:
     ) from error
 
 import moe_fast.models  # noqa: F401  registers the architectures
+from moe_fast.files import atomic_write
 from moe_fast.models.extract import extract_expert
 from moe_fast.models.model_card import describe_mixture
 from moe_fast.models.modeling import MoEModelMixin
@@ -179,18 +180,14 @@ class MoESentenceTransformer(SentenceTransformer):
             domain = model.config.domains[0]
         with _default_domain(model.config, domain):
             super()._create_model_card(path, *args, **kwargs)
-        card = os.path.join(path, "README.md")
-        text = ""
-        if os.path.exists(card):
-            with open(card, encoding="utf-8") as file:
-                text = _with_usage(file.read().split(_CARD_HEADING)[0].rstrip(), domain)
+        card = Path(path, "README.md")
+        text = card.read_text(encoding="utf-8") if card.exists() else ""
+        text = _with_usage(text.split(_CARD_HEADING)[0].rstrip(), domain)
         text += "\n\n" + describe_mixture(
             model.config, model.num_parameters(), model.num_parameters(only_active=True)
         )
-        partial = card + ".partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(partial, card)
+        with atomic_write(card) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 _CARD_HEADING = "\n## Mixture of experts\n"

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from moe_fast import ops
 from moe_fast.losses.features import encoder_features, text_ids
+from moe_fast.ops.checks import check_choice
+from moe_fast.ops.info_nce import SIMILARITIES
 
-_SIMILARITIES = ("cosine", "dot")
 _NEGATIVES_FROM = ("all", "same_domain")
 
 
@@ -67,8 +68,8 @@ class InfoNCELoss(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_choice("similarity", similarity, _SIMILARITIES)
-        _check_choice("negatives_from", negatives_from, _NEGATIVES_FROM)
+        check_choice("similarity", similarity, SIMILARITIES)
+        check_choice("negatives_from", negatives_from, _NEGATIVES_FROM)
         _check_temperature(temperature, learn_temperature, min_temperature, max_temperature)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing!r}.")
@@ -213,11 +214,6 @@ def interleave(columns: list[Tensor]) -> Tensor:
     if len(shapes) > 1:
         raise ValueError(f"the negative columns must have one shape; got {sorted(shapes)}.")
     return torch.stack(columns, dim=1).flatten(0, 1)
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
 
 def _check_temperature(value: float, learned: bool, low: float, high: float) -> None:

@@ -147,6 +147,7 @@ def _expert_mlp_op(
         rows[first:last] = F.linear(activate(z, act, gated), down_proj[e], _of(down_proj_bias, e))
         if save:
             saved[first:last] = z
+    saved[offsets[-1] :] = 0  # skipped slots: an op must not return uninitialised memory
     return combine(rows, slot_to_row, top_k_weights), saved
 
 

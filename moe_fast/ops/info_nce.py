@@ -166,7 +166,8 @@ def _check(
         num_candidates += negatives.shape[0]
     check_like("a", a, b=b, negatives=negatives)
     if (row_values["row_ids"] is None) != (col_ids is None):
-        raise ValueError("row_ids and col_ids go together; got one of them.")
+        given, missing = ("row_ids", "col_ids") if col_ids is None else ("col_ids", "row_ids")
+        raise ValueError(f"row_ids and col_ids go together; got {given} without {missing}.")
     for name, values in row_values.items():
         if values is not None:
             check_shape(name, values, (batch,), "[B]")
@@ -279,6 +280,8 @@ def _info_nce_op(
     label_smoothing: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if checks_values(scale.device) and not scale > 0:
+        raise ValueError(f"scale must be greater than 0; got {scale.item()}.")
     row_weights = _row_weights(weights, q)
     ids = (row_ids, col_ids, domain_ids, group_ids)
     directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_fast.ops import backends
+from moe_fast.ops import backends, native
 from moe_fast.ops.checks import INTEGER_DTYPES, check_dtype, checks_values
 
 
@@ -116,7 +116,17 @@ def _plan_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     return expert_offsets, row_to_slot // top_k_index.shape[1], row_to_slot, slot_to_row
 
 
+@torch.library.custom_op("moe_fast::plan_cpp", mutates_args=())
+def _plan_cpp_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """kernels/csrc/cpu/plan.cpp: a parallel counting sort."""
+    try:
+        return torch.ops.moe_fast_cpp.plan(top_k_index.contiguous(), num_experts)
+    except RuntimeError as error:  # what a native op can raise
+        raise ValueError(str(error)) from None
+
+
 @_plan_op.register_fake
+@_plan_cpp_op.register_fake
 def _(top_k_index, num_experts):
     def empty(size):
         return top_k_index.new_empty((size,), dtype=torch.int64)
@@ -126,3 +136,4 @@ def _(top_k_index, num_experts):
 
 
 backends.register("plan", "torch", _plan_op)
+backends.register("plan", "cpp", _plan_cpp_op, native.why_unavailable)

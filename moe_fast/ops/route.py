@@ -161,7 +161,7 @@ def route(
             f"got x {list(x.shape)} and no cu_seqlens."
         )
     run = backends.select("route", backend, x.device)
-    index, weights, logits, counts = run(
+    weights, logits, index, counts = run(
         tokens, router_weight, num_experts_per_tok, mode, weight_mode, mask, starts
     )
     return Routing(index, weights, logits, counts)
@@ -222,11 +222,10 @@ def _check_expert_ids(expert_ids: Tensor | None, x: Tensor, starts: Tensor | Non
     check_like("x", x, dtype=False, expert_ids=expert_ids)
     allowed = [list(x.shape[:-1])] + ([] if starts is None else [[starts.shape[0] - 1]])
     if list(expert_ids.shape) not in allowed:
-        shapes = " (one per token) or ".join(str(s) for s in allowed)
-        per_sentence = " (one per sentence)" if starts is not None else ""
+        per_sentence = "[B] with cu_seqlens" if starts is None else str(allowed[-1])
         raise ValueError(
-            f"expert_ids must have shape {shapes}{per_sentence} for x {list(x.shape)}; "
-            f"got {list(expert_ids.shape)}."
+            f"expert_ids must have shape {allowed[0]} (one per token) or {per_sentence} (one per "
+            f"sentence) for x {list(x.shape)}; got {list(expert_ids.shape)}."
         )
     return expert_ids.reshape(-1).to(torch.int64)
 
@@ -269,10 +268,10 @@ class _Choice:
         if mode in SENTENCE_MODES:
             assert starts is not None
             self.sentence = sentence_of_token(starts, logits.shape[0])
-            real = torch.ones_like(self.sentence) if mask is None else mask.to(torch.int64)
+            real = logits.new_ones(logits.shape[0]) if mask is None else mask.to(logits.dtype)
             size = starts.shape[0] - 1
             counts = real.new_zeros(size).index_add_(0, self.sentence, real)
-            self.share = (real / counts.clamp(min=1)[self.sentence]).to(logits.dtype)[:, None]
+            self.share = (real / counts.clamp(min=1)[self.sentence])[:, None]  # [T, 1]
             self.logits = logits.new_zeros(size, logits.shape[1]).index_add_(
                 0, self.sentence, logits * self.share
             )  # [B, E]
@@ -372,7 +371,7 @@ def _route_op(
     index, weights, counts = _skip_padding(
         choice.to_tokens(index), choice.to_tokens(weights), token_mask, logits.shape[1]
     )
-    return index, weights, logits, counts
+    return weights, logits, index, counts
 
 
 @_route_op.register_fake
@@ -381,9 +380,9 @@ def _(x, router_weight, num_experts_per_tok, mode, weight_mode, token_mask, star
     k = num_experts if mode == "dense" else num_experts_per_tok
     dtype = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
     return (
-        x.new_empty((num_tokens, k), dtype=torch.int64),
         x.new_empty((num_tokens, k), dtype=dtype),
         x.new_empty((num_tokens, num_experts), dtype=dtype),
+        x.new_empty((num_tokens, k), dtype=torch.int64),
         x.new_empty((num_experts,), dtype=torch.int64),
     )
 
@@ -425,13 +424,13 @@ def _(grad_weights, grad_logits, x, router_weight, *rest):
 
 def _save_for_route_backward(ctx, inputs, output):
     x, router_weight, k, mode, weight_mode, token_mask, starts = inputs
-    index, weights, logits, counts = output
+    _, logits, index, counts = output
     ctx.save_for_backward(x, router_weight, logits, token_mask, starts)
     ctx.settings = (k, mode, weight_mode)
     ctx.mark_non_differentiable(index, counts)
 
 
-def _route_backward(ctx, _index, grad_weights, grad_logits, _counts):
+def _route_backward(ctx, grad_weights, grad_logits, _index, _counts):
     x, router_weight, logits, token_mask, starts = ctx.saved_tensors
     grads = _route_backward_op(
         grad_weights, grad_logits, x, router_weight, logits, *ctx.settings, token_mask, starts

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_fast.ops.checks import check_like, check_shape
+from moe_fast.ops.checks import check_dtype, check_like, check_shape
 from moe_fast.ops.plan import RoutingPlan
 
 
 def check_plan(x: Tensor, top_k_weights: Tensor, plan: RoutingPlan, num_experts: int) -> None:
     """Raise unless ``plan`` and ``top_k_weights`` [T, K] fit ``x`` [T, D] and E experts."""
     check_shape("top_k_weights", top_k_weights, (x.shape[0], None), "[T, K]")
+    check_dtype("top_k_weights", top_k_weights, (torch.float32, torch.float64))
     check_shape("plan.expert_offsets", plan.expert_offsets, (num_experts + 1,), "[E + 1]")
     rows = x.shape[0] * top_k_weights.shape[1]
     for name in ("row_to_token", "row_to_slot", "slot_to_row"):

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save
 from sentence_transformers.base.model import BaseModel
 from torch import Tensor, nn
 
+from moe_fast.files import atomic_write
+
 LOSS_STATE_NAME = "loss_state.safetensors"
 
 
@@ -40,16 +42,10 @@ def save_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Pat
     if not state:
         return
     data = save({key: tensor.detach().cpu().clone() for key, tensor in state.items()})
-    path = Path(folder) / LOSS_STATE_NAME
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(Path(folder) / LOSS_STATE_NAME) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:

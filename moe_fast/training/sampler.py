@@ -10,6 +10,7 @@ import torch
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import Tensor
 
+from moe_fast.ops.checks import check_choice
 from moe_fast.training.hashing import stable_hash
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ class DomainBatchSampler(DefaultBatchSampler):
         mode: str = "mixed",
         domain_column: str = "domain",
     ) -> None:
-        if mode not in _MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, _MODES))}; got {mode!r}.")
+        check_choice("mode", mode, _MODES)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
         super().__init__(

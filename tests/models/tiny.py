@@ -54,3 +54,35 @@ def same_weights(a, b) -> bool:
     """Whether two models have the same names and bit for bit the same values."""
     a, b = a.state_dict(), b.state_dict()
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def save_sentence_transformer(path) -> str:
+    """A dense SentenceTransformer of 32 tokens at most, words w0 .. w53, saved under ``path``."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "x", "y", "[CLS]", "[SEP]", *(f"w{i}" for i in range(54))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 4), ("[SEP]", 5)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=40,
+    )
+    build("bert").save_pretrained(path / "encoder")
+    fast.save_pretrained(path / "encoder")
+    encoder = Transformer(str(path / "encoder"), max_seq_length=32)
+    modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")]
+    model = SentenceTransformer(
+        modules=modules, device="cpu", prompts={"query": "w1 ", "document": "w2 "}
+    )
+    model.save_pretrained(str(path / "model"), create_model_card=False)
+    return str(path / "model")

@@ -1,0 +1,85 @@
+# `make` or `make help` lists what there is.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Extra arguments for pip where it installs torch, such as another index.
+TORCH_ARGS ?=
+# Arguments for `make demo`, and for pytest in `make test` and `make test-slow`.
+ARGS ?=
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check
+# One thread per test process: several processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
+NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-quick test test-slow bench lint format clean
+
+help:
+	@echo "moe_fast: make <target>. The first one to run sets everything up in $(VENV)."
+	@echo
+	@echo "  setup        $(VENV) with torch $(shell sed -n 's/^torch==//p' constraints.txt), moe_fast and all tools (done once; again when the build changes)"
+	@echo "  demo         upcycle, fine-tune and compare on real text, up to 20 minutes on two cores; ARGS=... for more"
+	@echo "  demo-quick   the same on little data, about 3 minutes"
+	@echo "  test         the tests but the slow ones; ARGS='-k plan' and the like go to pytest"
+	@echo "  test-slow    the slow tests"
+	@echo "  bench        import time, and the MoE MLP against dense and eager"
+	@echo "  lint         ruff (rules and format) and mypy"
+	@echo "  format       let ruff mend what it can"
+	@echo "  clean        remove what was built, $(VENV) included"
+	@echo
+	@echo "  PYTHON=python3.12    another Python for $(VENV), 3.11 or newer"
+	@echo "  TORCH_ARGS='--index-url https://download.pytorch.org/whl/cpu'"
+	@echo "                       the CPU-only torch, a much smaller download on Linux"
+	@echo "  MOE_FAST_NATIVE=0|1  leave the compiled library out, or insist on it (default: where it can be built)"
+	@echo "  WORKERS=2            processes for the tests"
+
+setup: $(VENV)/.ready
+
+# torch alone and first, by the constraints file: nothing later gets to choose another one.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "moe_fast needs Python 3.11 or newer, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	       "Choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_ARGS) -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
+	$(PIP) "setuptools>=77" "cmake>=3.21" ninja
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev]"
+	@if [ -e moe_fast/_native.so ]; then echo "moe_fast: the native library is built."; \
+	 else echo "moe_fast: no native library; pip install -v --no-build-isolation -e . says why."; fi
+	@touch $@
+
+demo: setup
+	$(PY) -m moe_fast.demo $(ARGS)
+
+demo-quick: setup
+	$(PY) -m moe_fast.demo --quick $(ARGS)
+
+test: setup
+	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-slow: setup
+	$(PYTEST) -m slow $(ARGS)
+
+bench: setup
+	$(PY) -m bench.import_time --json bench/results/local/import_time.json
+	$(PY) -m bench.moe_mlp --json bench/results/local/moe_mlp.json
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info moe_fast/_native*.so
+	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

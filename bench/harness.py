@@ -1,0 +1,240 @@
+"""How everything here is measured.
+
+Candidates run in turn, round after round, in one process: a machine that slows down or speeds up
+does so for all of them. Each round gives one ratio to the baseline, and the median of those ratios
+is the figure to quote; seconds stand beside it. Nothing is timed before a check has passed on the
+candidates' outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
+PACKAGES = ("moe-fast", "torch", "transformers", "numpy", "triton", "sentence-transformers")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and quartiles of ``count`` values."""
+
+    median: float
+    q1: float
+    q3: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Summarize at least one value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, q1, q3, len(values))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One candidate: its time, and its time over the baseline's in the same round."""
+
+    name: str
+    ratio: Summary
+    seconds: Summary
+
+
+def alternate(
+    samplers: Mapping[str, Callable[[], T]], *, rounds: int, warmup: int
+) -> dict[str, list[T]]:
+    """Call every sampler once per round, in an order that rotates, and keep what they return.
+
+    Args:
+        samplers: by name; each does its work once and returns its measurement.
+        rounds: rounds that are kept.
+        warmup: rounds before them that are not.
+    """
+    names = list(samplers)
+    samples: dict[str, list[T]] = {name: [] for name in names}
+    for round_index in range(-warmup, rounds):
+        shift = round_index % len(names)
+        for name in names[shift:] + names[:shift]:
+            sample = samplers[name]()
+            if round_index >= 0:
+                samples[name].append(sample)
+    return samples
+
+
+def summarize(samples: Mapping[str, Sequence[float]], baseline: str) -> list[Result]:
+    """Results from equally many samples per name, the baseline's first.
+
+    Raises:
+        ValueError: if ``baseline`` is no name of ``samples``, or the counts differ or are zero.
+    """
+    if baseline not in samples:
+        raise ValueError(f"baseline must be one of {list(samples)}; got {baseline!r}.")
+    counts = {name: len(values) for name, values in samples.items()}
+    if len(set(counts.values())) != 1 or not counts[baseline]:
+        raise ValueError(f"samples must be equally many, one or more, per name; got {counts}.")
+    base = samples[baseline]
+    results = [
+        Result(
+            name,
+            Summary.of([a / b for a, b in zip(values, base, strict=True)]),
+            Summary.of(values),
+        )
+        for name, values in samples.items()
+    ]
+    return sorted(results, key=lambda result: result.name != baseline)
+
+
+def compare(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    baseline: str,
+    check: Callable[[dict[str, Any]], None],
+    rounds: int = 20,
+    warmup: int = 3,
+    min_sample_seconds: float = 0.005,
+    synchronize: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """Check the candidates' outputs, then time them in turn.
+
+    Args:
+        candidates: callables without arguments, by name.
+        baseline: the name that ratios refer to.
+        check: gets every candidate's output by name and raises where they are wrong.
+        rounds, warmup: as in :func:`alternate`.
+        min_sample_seconds: a candidate faster than this is called several times per sample.
+        synchronize: waits for the device, such as ``torch.cuda.synchronize``.
+    """
+    if baseline not in candidates:
+        raise ValueError(f"baseline must be one of {list(candidates)}; got {baseline!r}.")
+    check({name: run() for name, run in candidates.items()})
+    samplers = {
+        name: _sampler(run, min_sample_seconds, synchronize) for name, run in candidates.items()
+    }
+    return summarize(alternate(samplers, rounds=rounds, warmup=warmup), baseline)
+
+
+def _sampler(
+    run: Callable[[], Any], min_sample_seconds: float, synchronize: Callable[[], None]
+) -> Callable[[], float]:
+    """A function that returns the seconds of one ``run``, the mean of several if it is short."""
+
+    def seconds(calls: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize()
+        return (time.perf_counter() - start) / calls
+
+    calls = max(1, math.ceil(min_sample_seconds / max(seconds(1), 1e-9)))
+    return lambda: seconds(calls)
+
+
+def environment(**settings: Any) -> dict[str, Any]:
+    """What a figure depends on: versions, machine, load, commit; ``settings`` are added to it."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(terse=True),
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        **settings,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit measured, with ``+changes`` if the checkout differs from it; None outside git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def table(results: Sequence[Result], title: str) -> str:
+    """Plain text: ratio to the first result first, then milliseconds, quartiles in brackets."""
+    rows = [("", f"x {results[0].name}", "[quartiles]", "ms", "[quartiles]")]
+    for result in results:
+        r, s = result.ratio, result.seconds
+        rows.append(
+            (
+                result.name,
+                f"{r.median:.3f}",
+                f"[{r.q1:.3f}, {r.q3:.3f}]",
+                f"{s.median * 1e3:.2f}",
+                f"[{s.q1 * 1e3:.2f}, {s.q3 * 1e3:.2f}]",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([f"{title} (median of {results[0].seconds.count} rounds)", *lines])
+
+
+def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write ``record`` so that ``path`` holds either its old content or all of the new.
+
+    Dataclasses within are written as objects; missing folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2, default=asdict) + "\n"
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, suffix=".part", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, path)

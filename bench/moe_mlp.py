@@ -1,0 +1,159 @@
+"""MoEMLP against one dense MLP over as many rows, and against an eager loop over experts.
+
+- ``dense``: the MLP that was upcycled, over T*K rows: the same products, no routing. The floor.
+- ``eager loop``: what transformers does where no grouped product is at hand: a one-hot mask, and
+  for each expert that was hit a gather, its MLP and an ``index_add_``; same routing, same weights.
+
+Both directions: forward alone without gradients, and forward with backward to the input and to
+every parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.harness import Result, compare, environment, table, write_json
+from moe_fast import MoEMLP, available_backends
+from moe_fast.layers.routing_info import RoutingInfo
+
+EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 8, 384, 1536, 2048
+BASELINE = "dense"
+MAX_RELATIVE_ERROR = 1e-5
+
+
+class DenseMLP(nn.Module):
+    """The dense MLP: up, GELU, down."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden_size, intermediate_size)
+        self.down = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [rows, D] to [rows, D]."""
+        return self.down(F.gelu(self.up(x)))
+
+
+def eager_loop(moe: MoEMLP, x: Tensor) -> Tensor:
+    """``moe(x)`` [T, D] by a loop over the experts that were hit."""
+    _, weights, index, _ = moe.router(x, RoutingInfo())
+    (up, up_bias), (down, down_bias) = moe.projection("up_proj"), moe.projection("down_proj")
+    assert up_bias is not None and down_bias is not None
+    hits = F.one_hot(index, moe.num_experts).permute(2, 1, 0)  # [E, K, T]
+    out = torch.zeros_like(x)
+    for expert in hits.sum(dim=(1, 2)).nonzero().flatten().tolist():
+        k, token = torch.where(hits[expert])
+        h = F.gelu(F.linear(x[token], up[expert], up_bias[expert]))
+        y = F.linear(h, down[expert], down_bias[expert])
+        out.index_add_(0, token, y * weights[token, k, None].to(y.dtype))
+    return out
+
+
+def forward(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """A callable that runs forward alone."""
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return run(x)
+
+    return call
+
+
+def forward_backward(
+    run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad: Tensor
+) -> Callable[[], dict[str, Tensor]]:
+    """A callable that runs forward and backward, and returns the output and all gradients."""
+    leaves = {"x": x.detach().clone().requires_grad_(), **dict(module.named_parameters())}
+
+    def call() -> dict[str, Tensor]:
+        for leaf in leaves.values():
+            leaf.grad = None
+        y = run(leaves["x"])
+        y.backward(grad)
+        grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return {"y": y.detach(), **grads}
+
+    return call
+
+
+def check_equal(outputs: dict[str, Any]) -> None:
+    """Raise unless MoEMLP and the eager loop agree, in everything that they return."""
+    ours, theirs = outputs["MoEMLP"], outputs["eager loop"]
+    if isinstance(ours, Tensor):
+        ours, theirs = {"y": ours}, {"y": theirs}
+    if set(ours) != set(theirs):
+        raise AssertionError(f"gradients differ: {sorted(set(ours) ^ set(theirs))}")
+    for name in ours:
+        error = ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item()
+        if not error <= MAX_RELATIVE_ERROR:
+            raise AssertionError(f"{name}: MoEMLP and the eager loop differ by {error:.1e}.")
+
+
+def measure(experts_per_tok: int, tokens: int, rounds: int) -> dict[str, list[Result]]:
+    """Forward, and forward with backward, at one K."""
+    torch.manual_seed(0)
+    # "probability" gives weights that differ from 1 at K = 1 too, so that the check sees them.
+    moe = MoEMLP(HIDDEN, INTERMEDIATE, EXPERTS, experts_per_tok, weight_mode="probability")
+    dense = DenseMLP(HIDDEN, INTERMEDIATE)
+    x = torch.randn(tokens, HIDDEN)
+    rows = x.repeat_interleave(experts_per_tok, dim=0)
+    grad, grad_rows = torch.randn_like(x), torch.randn_like(rows)
+
+    def loop(t: Tensor) -> Tensor:
+        return eager_loop(moe, t)
+
+    candidates: dict[str, dict[str, Callable[[], Any]]] = {
+        "forward": {
+            BASELINE: forward(dense, rows),
+            "eager loop": forward(loop, x),
+            "MoEMLP": forward(moe, x),
+        },
+        "forward + backward": {
+            BASELINE: forward_backward(dense, dense, rows, grad_rows),
+            "eager loop": forward_backward(loop, moe, x, grad),
+            "MoEMLP": forward_backward(moe, moe, x, grad),
+        },
+    }
+    return {
+        direction: compare(runs, baseline=BASELINE, check=check_equal, rounds=rounds)
+        for direction, runs in candidates.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure K = 1 and 2, print the tables, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", help="write the record to this file")
+    arguments = parser.parse_args(argv)
+
+    shape = {"E": EXPERTS, "D": HIDDEN, "H": INTERMEDIATE, "T": arguments.tokens}
+    record: dict[str, Any] = {
+        "environment": environment(
+            dtype="float32", backends={op: available_backends(op) for op in ("plan", "expert_mlp")}
+        ),
+        "shape": shape,
+        "results": {},
+    }
+    for experts_per_tok in (1, 2):
+        for direction, results in measure(
+            experts_per_tok, arguments.tokens, arguments.rounds
+        ).items():
+            title = f"MoE MLP, {direction}, K={experts_per_tok}, {shape}, float32"
+            print(table(results, title), end="\n\n")
+            record["results"][f"{direction}, K={experts_per_tok}"] = results
+    if arguments.json:
+        write_json(arguments.json, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The compiled half of moe_fast, loaded where the build made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
+
+
+def _load() -> str | None:
+    """Load the library; the reason why not, or ``None``."""
+    if not _LIBRARY.exists():
+        return "the native library is not built (MOE_FAST_NATIVE=1 pip install says why)"
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return f"the native library does not load: {error}"
+    return None
+
+
+_missing = _load()
+
+
+def why_unavailable(device_type: str) -> str | None:
+    """Why native ops cannot run on ``device_type``; ``None`` if they can."""
+    if _missing is None and device_type != "cpu":
+        return "the native library has CPU kernels only in this version"
+    return _missing

@@ -1,0 +1,172 @@
+"""The native half of the build; names, versions and dependencies stand in pyproject.toml.
+
+MOE_FAST_NATIVE says what happens to the compiled library (``moe_fast/_native.so``):
+
+- ``auto`` (default): built where torch, CMake and a C++ compiler are found, else left out, and one
+  line says why. moe_fast works without it.
+- ``1``: required; whatever stops it is an error.
+- ``0``: left out.
+
+The library uses torch's stable ABI and no Python symbol, so that one file serves every Python and
+every torch from 2.11 on: the wheel is tagged ``py3-none-<platform>``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "moe_fast._native"
+OLDEST_TORCH = (2, 11)
+METADATA_COMMANDS = {"egg_info", "dist_info"}  # pip runs these before the build itself
+
+
+def native_mode() -> str:
+    """The value of MOE_FAST_NATIVE: ``"0"``, ``"1"`` or ``"auto"``."""
+    mode = os.environ.get("MOE_FAST_NATIVE", "auto").strip().lower() or "auto"
+    if mode not in ("0", "1", "auto"):
+        raise SystemExit(f"moe_fast: MOE_FAST_NATIVE must be 0, 1 or auto; got {mode!r}.")
+    return mode
+
+
+def find_program(*names: str) -> str | None:
+    """The path of the first of ``names`` beside this Python (where pip puts cmake), or on PATH."""
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)))
+    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+
+
+def why_not_buildable() -> str | None:
+    """What is missing for a native build here; ``None`` if nothing is."""
+    if sys.platform == "win32":
+        return "the native library has no Windows build yet"
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        return (
+            f"torch cannot be imported at build time ({error}); install it first, then "
+            "pip install --no-build-isolation"
+        )
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    if find_program("cmake") is None:
+        return "cmake was not found"
+    if find_program("ninja", "make") is None:
+        return "neither ninja nor make was found"
+    compilers = (
+        [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    )
+    if find_program(*compilers) is None:
+        return f"no C++ compiler was found ({', '.join(compilers)})"
+    return None
+
+
+def do_without(reason: str, mode: str) -> None:
+    """Say in one line why there is no native library, or stop where one is required."""
+    if mode == "1":
+        raise SystemExit(f"moe_fast: MOE_FAST_NATIVE=1, but {reason}.")
+    if METADATA_COMMANDS.isdisjoint(sys.argv):
+        print(f"moe_fast: no native library, pure Python only: {reason}.", file=sys.stderr)
+
+
+def decide_native() -> bool:
+    """Whether to build the library."""
+    mode = native_mode()
+    reason = "MOE_FAST_NATIVE=0" if mode == "0" else why_not_buildable()
+    if reason is not None:
+        do_without(reason, mode)
+    return reason is None
+
+
+def cmake_build(build_dir: Path, output_dir: Path) -> None:
+    """Configure and build the library into ``output_dir``. Raises CalledProcessError."""
+    from torch.utils import cpp_extension
+
+    cmake = find_program("cmake")
+    ninja = find_program("ninja")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    definitions = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "Python_EXECUTABLE": sys.executable,
+        "MOE_TORCH_INCLUDE": ";".join(cpp_extension.include_paths()),
+        "MOE_TORCH_LIB": cpp_extension.library_paths()[0],
+        "MOE_OUTPUT_DIR": str(output_dir),
+    }
+    configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), *generator]
+    configure += [f"-D{name}={value}" for name, value in definitions.items()]
+    subprocess.run([*configure, *os.environ.get("CMAKE_ARGS", "").split()], check=True)
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+    subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
+
+
+class BuildNative(build_ext):
+    """Hands the one extension to CMake instead of to setuptools' compiler."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        try:
+            cmake_build(Path(self.build_temp).resolve(), output.parent)
+        except (subprocess.CalledProcessError, OSError) as error:
+            # An older library must not be packed in the place of the one that failed.
+            output.unlink(missing_ok=True)
+            do_without(f"the build failed, see above ({error})", native_mode())
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # without a tag: any Python loads it
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs: put the library beside the sources, if the build made it."""
+        built = Path(self.build_lib, self.get_ext_filename(LIBRARY))
+        if built.exists():
+            package = self.get_finalized_command("build_py").get_package_dir("moe_fast")
+            self.copy_file(str(built), str(Path(package, built.name)))
+
+
+class BuildPython(build_py):
+    """Keeps a library of an earlier build out of an install that was asked to be without."""
+
+    def run(self) -> None:
+        super().run()
+        if native_mode() == "0":
+            folders = [Path(self.build_lib, "moe_fast")]
+            if self.editable_mode:
+                folders.append(ROOT / "moe_fast")
+            for folder in folders:
+                for library in folder.glob("_native*.so"):
+                    library.unlink()
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags a wheel with a library for its platform, but for any Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
+def main() -> None:
+    native = decide_native()
+    triton_ops = find_packages("kernels/triton_ops")
+    setup(
+        packages=[
+            *find_packages(include=["moe_fast", "moe_fast.*"]),
+            "moe_fast.triton_ops",
+            *(f"moe_fast.triton_ops.{name}" for name in triton_ops),
+        ],
+        package_dir={"moe_fast": "moe_fast", "moe_fast.triton_ops": "kernels/triton_ops"},
+        ext_modules=[Extension(LIBRARY, sources=[])] if native else [],
+        cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": PlatformWheel},
+    )
+
+
+if __name__ == "__main__":
+    main()

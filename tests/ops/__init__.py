@@ -1,0 +1,1 @@
+"""Tests of the ops against an independent implementation that loops over tokens."""

@@ -1,0 +1,131 @@
+"""Which implementation of an op runs: argument, context, environment, and the automatic choice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_fast
+from moe_fast import ops
+
+from .helpers import assert_says
+
+OPS = ["route", "plan", "expert_mlp", "expert_linear", "info_nce"]
+NAMES = ["auto", "torch", "cpp", "triton"]
+ROOT = Path(__file__).parents[2]
+IDS = torch.tensor([[0, 1], [1, 2]])
+
+
+def call(backend: str | None = None) -> list[ops.RoutingPlan | torch.Tensor]:
+    """Every op once."""
+    x, up = torch.ones(2, 3), torch.ones(3, 4, 3)
+    plan = ops.plan(IDS, 3, backend=backend)
+    weights = torch.full((2, 2), 0.5)
+    return [
+        ops.route(x, torch.ones(3, 3), 2, backend=backend).top_k_weights,
+        plan.row_to_slot,
+        ops.expert_mlp(x, up, up.mT, None, None, weights, plan, backend=backend),
+        ops.expert_linear(x, up, None, weights, plan, backend=backend),
+        ops.info_nce(x, x, scale=1.0, backend=backend),
+    ]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter, since the environment is what is tested."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_reference_is_always_there():
+    for op in [None, *OPS]:
+        assert "torch" in ops.available_backends(op)
+        assert set(ops.available_backends(op)) <= set(NAMES)
+    assert set(ops.available_backends()) == {b for op in OPS for b in ops.available_backends(op)}
+
+
+def test_the_public_package_offers_the_same():
+    for name in ("show_backends", "available_backends", "use_backend"):
+        assert getattr(moe_fast, name) is getattr(ops, name)
+
+
+def test_show_backends_names_every_op(capsys):
+    moe_fast.show_backends()
+    printed = capsys.readouterr().out
+    for name in [*OPS, "torch"]:
+        assert name in printed
+
+
+@pytest.mark.parametrize("backend", [None, "auto", "torch"])
+def test_every_choice_gives_the_same_numbers(backend):
+    for actual, expected in zip(call(backend), call("torch"), strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_available_backend_of_an_op_gives_the_same_numbers(op):
+    for backend in ops.available_backends(op):
+        with moe_fast.use_backend(backend):
+            for actual, expected in zip(call(), call("torch"), strict=True):
+                assert torch.allclose(actual, expected, rtol=1e-5, atol=0)
+
+
+def test_use_backend_nests_and_lets_errors_through():
+    with moe_fast.use_backend("torch"):
+        call()
+        with moe_fast.use_backend("auto"):
+            call()
+        call()
+    with pytest.raises(RuntimeError, match="the body's own"), moe_fast.use_backend("torch"):
+        raise RuntimeError("the body's own")
+    call()
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError) as error, moe_fast.use_backend("cuda"):
+        pass
+    assert_says(error, "backend", "cuda", *NAMES)
+    with pytest.raises(ValueError) as error:
+        ops.available_backends("softmax")
+    assert_says(error, "op", "softmax", *OPS)
+
+
+def test_an_absent_backend_is_an_error_that_says_what_there_is():
+    """Asked for by name in the call, it must run or raise: no silent fallback."""
+    if "triton" in ops.available_backends("plan"):
+        pytest.skip("triton serves plan here")
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        ops.plan(IDS, 3, backend="triton")
+    assert_says(error, "triton", "plan", "torch")
+
+
+PLAN = """
+import sys, torch
+from moe_fast import ops
+print(ops.plan(torch.tensor([[0]]), 2).row_to_slot.tolist())
+loaded = {name.split(".")[0] for name in sys.modules}
+# No word of triton: where it is installed, torch.library loads it for any custom op.
+print(sorted(loaded & {"sentence_transformers", "datasets", "sklearn", "matplotlib"}))
+"""
+
+
+def test_the_environment_chooses_and_nothing_optional_is_loaded():
+    done = run(PLAN, MOE_FAST_BACKEND="torch")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["[0]", "[]"]
+
+
+def test_an_unknown_name_in_the_environment_is_named():
+    done = run(PLAN, MOE_FAST_BACKEND="cuda")
+    assert done.returncode != 0
+    for fragment in ["MOE_FAST_BACKEND", "cuda", *NAMES]:
+        assert fragment in done.stderr, done.stderr[-500:]

@@ -1,0 +1,260 @@
+"""The layout's rules, what setup.py decides, and (slow) real wheels in fresh environments."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import moe_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")
+SOURCES += ("CHANGELOG.md", "constraints.txt", "moe_fast", "kernels")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+# --- the layout ----------------------------------------------------------------------------------
+
+
+def test_kernels_is_no_package():
+    # transformers would take it for Hugging Face's `kernels`: see docs/packaging.md.
+    assert not list((ROOT / "kernels").glob("*.py"))
+    assert not (ROOT / "kernels" / "triton").exists()
+
+
+def test_kernels_know_nothing_of_moe_fast():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.partition(".")[0] == "moe_fast"], path
+
+
+def test_triton_ops_is_part_of_moe_fast():
+    spec = find_spec("moe_fast.triton_ops")
+    assert spec is not None
+    assert Path(spec.origin).parent.name == "triton_ops"
+
+
+def test_torch_is_chosen_by_the_constraints_alone():
+    assert not [r for r in PYPROJECT["build-system"]["requires"] if r.startswith("torch")]
+    assert "\ntorch==" in (ROOT / "constraints.txt").read_text()
+    assert "torch>=2.11" in PYPROJECT["project"]["dependencies"]
+
+
+def test_version_has_one_source():
+    attr = PYPROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert attr == "moe_fast.version.__version__"
+    assert runpy.run_path(str(ROOT / "moe_fast" / "version.py"))["__version__"] == (
+        moe_fast.__version__
+    )
+
+
+# --- what setup.py decides -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def setup_py(monkeypatch) -> dict:
+    """setup.py's globals, without running it, and without the caller's settings."""
+    pytest.importorskip("setuptools", reason="setup.py needs setuptools")
+    monkeypatch.delenv("MOE_FAST_NATIVE", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_py")
+
+
+@pytest.mark.parametrize("value", ["0", "1", "auto", "AUTO", ""])
+def test_native_mode_allows(setup_py, monkeypatch, value):
+    monkeypatch.setenv("MOE_FAST_NATIVE", value)
+    assert setup_py["native_mode"]() == (value.lower() or "auto")
+
+
+def test_native_mode_refuses(setup_py, monkeypatch):
+    monkeypatch.setenv("MOE_FAST_NATIVE", "yes")
+    with pytest.raises(SystemExit, match="MOE_FAST_NATIVE must be 0, 1 or auto; got 'yes'"):
+        setup_py["native_mode"]()
+
+
+@pytest.mark.parametrize(
+    ("missing", "torch_version", "reason"),
+    [
+        ([], None, "torch cannot be imported"),
+        ([], "2.9.1+cpu", r"torch 2.9.1\+cpu is older than 2.11"),
+        (["cmake"], "2.11.0", "cmake was not found"),
+        (["ninja", "make"], "2.11.0", "neither ninja nor make was found"),
+        (["c++", "g++", "clang++"], "2.11.0", r"no C\+\+ compiler was found"),
+    ],
+)
+def test_what_is_missing_is_named(setup_py, monkeypatch, capsys, missing, torch_version, reason):
+    torch = SimpleNamespace(__version__=torch_version) if torch_version else None
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(
+        shutil, "which", lambda name, path=None: None if name in missing else f"bin/{name}"
+    )
+    assert setup_py["decide_native"]() is False
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"moe_fast: no native library, pure Python only: .*{reason}", line)
+    monkeypatch.setenv("MOE_FAST_NATIVE", "1")
+    with pytest.raises(SystemExit, match=f"MOE_FAST_NATIVE=1, but .*{reason}"):
+        setup_py["decide_native"]()
+
+
+# --- real builds ---------------------------------------------------------------------------------
+# Each works on a copy of the sources, so that nothing is left in the checkout.
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A copy of what a build needs, nothing built."""
+    pytest.importorskip("setuptools", minversion="77", reason="builds need setuptools >= 77")
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("*.so", "__pycache__")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Run a command with nothing of pytest's in its environment; its output, or a failure."""
+    keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MOE_FAST_NATIVE")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=keep | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def build_wheel(source: Path, **environment: str) -> tuple[Path, str]:
+    """The wheel of ``source``, and what pip and setup.py said."""
+    options = ["-v", "--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", "wheels"]
+    output = run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=source, **environment)
+    (wheel,) = (source / "wheels").glob("*.whl")
+    return wheel, output
+
+
+def install(wheel: Path, folder: Path) -> Path:
+    """The Python of a new environment with ``wheel``, and with this one's other packages."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    run(
+        *(sys.executable, "-m", "pip", "--python", python),
+        *("install", "--no-deps", "--no-index", wheel),
+        cwd=folder,
+    )
+    # A folder named by a .pth file is searched, but its own .pth files are not read: this
+    # environment's editable moe_fast stays out.
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    ours = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site_packages / "other_packages.pth").write_text("\n".join(ours))
+    return python
+
+
+SMOKE = """
+import pathlib, sys, torch, moe_fast
+from importlib.util import find_spec
+package = pathlib.Path(moe_fast.__file__).parent
+assert package.is_relative_to(sys.argv[1]), package
+assert find_spec("moe_fast.triton_ops") is not None and "triton" not in sys.modules
+plan = moe_fast.ops.plan(torch.tensor([[1], [0]]), 2)
+assert plan.row_to_slot.tolist() == [1, 0]
+native = package / "_native.so"
+assert native.exists() == (sys.argv[2] == "native"), native
+if native.exists():
+    torch.ops.load_library(str(native))
+    assert torch.ops.moe_fast_cpp.plan(torch.tensor([[1], [0]]), 2)[2].tolist() == [1, 0]
+print("fine")
+"""
+
+
+@pytest.mark.slow
+def test_native_wheel(source, tmp_path):
+    wheel, _ = build_wheel(source, MOE_FAST_NATIVE="1")
+    assert wheel.name.startswith(f"moe_fast-{moe_fast.__version__}-py3-none-")
+    assert not wheel.name.endswith("-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"moe_fast/_native.so", "moe_fast/py.typed", "moe_fast/triton_ops/__init__.py"} <= set(
+        names
+    )
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"moe_fast"}
+    python = install(wheel, tmp_path / "env")
+    assert "fine" in run(python, "-c", SMOKE, tmp_path / "env", "native", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_pure_wheel_after_a_native_one(source, tmp_path):
+    # What an earlier build left in build/ must not slip in.
+    build_wheel(source, MOE_FAST_NATIVE="1")[0].unlink()
+    wheel, output = build_wheel(source, MOE_FAST_NATIVE="0")
+    assert output.count("pure Python only: MOE_FAST_NATIVE=0") == 1
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
+    python = install(wheel, tmp_path / "env")
+    assert "fine" in run(python, "-c", SMOKE, tmp_path / "env", "pure", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_failing_compiler(source, tmp_path):
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    wheel, output = build_wheel(source, CXX=str(compiler))
+    assert "no native library, pure Python only: the build failed" in output
+    assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
+    with pytest.raises(AssertionError, match="MOE_FAST_NATIVE=1, but the build failed"):
+        build_wheel(source, CXX=str(compiler), MOE_FAST_NATIVE="1")
+
+
+@pytest.mark.slow
+def test_wheel_from_sdist(source, tmp_path):
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=source, MOE_FAST_NATIVE="0")
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    wheel, _ = build_wheel(unpacked, MOE_FAST_NATIVE="1")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"moe_fast/_native.so", "moe_fast/triton_ops/__init__.py"} <= set(names)
+
+
+@pytest.mark.slow
+def test_editable_install(source, tmp_path):
+    hook = "from setuptools.build_meta import build_editable as b; print(b(sys.argv[1]))"
+    run(*(sys.executable, "-c", f"import sys; {hook}", tmp_path), cwd=source, MOE_FAST_NATIVE="1")
+    assert (source / "moe_fast" / "_native.so").exists()
+    (wheel,) = tmp_path.glob("*.whl")
+    python = install(wheel, tmp_path / "env")
+    assert "fine" in run(python, "-c", SMOKE, source, "native", cwd=tmp_path)
+    run(*(sys.executable, "-c", f"import sys; {hook}", tmp_path), cwd=source, MOE_FAST_NATIVE="0")
+    assert not (source / "moe_fast" / "_native.so").exists()
+
+
+@pytest.mark.slow
+def test_a_checkout_does_not_shadow_other_packages():
+    # The root first on sys.path, as with `python -m` or PYTHONPATH.
+    code = "import moe_fast, moe_fast.triton_ops; from transformers import BertModel; print('fine')"
+    assert "fine" in run(sys.executable, "-c", code, cwd=ROOT)
