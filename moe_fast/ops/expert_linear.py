@@ -28,7 +28,7 @@ from moe_fast.ops.checks import (
     without_autocast,
 )
 from moe_fast.ops.plan import RoutingPlan
-from moe_fast.ops.rows import check_plan, combine, slot_values
+from moe_fast.ops.rows import check_plan, combine, new_rows, slot_values
 
 
 def expert_linear(
@@ -89,7 +89,7 @@ def _expert_linear_op(
     row_to_slot: Tensor,
     slot_to_row: Tensor,
 ) -> Tensor:
-    rows = x.new_empty(row_to_token.shape[0], weight.shape[1])
+    rows = new_rows(x, row_to_token.shape[0], weight.shape[1])
     offsets = expert_offsets.tolist()
     for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         if first < last:
@@ -118,7 +118,7 @@ def _expert_linear_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Experts without rows keep the zeros; an absent bias gets a gradient nobody reads.
     grad_weight, grad_bias = torch.zeros_like(weight), x.new_zeros(weight.shape[:2])
-    grad_rows = x.new_empty(row_to_token.shape[0], x.shape[1])
+    grad_rows = new_rows(x, row_to_token.shape[0], x.shape[1])
     grad_row_weights = top_k_weights.new_empty(row_to_token.shape[0])
     offsets = expert_offsets.tolist()
     for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):

@@ -34,7 +34,7 @@ from moe_fast.ops.checks import (
     without_autocast,
 )
 from moe_fast.ops.plan import RoutingPlan
-from moe_fast.ops.rows import check_plan, combine, slot_values
+from moe_fast.ops.rows import check_plan, combine, new_rows, slot_values
 
 
 def expert_mlp(
@@ -137,7 +137,7 @@ def _expert_mlp_op(
     gated: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.new_empty(row_to_token.shape[0], x.shape[1])
+    rows = new_rows(x, row_to_token.shape[0], x.shape[1])
     saved = x.new_empty(row_to_token.shape[0] if save else 0, up_proj.shape[1])
     offsets = expert_offsets.tolist()
     for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
@@ -184,7 +184,7 @@ def _expert_mlp_backward_op(
     grad_up, grad_down = torch.zeros_like(up_proj), torch.zeros_like(down_proj)
     grad_up_bias = x.new_zeros(up_proj.shape[:2])
     grad_down_bias = x.new_zeros(down_proj.shape[:2])
-    grad_rows = x.new_empty(row_to_token.shape[0], x.shape[1])
+    grad_rows = new_rows(x, row_to_token.shape[0], x.shape[1])
     grad_row_weights = top_k_weights.new_empty(row_to_token.shape[0])
     row_weights = top_k_weights.reshape(-1)[row_to_slot]
     offsets = expert_offsets.tolist()
