@@ -8,10 +8,11 @@ stock class takes one ``domain`` for a whole call, this one also one per text.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 
 try:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import quantize_embeddings
 except ImportError as error:
     raise ImportError(
         "MoESentenceTransformer needs sentence-transformers: pip install 'moe-fast[train]'."
@@ -37,21 +39,32 @@ from moe_fast.models.upcycle import upcycle
 logger = logging.getLogger(__name__)
 
 
+# Names of encode's positional arguments behind the texts.
+_ENCODE_OPTIONS = tuple(inspect.signature(SentenceTransformer.encode).parameters)[2:]
+_TOKENIZE_AT_ONCE = 1024
+
+
 class MoESentenceTransformer(SentenceTransformer):
     """A ``SentenceTransformer`` on a mixture of experts; made by :func:`moe_fast.upcycle`.
 
-    Constructor and methods are ``SentenceTransformer``'s; ``encode`` takes ``domain`` too.
+    Constructor and methods are ``SentenceTransformer``'s; ``encode`` takes ``domain`` and
+    ``truncate`` too.
+
+    Attributes:
+        truncate: what ``encode`` does with texts that are too long unless told otherwise; set it
+            to ``True`` where somebody else calls ``encode``, such as an evaluator. Not saved.
     """
 
     model_type = "SentenceTransformer"  # what is saved is one, and loads as one
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, truncate: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.transformers_model, MoEModelMixin):
             raise TypeError(
                 "MoESentenceTransformer needs a mixture of experts; got "
                 f"{type(self.transformers_model).__name__}. Make one with moe_fast.upcycle(...)."
             )
+        self.truncate = truncate
         # Lets `domain` through encode() to the encoder, here and (saved in modules.json) in the
         # stock class.
         first = next(iter(self._modules))
@@ -63,10 +76,10 @@ class MoESentenceTransformer(SentenceTransformer):
 
     def encode(
         self,
-        inputs: Any,
+        inputs: Any = None,
         *args: Any,
         domain: str | Sequence[str] | None = None,
-        truncate: bool = False,
+        truncate: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As ``SentenceTransformer.encode``, with one domain for all texts or one per text.
@@ -76,7 +89,8 @@ class MoESentenceTransformer(SentenceTransformer):
             domain: a domain's name, or a sequence of as many names as there are texts. ``None``:
                 the learned router, or the model's ``default_domain``.
             truncate: cut texts longer than ``max_seq_length`` tokens, with a warning that says
-                how many; otherwise such a text is an error before any work starts.
+                how many; otherwise such a text is an error before any work starts. ``None``: as
+                the attribute says. Only plain strings are measured.
 
         Returns:
             What ``SentenceTransformer.encode`` returns, in the order of ``inputs``.
@@ -85,32 +99,41 @@ class MoESentenceTransformer(SentenceTransformer):
             ValueError: for an unknown domain (the message lists the known ones), a number of
                 domains that is not that of the texts, no domain where one is needed, and texts
                 that are too long.
+            TypeError: for a ``domain`` that is neither a name nor a sequence of names.
         """
+        if inputs is None:
+            inputs = kwargs.pop("sentences", None)  # the name it had before
+        kwargs.update(zip(_ENCODE_OPTIONS, args, strict=False))
         singular = self.is_singular_input(inputs)
         texts = [inputs] if singular else list(inputs)
-        self._check_domains(domain, len(texts))
-        self._check_lengths(texts, args, kwargs, truncate)
-        if domain is None:
-            return super().encode(inputs, *args, **kwargs)
-        if isinstance(domain, str):
-            return super().encode(inputs, *args, domain=domain, **kwargs)
-        if singular:
-            return super().encode(inputs, *args, domain=domain[0], **kwargs)
-        return self._encode_by_domain(texts, list(domain), args, kwargs)
+        domain = self._checked_domain(domain, len(texts))
+        self._check_lengths(texts, kwargs, self.truncate if truncate is None else truncate)
+        if isinstance(domain, list) and not singular and texts:
+            return self._encode_by_domain(texts, domain, kwargs)
+        if isinstance(domain, list):
+            domain = domain[0] if domain else None
+        options = {} if domain is None else {"domain": domain}
+        return super().encode(inputs if singular else texts, **options, **kwargs)
 
     def _encode_by_domain(
-        self, texts: list[Any], domains: list[str], args: tuple, kwargs: dict[str, Any]
+        self, texts: list[Any], domains: list[str], kwargs: dict[str, Any]
     ) -> Any:
         """One call per domain, its results put back where its texts stood."""
-        if not texts:
-            return super().encode(texts, *args, **kwargs)
+        precision = kwargs.get("precision") or "float32"
+        if precision != "float32":  # its ranges are those of all texts, not of one domain's
+            options = kwargs | {"precision": "float32"}
+            vectors = self._encode_by_domain(texts, domains, options)
+            codes = quantize_embeddings(vectors, precision=precision)
+            if isinstance(vectors, np.ndarray):
+                return codes
+            codes = torch.as_tensor(codes)
+            return codes if isinstance(vectors, torch.Tensor) else list(codes)
         places: list[int] = []
         parts = []
         for name in sorted(set(domains)):
             here = [i for i, d in enumerate(domains) if d == name]
             places += here
-            part = [texts[i] for i in here]
-            parts.append(super().encode(part, *args, domain=name, **kwargs))
+            parts.append(super().encode([texts[i] for i in here], domain=name, **kwargs))
         order = np.argsort(places)
         if isinstance(parts[0], torch.Tensor):
             return torch.cat(parts)[torch.from_numpy(order).to(parts[0].device)]
@@ -119,7 +142,8 @@ class MoESentenceTransformer(SentenceTransformer):
         flat = [item for part in parts for item in part]
         return [flat[i] for i in order]
 
-    def _check_domains(self, domain: str | Sequence[str] | None, num_texts: int) -> None:
+    def _checked_domain(self, domain: Any, num_texts: int) -> str | list[str] | None:
+        """``domain`` as one name, a list with one name per text, or ``None``."""
         config = self.transformers_model.config
         if domain is None:
             if config.routing == "enforced" and config.default_domain is None:
@@ -127,43 +151,42 @@ class MoESentenceTransformer(SentenceTransformer):
                     "domain must be given: the model routes by domain and has no default_domain. "
                     f"Known domains: {', '.join(config.domains) or 'none'}; got None."
                 )
-            return
-        if not isinstance(domain, str) and len(domain) != num_texts:
+            return None
+        if isinstance(domain, str):
+            config.domain_id(domain)
+            return domain
+        names = None if isinstance(domain, (Mapping, Set, bytes)) else _as_list(domain)
+        if names is None or not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                f"domain must be a name (str) or a sequence of names, one per text; got {domain!r}."
+            )
+        if len(names) != num_texts:
             raise ValueError(
-                f"domain must be one name or one per text; got {len(domain)} names for "
+                f"domain must be one name or one per text; got {len(names)} names for "
                 f"{num_texts} texts."
             )
-        for name in [domain] if isinstance(domain, str) else set(domain):
+        for name in dict.fromkeys(names):
             config.domain_id(name)
+        return names
 
-    def _check_lengths(
-        self, texts: list[Any], args: tuple, kwargs: dict[str, Any], truncate: bool
-    ) -> None:
+    def _check_lengths(self, texts: list[Any], kwargs: dict[str, Any], truncate: bool) -> None:
         """Find texts that tokenize to more than ``max_seq_length``."""
         limit = self.max_seq_length
-        if limit is None or not all(isinstance(t, str) for t in texts):
+        if limit is None or not all(isinstance(text, str) for text in texts):
             return
-        prompt_name = args[0] if args else kwargs.get("prompt_name")
-        prompt = self._resolve_prompt(
-            args[1] if len(args) > 1 else kwargs.get("prompt"), prompt_name
-        )
-        prompted = [(prompt or "") + text for text in texts]
-        # A token stands for at least one character: shorter texts need no count.
-        extra = self.tokenizer.num_special_tokens_to_add()
-        suspects = [i for i, text in enumerate(prompted) if len(text) + extra > limit]
-        if not suspects:
-            return
-        ids = self.tokenizer(
-            [prompted[i] for i in suspects], truncation=False, padding=False, verbose=False
-        )["input_ids"]
-        long = [(i, len(row)) for i, row in zip(suspects, ids, strict=True) if len(row) > limit]
+        prompt = self._resolve_prompt(kwargs.get("prompt"), kwargs.get("prompt_name")) or ""
+        long = []
+        for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
+            chunk = [prompt + text for text in texts[start : start + _TOKENIZE_AT_ONCE]]
+            ids = self.tokenizer(chunk, truncation=False, padding=False, verbose=False)["input_ids"]
+            long += [(start + i, len(row)) for i, row in enumerate(ids) if len(row) > limit]
         if not long:
             return
         if not truncate:
             raise ValueError(
                 f"inputs must have at most max_seq_length = {limit} tokens each; text {long[0][0]} "
                 f"has {long[0][1]} ({len(long)} of {len(texts)} texts are too long). Pass "
-                "truncate=True to cut them."
+                "truncate=True, or set the model's truncate, to cut them."
             )
         logger.warning(
             "%d of %d texts are longer than max_seq_length = %d tokens and were truncated.",
@@ -211,7 +234,16 @@ def _with_usage(card: str, domain: str | None) -> str:
         card = card.replace(load, register + load, 1)
     if domain is None:
         return card
-    return re.sub(r"(model\.encode\w*\(\w+)\)", rf'\1, domain="{domain}")', card)
+    call = r"(model\.encode\w*\(\w+)\)"
+    return re.sub(call, lambda match: f"{match[1]}, domain={domain!r})", card)
+
+
+def _as_list(values: Any) -> list[Any] | None:
+    """``values`` as a list; ``None`` for what cannot be gone through."""
+    try:
+        return list(values)
+    except TypeError:
+        return None
 
 
 def load_sentence_transformer(path: str) -> SentenceTransformer:
@@ -224,6 +256,11 @@ def upcycle_sentence_transformer(
 ) -> MoESentenceTransformer:
     """What :func:`moe_fast.upcycle` does with a ``SentenceTransformer``."""
     encoder = _encoder(model)
+    if settings["routing"] == "enforced" and not settings["domains"]:
+        raise ValueError(
+            "domains must be given with routing='enforced' for a SentenceTransformer, whose encode "
+            "chooses the expert by domain; got none."
+        )
     if settings["cls_token_id"] is None and model.tokenizer is not None:
         settings["cls_token_id"] = model.tokenizer.cls_token_id
     return _with_encoder(MoESentenceTransformer, model, upcycle(encoder, **settings))

@@ -14,7 +14,7 @@ from moe_fast import ops
 from moe_fast.layers.router import MoERouter
 from moe_fast.layers.routing_info import RoutingInfo
 from moe_fast.ops.activations import ACTIVATIONS, activate
-from moe_fast.ops.checks import check_choice
+from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.ops.route import check_experts_per_tok, resolve_weight_mode
 
 TARGETS = ("mlp", "intermediate", "output")
@@ -62,11 +62,14 @@ class MoEMLP(nn.Module):
         super().__init__()
         check_choice("hidden_act", hidden_act, ACTIVATIONS)
         check_choice("target", target, TARGETS)
-        check_experts_per_tok(routing, num_experts_per_tok, num_experts)
+        check_count("hidden_size", hidden_size)
+        check_count("intermediate_size", intermediate_size)
+        check_experts_per_tok(routing, num_experts_per_tok, num_experts, "routing")
         if routing == "dense":
             num_experts_per_tok = num_experts
         _warn_untrained(
-            resolve_weight_mode(routing, weight_mode, num_experts_per_tok), num_experts_per_tok
+            resolve_weight_mode(routing, weight_mode, num_experts_per_tok, "routing"),
+            num_experts_per_tok,
         )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -141,6 +144,11 @@ class MoEMLP(nn.Module):
             The shape and dtype of ``hidden_states``. Padding gives 0 for target "mlp"; for the
             other targets what the shared projection makes of it.
         """
+        if hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states must end in hidden_size = {self.hidden_size}; "
+                f"got shape {list(hidden_states.shape)}."
+            )
         info = RoutingInfo.of(
             routing, expert_ids=expert_ids, token_mask=token_mask, cu_seqlens=cu_seqlens
         )

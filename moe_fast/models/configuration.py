@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from transformers import BertConfig, ModernBertConfig, RobertaConfig, XLMRobertaConfig
 
 from moe_fast.layers.moe_mlp import TARGETS
-from moe_fast.ops.checks import check_choice
+from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.ops.route import check_experts_per_tok, resolve_weight_mode
 from moe_fast.version import __version__
 
@@ -53,19 +53,42 @@ class MoEConfigFields:
         super().__post_init__(**kwargs)
         if self.moe_fast_version is None:
             self.moe_fast_version = __version__
-        _check_version(self.moe_fast_version)
-        self.moe_layers = _layers(self.moe_layers, self.num_hidden_layers)
-        check_experts_per_tok(self.routing, self.num_experts_per_tok, self.num_experts)
+        if self.moe_layers is None:
+            self.moe_layers = list(range(self.num_hidden_layers))
+        self.moe_layers = sorted(self.moe_layers)
         if self.routing == "dense":
+            check_count("num_experts", self.num_experts)
             self.num_experts_per_tok = self.num_experts
-        resolve_weight_mode(self.routing, self.weight_mode, self.num_experts_per_tok)
+        self.check()
+
+    def check(self) -> None:
+        """Raise unless all settings go together; also called when a model is built.
+
+        Raises:
+            ValueError, TypeError: naming the setting, what it is and what is allowed.
+        """
+        _check_version(self.moe_fast_version or __version__)
+        _check_layers(self.moe_layers or [], self.num_hidden_layers)
+        check_experts_per_tok(self.routing, self.num_experts_per_tok, self.num_experts, "routing")
+        resolve_weight_mode(self.routing, self.weight_mode, self.num_experts_per_tok, "routing")
         check_choice("target", self.target, TARGETS)
+        if self.route_by_token_type and self.routing != "enforced":
+            raise ValueError(
+                "route_by_token_type needs routing='enforced' (token types are expert ids then); "
+                f"got routing={self.routing!r}."
+            )
         self._check_domains()
 
     def _check_domains(self) -> None:
+        if not all(isinstance(d, str) and d for d in self.domains):
+            raise TypeError(f"domains must be non-empty names (str); got {self.domains}.")
         if len(set(self.domains)) != len(self.domains):
             raise ValueError(f"domains must be distinct names; got {self.domains}.")
         if self.default_domain is not None:
+            if not self.domains:
+                raise ValueError(
+                    f"default_domain needs domains; got {self.default_domain!r} and no domains."
+                )
             check_choice("default_domain", self.default_domain, self.domains)
         if self.routing == "enforced" and len(self.domains) not in (0, self.num_experts):
             raise ValueError(
@@ -77,6 +100,12 @@ class MoEConfigFields:
             raise ValueError(
                 "domain_token_ids must hold one id per domain; "
                 f"got {len(self.domain_token_ids)} ids and {len(self.domains)} domains."
+            )
+        last = list(range(self.vocab_size - len(self.domain_token_ids), self.vocab_size))
+        if self.domain_token_ids != last:
+            raise ValueError(
+                f"domain_token_ids must be the vocabulary's last {len(last)} ids, {last}; got "
+                f"{self.domain_token_ids}. Add other tokens to the dense model, before upcycling."
             )
         if self.domains and self.routing != "enforced" and not self.domain_token_ids:
             raise ValueError(
@@ -119,23 +148,26 @@ class MoEConfigFields:
 
 def _check_version(written_by: str) -> None:
     """A newer minor version may have written what this one would misread."""
-    if Version(written_by).release[:2] > Version(__version__).release[:2]:
+    try:
+        newer = Version(written_by).release[:2] > Version(__version__).release[:2]
+    except InvalidVersion:
+        raise ValueError(
+            f"moe_fast_version must be a version such as {__version__!r}; got {written_by!r}."
+        ) from None
+    if newer:
         raise ValueError(
             f"moe_fast_version: the checkpoint was written by moe_fast {written_by}, newer than "
             f"this {__version__}. Upgrade: pip install 'moe-fast>={written_by}'."
         )
 
 
-def _layers(moe_layers: list[int] | None, num_layers: int) -> list[int]:
-    if moe_layers is None:
-        return list(range(num_layers))
+def _check_layers(moe_layers: list[int], num_layers: int) -> None:
     wrong = [i for i in moe_layers if not 0 <= i < num_layers]
     if wrong or len(set(moe_layers)) != len(moe_layers) or not moe_layers:
         raise ValueError(
             f"moe_layers must be distinct indices in [0, num_hidden_layers) = [0, {num_layers}), "
             f"at least one; got {moe_layers}."
         )
-    return sorted(moe_layers)
 
 
 class MoEBertConfig(MoEConfigFields, BertConfig):

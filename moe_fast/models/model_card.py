@@ -21,8 +21,11 @@ tags:
 
 # {title}
 
+<!-- written by moe_fast; remove this line to keep your changes -->
+
 """
 
+_OURS = "<!-- written by moe_fast;"
 _USE = """
 ## Use
 
@@ -68,9 +71,9 @@ def describe_mixture(config: Any, total: int, active: int) -> str:
 
 
 def write_model_card(model: MoEModelMixin, folder: str | os.PathLike) -> None:
-    """Write ``README.md`` into ``folder`` unless there is one already."""
+    """Write ``README.md`` into ``folder``, unless there is one that this did not write."""
     path = Path(folder) / "README.md"
-    if path.exists():
+    if path.exists() and _OURS not in path.read_text(encoding="utf-8"):
         return
     text = _FRONT_MATTER.format(title=type(model).__name__) + describe_mixture(
         model.config, model.num_parameters(), model.num_parameters(only_active=True)

@@ -38,7 +38,8 @@ from moe_fast.models.configuration import (
 )
 from moe_fast.models.model_card import write_model_card
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
-from moe_fast.ops.checks import compute_dtype
+from moe_fast.ops.checks import check_shape, compute_dtype
+from moe_fast.version import __version__
 
 _ROUTING_RECORDERS = {
     "router_logits": OutputRecorder(MoERouter, index=RouterOutput._fields.index("router_logits")),
@@ -87,6 +88,7 @@ class MoEModelMixin(PreTrainedModel):
 
     def post_init(self) -> None:
         """Swap layers before transformers initialises weights and reads the modules' plans."""
+        self.config.check()  # fields may have been set since the configuration was made
         for i in self.config.moe_layers:
             self.encoder_layers[i] = self.moe_layer_class(self.config, i)
         super().post_init()
@@ -127,9 +129,24 @@ class MoEModelMixin(PreTrainedModel):
         return total - idle
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', with a model card that says how the model was made."""
+        """As transformers', with a model card that says how the model was made.
+
+        A ``README.md`` that somebody else wrote is kept.
+        """
+        self.config.moe_fast_version = __version__
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_model_card(self, save_directory)
+        if kwargs.get("is_main_process", True):
+            write_model_card(self, save_directory)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but refused where domain tokens are the vocabulary's last rows."""
+        if self.config.domain_token_ids and (args or kwargs):
+            raise ValueError(
+                "resize_token_embeddings would cut off or move the domain tokens (ids "
+                f"{self.config.domain_token_ids}). Add tokens to the dense model and its tokenizer "
+                "before upcycling."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
 
     def _moe_forward(
         self,
@@ -151,7 +168,7 @@ class MoEModelMixin(PreTrainedModel):
         like = input_ids if input_ids is not None else dense_inputs["inputs_embeds"]
         if like is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds; got neither.")
-        self._check_length(like.shape[1])
+        self._check_inputs(like, attention_mask)
         if like.shape[0] == 0:
             return self._empty_batch(like, return_dict, output_router_logits)
         cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -213,6 +230,15 @@ class MoEModelMixin(PreTrainedModel):
                 empty["router_logits"] = (logits,) * layers
         return self._returned(self.moe_output_class(**empty), return_dict)
 
+    def _check_inputs(self, like: Tensor, attention_mask: Any) -> None:
+        name = "inputs_embeds" if like.is_floating_point() else "input_ids"
+        if like.dim() != (3 if like.is_floating_point() else 2):
+            letters = "[B, L, D]" if like.is_floating_point() else "[B, L]"
+            raise ValueError(f"{name} must be {letters}; got {list(like.shape)}.")
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            check_shape("attention_mask", attention_mask, tuple(like.shape[:2]), "[B, L]")
+        self._check_length(like.shape[1])
+
     def _check_length(self, length: int) -> None:
         allowed = self.config.max_position_embeddings
         if self.config.model_type in ("moe_roberta", "moe_xlm_roberta"):
@@ -257,9 +283,11 @@ class _BertFamilyForward(MoEModelMixin):
         """The dense model's forward, routed.
 
         Args:
-            expert_ids: [B] or [B, L] int64 in [0, E); enforced routing only.
+            expert_ids: [B] or [B, L] int64 in [0, E); enforced routing only. In a model with
+                domains, [B] are domains too and place their tokens; [B, L] place none.
             domain: one name for the whole batch; excludes ``expert_ids`` and ``domain_ids``.
-            domain_ids: [B] int64, indices into ``config.domains``.
+            domain_ids: [B] int64, indices into ``config.domains``. Without effect where routing
+                is learned and the model has no domains.
             output_router_logits: also return ``router_logits`` and ``tokens_per_expert``;
                 ``None``: as the config says.
         """

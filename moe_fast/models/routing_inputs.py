@@ -9,7 +9,14 @@ from torch import Tensor
 
 from moe_fast.layers.routing_info import RoutingInfo, token_mask_of
 from moe_fast.models.configuration import MoEConfigFields
-from moe_fast.ops.checks import INTEGER_DTYPES, check_dtype, check_like, check_shape, checks_values
+from moe_fast.ops.checks import (
+    INTEGER_DTYPES,
+    check_dtype,
+    check_like,
+    check_shape,
+    check_tensor,
+    checks_values,
+)
 
 
 def resolve_ids(
@@ -24,6 +31,9 @@ def resolve_ids(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The batch's expert ids ([B] or [B, L], enforced routing only) and domain ids ([B]).
 
+    Domain ids without effect (a learned router and no domains) are dropped: our collator gives
+    them to every encoder, for the losses.
+
     Raises:
         ValueError, TypeError: for contradictions, unknown domains, and ids that do not fit.
     """
@@ -35,6 +45,8 @@ def resolve_ids(
         raise ValueError(
             f"expert_ids need routing='enforced'; this model's routing is {config.routing!r}."
         )
+    if domain_ids is not None and not config.domains and not enforced:
+        domain_ids = None
     if expert_ids is None and domain_ids is None and domain is None:
         if config.route_by_token_type and token_type_ids is not None:
             return token_type_ids, None
@@ -43,26 +55,49 @@ def resolve_ids(
         domain_ids = torch.full((batch,), config.domain_id(domain), device=like.device)
     if domain_ids is not None:
         _check_domain_ids(config, domain_ids, like, batch)
-        expert_ids = domain_ids if enforced and expert_ids is None else expert_ids
-    if enforced and expert_ids is None:
+    if enforced:
+        return _enforced_ids(config, expert_ids, domain_ids, batch)
+    return None, domain_ids
+
+
+def _enforced_ids(
+    config: MoEConfigFields, expert_ids: Tensor | None, domain_ids: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor | None]:
+    """A domain's id is its expert's: one [B] gives the other, and both must agree."""
+    if expert_ids is None and domain_ids is None:
         known = f" (known: {', '.join(config.domains)})" if config.domains else ""
         raise ValueError(
             f"routing='enforced' needs expert_ids or a domain{known}; got neither, and the model "
             "has no default_domain."
         )
-    one_per_sentence = expert_ids is not None and expert_ids.shape == (batch,)
-    if domain_ids is None and config.domains and one_per_sentence:
-        domain_ids = expert_ids
+    if expert_ids is None:
+        assert domain_ids is not None
+        return domain_ids, domain_ids
+    check_tensor("expert_ids", expert_ids)
+    if not config.domains or expert_ids.shape != (batch,):
+        return expert_ids, domain_ids
+    if domain_ids is None:
+        return expert_ids, expert_ids
+    if _reads_values(domain_ids) and not torch.equal(expert_ids.long(), domain_ids.long()):
+        raise ValueError(
+            "expert_ids and domain_ids must agree (a domain's id is its expert's); got "
+            f"expert_ids {expert_ids.tolist()} and domain_ids {domain_ids.tolist()}."
+        )
     return expert_ids, domain_ids
+
+
+def _reads_values(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and checks_values(tensor.device)
 
 
 def _check_domain_ids(config: MoEConfigFields, ids: Tensor, like: Tensor, batch: int) -> None:
     if not config.domains:
         raise ValueError("domain_ids need a model with domains; this one has none.")
+    check_tensor("domain_ids", ids)
     check_dtype("domain_ids", ids, INTEGER_DTYPES)
     check_shape("domain_ids", ids, (batch,), "[B]")
     check_like("the model's inputs", like, dtype=False, domain_ids=ids)
-    if torch.compiler.is_compiling() or not checks_values(ids.device):
+    if not _reads_values(ids):
         return
     wrong = ids[(ids < 0) | (ids >= len(config.domains))]
     if wrong.numel():
@@ -105,8 +140,9 @@ def place_domain_tokens(
 ) -> Tensor | None:
     """``input_ids`` with each sentence's [CLS] replaced by its domain's token.
 
-    [CLS] is looked for where a sentence starts: at its first real token. A sentence that does not
-    start with it has no such place and is left as it is.
+    Raises:
+        ValueError: for ``inputs_embeds`` in place of ids, and, where values are checked, for a
+            sentence whose first real token is not [CLS]: a domain would have no place there.
     """
     if domain_ids is None or not config.domain_token_ids:
         return input_ids
@@ -121,7 +157,14 @@ def place_domain_tokens(
         tokens = tokens[sentence.clamp(min=0)]
     else:
         tokens = tokens[:, None]
-    return torch.where(starts & (input_ids == config.domain_token_replaces), tokens, input_ids)
+    place = starts & (input_ids == config.domain_token_replaces)
+    if _reads_values(input_ids) and not torch.equal(place, starts):
+        row, column = (starts & ~place).nonzero()[0].tolist()
+        raise ValueError(
+            f"input_ids must start each text with [CLS] (id {config.domain_token_replaces}), whose "
+            f"place its domain's token takes; got id {int(input_ids[row, column])} in row {row}."
+        )
+    return torch.where(place, tokens, input_ids)
 
 
 def _starts(input_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

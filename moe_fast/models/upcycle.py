@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,12 +56,14 @@ def upcycle(
         domains: names of the domains. With enforced routing, one per expert.
         default_domain: the domain of batches that name none.
         domain_tokens: give each domain a token in [CLS]'s place, its embedding a copy of [CLS]'s.
-            The tokenizer is left alone: the model places the token.
+            The tokenizer is left alone: the model places the token. Whatever tokens you want to
+            add to the tokenizer, add before upcycling: the domains' ids are the next ones.
         cls_token_id: the id of [CLS], where the model's configuration does not know it and no
             tokenizer lies beside it.
         router_init: "normal" (the model's ``initializer_range``) or "kaiming_uniform" (as
             ``nn.Linear``).
-        trainable: "all", "experts" or "experts+router": what keeps ``requires_grad``.
+        trainable: "all", "experts" or "experts+router": what keeps ``requires_grad`` (of this
+            model in memory; after loading it again use :func:`moe_fast.models.set_trainable`).
         seed: of the router's initialisation; the global random state is left alone.
 
     Returns:
@@ -160,13 +162,24 @@ def _upcycle_model(
 
 def _layer_indices(layers: str | Sequence[int], num_layers: int) -> list[int]:
     if not isinstance(layers, str):
-        return [int(i) for i in layers]
+        return _checked_indices(layers, num_layers)
     check_choice("layers (or a list of indices)", layers, ("all", "single", "alternate"))
     if layers == "single":
         return [num_layers // 2]
     return list(range(1 if layers == "alternate" and num_layers > 1 else 0, num_layers))[
         :: 2 if layers == "alternate" else 1
     ]
+
+
+def _checked_indices(layers: Any, num_layers: int) -> list[int]:
+    indices = list(layers) if isinstance(layers, Iterable) else None
+    fits = indices and all(isinstance(i, int) and 0 <= i < num_layers for i in indices)
+    if not indices or not fits or len(set(indices)) != len(indices):
+        raise ValueError(
+            "layers must be 'all', 'single', 'alternate' or distinct indices in [0, num_layers) = "
+            f"[0, {num_layers}), at least one; got {layers!r}."
+        )
+    return indices
 
 
 def _domain_token_fields(

@@ -38,6 +38,23 @@ def check_choice(name: str, given: Any, allowed: Iterable[Any]) -> None:
         raise ValueError(f"{name} must be one of {names}; got {given!r}.")
 
 
+def check_count(name: str, given: Any, at_least: int | None = 1) -> None:
+    """Raise ``TypeError`` unless ``given`` is an int, ``ValueError`` if it is below ``at_least``.
+
+    Sizes that ``torch.compile`` traces symbolically are ints too.
+    """
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int; got {given!r} ({type(given).__name__}).")
+    if at_least is not None and given < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {given}.")
+
+
+def check_tensor(name: str, given: Any) -> None:
+    """Raise ``TypeError`` unless ``given`` is a tensor."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(given).__name__}.")
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], letters: str) -> None:
     """Raise ``ValueError`` unless ``tensor`` has ``shape`` (``None``: any size).
 

@@ -30,6 +30,7 @@ Source: Henderson et al., arXiv 1705.00652 (in-batch negatives); van den Oord et
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -136,8 +137,10 @@ def _as_scale(scale: float | Tensor, device: torch.device, dtype: torch.dtype) -
         if scale.numel() != 1:
             raise ValueError(f"scale must have one element; got shape {list(scale.shape)}.")
         return scale.reshape(()).to(device=device, dtype=dtype)
-    if not scale > 0:
-        raise ValueError(f"scale must be greater than 0 (it is 1 / temperature); got {scale}.")
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"scale must be greater than 0 and finite (it is 1 / temperature); got {scale}."
+        )
     return torch.full((), scale, device=device, dtype=dtype)
 
 
@@ -280,14 +283,15 @@ def _info_nce_op(
     label_smoothing: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if checks_values(scale.device) and not scale > 0:
-        raise ValueError(f"scale must be greater than 0; got {scale.item()}.")
+    if checks_values(scale.device) and not (scale > 0 and scale.isfinite()):
+        raise ValueError(f"scale must be greater than 0 and finite; got {scale.item()}.")
     row_weights = _row_weights(weights, q)
     ids = (row_ids, col_ids, domain_ids, group_ids)
     directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)
     row_loss = torch.stack([d[-1] for d in directions]).mean(0)
     logits, positive, candidate = directions[0][:3]
-    beats = candidate & ~positive & (logits >= logits.diagonal()[:, None])
+    # "not smaller", so that NaN counts against the row as a tie does
+    beats = candidate & ~positive & ~(logits < logits.diagonal()[:, None])
     return (row_weights * row_loss).sum(), row_loss, 1 + beats.sum(1)
 
 

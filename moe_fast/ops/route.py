@@ -38,9 +38,11 @@ from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
     check_choice,
+    check_count,
     check_dtype,
     check_like,
     check_shape,
+    check_tensor,
     checks_values,
     compute_dtype,
     without_autocast,
@@ -69,27 +71,37 @@ class Routing:
     tokens_per_expert: Tensor
 
 
-def resolve_weight_mode(mode: str, weight_mode: str, num_experts_per_tok: int) -> str:
+def resolve_weight_mode(
+    mode: str, weight_mode: str, num_experts_per_tok: int, mode_name: str = "mode"
+) -> str:
     """The concrete weight mode behind ``"auto"``, checking that mode and weights go together.
+
+    Args:
+        mode_name: what the caller's argument is called, for the messages.
 
     Raises:
         ValueError: for an unknown name, or a weight mode that ``mode`` does not have.
     """
-    check_choice("mode", mode, MODES)
+    check_choice(mode_name, mode, MODES)
     check_choice("weight_mode", weight_mode, WEIGHT_MODES)
     if mode == "enforced":
-        check_choice("weight_mode with mode='enforced'", weight_mode, ("auto", "one"))
+        check_choice(f"weight_mode with {mode_name}='enforced'", weight_mode, ("auto", "one"))
         return "one"
     if mode == "dense":
-        check_choice("weight_mode with mode='dense'", weight_mode, ("auto", "probability"))
+        allowed = ("auto", "probability")
+        check_choice(f"weight_mode with {mode_name}='dense'", weight_mode, allowed)
         return "probability"
     if weight_mode == "auto":
         return "straight_through" if num_experts_per_tok == 1 else "renormalize"
     return weight_mode
 
 
-def check_experts_per_tok(mode: str, num_experts_per_tok: int, num_experts: int) -> None:
-    """Raise ``ValueError`` unless K suits E and ``mode``."""
+def check_experts_per_tok(
+    mode: str, num_experts_per_tok: int, num_experts: int, mode_name: str = "mode"
+) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless E, K and ``mode`` go together."""
+    check_count("num_experts", num_experts)
+    check_count("num_experts_per_tok", num_experts_per_tok, at_least=None)
     if not 1 <= num_experts_per_tok <= num_experts:
         raise ValueError(
             f"num_experts_per_tok must lie in 1 .. num_experts = {num_experts}; "
@@ -97,7 +109,7 @@ def check_experts_per_tok(mode: str, num_experts_per_tok: int, num_experts: int)
         )
     if mode in ("enforced", "sentence_switch") and num_experts_per_tok != 1:
         raise ValueError(
-            f"num_experts_per_tok must be 1 with mode={mode!r}; got {num_experts_per_tok}."
+            f"num_experts_per_tok must be 1 with {mode_name}={mode!r}; got {num_experts_per_tok}."
         )
 
 
@@ -218,6 +230,7 @@ def _check_expert_ids(expert_ids: Tensor | None, x: Tensor, starts: Tensor | Non
     """Enforced ids as [T] or [B], int64; the op spreads [B] over the sentences' tokens."""
     if expert_ids is None:
         raise ValueError("expert_ids must be given with mode='enforced'; got None.")
+    check_tensor("expert_ids", expert_ids)
     check_dtype("expert_ids", expert_ids, INTEGER_DTYPES)
     check_like("x", x, dtype=False, expert_ids=expert_ids)
     allowed = [list(x.shape[:-1])] + ([] if starts is None else [[starts.shape[0] - 1]])
@@ -359,11 +372,11 @@ def _route_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_starts(starts, x.shape[0])
     logits = _router_logits(x, router_weight, token_mask)
-    if checks_values(x.device) and torch.isnan(logits).any():
-        row = int(torch.isnan(logits).any(-1).nonzero()[0])
+    if checks_values(x.device) and not logits.isfinite().all():
+        row = int((~logits.isfinite()).any(-1).nonzero()[0])
         raise ValueError(
-            f"router logits must not be NaN; got NaN for token {row}: x or router_weight holds "
-            "NaN or infinities."
+            f"router logits must not be NaN or infinite; got {logits[row].tolist()} for token "
+            f"{row}: x or router_weight holds such values."
         )
     choice = _Choice(logits, mode, token_mask, starts)
     index = _chosen(choice.logits, num_experts_per_tok, mode)

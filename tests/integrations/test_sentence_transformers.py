@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.util import quantize_embeddings
 
 import moe_fast
 
@@ -110,7 +112,7 @@ def test_the_model_card_says_how_the_model_was_made(enforced, tmp_path, caplog):
     card = (tmp_path / "README.md").read_text()
     assert card.count("## Mixture of experts") == 1
     assert "Domains: a, b, c" in card and "3 experts, 1 of them per token" in card
-    assert 'model.encode_query(queries, domain="a")' in card and "import moe_fast" in card
+    assert "model.encode_query(queries, domain='a')" in card and "import moe_fast" in card
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     reloaded = moe_fast.MoESentenceTransformer(str(tmp_path), device="cpu")
     reloaded.save_pretrained(str(tmp_path / "again"))
@@ -142,7 +144,10 @@ def test_extract_expert(dense, enforced, expert):
         (["a", "b", "c", "z", "a"], ValueError, r"'a', 'b', 'c'\); got 'z'"),
         (["a"], ValueError, "one per text; got 1 names for 5 texts"),
         (None, ValueError, "domain must be given.*Known domains: a, b, c; got None"),
-        (["a", "a", "a", "a", 3], TypeError, "domain must be one name.*got int"),
+        (["a", "a", "a", "a", 3], TypeError, "domain must be a name .*got .*3"),
+        (["a", "a", "a", "a", None], TypeError, "domain must be a name .*got .*None"),
+        (dict.fromkeys(TEXTS, "a"), TypeError, "domain must be a name .*got {"),
+        (1, TypeError, "domain must be a name .*; got 1"),
     ],
 )
 def test_bad_domains_are_refused_before_any_work(enforced, domain, error, message):
@@ -164,6 +169,57 @@ def test_long_texts_are_cut_only_when_asked_and_said(dense, caplog):
     model.encode(["w4 " * 30])
     with pytest.raises(ValueError, match="text 0 has 33"):
         model.encode(["w4 " * 30], prompt_name="query")
+
+
+def test_long_texts_in_a_script_that_tokenizes_to_many_tokens(dense):
+    model = moe_fast.upcycle(dense, num_experts=2)
+    with pytest.raises(ValueError, match="text 0 has"):
+        model.encode([",".join("한국어" for _ in range(16))])
+
+
+def test_evaluators_can_have_texts_cut(dense):
+    model = moe_fast.upcycle(dense, num_experts=2)
+    model.truncate = True
+    evaluator = InformationRetrievalEvaluator({"q": "w1"}, {"d": "w1 " * 50}, {"q": {"d"}})
+    assert evaluator(model)
+    with pytest.raises(ValueError, match="too long"):
+        model.encode("w1 " * 50, truncate=False)
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "ubinary"])
+@pytest.mark.parametrize("kind", [np.ndarray, torch.Tensor])
+def test_quantization_ranges_are_those_of_all_texts(enforced, precision, kind):
+    texts = [f"w{i} w{i + 1}" for i in range(3, 33)]
+    domains = [DOMAINS[i % 3] for i in range(30)]
+    options = {"convert_to_tensor": kind is torch.Tensor}
+    got = enforced.encode(texts, domain=domains, precision=precision, **options)
+    want = quantize_embeddings(enforced.encode(texts, domain=domains), precision)
+    assert isinstance(got, kind)
+    assert np.array_equal(np.asarray(got), want)
+
+
+def test_positional_options_and_the_old_name_of_the_texts(enforced):
+    want = enforced.encode(TEXTS, prompt_name="query", domain=PER_TEXT)
+    assert np.array_equal(enforced.encode(TEXTS, "query", domain=PER_TEXT), want)
+    assert np.array_equal(
+        enforced.encode(sentences=TEXTS, prompt_name="query", domain=PER_TEXT), want
+    )
+
+
+@pytest.mark.parametrize("name", ["c\\x", "c\\1", 'a"b', "o'clock", "new\nline", "数学"])
+def test_domains_with_odd_names(dense, tmp_path, name):
+    model = moe_fast.upcycle(dense, num_experts=2, routing="enforced", domains=[name, "z"])
+    model.save_pretrained(str(tmp_path))
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    loaded = moe_fast.MoESentenceTransformer(str(tmp_path), device="cpu")
+    assert np.array_equal(loaded.encode(TEXTS, domain=name), model.encode(TEXTS, domain=name))
+
+
+def test_enforced_routing_needs_domains(dense):
+    with pytest.raises(ValueError, match="domains must be given with routing='enforced'"):
+        moe_fast.upcycle(dense, num_experts=2, routing="enforced")
 
 
 def test_a_dense_encoder_is_refused(folder):

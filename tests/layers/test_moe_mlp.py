@@ -169,11 +169,16 @@ def test_a_constant_weight_warns():
         ({"num_experts_per_tok": 0}, "num_experts_per_tok must lie in 1 .. num_experts = 3; got 0"),
         ({"hidden_act": "cube"}, "hidden_act must be one of 'gelu'.*got 'cube'"),
         ({"target": "head"}, "target must be one of 'mlp', 'intermediate', 'output'; got 'head'"),
-        ({"routing": "best"}, "mode must be one of 'token_topk'.*got 'best'"),
+        ({"routing": "best"}, "routing must be one of 'token_topk'.*got 'best'"),
         ({"weight_mode": "x"}, "weight_mode must be one of 'auto'.*got 'x'"),
-        ({"routing": "enforced"}, "num_experts_per_tok must be 1 with mode='enforced'; got 2"),
+        ({"routing": "enforced"}, "num_experts_per_tok must be 1 with routing='enforced'; got 2"),
     ],
 )
 def test_bad_settings_name_the_argument(settings, message):
     with pytest.raises(ValueError, match=message):
         _mlp(**settings)
+
+
+def test_input_of_another_width():
+    with pytest.raises(ValueError, match=r"hidden_states must end in hidden_size = 6; got .*7\]"):
+        _mlp()(torch.zeros(2, 7, dtype=torch.float64))

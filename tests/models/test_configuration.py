@@ -1,7 +1,7 @@
 """Configurations: defaults, round trips, and what they refuse."""
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from moe_fast.models import (
     MoEBertConfig,
@@ -29,7 +29,8 @@ def test_save_and_load(cls, tmp_path):
         num_experts_per_tok=2,
         moe_layers=[1],
         domains=["x", "y"],
-        domain_token_ids=[7, 8],
+        domain_token_ids=[98, 99],
+        vocab_size=100,
         domain_token_replaces=1,
         default_domain="y",
     )
@@ -67,11 +68,27 @@ def test_other_architecture_is_refused(model_type, message):
     [
         ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok must lie in"),
         ({"routing": "enforced", "num_experts_per_tok": 2}, "num_experts_per_tok must be 1"),
-        ({"routing": "enforced", "weight_mode": "probability"}, "weight_mode with mode='enforced'"),
+        (
+            {"routing": "enforced", "weight_mode": "probability"},
+            "weight_mode with routing='enforced'",
+        ),
         ({"moe_layers": [1, 1]}, "moe_layers must be distinct"),
         ({"domains": ["a", "b"], "domain_token_ids": [1]}, "domain_token_ids must hold one id"),
+        (
+            {"vocab_size": 9, "domains": ["a"], "domain_token_ids": [3]},
+            r"domain_token_ids must be the vocabulary's last 1 ids, \[8\]; got \[3\]",
+        ),
+        ({"moe_fast_version": "abc"}, "moe_fast_version must be a version such as .*; got 'abc'"),
+        ({"route_by_token_type": True}, "route_by_token_type needs routing='enforced'"),
     ],
 )
 def test_bad_fields_name_themselves(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         MoEBertConfig(**fields)
+
+
+def test_fields_set_afterwards_are_checked_when_a_model_is_built():
+    config = MoEBertConfig(num_hidden_layers=2)
+    config.moe_layers = [7]
+    with pytest.raises(ValueError, match=r"moe_layers must be .*\[0, 2\).*got \[7\]"):
+        AutoModel.from_config(config)

@@ -215,6 +215,8 @@ def test_model_card_says_how_the_model_was_made(bert, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "3 experts, 1 of them per token" in card
     assert "Domains: a, b, c" in card and "BertModel" in card
+    moe_fast.upcycle(bert, num_experts=2).save_pretrained(tmp_path)
+    assert "2 experts" in (tmp_path / "README.md").read_text(), "our own card went stale"
     (tmp_path / "README.md").write_text("mine")
     _enforced(bert, **DOMAINS).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine", "a person's card was overwritten"
@@ -269,6 +271,63 @@ def test_bad_domains_and_ids(bert, batch, settings, inputs, expectation):
     moe = _enforced(bert, **settings)
     with expectation:
         moe(**batch, **inputs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "inputs", "expectation"),
+    [
+        (
+            {},
+            {"expert_ids": [0, 1, 2]},
+            _expect("expert_ids must be a tensor; got list", TypeError),
+        ),
+        (
+            DOMAINS,
+            {"domain_ids": [0, 1, 2]},
+            _expect("domain_ids must be a tensor; got list", TypeError),
+        ),
+        (
+            DOMAINS,
+            {"domain_ids": torch.tensor([0, 0, 0]), "expert_ids": torch.tensor([1, 2, 1])},
+            _expect(r"expert_ids and domain_ids must agree .* got expert_ids \[1, 2, 1\]"),
+        ),
+        (
+            DOMAINS,
+            {"domain": "a", "attention_mask": torch.ones(3, 8)},
+            _expect(r"attention_mask must have shape \[B, L\] = \[3, 9\]; got \[3, 8\]"),
+        ),
+        (
+            DOMAINS,
+            {"domain": "a", "input_ids": torch.full((2, 3), 7), "attention_mask": None},
+            _expect(r"input_ids must start each text with \[CLS\] \(id 4\).*got id 7 in row 0"),
+        ),
+        ({}, {"input_ids": torch.zeros(3)}, _expect(r"input_ids must be \[B, L\]|inputs_embeds")),
+    ],
+)
+def test_bad_inputs(bert, batch, settings, inputs, expectation):
+    with expectation:
+        _enforced(bert, **settings)(**{**batch, **inputs})
+
+
+def test_domain_ids_do_not_matter_to_a_learned_router_without_domains(bert, batch):
+    moe = moe_fast.upcycle(bert, num_experts=3)
+    got = moe(**batch, domain_ids=torch.tensor([0, 1, 2])).last_hidden_state
+    assert torch.equal(got, moe(**batch).last_hidden_state)
+
+
+def test_resizing_the_vocabulary_is_refused_where_domain_tokens_are_its_end(bert):
+    with _expect(r"would cut off or move the domain tokens \(ids \[60, 61, 62\]\)"):
+        _enforced(bert, **DOMAINS).resize_token_embeddings(70)
+    moe = moe_fast.upcycle(bert, num_experts=2)
+    assert moe.resize_token_embeddings(70).weight.shape[0] == 70
+
+
+def test_the_checkpoint_names_the_version_that_wrote_it(bert, tmp_path):
+    moe = moe_fast.upcycle(bert, num_experts=2)
+    moe.config.moe_fast_version = "0.0.1"
+    moe.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert loaded.config.moe_fast_version == moe_fast.__version__
 
 
 def test_expert_ids_with_a_learned_router_are_refused(bert, batch):
