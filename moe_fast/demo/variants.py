@@ -76,7 +76,7 @@ def train_variant(
     with tempfile.TemporaryDirectory() as folder:
         trainer = MoESentenceTransformerTrainer(
             model=model,
-            args=training_arguments(folder, model, settings),
+            args=training_arguments(folder, settings),
             train_dataset=as_dataset(pairs),
             loss=InfoNCELoss(model, temperature=settings.temperature, symmetric=True),
             data_collator=collator(model, settings),
@@ -111,19 +111,14 @@ def collator(model: SentenceTransformer, settings: DemoSettings) -> DomainDataCo
     )
 
 
-def training_arguments(
-    folder: str, model: SentenceTransformer, settings: DemoSettings
-) -> SentenceTransformerTrainingArguments:
-    """One epoch; each batch holds every domain's share; a router learns at a rate of its own."""
-    has_router = any(name.endswith("router.weight") for name, _ in model.named_parameters())
-    router_rate = {r"router\.weight$": settings.router_learning_rate} if has_router else {}
+def training_arguments(folder: str, settings: DemoSettings) -> SentenceTransformerTrainingArguments:
+    """One epoch; each batch holds every domain's share."""
     return SentenceTransformerTrainingArguments(
         output_dir=folder,
         num_train_epochs=1,
         per_device_train_batch_size=settings.batch_size,
         batch_sampler=DomainBatchSampler,
         learning_rate=settings.learning_rate,
-        learning_rate_mapping=router_rate,
         warmup_steps=settings.warmup,  # below 1: a share of all steps
         seed=settings.seed,
         disable_tqdm=False,
