@@ -255,9 +255,13 @@ def top_k_by_logit(logits: Tensor, k: int) -> Tensor:
 
 
 def sentence_of_token(starts: Tensor, num_tokens: int) -> Tensor:
-    """The sentence each token belongs to: [B + 1] starts -> [T] int64."""
+    """The sentence each token belongs to: [B + 1] starts -> [T] int64.
+
+    Always an index into the B sentences, also where unchecked starts end before the tokens do.
+    """
     positions = torch.arange(num_tokens, device=starts.device)
-    return torch.searchsorted(starts[1:], positions, right=True)
+    sentence = torch.searchsorted(starts[1:], positions, right=True)
+    return sentence.clamp(max=starts.shape[0] - 2)
 
 
 def _check_starts(starts: Tensor | None, num_tokens: int) -> None:
