@@ -13,13 +13,14 @@ from typing import Any
 import moe_fast
 from moe_fast.demo.docstrings import DOMAINS, SOURCES
 from moe_fast.demo.settings import DemoSettings
-from moe_fast.demo.systems import System
+from moe_fast.demo.systems import OWN_DOMAIN, System
 from moe_fast.evaluation import bootstrap_interval, mean_scores, paired_difference
 from moe_fast.evaluation.plots import plot_expert_usage, plot_losses
 from moe_fast.evaluation.retrieval import Estimate
 from moe_fast.files import atomic_write
 
-MEASURES = ("nDCG@10", "MRR@10")
+BY_DOMAIN = ("nDCG@10", "MRR@10")
+MEASURES = (*BY_DOMAIN, OWN_DOMAIN)
 
 
 def versions() -> dict[str, str]:
@@ -74,7 +75,7 @@ def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
     for summary in summaries:
         overall = [_estimate(Estimate(**summary["overall"][measure])) for measure in MEASURES]
         by_domain = [
-            " / ".join(_number(summary["means"][domain][measure]) for measure in MEASURES)
+            " / ".join(_number(summary["means"][domain][measure]) for measure in BY_DOMAIN)
             for domain in DOMAINS
         ]
         rows.append([summary["name"], *overall, *by_domain, *_costs(summary)])
@@ -83,7 +84,10 @@ def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
 
 def markdown_differences(found: dict[str, dict[str, Any]]) -> str:
     """The paired differences as a second, small table."""
-    rows = [["difference", *(f"{measure} [95 %]" for measure in MEASURES)], ["---"] * 3]
+    rows = [
+        ["difference", *(f"{measure} [95 %]" for measure in MEASURES)],
+        ["---"] * (1 + len(MEASURES)),
+    ]
     for name, measures in found.items():
         cells = [_estimate(Estimate(**measures[m]), signed=True) for m in MEASURES]
         rows.append([name, *cells])

@@ -18,7 +18,14 @@ from moe_fast.demo import pretrained, report
 from moe_fast.demo.docstrings import DOMAINS, DocstringPair
 from moe_fast.demo.pretrained import MODEL_PACKAGE, pretrained_folder
 from moe_fast.demo.settings import DemoSettings
-from moe_fast.demo.systems import System, embed_pairs, measure_usage, score, tfidf_baseline
+from moe_fast.demo.systems import (
+    OWN_DOMAIN,
+    System,
+    embed_pairs,
+    measure_usage,
+    score,
+    tfidf_baseline,
+)
 from moe_fast.demo.variants import (
     DENSE,
     ENFORCED,
@@ -82,14 +89,27 @@ def test_tfidf_finds_words_in_common() -> None:
     np.testing.assert_array_equal(system.scores["nDCG@10"], np.ones(5))
 
 
+def test_within_its_own_domain_a_query_meets_no_other_documents() -> None:
+    """Four documents on a line: the right one is second best overall, best in its domain."""
+    queries = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    documents = np.array([[0.5, 0.0], [0.0, 0.5], [0.9, 0.0], [0.0, 0.9]])
+    scores = score(queries, documents, ["a", "a", "b", "b"])
+    second = 1 / np.log2(3)
+    np.testing.assert_allclose(scores["nDCG@10"], [second, second, 1, 1])
+    np.testing.assert_array_equal(scores[OWN_DOMAIN], np.ones(4))
+
+
 def _systems() -> list[System]:
     rng = np.random.default_rng(0)
     queries, documents = rng.normal(size=(2, 10, 4))
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     usage = np.tile(np.eye(5)[:, None], (1, 2, 1))
-    plain = System("TF-IDF", score(queries, documents))
-    dense = System(DENSE, score(queries, queries + documents), 22_700_000, 22_700_000, 250, 9.4)
-    mixture = System(ENFORCED, score(queries, queries), 22_700_000, 51_100_000, 250, 12.6)
+    domains = [pair.domain for pair in _pairs()]
+    plain = System("TF-IDF", score(queries, documents, domains))
+    dense = System(
+        DENSE, score(queries, queries + documents, domains), 22_700_000, 22_700_000, 250, 9.4
+    )
+    mixture = System(ENFORCED, score(queries, queries, domains), 22_700_000, 51_100_000, 250, 12.6)
     dense.losses, mixture.losses, mixture.usage = [(5, 1.0)], [(5, 0.9)], usage
     return [plain, dense, mixture]
 
