@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
 
@@ -28,3 +31,19 @@ def why_unavailable(device_type: str) -> str | None:
     if _missing is None and device_type != "cpu":
         return "the native library has CPU kernels only in this version"
     return _missing
+
+
+def why_no_products(device_type: str) -> str | None:
+    """Why native ops that multiply matrices cannot run on ``device_type``; ``None`` if they can."""
+    reason = why_unavailable(device_type)
+    if reason is None and not torch.ops.moe_fast_cpp.cpu_capability():
+        return "this torch exports neither oneDNN's block kernel nor a BLAS"
+    return reason
+
+
+def call(op: Callable, *args: Any) -> Any:
+    """Run a native op; what it refuses is a ``ValueError``, as in the reference."""
+    try:
+        return op(*(t.contiguous() if isinstance(t, Tensor) else t for t in args))
+    except RuntimeError as error:  # what a native op can raise
+        raise ValueError(str(error)) from None
