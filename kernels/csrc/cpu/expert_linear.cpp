@@ -149,11 +149,15 @@ void backward_task(const Linear& linear, const Gemm& gemm, const void* grad_y, c
     };
     pack_rows(x_row, dtype, padded, inputs, x);
 
-    float* rows = out.rows + first * linear.in + task.begin;
-    multiply<G>(gemm, {grad, outputs}, count, outputs, factor, inputs, rows, linear.in, false);
+    // Padded like the factors: each number of rows would be another kernel for oneDNN to generate.
+    float* rows = buffers.rows.get<float>(padded * inputs);
+    multiply<G>(gemm, {grad, outputs}, padded, outputs, factor, inputs, rows, inputs, false);
     for (int64_t i = 0; i < count; ++i) {
+      const float* u = rows + i * inputs;
       vector().load(x_row(i), dtype, input, inputs);
-      row_weights[first + i] += vector().dot(rows + i * linear.in, input, inputs);
+      row_weights[first + i] += vector().dot(u, input, inputs);
+      std::memcpy(out.rows + (first + i) * linear.in + task.begin, u,
+                  static_cast<size_t>(inputs) * sizeof(float));
     }
     multiply<G>(gemm, {grad_t, padded}, outputs, padded, x, inputs, grad_weight, inputs,
                 first > task.first);

@@ -240,7 +240,7 @@ template <typename G>
 struct BackwardBuffers {
   UpBuffers up;
   Buffer grad, grad_t, x, grad_h, z, z2, dz[2], dz_t[2], h, factor, group, pairs, rows;
-  Buffer grad_up, grad_down, up_bias, down_bias, bias;
+  Buffer grad_up, grad_down, up_bias, down_bias, bias, rows_x;
 };
 
 // One block of rows of a task: its rows gathered into the factors of the products.
@@ -395,7 +395,7 @@ void backward_block(const Mlp& mlp, const Gemm& gemm, const Task& task, const vo
   const bool later = block.first > task.first;
   multiply<G>(gemm, {block.grad_t, block.padded}, dim, block.padded, unit.h, n,
               grad_down.data + (first_unit - task.begin), grad_down.ld, later);
-  float* rows = out.rows + (task.part * mlp.plan.num_slots() + block.first) * dim;
+  float* rows = buffers.rows_x.template get<float>(block.padded * dim);
   for (int64_t half = 0; half < halves; ++half) {
     multiply<G>(gemm, {unit.dz_t[half], block.padded}, n, block.padded, block.x, dim,
                 grad_up[half].data + (first_unit - task.begin) * dim, dim, later);
@@ -404,7 +404,7 @@ void backward_block(const Mlp& mlp, const Gemm& gemm, const Task& task, const vo
                 mlp.up_at(task.expert, half * mlp.hidden + first_unit + u));
     };
     pack_rows(up_row, mlp.dtype, n, dim, factor);
-    multiply<G>(gemm, {unit.dz[half], n}, block.count, n, factor, dim, rows, dim,
+    multiply<G>(gemm, {unit.dz[half], n}, block.padded, n, factor, dim, rows, dim,
                 half > 0 || first_unit > task.begin);
   }
 }
@@ -445,6 +445,10 @@ void backward_task(const Mlp& mlp, const Gemm& gemm, const RowSource& grad_y, co
       backward_block<G>(mlp, gemm, task, saved, block, unit, grad_up, grad_down, out, db1,
                         buffers);
     }
+    // Padded like the factors: each number of rows would be another kernel for oneDNN to generate.
+    std::memcpy(out.rows + (task.part * mlp.plan.num_slots() + first) * dim,
+                buffers.rows_x.template get<float>(0),
+                static_cast<size_t>(block.count * dim) * sizeof(float));
   }
 
   for (int64_t half = 0; half < halves; ++half) {
