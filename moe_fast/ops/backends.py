@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_fast.ops import native
 from moe_fast.ops.checks import check_choice
 
 OPS = ("route", "plan", "expert_mlp", "expert_linear", "info_nce")
@@ -113,6 +114,7 @@ def show_backends() -> None:
     """Print, for every op, which backends can run it here and why the others cannot."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     print(f"default: {_default}  (use_backend(...), or MOE_FAST_BACKEND before import)")
+    print(f"cpp multiplies matrices with: {native.cpu_capability or 'nothing'}")
     for device_type in devices:
         for op in OPS:
             for backend in BACKENDS:

@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 _LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
+_OPS = (
+    "plan",
+    "expert_mlp",
+    "expert_mlp_backward",
+    "expert_linear",
+    "expert_linear_backward",
+    "cpu_capability",
+)
 
 
 def _load() -> str | None:
@@ -20,10 +28,14 @@ def _load() -> str | None:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"the native library does not load: {error}"
+    if not all(hasattr(torch.ops.moe_fast_cpp, op) for op in _OPS):
+        return "the native library is older than this moe_fast: install again"
     return None
 
 
 _missing = _load()
+# What native ops compute with on the CPU, for people; empty where they cannot multiply matrices.
+cpu_capability: str = torch.ops.moe_fast_cpp.cpu_capability() if _missing is None else ""
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -36,7 +48,7 @@ def why_unavailable(device_type: str) -> str | None:
 def why_no_products(device_type: str) -> str | None:
     """Why native ops that multiply matrices cannot run on ``device_type``; ``None`` if they can."""
     reason = why_unavailable(device_type)
-    if reason is None and not torch.ops.moe_fast_cpp.cpu_capability():
+    if reason is None and not cpu_capability:
         return "this torch exports neither oneDNN's block kernel nor a BLAS"
     return reason
 

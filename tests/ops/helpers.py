@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import moe_fast
 
 # float64 rounds at 1.1e-16, and the tests' sums have at most a few hundred terms of unit scale:
 # 1e-10 is far above any rounding and far below the effect of any term left out or counted twice.
@@ -136,3 +141,25 @@ def assert_says(error: pytest.ExceptionInfo, *fragments: object) -> None:
     message = str(error.value)
     missing = [str(f) for f in fragments if str(f) not in message]
     assert not missing, f"{message!r} does not mention {missing}"
+
+
+def need_native_library() -> None:
+    """Skip the module where the library is not built; with ``CI=true`` that is a failure."""
+    library = Path(moe_fast.__file__).parent / "_native.so"
+    if library.exists():
+        torch.ops.load_library(str(library))
+    elif os.environ.get("CI") == "true":
+        pytest.fail(f"CI needs the native library, and {library.name} is not built", pytrace=False)
+    else:
+        pytest.skip(f"{library.name} is not built: make setup", allow_module_level=True)
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Run a block with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
