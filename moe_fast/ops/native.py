@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
+# The environment names another one for tests, such as a build with sanitizers.
+_LIBRARY = Path(
+    os.environ.get("MOE_FAST_NATIVE_LIBRARY")
+    or Path(__file__).resolve().parent.parent / "_native.so"
+)
 _OPS = (
     "plan",
     "expert_mlp",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import moe_fast
+from moe_fast.ops import native
 
 # float64 rounds at 1.1e-16, and the tests' sums have at most a few hundred terms of unit scale:
 # 1e-10 is far above any rounding and far below the effect of any term left out or counted twice.
@@ -144,14 +143,12 @@ def assert_says(error: pytest.ExceptionInfo, *fragments: object) -> None:
 
 
 def need_native_library() -> None:
-    """Skip the module where the library is not built; with ``CI=true`` that is a failure."""
-    library = Path(moe_fast.__file__).parent / "_native.so"
-    if library.exists():
-        torch.ops.load_library(str(library))
-    elif os.environ.get("CI") == "true":
-        pytest.fail(f"CI needs the native library, and {library.name} is not built", pytrace=False)
-    else:
-        pytest.skip(f"{library.name} is not built: make setup", allow_module_level=True)
+    """Skip the module where the library does not load; with ``CI=true`` that is a failure."""
+    reason = native.why_unavailable("cpu")
+    if reason is not None and os.environ.get("CI") == "true":
+        pytest.fail(f"CI needs the native library: {reason}", pytrace=False)
+    elif reason is not None:
+        pytest.skip(f"{reason}: make setup", allow_module_level=True)
 
 
 @contextmanager

@@ -41,10 +41,11 @@ inline char* at(void* data, Dtype dtype, int64_t element) {
 // fresh memory costs a page fault per 4 KiB, as much as the work in it.
 class Buffer {
  public:
+  // For `count` elements; what it holds is lost if it must grow. get(0): as the last call left it.
   template <typename T>
   T* get(int64_t count) {
-    const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T);
-    if (bytes > size_) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    if (kExact ? count > 0 && bytes != size_ : bytes > size_) {
       data_.reset();
       size_ = 0;
       void* memory = nullptr;
@@ -56,6 +57,11 @@ class Buffer {
   }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool kExact = true;  // or a write past the end might hit what is left over
+#else
+  static constexpr bool kExact = false;
+#endif
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
   };
@@ -82,7 +88,9 @@ inline void store_matrix(const float* from, int64_t rows, int64_t columns, Dtype
 
 // Zeros in `count` records of `size` elements, from number `first` on.
 inline void zero_rows(void* data, Dtype dtype, int64_t first, int64_t count, int64_t size) {
-  std::memset(at(data, dtype, first * size), 0, static_cast<size_t>(count * size * bytes_of(dtype)));
+  if (count == 0 || size == 0) return;  // then data may be null
+  std::memset(at(data, dtype, first * size), 0,
+              static_cast<size_t>(count * size * bytes_of(dtype)));
 }
 
 // Rows of a tensor [*, dim], in an order of their own: row i is source row index[i].
