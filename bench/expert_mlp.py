@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ EXPERTS = 8
 OURS = "moe_fast"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 NAMES = ("x", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias", "top_k_weights")
+
+Run = Callable[[Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Problem:
         torch.manual_seed(0)
         tokens, dim, hidden, dtype = shape.tokens, shape.dim, 4 * shape.dim, shape.dtype
         self.shape = shape
-        self.tensors: dict[str, Tensor | None] = dict(
+        self.tensors: dict[str, Any] = dict(
             x=torch.randn(tokens, dim).to(dtype),
             up_proj=(torch.randn(EXPERTS, hidden, dim) / dim**0.5).to(dtype),
             down_proj=(torch.randn(EXPERTS, dim, hidden) / hidden**0.5).to(dtype),
@@ -71,9 +74,10 @@ class Problem:
         self.plan = ops.plan(self.top_k_index, EXPERTS)
         self.upstream = torch.randn(tokens, dim).to(dtype)
 
-    def ours(self, tensors: Mapping[str, Tensor | None], backend: str | None = None) -> Tensor:
+    def ours(self, tensors: Mapping[str, Any], backend: str | None = None) -> Tensor:
         """expert_mlp of ``tensors``."""
-        return ops.expert_mlp(*(tensors[n] for n in NAMES), self.plan, backend=backend)  # type: ignore[arg-type]
+        x, up, down, up_bias, down_bias, weights = (tensors[n] for n in NAMES)
+        return ops.expert_mlp(x, up, down, up_bias, down_bias, weights, self.plan, backend=backend)
 
     def exact(self, backward: bool) -> list[Tensor]:
         """The reference in float64: y, or y and all gradients."""
@@ -81,7 +85,7 @@ class Problem:
         call = timed(lambda t: self.ours(t, "torch"), doubles, self.upstream.double(), backward)
         return call()
 
-    def dense(self) -> tuple[Callable[[Mapping[str, Tensor | None]], Tensor], dict, Tensor]:
+    def dense(self) -> tuple[Run, dict, Tensor]:
         """The dense MLP over S rows: function, its tensors, and the upstream gradient."""
         rows = self.shape.tokens * self.shape.k
         tensors = {n: None if t is None else t[0].clone() for n, t in self.tensors.items()}
@@ -96,7 +100,7 @@ class Problem:
 
 
 def timed(
-    run: Callable[[Mapping[str, Tensor | None]], Tensor],
+    run: Run,
     tensors: Mapping[str, Tensor | None],
     upstream: Tensor,
     backward: bool,
@@ -161,13 +165,18 @@ def against_dense(shape: Shape, backward: bool, rounds: int) -> list[Result]:
     return compare(candidates, baseline="dense", check=check, rounds=rounds, warmup=2)
 
 
-def peers(problem: Problem) -> dict[str, Callable[[Mapping[str, Tensor | None]], Tensor]]:
+def run_peer(experts: torch.nn.Module, top_k_index: Tensor, tensors: Mapping[str, Any]) -> Tensor:
+    """transformers' experts module, called as its own models do."""
+    return experts(tensors["x"], top_k_index, tensors["top_k_weights"])
+
+
+def peers(problem: Problem) -> dict[str, Run]:
     """transformers' experts on the problem's weights, by implementation."""
     from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
     shape = problem.shape
-    found: dict[str, Callable[[Mapping[str, Tensor | None]], Tensor]] = {}
+    found: dict[str, Run] = {}
     for name in ("eager", "batched_mm", "grouped_mm"):
         copied = shape.tokens * shape.k * 4 * shape.dim**2 * shape.dtype.itemsize
         if name == "batched_mm" and copied > 1 << 30:
@@ -183,9 +192,7 @@ def peers(problem: Problem) -> dict[str, Callable[[Mapping[str, Tensor | None]],
             experts = NemotronHExperts(config)
         experts.up_proj = torch.nn.Parameter(problem.tensors["up_proj"], requires_grad=False)
         experts.down_proj = torch.nn.Parameter(problem.tensors["down_proj"], requires_grad=False)
-        found[name] = lambda t, experts=experts: experts(
-            t["x"], problem.top_k_index, t["top_k_weights"]
-        )
+        found[name] = partial(run_peer, experts, problem.top_k_index)
     return found
 
 

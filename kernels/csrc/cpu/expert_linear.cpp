@@ -79,7 +79,7 @@ void forward_task(const Linear& linear, const Gemm& gemm, const Task& task, void
     const int64_t outputs = std::min(kOutputs, task.end - o);
     const int64_t padded = round_up(outputs, 16);
     const auto weights = left_factor<G>(linear.weight_row(task.expert, o), linear.dtype, linear.in,
-                                        outputs, linear.in, buffers.weights);
+                                        outputs, linear.in, count, buffers.weights);
     float* tiles = buffers.tiles.get<float>(outputs * round_up(count, 16));
     multiply_tiles(gemm, weights, outputs, linear.in, columns, count, tiles);
     const float* bias = load_floats(linear.bias, linear.dtype, task.expert * linear.out + o,

@@ -102,7 +102,7 @@ void project_up(const Mlp& mlp, const Gemm& gemm, int64_t expert, int64_t count,
     float* tiles = (half ? buffers.tiles2 : buffers.tiles).get<float>(units * round_up(count, 16));
     const int64_t row = half * mlp.hidden + first_unit;
     const auto weights = left_factor<G>(at(mlp.up, mlp.dtype, mlp.up_at(expert, row)), mlp.dtype,
-                                        mlp.dim, units, mlp.dim, buffers.weights);
+                                        mlp.dim, units, mlp.dim, count, buffers.weights);
     multiply_tiles(gemm, weights, units, mlp.dim, columns, count, tiles);
     const float* bias =
         load_floats(mlp.up_bias, mlp.dtype, expert * mlp.up_rows + row, units, buffers.bias);
@@ -215,11 +215,12 @@ void forward_task(const Mlp& mlp, const Gemm& gemm, const Task& task, const Forw
     }
   }
 
-  for (int64_t dim = 0; dim < mlp.dim; dim += kUnits) {
-    const int64_t dims = std::min(kUnits, mlp.dim - dim);
+  const int64_t step = count <= kPanel ? kUnits / 4 : kUnits;  // rows of H are long: a copy must fit
+  for (int64_t dim = 0; dim < mlp.dim; dim += step) {
+    const int64_t dims = std::min(step, mlp.dim - dim);
     const int64_t from = mlp.down_at(task.expert, dim) + task.begin;
     const auto weights = left_factor<G>(at(mlp.down, mlp.dtype, from), mlp.dtype, mlp.hidden, dims,
-                                        part, buffers.weights);
+                                        part, count, buffers.weights);
     float* tiles = buffers.tile.get<float>(dims * round_up(count, 16));
     multiply_tiles(gemm, weights, dims, part, activated, count, tiles);
     finish_rows<G>(mlp, task, out, dim, dims, tiles, buffers);
