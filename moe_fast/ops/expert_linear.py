@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fast.ops import backends
+from moe_fast.ops import backends, native
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     autocast_to,
@@ -64,7 +64,8 @@ def expert_linear(
     check_like("x", x, weight=weight, bias=bias)
     check_plan(x, top_k_weights, plan, weight.shape[0])
     x, weight, bias = autocast_to(x.device, x, weight, bias)
-    run = backends.select("expert_linear", backend, x.device)
+    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
+    run = backends.select("expert_linear", backend, x.device, computed_in)
     return run(
         x,
         weight,
@@ -98,7 +99,26 @@ def _expert_linear_op(
     return combine(rows, slot_to_row, top_k_weights)
 
 
+@torch.library.custom_op("moe_fast::expert_linear_cpp", mutates_args=())
+def _expert_linear_cpp_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> Tensor:
+    """kernels/csrc/cpu/expert_linear.cpp."""
+    return native.call(
+        torch.ops.moe_fast_cpp.expert_linear,
+        *(x, weight, bias, top_k_weights, expert_offsets, row_to_token, row_to_slot, slot_to_row),
+    )
+
+
 @_expert_linear_op.register_fake
+@_expert_linear_cpp_op.register_fake
 def _(x, weight, *rest):
     return x.new_empty((x.shape[0], weight.shape[1]))
 
@@ -139,7 +159,27 @@ def _expert_linear_backward_op(
     return grad_x, grad_weight, grad_bias, grad_weights
 
 
+@torch.library.custom_op("moe_fast::expert_linear_cpp_backward", mutates_args=())
+def _expert_linear_cpp_backward_op(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return native.call(
+        torch.ops.moe_fast_cpp.expert_linear_backward,
+        *(grad_y, x, weight, bias, top_k_weights),
+        *(expert_offsets, row_to_token, row_to_slot, slot_to_row),
+    )
+
+
 @_expert_linear_backward_op.register_fake
+@_expert_linear_cpp_backward_op.register_fake
 def _(grad_y, x, weight, bias, top_k_weights, *rest):
     return (
         x.new_empty(x.shape),
@@ -153,13 +193,27 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_y):
-    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-    bias = tensors[2]
-    grads = _expert_linear_backward_op(grad_y, *tensors)
-    grad_x, grad_weight, grad_bias, grad_weights = grads
-    return grad_x, grad_weight, None if bias is None else grad_bias, grad_weights, *[None] * 4
+def _backward_by(op):
+    def backward(ctx, grad_y):
+        tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
+        bias = tensors[2]
+        grad_x, grad_weight, grad_bias, grad_weights = op(grad_y, *tensors)
+        return grad_x, grad_weight, None if bias is None else grad_bias, grad_weights, *[None] * 4
+
+    return backward
 
 
-_expert_linear_op.register_autograd(_backward, setup_context=_save_for_backward)
+_expert_linear_op.register_autograd(
+    _backward_by(_expert_linear_backward_op), setup_context=_save_for_backward
+)
+_expert_linear_cpp_op.register_autograd(
+    _backward_by(_expert_linear_cpp_backward_op), setup_context=_save_for_backward
+)
 backends.register("expert_linear", "torch", _expert_linear_op)
+backends.register(
+    "expert_linear",
+    "cpp",
+    _expert_linear_cpp_op,
+    native.why_no_products,
+    leaves_to_torch=(torch.float64,),
+)
