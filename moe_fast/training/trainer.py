@@ -75,6 +75,9 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             given as well.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
+
     def __init__(
         self,
         model: SentenceTransformer | None = None,
@@ -137,6 +140,16 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         )
         self._check_columns(collator)
         return collator
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """As in sentence-transformers; the card counts and quotes texts, which domains are not."""
+        kept = self.train_dataset, self.eval_dataset
+        if has_domain_column(self._datasets, self._domain_column):
+            self.train_dataset, self.eval_dataset = (
+                data if data is None else data.remove_columns(self._domain_column) for data in kept
+            )
+        super().add_model_card_callback(default_args_dict)
+        self.train_dataset, self.eval_dataset = kept
 
     def _check_columns(self, collator: DomainDataCollator) -> None:
         columns = {

@@ -167,6 +167,16 @@ def test_the_domain_is_never_a_text_and_ids_stay_with_their_rows(
     assert sorted(seen) == sorted(2 * list(dataset["anchor"]))  # two epochs, each row once in each
 
 
+@pytest.mark.parametrize("make_eval", [lambda: None, lambda: DatasetDict(x=make_pairs())])
+def test_the_model_card_takes_no_domain_for_a_text(tmp_path, make_eval):
+    trainer = make_trainer(tmp_path, make_moe(), eval_dataset=make_eval())
+    card = trainer.model.model_card_data
+    texts = [f"<code>{name}</code>" for name in make_pairs().column_names if name != "domain"]
+    assert [data["columns"] for data in card.train_datasets] == [texts]
+    assert not set(DOMAINS) & {text for example in card.widget for text in example["sentences"]}
+    assert "domain" in trainer.train_dataset.column_names
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_single_domain_batches_really_are(tmp_path, drop_last):
     model = make_dense()
