@@ -218,6 +218,14 @@ def test_a_resample_of_every_pair_once_gives_the_metrics(threshold: str) -> None
         assert found == pytest.approx(metrics), group
 
 
+def test_every_resample_has_both_labels() -> None:
+    """Of two positives among twelve pairs, one in nine resamples would have none, and no AUC."""
+    data = _pairs(12, domains=False) | {"label": [1, 1] + 10 * [0]}
+    found = evaluate_pairs(_model(data), data, bootstrap=Bootstrap(resamples=200))
+    for name, score in found.scores["all"].items():
+        assert score.low <= score.value <= score.high, name
+
+
 def test_thresholds_of_another_kind_cannot_be_compared() -> None:
     data = _pairs()
     first = evaluate_pairs(_model(data), data, bootstrap=NONE)
