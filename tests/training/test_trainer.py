@@ -277,12 +277,17 @@ def test_evaluation_has_its_own_metrics(tmp_path):
 def test_a_loss_per_dataset(tmp_path):
     model = make_moe()
     dataset = DatasetDict(a=make_pairs(12), b=make_pairs(12, seed=1))
-    losses = {"a": InfoNCELoss(model, learn_temperature=True), "b": InfoNCELoss(model)}
-    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    losses = {
+        "a": InfoNCELoss(model, learn_temperature=True),
+        "b": InfoNCELoss(model, learn_temperature=True, temperature=0.5),
+    }
+    args = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4, "logging_steps": 4}
     trainer = make_trainer(tmp_path, model, loss=losses, dataset=dataset, args=args)
     trainer.train()
-    assert (tmp_path / "checkpoint-2" / LOSS_STATE_NAME).is_file()
-    assert logged(trainer, "in_batch_accuracy")
+    assert (tmp_path / "checkpoint-4" / LOSS_STATE_NAME).is_file()
+    for name, temperature in (("a", 0.05), ("b", 0.5)):
+        assert logged(trainer, f"{name}_in_batch_accuracy")
+        assert logged(trainer, f"{name}_temperature") == [pytest.approx(temperature, rel=0.1)]
     assert trainer.get_decay_parameter_names(nn.ModuleDict(losses))
 
 
