@@ -20,6 +20,7 @@ from moe_fast.training.callbacks import ExpertUsageCallback
 from moe_fast.training.checkpoints import WholeCheckpointTrainer
 from moe_fast.training.checks import (
     check_domains,
+    check_exchanges,
     check_flag_rows,
     check_settings_match,
     check_swappable,
@@ -198,6 +199,8 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; see :meth:`WholeCheckpointTrainer.train` for resuming."""
         if self.accelerator.num_processes > 1:
+            if isinstance(self.loss, dict):
+                check_exchanges(self.loss)
             broadcast_from_first(own_state(self.loss).values())
         return super().train(*args, **kwargs)
 
