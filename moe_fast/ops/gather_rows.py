@@ -43,7 +43,7 @@ def gather_rows(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> 
     check_shape("x", x, (None, None), "[T, D]")
     check_dtype("x", x, FLOAT_DTYPES)
     slots = plan.row_to_token.shape[0]
-    if x.shape[0] == 0 and slots or x.shape[0] and slots % x.shape[0]:
+    if slots % x.shape[0] if x.shape[0] else slots:
         raise ValueError(
             f"plan must be of the {x.shape[0]} tokens of x; got {slots} rows, no multiple of it."
         )
