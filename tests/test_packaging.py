@@ -25,7 +25,6 @@ import moe_fast
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")
 SOURCES += ("CHANGELOG.md", "constraints.txt", "moe_fast", "kernels")
-IMPLEMENTATION = sys.implementation.cache_tag
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -249,15 +248,10 @@ def test_cpu_wheel(source, tmp_path):
 
 @pytest.mark.slow
 def test_pure_wheel_after_a_native_one(source, tmp_path):
-    # What an earlier build left in build/ must not slip in.
-    libraries = Path(
-        source, "build", f"lib.{sysconfig.get_platform()}-{IMPLEMENTATION}", "moe_fast"
-    )
-    libraries.mkdir(parents=True)
-    for folder in (libraries, source / "build" / "lib" / "moe_fast"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("_native.so", "_native_cuda.so"):
-            (folder / name).write_bytes(b"an older build's")
+    left = source / "build" / "lib" / "moe_fast"  # where a pure build collects its files
+    left.mkdir(parents=True)
+    for name in ("_native.so", "_native_cuda.so"):
+        (left / name).write_bytes(b"an earlier build's")
     wheel, output = build_wheel(source, MOE_FAST_NATIVE="0")
     assert output.count("pure Python only: MOE_FAST_NATIVE=0") == 1
     assert wheel.name.endswith("-py3-none-any.whl")
