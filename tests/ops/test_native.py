@@ -18,9 +18,8 @@ from .helpers import need_native_library
 
 need_native_library()
 
-LIBRARY = Path(os.environ.get("MOE_FAST_NATIVE_LIBRARY") or native.__file__).parent
-if not os.environ.get("MOE_FAST_NATIVE_LIBRARY"):
-    LIBRARY = LIBRARY.parent
+PACKAGE = Path(native.__file__).parents[1]
+FOLDER = Path(os.environ.get("MOE_FAST_NATIVE_LIBRARY") or PACKAGE / "_native.so").parent
 GPU_OPS = ["plan", "gather_rows", "combine_rows", "combine_rows_backward"]
 
 
@@ -31,7 +30,7 @@ def cuda_library() -> Path:
         pytest.fail(f"CI needs the CUDA half: {reason}", pytrace=False)
     elif reason is not None:
         pytest.skip(f"{reason} (pip install 'moe-fast[cuda-build]', make setup)")
-    return LIBRARY / "_native_cuda.so"
+    return FOLDER / "_native_cuda.so"
 
 
 def registered(op: str, key: str) -> bool:
@@ -50,7 +49,7 @@ def test_what_is_offered_on_a_gpu(cuda_library):
 
 
 def test_the_cuda_half_names_no_folder_of_its_builder(cuda_library):
-    root = str(Path(native.__file__).parents[2]).encode()
+    root = str(PACKAGE.parent).encode()
     assert root not in cuda_library.read_bytes()
 
 
@@ -65,7 +64,7 @@ def reasons(library: Path) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", CODE],
         env=os.environ
-        | {"MOE_FAST_NATIVE_LIBRARY": str(library), "PYTHONPATH": str(Path(__file__).parents[2])},
+        | {"MOE_FAST_NATIVE_LIBRARY": str(library), "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
         text=True,
     )
@@ -75,7 +74,7 @@ def reasons(library: Path) -> list[str]:
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    return Path(shutil.copy(LIBRARY / "_native.so", tmp_path / "_native.so"))
+    return Path(shutil.copy(FOLDER / "_native.so", tmp_path / "_native.so"))
 
 
 def test_without_the_cuda_half(copy):
