@@ -7,6 +7,10 @@ MOE_FAST_NATIVE says what happens to the compiled library (``moe_fast/_native.so
 - ``1``: required; whatever stops it is an error.
 - ``0``: left out.
 
+Where nvcc is found as well, on PATH, by CUDACXX or in pip's packages (the extra ``cuda-build``), a
+second library, ``moe_fast/_native_cuda.so``, holds the GPU's kernels; if not, CMake says so in one
+line. CMAKE_ARGS="-DMOE_CUDA=ON" makes a missing nvcc an error, OFF leaves the kernels out.
+
 The library uses torch's stable ABI and no Python symbol, so that one file serves every Python and
 every torch from 2.11 on: the wheel is tagged ``py3-none-<platform>``.
 """
@@ -14,6 +18,7 @@ every torch from 2.11 on: the wheel is tagged ``py3-none-<platform>``.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -27,6 +32,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "moe_fast._native"
+CUDA_LIBRARY = "_native_cuda.so"  # beside it
 OLDEST_TORCH = (2, 11)
 METADATA_COMMANDS = {"egg_info", "dist_info"}  # pip runs these before the build itself
 
@@ -87,6 +93,21 @@ def decide_native() -> bool:
     return reason is None
 
 
+def cuda_environment() -> dict[str, str]:
+    """What leads CMake to an nvcc that only pip's packages have; empty if it is found anyway."""
+    if os.environ.get("CUDACXX") or shutil.which("nvcc"):
+        return {}
+    spec = importlib.util.find_spec("nvidia")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    toolkits = [nvcc.parent.parent for f in folders for nvcc in Path(f).glob("cu*/bin/nvcc")]
+    if not toolkits:
+        return {}
+    newest = max(toolkits)
+    # The packages call the folder lib, and nvcc looks in lib64.
+    libraries = [str(newest / "lib"), *filter(None, [os.environ.get("LIBRARY_PATH")])]
+    return {"CUDACXX": str(newest / "bin" / "nvcc"), "LIBRARY_PATH": os.pathsep.join(libraries)}
+
+
 def cmake_build(build_dir: Path, output_dir: Path) -> None:
     """Configure and build the library into ``output_dir``. Raises CalledProcessError."""
     from torch.utils import cpp_extension
@@ -103,9 +124,12 @@ def cmake_build(build_dir: Path, output_dir: Path) -> None:
     }
     configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), *generator]
     configure += [f"-D{name}={value}" for name, value in definitions.items()]
-    subprocess.run([*configure, *os.environ.get("CMAKE_ARGS", "").split()], check=True)
+    environment = os.environ | cuda_environment()
+    cmake_args = os.environ.get("CMAKE_ARGS", "").split()
+    subprocess.run([*configure, *cmake_args], check=True, env=environment)
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
+    build = [cmake, "--build", str(build_dir), "--parallel", jobs]
+    subprocess.run(build, check=True, env=environment)
 
 
 class BuildNative(build_ext):
@@ -113,22 +137,28 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        cuda = output.with_name(CUDA_LIBRARY)
+        cuda.unlink(missing_ok=True)  # one of an earlier build, which this one may not make
         try:
             cmake_build(Path(self.build_temp).resolve(), output.parent)
         except (subprocess.CalledProcessError, OSError) as error:
             # An older library must not be packed in the place of the one that failed.
             output.unlink(missing_ok=True)
+            cuda.unlink(missing_ok=True)
             do_without(f"the build failed, see above ({error})", native_mode())
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # without a tag: any Python loads it
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs: put the library beside the sources, if the build made it."""
-        built = Path(self.build_lib, self.get_ext_filename(LIBRARY))
-        if built.exists():
-            package = self.get_finalized_command("build_py").get_package_dir("moe_fast")
-            self.copy_file(str(built), str(Path(package, built.name)))
+        """Editable installs: put what the build made beside the sources."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("moe_fast"))
+        for name in (Path(self.get_ext_filename(LIBRARY)).name, CUDA_LIBRARY):
+            built = Path(self.build_lib, "moe_fast", name)
+            if built.exists():
+                self.copy_file(str(built), str(package / name))
+            else:
+                (package / name).unlink(missing_ok=True)
 
 
 class BuildPython(build_py):

@@ -113,6 +113,24 @@ def test_what_is_missing_is_named(setup_py, monkeypatch, capsys, missing, torch_
         setup_py["decide_native"]()
 
 
+def test_nvcc_of_pip_is_found(setup_py, monkeypatch, tmp_path):
+    for version in ("cu12", "cu13"):
+        program = tmp_path / "nvidia" / version / "bin" / "nvcc"
+        program.parent.mkdir(parents=True)
+        program.touch()
+    (tmp_path / "nvidia" / "cublas").mkdir()
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    found = setup_py["cuda_environment"]()
+    assert found["CUDACXX"] == str(tmp_path / "nvidia" / "cu13" / "bin" / "nvcc")
+    assert found["LIBRARY_PATH"] == f"{tmp_path}/nvidia/cu13/lib{os.pathsep}/elsewhere"
+    monkeypatch.setenv("CUDACXX", "/another/nvcc")
+    assert setup_py["cuda_environment"]() == {}
+
+
 # --- real builds ---------------------------------------------------------------------------------
 # Each works on a copy of the sources, so that nothing is left in the checkout.
 
@@ -134,7 +152,8 @@ def source(tmp_path) -> Path:
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """Run a command with nothing of pytest's in its environment; its output, or a failure."""
-    keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MOE_FAST_NATIVE")}
+    ours = ("PYTHONPATH", "MOE_FAST_NATIVE", "CMAKE_ARGS")
+    keep = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -180,77 +199,115 @@ assert package.is_relative_to(sys.argv[1]), package
 assert find_spec("moe_fast.triton_ops") is not None and "triton" not in sys.modules
 plan = moe_fast.ops.plan(torch.tensor([[1], [0]]), 2)
 assert plan.row_to_slot.tolist() == [1, 0]
-native = package / "_native.so"
-assert native.exists() == (sys.argv[2] == "native"), native
-if native.exists():
-    torch.ops.load_library(str(native))
-    assert torch.ops.moe_fast_cpp.plan(torch.tensor([[1], [0]]), 2)[2].tolist() == [1, 0]
+libraries = sorted(p.name for p in package.glob("*.so"))
+assert libraries == sys.argv[2:], libraries
+for device, library in (("cpu", "_native.so"), ("cuda", "_native_cuda.so")):
+    assert ("cpp" in moe_fast.ops.available_backends("plan", device)) == (library in libraries)
 print("fine")
 """
+CPU_ONLY = "-DMOE_CUDA=OFF"
+
+
+def smoke(python: Path, package_in: Path, libraries: set[str], cwd: Path, *options: str) -> None:
+    """Import moe_fast from ``package_in``; exactly these libraries are there, and load."""
+    command = (python, *options, "-c", SMOKE, package_in, *sorted(libraries))
+    assert "fine" in run(*command, cwd=cwd)
+
+
+def libraries_in(wheel: Path) -> set[str]:
+    return {Path(n).name for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")}
+
+
+@pytest.fixture
+def nvcc(setup_py) -> None:
+    """Skip without nvcc; with ``CI=true`` that is a failure."""
+    if os.environ.get("CUDACXX") or shutil.which("nvcc") or setup_py["cuda_environment"]():
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail("CI needs nvcc: pip install '.[cuda-build]'", pytrace=False)
+    pytest.skip("nvcc was not found: pip install 'moe-fast[cuda-build]'")
 
 
 @pytest.mark.slow
-def test_native_wheel(source, tmp_path):
-    wheel, _ = build_wheel(source, MOE_FAST_NATIVE="1")
+def test_cpu_wheel(source, tmp_path):
+    wheel, output = build_wheel(source, MOE_FAST_NATIVE="1", CMAKE_ARGS=CPU_ONLY)
+    assert output.count("moe_fast: CPU half only: MOE_CUDA=OFF.") == 1
     assert wheel.name.startswith(f"moe_fast-{moe_fast.__version__}-py3-none-")
     assert not wheel.name.endswith("-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"moe_fast/_native.so", "moe_fast/py.typed", "moe_fast/triton_ops/__init__.py"} <= set(
-        names
-    )
+    assert {"moe_fast/py.typed", "moe_fast/triton_ops/__init__.py"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"moe_fast"}
     python = install(wheel, tmp_path / "env")
-    assert "fine" in run(python, "-c", SMOKE, tmp_path / "env", "native", cwd=tmp_path)
+    smoke(python, tmp_path / "env", {"_native.so"}, tmp_path)
+    # From the checkout's root: with -P still the installed one, without it the checkout's own.
+    smoke(python, tmp_path / "env", {"_native.so"}, source, "-P")
+    smoke(python, source, set(), source)
 
 
 @pytest.mark.slow
 def test_pure_wheel_after_a_native_one(source, tmp_path):
-    # What an earlier build left in build/ must not slip in.
-    build_wheel(source, MOE_FAST_NATIVE="1")[0].unlink()
+    left = source / "build" / "lib" / "moe_fast"  # where a pure build collects its files
+    left.mkdir(parents=True)
+    for name in ("_native.so", "_native_cuda.so"):
+        (left / name).write_bytes(b"an earlier build's")
     wheel, output = build_wheel(source, MOE_FAST_NATIVE="0")
     assert output.count("pure Python only: MOE_FAST_NATIVE=0") == 1
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
-    python = install(wheel, tmp_path / "env")
-    assert "fine" in run(python, "-c", SMOKE, tmp_path / "env", "pure", cwd=tmp_path)
+    assert libraries_in(wheel) == set()
+    smoke(install(wheel, tmp_path / "env"), tmp_path / "env", set(), tmp_path)
 
 
 @pytest.mark.slow
-def test_a_failing_compiler(source, tmp_path):
-    compiler = tmp_path / "broken-c++"
-    compiler.write_text("#!/bin/sh\nexit 1\n")
-    compiler.chmod(0o755)
+@pytest.mark.parametrize("kind", ["absent", "broken"])
+def test_no_compiler(source, tmp_path, kind):
+    compiler = tmp_path / "c++"
+    reason = "no C++ compiler was found"
+    if kind == "broken":
+        compiler.write_text("#!/bin/sh\nexit 1\n")
+        compiler.chmod(0o755)
+        reason = "the build failed"
     wheel, output = build_wheel(source, CXX=str(compiler))
-    assert "no native library, pure Python only: the build failed" in output
-    assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
-    with pytest.raises(AssertionError, match="MOE_FAST_NATIVE=1, but the build failed"):
+    assert output.count(f"no native library, pure Python only: {reason}") == 1
+    assert libraries_in(wheel) == set()
+    smoke(install(wheel, tmp_path / "env"), tmp_path / "env", set(), tmp_path)
+    with pytest.raises(AssertionError, match=re.escape(f"MOE_FAST_NATIVE=1, but {reason}")):
         build_wheel(source, CXX=str(compiler), MOE_FAST_NATIVE="1")
 
 
 @pytest.mark.slow
-def test_wheel_from_sdist(source, tmp_path):
+def test_cuda_wheel_from_sdist(source, tmp_path, nvcc):
     run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=source, MOE_FAST_NATIVE="0")
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    wheel, _ = build_wheel(unpacked, MOE_FAST_NATIVE="1")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"moe_fast/_native.so", "moe_fast/triton_ops/__init__.py"} <= set(names)
+    settings = dict(MOE_FAST_NATIVE="1", CMAKE_ARGS="-DMOE_CUDA=ON", VERBOSE="1")
+    wheel, output = build_wheel(unpacked, **settings)
+    assert output.count("moe_fast: CPU and CUDA halves, ") == 1
+    for gpu in ("sm_80", "sm_90", "sm_100"):
+        assert f"code=[{gpu}]" in output or f"code=[compute_{gpu[3:]},{gpu}]" in output, gpu
+    assert libraries_in(wheel) == {"_native.so", "_native_cuda.so"}
+    python = install(wheel, tmp_path / "env")
+    smoke(python, tmp_path / "env", {"_native.so", "_native_cuda.so"}, tmp_path)
 
 
 @pytest.mark.slow
-def test_editable_install(source, tmp_path):
+def test_editable_install(source, tmp_path, nvcc):
     hook = "from setuptools.build_meta import build_editable as b; print(b(sys.argv[1]))"
-    run(*(sys.executable, "-c", f"import sys; {hook}", tmp_path), cwd=source, MOE_FAST_NATIVE="1")
-    assert (source / "moe_fast" / "_native.so").exists()
+
+    def build(libraries: set[str], **environment: str) -> None:
+        run(*(sys.executable, "-c", f"import sys; {hook}", tmp_path), cwd=source, **environment)
+        assert {path.name for path in (source / "moe_fast").glob("*.so")} == libraries
+
+    build({"_native.so", "_native_cuda.so"}, MOE_FAST_NATIVE="1")
     (wheel,) = tmp_path.glob("*.whl")
     python = install(wheel, tmp_path / "env")
-    assert "fine" in run(python, "-c", SMOKE, source, "native", cwd=tmp_path)
-    run(*(sys.executable, "-c", f"import sys; {hook}", tmp_path), cwd=source, MOE_FAST_NATIVE="0")
-    assert not (source / "moe_fast" / "_native.so").exists()
+    smoke(python, source, {"_native.so", "_native_cuda.so"}, tmp_path)
+    smoke(python, source, {"_native.so", "_native_cuda.so"}, source)
+    build({"_native.so"}, MOE_FAST_NATIVE="1", CMAKE_ARGS=CPU_ONLY)
+    build(set(), MOE_FAST_NATIVE="0")
 
 
 @pytest.mark.slow

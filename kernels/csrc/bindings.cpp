@@ -1,5 +1,6 @@
-// Every native operation's schema and the devices that implement it. Python loads this library with
-// torch.ops.load_library; the operations then stand in torch.ops.moe_fast_cpp.
+// Every native operation's schema, and the CPU's implementations; cuda/bindings.cpp adds the GPU's.
+// Python loads this library with torch.ops.load_library; the operations then stand in
+// torch.ops.moe_fast_cpp.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -9,6 +10,7 @@
 #include "expert_linear.h"
 #include "expert_mlp.h"
 #include "plan.h"
+#include "rows.h"
 
 namespace {
 
@@ -24,6 +26,11 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
   m.def(
       "plan(Tensor top_k_index, int num_experts) -> "
       "(Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor slot_to_row)");
+  m.def("gather_rows(Tensor x, Tensor expert_offsets, Tensor row_to_token) -> Tensor");
+  m.def("combine_rows(Tensor rows, Tensor top_k_weights, Tensor slot_to_row) -> Tensor");
+  m.def(
+      "combine_rows_backward(Tensor grad_y, Tensor rows, Tensor top_k_weights, "
+      "Tensor expert_offsets, Tensor slot_to_row) -> (Tensor grad_rows, Tensor grad_weights)");
   m.def(
       "expert_mlp(Tensor x, Tensor up_proj, Tensor down_proj, Tensor? up_proj_bias, "
       "Tensor? down_proj_bias, Tensor top_k_weights, Tensor expert_offsets, Tensor row_to_token, "
@@ -50,6 +57,9 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
   m.impl("plan", TORCH_BOX(&moe_fast::plan_cpu));
+  m.impl("gather_rows", TORCH_BOX(&moe_fast::gather_rows_cpu));
+  m.impl("combine_rows", TORCH_BOX(&moe_fast::combine_rows_cpu));
+  m.impl("combine_rows_backward", TORCH_BOX(&moe_fast::combine_rows_backward_cpu));
   m.impl("expert_mlp", TORCH_BOX(&moe_fast::expert_mlp_cpu));
   m.impl("expert_mlp_backward", TORCH_BOX(&moe_fast::expert_mlp_backward_cpu));
   m.impl("expert_linear", TORCH_BOX(&moe_fast::expert_linear_cpu));

@@ -14,7 +14,8 @@ namespace moe_fast {
 
 using torch::stable::Tensor;
 
-// top_k_index: [T, K] int32 or int64, contiguous, on the CPU, ids >= 0. num_experts: E >= 1.
+// top_k_index: [T, K] int32 or int64, contiguous, ids >= 0. num_experts: E >= 1. Negative ids are
+// an error on the CPU; on a GPU, where looking would cost a synchronisation, they are skipped.
 //
 // Returns int64 tensors, with S = T * K:
 //   expert_offsets [E + 1]  the rows of expert e are offsets[e] .. offsets[e + 1]
@@ -24,5 +25,7 @@ using torch::stable::Tensor;
 //
 // Throws std::runtime_error, RuntimeError in Python, where an argument breaks these rules.
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(Tensor top_k_index, int64_t num_experts);
+// Two kernels on the current stream, no synchronisation, no atomics.
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(Tensor top_k_index, int64_t num_experts);
 
 }  // namespace moe_fast

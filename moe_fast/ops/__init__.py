@@ -5,8 +5,10 @@ op of the namespace ``moe_fast``. Every function takes ``backend=`` as its last 
 """
 
 from moe_fast.ops.backends import available_backends, show_backends, use_backend
+from moe_fast.ops.combine_rows import combine_rows
 from moe_fast.ops.expert_linear import expert_linear
 from moe_fast.ops.expert_mlp import expert_mlp
+from moe_fast.ops.gather_rows import gather_rows
 from moe_fast.ops.info_nce import InfoNCEStats, info_nce
 from moe_fast.ops.plan import RoutingPlan, plan
 from moe_fast.ops.route import Routing, route
@@ -16,8 +18,10 @@ __all__ = [
     "Routing",
     "RoutingPlan",
     "available_backends",
+    "combine_rows",
     "expert_linear",
     "expert_mlp",
+    "gather_rows",
     "info_nce",
     "plan",
     "route",

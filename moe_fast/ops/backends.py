@@ -17,7 +17,15 @@ import torch
 from moe_fast.ops import native
 from moe_fast.ops.checks import check_choice
 
-OPS = ("route", "plan", "expert_mlp", "expert_linear", "info_nce")
+OPS = (
+    "route",
+    "plan",
+    "gather_rows",
+    "combine_rows",
+    "expert_mlp",
+    "expert_linear",
+    "info_nce",
+)
 BACKENDS = ("triton", "cpp", "torch")  # in the order "auto" tries them
 _CHOICES = ("auto", *BACKENDS)
 

@@ -278,6 +278,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
     ctx.settings = (act, gated)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or autograd makes zeros as large as z for its gradient
 
 
 def _backward_by(op):

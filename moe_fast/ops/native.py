@@ -15,8 +15,13 @@ _LIBRARY = Path(
     os.environ.get("MOE_FAST_NATIVE_LIBRARY")
     or Path(__file__).resolve().parent.parent / "_native.so"
 )
+# The GPU's kernels, where the build found nvcc; they need the first library's definitions.
+_CUDA_LIBRARY = _LIBRARY.with_name("_native_cuda.so")
 _OPS = (
     "plan",
+    "gather_rows",
+    "combine_rows",
+    "combine_rows_backward",
     "expert_mlp",
     "expert_mlp_backward",
     "expert_linear",
@@ -38,29 +43,49 @@ def _load() -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    """Load the GPU's kernels; the reason why not, or ``None``. No GPU is needed to load them."""
+    if _missing is not None:
+        return _missing
+    if not _CUDA_LIBRARY.exists():
+        return "the native library was built without nvcc: CPU only"
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:
+        return f"the native library's CUDA half does not load: {error}"
+    return None
+
+
 _missing = _load()
+_missing_cuda = _load_cuda()
 # What native ops compute with on the CPU, for people; empty where they cannot multiply matrices.
 cpu_capability: str = torch.ops.moe_fast_cpp.cpu_capability() if _missing is None else ""
 
 
 def why_unavailable(device_type: str) -> str | None:
     """Why native ops cannot run on ``device_type``; ``None`` if they can."""
-    if _missing is None and device_type != "cpu":
-        return "the native library has CPU kernels only in this version"
-    return _missing
+    if device_type in ("cpu", "cuda"):
+        return _missing if device_type == "cpu" else _missing_cuda
+    return "the native library has kernels for cpu and cuda only"
 
 
 def why_no_products(device_type: str) -> str | None:
     """Why native ops that multiply matrices cannot run on ``device_type``; ``None`` if they can."""
-    reason = why_unavailable(device_type)
-    if reason is None and not cpu_capability:
+    if device_type != "cpu":
+        return "the native library multiplies matrices on the CPU only"
+    if _missing is None and not cpu_capability:
         return "this torch exports neither oneDNN's block kernel nor a BLAS"
-    return reason
+    return _missing
 
 
 def call(op: Callable, *args: Any) -> Any:
-    """Run a native op; what it refuses is a ``ValueError``, as in the reference."""
+    """Run a native op; what it refuses is a ``ValueError``, as in the reference.
+
+    On a GPU a RuntimeError stays one: arguments were checked before, what is left is the device.
+    """
     try:
         return op(*(t.contiguous() if isinstance(t, Tensor) else t for t in args))
-    except RuntimeError as error:  # what a native op can raise
+    except RuntimeError as error:
+        if any(isinstance(t, Tensor) and t.is_cuda for t in args):
+            raise
         raise ValueError(str(error)) from None

@@ -100,11 +100,16 @@ def _tile_schedule(expert_offsets: Tensor, num_rows: int, block_size: int) -> Te
     return torch.where((expert < num_experts)[:, None], schedule, -1)
 
 
+def check_not_negative(top_k_index: Tensor) -> None:
+    """Raise ``ValueError`` for negative ids, where values are checked."""
+    if checks_values(top_k_index.device) and (top_k_index < 0).any():
+        raise ValueError(f"top_k_index must not be negative; got {int(top_k_index.min())}.")
+
+
 @torch.library.custom_op("moe_fast::plan", mutates_args=())
 def _plan_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat = top_k_index.reshape(-1).to(torch.int64)
-    if checks_values(flat.device) and (flat < 0).any():
-        raise ValueError(f"top_k_index must not be negative; got {int(flat.min())}.")
+    check_not_negative(flat)
     # Negative ids, unchecked on a GPU, are skipped too: never out of bounds in memory.
     expert = torch.where((flat < 0) | (flat > num_experts), num_experts, flat)
     row_to_slot = torch.argsort(expert, stable=True)
@@ -118,7 +123,9 @@ def _plan_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 
 @torch.library.custom_op("moe_fast::plan_cpp", mutates_args=())
 def _plan_cpp_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """kernels/csrc/cpu/plan.cpp: a parallel counting sort."""
+    """kernels/csrc/cpu/plan.cpp, kernels/csrc/cuda/plan.cu: a parallel counting sort."""
+    if top_k_index.device.type != "cpu":  # on the CPU the sort itself finds negative ids
+        check_not_negative(top_k_index)
     return native.call(torch.ops.moe_fast_cpp.plan, top_k_index, num_experts)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 
-from bench import expert_mlp, import_time, moe_mlp
+from bench import dispatch, expert_mlp, import_time, memory, moe_mlp
 
 
 def test_moe_mlp_writes_every_table(tmp_path, capsys):
@@ -57,3 +58,30 @@ def test_import_is_lean():
 def test_a_failing_import_is_reported():
     with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
         import_time.run_child("import no_such_module")
+
+
+def test_dispatch_writes_every_table(tmp_path, capsys):
+    path = tmp_path / "dispatch.json"
+    assert dispatch.main(["--slots", "512", "--rounds", "1", "--json", str(path)]) == 0
+    results = json.loads(path.read_text())["results"]
+    assert [name.partition(",")[0] for name in results] == (
+        ["plan"] * 3 + ["gather_rows", "combine_rows"] * 2
+    )
+    assert capsys.readouterr().out.count("target 5.0") == 3
+
+
+def test_dispatch_refuses_plans_that_differ():
+    ids = dispatch.random_ids(64, 2, 4)
+    right, wrong = dispatch.plain_plan(ids, 4), dispatch.plain_plan(ids, 4)
+    dispatch.check_plans({"moe_fast": right, "other": wrong})
+    wrong.row_to_slot[0] += 1
+    with pytest.raises(AssertionError, match="other differs from moe_fast in row_to_slot"):
+        dispatch.check_plans({"moe_fast": right, "other": wrong})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_measures_what_is_there():
+    measured = memory.measure(2048, 64, 1, "torch", threads=1)
+    assert measured.z == 2048 * 256 * 4
+    assert measured.z <= measured.held <= measured.peak

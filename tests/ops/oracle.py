@@ -372,3 +372,31 @@ def info_nce(
     total = sum(w_i * l_i for w_i, l_i in zip(w, row_loss, strict=True)) / sum(w)
     accuracy = sum(r == 1 for r in rank) / num_rows
     return OracleLoss(total, torch.stack(row_loss), torch.tensor(rank), accuracy)
+
+
+# --------------------------------------------------------------------------------------- rows
+
+
+def gather_rows(x: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
+    """[S, D]: each row its token's vector, zeros where the plan skips."""
+    order = plan(top_k_index, num_experts)
+    valid = order.expert_offsets[-1]
+    rows = [x[t] if r < valid else torch.zeros_like(x[t]) for r, t in enumerate(order.row_to_token)]
+    return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1])
+
+
+def combine_rows(
+    rows: Tensor, top_k_weights: Tensor, top_k_index: Tensor, num_experts: int
+) -> Tensor:
+    """[T, D]: each token's rows, one at a time, times their weights."""
+    order = plan(top_k_index, num_experts)
+    tokens, k = top_k_index.shape
+    sums = []
+    for t in range(tokens):
+        total = torch.zeros(rows.shape[1], dtype=torch.float64)
+        for j in range(k):
+            row = order.slot_to_row[t * k + j]
+            if row >= 0:
+                total = total + top_k_weights[t, j] * rows[row]
+        sums.append(total)
+    return torch.stack(sums) if sums else rows.new_zeros(0, rows.shape[1])

@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "../buckets.h"
+
 namespace moe_fast {
 namespace {
 
@@ -32,13 +34,8 @@ struct Problem {
   int64_t num_experts;
 
   int64_t num_slots() const { return num_tokens * k; }
-  // One unsigned comparison sends skipped ids (>= E) to bucket E, and negative ones (huge when read
-  // as unsigned) too: they are found by validate() before anything is computed from the buckets.
-  int64_t bucket(int64_t slot) const {
-    const auto id = static_cast<uint64_t>(static_cast<int64_t>(top_k_index[slot]));
-    const auto skipped = static_cast<uint64_t>(num_experts);
-    return static_cast<int64_t>(std::min(id, skipped));
-  }
+  // Negative ids are found by validate() before anything is computed from the buckets.
+  int64_t bucket(int64_t slot) const { return bucket_of(top_k_index[slot], num_experts); }
 };
 
 // Per chunk one row of counters: E experts, the skipped slots, and whether a negative id was seen.

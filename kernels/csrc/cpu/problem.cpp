@@ -39,12 +39,6 @@ void check_shape(const char* name, const Tensor& tensor, const std::vector<int64
   check(tensor.is_contiguous(), std::string(name) + " must be contiguous.");
 }
 
-const int64_t* indices(const char* name, const Tensor& tensor, int64_t size) {
-  check_shape(name, tensor, {size});
-  check(tensor.scalar_type() == ScalarType::Long, std::string(name) + " must be int64.");
-  return tensor.const_data_ptr<int64_t>();
-}
-
 void check_values(const PlanView& plan) {
   int64_t previous = 0;
   for (int64_t e = 0; e <= plan.num_experts; ++e) {
@@ -74,20 +68,31 @@ int64_t num_threads() { return std::max<int64_t>(torch::stable::get_num_threads(
 
 }  // namespace
 
+const int64_t* indices_of(const char* name, const Tensor& tensor, int64_t size) {
+  check_shape(name, tensor, {size});
+  check(tensor.scalar_type() == ScalarType::Long, std::string(name) + " must be int64.");
+  return tensor.const_data_ptr<int64_t>();
+}
+
+const float* weights_of(const Tensor& top_k_weights, int64_t num_tokens) {
+  check(top_k_weights.dim() == 2, "top_k_weights must be [T, K].");
+  check_shape("top_k_weights", top_k_weights, {num_tokens, top_k_weights.size(1)});
+  check(top_k_weights.scalar_type() == ScalarType::Float, "top_k_weights must be float32.");
+  return top_k_weights.const_data_ptr<float>();
+}
+
 PlanView view_plan(const Tensor& top_k_weights, const Tensor& expert_offsets,
                    const Tensor& row_to_token, const Tensor& row_to_slot,
                    const Tensor& slot_to_row, int64_t num_tokens, int64_t num_experts) {
-  check(top_k_weights.dim() == 2, "top_k_weights must be [T, K].");
+  const float* weights = weights_of(top_k_weights, num_tokens);
   check(num_experts >= 1, "there must be an expert.");
   const int64_t k = top_k_weights.size(1);
-  check_shape("top_k_weights", top_k_weights, {num_tokens, k});
-  check(top_k_weights.scalar_type() == ScalarType::Float, "top_k_weights must be float32.");
   const int64_t slots = num_tokens * k;
-  const PlanView plan{indices("plan.expert_offsets", expert_offsets, num_experts + 1),
-                      indices("plan.row_to_token", row_to_token, slots),
-                      indices("plan.row_to_slot", row_to_slot, slots),
-                      indices("plan.slot_to_row", slot_to_row, slots),
-                      top_k_weights.const_data_ptr<float>(),
+  const PlanView plan{indices_of("plan.expert_offsets", expert_offsets, num_experts + 1),
+                      indices_of("plan.row_to_token", row_to_token, slots),
+                      indices_of("plan.row_to_slot", row_to_slot, slots),
+                      indices_of("plan.slot_to_row", slot_to_row, slots),
+                      weights,
                       num_tokens,
                       k,
                       num_experts};

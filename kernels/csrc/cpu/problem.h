@@ -1,4 +1,4 @@
-// What expert_mlp and expert_linear share on the CPU: the plan, checked; work cut into tasks that
+// What the operations on rows share on the CPU: the plan, checked; work cut into tasks that
 // keep every thread busy; and the weighted sum over a token's slots.
 #pragma once
 
@@ -40,6 +40,11 @@ struct PlanView {
 PlanView view_plan(const Tensor& top_k_weights, const Tensor& expert_offsets,
                    const Tensor& row_to_token, const Tensor& row_to_slot,
                    const Tensor& slot_to_row, int64_t num_tokens, int64_t num_experts);
+
+// The values of a contiguous int64 tensor [size], or of the routing weights, float32 [num_tokens, K],
+// on the CPU.
+const int64_t* indices_of(const char* name, const Tensor& tensor, int64_t size);
+const float* weights_of(const Tensor& top_k_weights, int64_t num_tokens);
 
 // The dtype of x; throws for any but float32, bfloat16, float16.
 Dtype dtype_of(const Tensor& x);
