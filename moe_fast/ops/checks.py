@@ -99,6 +99,21 @@ def check_like(
             )
 
 
+def check_starts(cu_seqlens: Tensor | None, num_tokens: int) -> None:
+    """Raise ``ValueError`` unless sentence starts rise from 0 to T, where values are checked."""
+    if cu_seqlens is None or not checks_values(cu_seqlens.device):
+        return
+    if (
+        cu_seqlens.numel() == 0
+        or cu_seqlens[0] != 0
+        or cu_seqlens[-1] != num_tokens
+        or (cu_seqlens.diff() < 0).any()
+    ):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to T = {num_tokens}; got {cu_seqlens.tolist()}."
+        )
+
+
 def autocast_to(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast floating tensors as autocast would for a matrix product; float64 stays float64."""
     if not torch.is_autocast_enabled(device.type):
