@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Extra arguments for pip where it installs torch, such as another index.
 TORCH_ARGS ?=
-# Arguments for `make demo`, and for pytest in `make test` and `make test-slow`.
+# Arguments for `make demo`, for bench.embedding in `make bench`, and for pytest in `make test` and
+# `make test-slow`.
 ARGS ?=
 WORKERS ?= 2
 
@@ -27,7 +28,7 @@ help:
 	@echo "  test-slow    the slow tests"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
-	@echo "  bench        import time; the MoE MLP, and its op, against dense and transformers"
+	@echo "  bench        import time; the MoE MLP, its op, and embedding, against dense and transformers"
 	@echo "  lint         ruff (rules and format) and mypy"
 	@echo "  format       let ruff mend what it can"
 	@echo "  clean        remove what was built, $(VENV) included"
@@ -90,6 +91,7 @@ bench: setup
 	$(PY) -m bench.import_time --json bench/results/local/import_time.json
 	$(PY) -m bench.moe_mlp --json bench/results/local/moe_mlp.json
 	$(PY) -m bench.expert_mlp --json bench/results/local/expert_mlp.json
+	$(PY) -m bench.embedding $(ARGS) --json bench/results/local/embedding.json
 
 lint: setup
 	$(PY) -m ruff check .

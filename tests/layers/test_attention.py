@@ -35,13 +35,13 @@ def padded(lengths, length=None, pad=0, left=False):
 
 def with_gradients(model, outputs_of):
     """Outputs, and every parameter's gradient of a random function of them."""
-    model.zero_grad()
+    model.zero_grad(set_to_none=True)  # new tensors for new gradients
     outputs = outputs_of(model)
     generator = torch.Generator().manual_seed(5)
     sum(
         (y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in outputs
     ).backward()
-    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return [y.detach() for y in outputs], grads
 
 
