@@ -7,8 +7,9 @@
 
 ``--data`` names a file of JSON lines whose field ``b`` is a text (for MedQuAD, its answers; the
 first 1,000 different ones are taken, cut to 256 tokens); without it, words are drawn at random, as
-many per text as those answers have. Tokenizing is part of what is timed. Experts differ by 5 %, so that a token in a wrong
-expert shows; moe_fast's vectors are compared with eager's before any timing.
+many per text as those answers have. Tokenizing is part of what is timed. Experts differ by 5 %, so
+that a token in a wrong expert shows: moe_fast's vectors are compared with eager's before any
+timing.
 """
 
 from __future__ import annotations

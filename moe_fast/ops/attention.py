@@ -171,7 +171,8 @@ def _by_runs(
     parts = zip(*(t.split(sizes) for t in (query, key, value)), runs, strict=True)
     outputs = []
     for q, k, v, (count, length) in parts:
-        q, k, v = (t.unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v))
+        shape = (count, length, *q.shape[1:])
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
         if window is None or window >= length - 1:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
         else:

@@ -103,15 +103,9 @@ def check_starts(cu_seqlens: Tensor | None, num_tokens: int) -> None:
     """Raise ``ValueError`` unless sentence starts rise from 0 to T, where values are checked."""
     if cu_seqlens is None or not checks_values(cu_seqlens.device):
         return
-    if (
-        cu_seqlens.numel() == 0
-        or cu_seqlens[0] != 0
-        or cu_seqlens[-1] != num_tokens
-        or (cu_seqlens.diff() < 0).any()
-    ):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to T = {num_tokens}; got {cu_seqlens.tolist()}."
-        )
+    starts = cu_seqlens.tolist()
+    if not starts or starts[0] != 0 or starts[-1] != num_tokens or starts != sorted(starts):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {num_tokens}; got {starts}.")
 
 
 def autocast_to(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
