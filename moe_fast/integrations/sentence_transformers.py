@@ -141,9 +141,10 @@ class MoESentenceTransformer(SentenceTransformer):
         config, dtype = encoder.config, encoder.dtype
         before = config._attn_implementation
         faster = self.device.type == "cpu" or attention_kernel(self.device.type, dtype) != "sdpa"
-        # A compiled model is one graph of padded batches.
+        # A compiled model is one graph of padded batches; only "eager" makes attention weights.
         compiled = any(m._compiled_call_impl is not None for m in (self, encoder))
-        if self.packed and before == "sdpa" and faster and not compiled:
+        possible = before == "sdpa" and not compiled and not config.output_attentions
+        if self.packed and possible and faster:
             config._attn_implementation = ATTENTION
         try:
             yield

@@ -233,8 +233,11 @@ class MoEModelMixin(PreTrainedModel):
         if like.shape[0] == 0:
             return self._empty_batch(like, return_dict, output_router_logits)
         packing = packing_of(self.config, like, attention_mask, kwargs)
-        self._check_length(like.shape[1] if packing is None else packing.max_length)
-        cu_seqlens = kwargs.get("cu_seq_lens_q")  # what the caller packed, we only pass on
+        cu_seqlens = kwargs.get("cu_seq_lens_q")  # given: the caller has packed the batch
+        if packing is not None and cu_seqlens is not None:
+            self._check_length(packing.max_length)
+        else:
+            self._check_length(like.shape[1])
         expert_ids, domain_ids = resolve_ids(
             self.config,
             like,

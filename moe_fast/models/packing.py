@@ -72,7 +72,8 @@ class Packing:
 
         Raises:
             ValueError, TypeError: for shapes that do not fit, and, where values are checked, for
-                starts that do not rise from 0 to T one token at least.
+                starts that do not rise from 0 to T, empty sequences, and a ``max_length`` that is
+                too small.
         """
         if like.shape[0] != 1:
             raise ValueError(
@@ -81,14 +82,24 @@ class Packing:
             )
         check_shape("cu_seq_lens_q", cu_seqlens, (None,), "[B + 1]")
         check_dtype("cu_seq_lens_q", cu_seqlens, INTEGER_DTYPES)
+        if cu_seqlens.shape[0] < 2:
+            raise ValueError(
+                f"cu_seq_lens_q must hold 0 and T at least; got {cu_seqlens.tolist()}."
+            )
+        if max_length is not None and not checks_values(like.device):
+            return cls(cu_seqlens, max_length)
         check_starts(cu_seqlens, like.shape[1])
-        if checks_values(like.device) and not cu_seqlens.diff().all():
+        lengths = cu_seqlens.diff()
+        if not lengths.all():
             raise ValueError(
                 f"cu_seq_lens_q must hold no empty sequence; got {cu_seqlens.tolist()}."
             )
-        if max_length is None:
-            max_length = int(cu_seqlens.diff().max())
-        return cls(cu_seqlens, max_length)
+        longest = int(lengths.max())
+        if max_length is not None and max_length < longest:
+            raise ValueError(
+                f"max_length_q must be at least the longest sequence's {longest}; got {max_length}."
+            )
+        return cls(cu_seqlens, longest)
 
     @property
     def attention_kwargs(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 Sequences lie one behind the other, without padding; ``cu_seqlens`` says where each starts. This is
 no kernel of ours: it chooses among maintained ones.
 
-    cuda, float16 and bfloat16, no dropout   torch.nn.attention.varlen.varlen_attn (torch >= 2.10)
+    cuda, float16 and bfloat16, no dropout   torch.nn.attention.varlen.varlen_attn (head_dim a
+                                             multiple of 8, at most 256; capability 8.0)
     cuda, otherwise, where it is installed   xformers.ops.memory_efficient_attention (no window)
     everywhere else                          F.scaled_dot_product_attention, once for each run of
                                              neighbours of equal length
@@ -69,7 +70,7 @@ def varlen_attention(
     """
     _check(query, key, value, cu_seqlens, window)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    kernel = attention_kernel(query.device.type, query.dtype, window, dropout)
+    kernel = attention_kernel(query.device.type, query.dtype, window, dropout, query.shape[-1])
     if kernel == "varlen_attn":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -107,12 +108,16 @@ def _check(
 
 
 def attention_kernel(
-    device_type: str, dtype: torch.dtype, window: int | None = None, dropout: float = 0.0
+    device_type: str,
+    dtype: torch.dtype,
+    window: int | None = None,
+    dropout: float = 0.0,
+    head_dim: int = 64,
 ) -> str:
     """What :func:`varlen_attention` runs: "varlen_attn", "xformers" or "sdpa"."""
     if device_type != "cuda":
         return "sdpa"
-    if dtype in _HALF and not dropout and _has("torch.nn.attention.varlen"):
+    if dtype in _HALF and not dropout and head_dim % 8 == 0 and head_dim <= 256 and _has_varlen():
         return "varlen_attn"
     if dtype != torch.float64 and window is None and _has("xformers"):
         return "xformers"
@@ -128,11 +133,17 @@ def describe_attention(device_type: str) -> str:
     others = "xformers (no window)"
     return "; ".join(
         (
-            varlen if _has("torch.nn.attention.varlen") else "no varlen_attn in this torch",
+            varlen if _has_varlen() else "no varlen_attn in this torch or on this GPU",
             others if _has("xformers") else "xformers is not installed",
             f"else {by_runs}",
         )
     )
+
+
+@cache
+def _has_varlen() -> bool:
+    """FlashAttention, which is behind it, needs a GPU of compute capability 8.0."""
+    return _has("torch.nn.attention.varlen") and torch.cuda.get_device_capability() >= (8, 0)
 
 
 @cache

@@ -391,6 +391,10 @@ def test_bad_packed_batches_are_refused():
         moe(**{**packed, "cu_seq_lens_q": torch.tensor([0, 4, 12])})
     with _expect(r"no empty sequence; got \[0, 4, 4, 13\]"):
         moe(**{**packed, "cu_seq_lens_q": torch.tensor([0, 4, 4, 13])})
+    with _expect(r"cu_seq_lens_q must hold 0 and T at least; got \[0\]"):
+        moe(**{**packed, "cu_seq_lens_q": torch.tensor([0])})
+    with _expect("max_length_q must be at least the longest sequence's 7; got 5"):
+        moe(**{**packed, "max_length_q": 5})
     with _expect("cu_seq_lens_q must have dtype int64, int32", TypeError):
         moe(**{**packed, "cu_seq_lens_q": torch.tensor([0.0, 13.0])})
     with _expect("at most 40 tokens per text .*; got 41"):

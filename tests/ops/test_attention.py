@@ -196,19 +196,26 @@ def test_bad_input_is_named():
         ("cuda", torch.float32, {}, "xformers", "sdpa"),
         ("cuda", torch.float32, {"window": 3}, "sdpa", "sdpa"),
         ("cuda", torch.float64, {}, "sdpa", "sdpa"),
+        ("cuda", torch.bfloat16, {"head_dim": 12}, "xformers", "sdpa"),
+        ("cuda", torch.bfloat16, {"head_dim": 264}, "xformers", "sdpa"),
     ],
 )
 def test_the_kernel_by_capability(monkeypatch, device, dtype, options, with_xformers, without):
+    monkeypatch.setattr(attention, "_has_varlen", lambda: True)
     for installed, expected in ((True, with_xformers), (False, without)):
-        monkeypatch.setattr(attention, "_has", lambda m, there=installed: there or "torch" in m)
+        monkeypatch.setattr(attention, "_has", lambda _, there=installed: there)
         assert attention_kernel(device, dtype, **options) == expected
 
 
 def test_people_are_told(monkeypatch):
     assert "equal lengths" in describe_attention("cpu")
-    monkeypatch.setattr(attention, "_has", lambda module: "torch" in module)
-    said = describe_attention("cuda")
-    assert "varlen_attn" in said and "xformers is not installed" in said
+    monkeypatch.setattr(attention, "_has", lambda _: False)
+    said = {}
+    for has_varlen in (True, False):
+        monkeypatch.setattr(attention, "_has_varlen", lambda has=has_varlen: has)
+        said[has_varlen] = describe_attention("cuda")
+    assert "varlen_attn (float16" in said[True] and "xformers is not installed" in said[True]
+    assert "no varlen_attn" in said[False]
 
 
 def test_varlen_attn_is_called_as_torch_defines_it(monkeypatch):
