@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Extra arguments for pip where it installs torch, such as another index.
 TORCH_ARGS ?=
-# Arguments for `make demo`, and for pytest in `make test` and `make test-slow`.
+# Arguments for `make demo`, for bench.embedding in `make bench`, and for pytest in `make test` and
+# `make test-slow`.
 ARGS ?=
 WORKERS ?= 2
 
@@ -29,7 +30,7 @@ help:
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
-	@echo "  bench        import time; the MoE MLP, and its op, against dense and transformers; dispatch; memory"
+	@echo "  bench        import time; the MoE MLP, its op, and embedding, against dense and transformers; dispatch; memory"
 	@echo "  lint         ruff (rules and format) and mypy"
 	@echo "  format       let ruff mend what it can"
 	@echo "  clean        remove what was built, $(VENV) included"
@@ -102,6 +103,7 @@ bench: setup
 	$(PY) -m bench.expert_mlp --json bench/results/local/expert_mlp.json
 	$(PY) -m bench.dispatch --json bench/results/local/dispatch.json
 	$(PY) -m bench.memory --json bench/results/local/memory.json
+	$(PY) -m bench.embedding $(ARGS) --json bench/results/local/embedding.json
 
 lint: setup
 	$(PY) -m ruff check .

@@ -32,12 +32,14 @@ except ImportError as error:
 
 import moe_fast.models  # noqa: F401  registers the architectures
 from moe_fast.files import atomic_folder, atomic_write
+from moe_fast.layers import ATTENTION
 from moe_fast.models.extract import extract_expert
 from moe_fast.models.join import check_same_tokenizers, join_encoders, mean_state
 from moe_fast.models.loading import check_checkpoint
 from moe_fast.models.model_card import describe_mixture
 from moe_fast.models.modeling import MoEModelMixin, replaced_files
 from moe_fast.models.upcycle import upcycle
+from moe_fast.ops.attention import attention_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +55,14 @@ class MoESentenceTransformer(SentenceTransformer):
     Constructor and methods are ``SentenceTransformer``'s; ``encode`` takes ``domain`` and
     ``truncate`` too.
 
+    ``encode`` leaves padding out (``attn_implementation="moe_fast"``) on a CPU, and on a GPU in
+    half precision, unless the encoder was given another attention than the default, "sdpa".
+
     Attributes:
         truncate: what ``encode`` does with texts that are too long unless told otherwise; set it
             to ``True`` where somebody else calls ``encode``, such as an evaluator. Not saved.
+        packed: ``False``: ``encode`` computes padding, too, as the encoder's attention does. Not
+            saved.
     """
 
     model_type = "SentenceTransformer"  # what is saved is one, and loads as one
@@ -71,6 +78,8 @@ class MoESentenceTransformer(SentenceTransformer):
                 f"{type(self.transformers_model).__name__}. Make one with moe_fast.upcycle(...)."
             )
         self.truncate = truncate
+        self.packed = True
+        self._num_cut: int | None = None  # texts that this encode() cut, while it counts them
         # Lets `domain` through encode() to the encoder, here and (saved in modules.json) in the
         # stock class.
         first = next(iter(self._modules))
@@ -113,13 +122,59 @@ class MoESentenceTransformer(SentenceTransformer):
         singular = self.is_singular_input(inputs)
         texts = [inputs] if singular else list(inputs)
         domain = self._checked_domain(domain, len(texts))
-        self._check_lengths(texts, kwargs, self.truncate if truncate is None else truncate)
-        if isinstance(domain, list) and not singular and texts:
-            return self._encode_by_domain(texts, domain, kwargs)
-        if isinstance(domain, list):
-            domain = domain[0] if domain else None
-        options = {} if domain is None else {"domain": domain}
-        return super().encode(inputs if singular else texts, **options, **kwargs)
+        truncate = self.truncate if truncate is None else truncate
+        counts = truncate and self._sees_cuts(kwargs)
+        if not counts:
+            self._check_lengths(texts, kwargs, truncate)
+        with self._packed_encoder(), self._counted_cuts(len(texts) if counts else None):
+            if isinstance(domain, list) and not singular and texts:
+                return self._encode_by_domain(texts, domain, kwargs)
+            if isinstance(domain, list):
+                domain = domain[0] if domain else None
+            options = {} if domain is None else {"domain": domain}
+            return super().encode(inputs if singular else texts, **options, **kwargs)
+
+    @contextmanager
+    def _packed_encoder(self) -> Iterator[None]:
+        """Attention without padding where it is equal and faster: see docs/packed.md."""
+        encoder = self.transformers_model
+        config, dtype = encoder.config, encoder.dtype
+        before = config._attn_implementation
+        faster = self.device.type == "cpu" or attention_kernel(self.device.type, dtype) != "sdpa"
+        # A compiled model is one graph of padded batches; only "eager" makes attention weights.
+        compiled = any(m._compiled_call_impl is not None for m in (self, encoder))
+        possible = before == "sdpa" and not compiled and not config.output_attentions
+        if self.packed and possible and faster:
+            config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    def _sees_cuts(self, options: dict[str, Any]) -> bool:
+        """Whether tokenizing a batch, in this process, tells which of its texts were cut."""
+        devices = options.get("device")
+        here = options.get("pool") is None and not isinstance(devices, (list, tuple))
+        return here and getattr(self.tokenizer, "is_fast", False)
+
+    @contextmanager
+    def _counted_cuts(self, num_texts: int | None) -> Iterator[None]:
+        """Count the texts that are cut within the block, and log how many of how many."""
+        self._num_cut = None if num_texts is None else 0
+        try:
+            yield
+            if self._num_cut:
+                _warn_of_cuts(self._num_cut, num_texts, self.max_seq_length)
+        finally:
+            self._num_cut = None
+
+    def preprocess(self, inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As ``SentenceTransformer.preprocess``, which every batch of texts goes through."""
+        features = super().preprocess(inputs, *args, **kwargs)
+        if self._num_cut is not None:
+            encodings = getattr(features, "encodings", None) or ()
+            self._num_cut += sum(bool(encoding.overflowing) for encoding in encodings)
+        return features
 
     def _encode_by_domain(
         self, texts: list[Any], domains: list[str], kwargs: dict[str, Any]
@@ -194,12 +249,7 @@ class MoESentenceTransformer(SentenceTransformer):
                 f"has {long[0][1]} ({len(long)} of {len(texts)} texts are too long). Pass "
                 "truncate=True, or set the model's truncate, to cut them."
             )
-        logger.warning(
-            "%d of %d texts are longer than max_seq_length = %d tokens and were truncated.",
-            len(long),
-            len(texts),
-            limit,
-        )
+        _warn_of_cuts(len(long), len(texts), limit)
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """As ``SentenceTransformer.save``, but whole or not at all.
@@ -229,6 +279,15 @@ class MoESentenceTransformer(SentenceTransformer):
         )
         with atomic_write(card) as partial:
             partial.write_text(text, encoding="utf-8")
+
+
+def _warn_of_cuts(num_cut: int, num_texts: int | None, limit: int | None) -> None:
+    logger.warning(
+        "%d of %d texts are longer than max_seq_length = %d tokens and were truncated.",
+        num_cut,
+        num_texts,
+        limit,
+    )
 
 
 _CARD_HEADING = "\n## Mixture of experts\n"
@@ -344,6 +403,7 @@ def with_mapped_encoder(
     """A copy of a mixture whose encoder is ``change`` of the old one."""
     new = _with_encoder(MoESentenceTransformer, model, change(_encoder(model)))
     new.truncate = getattr(model, "truncate", False)
+    new.packed = getattr(model, "packed", True)
     return new
 
 

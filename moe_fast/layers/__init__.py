@@ -1,5 +1,6 @@
 """Modules: they hold parameters and no mathematics, which is :mod:`moe_fast.ops`'s."""
 
+from moe_fast.layers.attention import ATTENTION
 from moe_fast.layers.encoder_layers import (
     MoEBertLayer,
     MoEModernBertLayer,
@@ -11,6 +12,7 @@ from moe_fast.layers.router import MoERouter, RouterOutput
 from moe_fast.layers.routing_info import RoutingInfo
 
 __all__ = [
+    "ATTENTION",
     "MoEBertLayer",
     "MoEMLP",
     "MoEModernBertLayer",

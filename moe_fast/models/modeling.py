@@ -41,6 +41,7 @@ from moe_fast.models.configuration import (
 )
 from moe_fast.models.loading import check_checkpoint, shortened
 from moe_fast.models.model_card import has_foreign_card, write_model_card
+from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
 from moe_fast.ops.checks import check_shape, compute_dtype
 from moe_fast.version import __version__
@@ -244,12 +245,16 @@ class MoEModelMixin(PreTrainedModel):
         self._check_inputs(like, attention_mask)
         if like.shape[0] == 0:
             return self._empty_batch(like, return_dict, output_router_logits)
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        batch = like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        packing = packing_of(self.config, like, attention_mask, kwargs)
+        cu_seqlens = kwargs.get("cu_seq_lens_q")  # given: the caller has packed the batch
+        if packing is not None and cu_seqlens is not None:
+            self._check_length(packing.max_length)
+        else:
+            self._check_length(like.shape[1])
         expert_ids, domain_ids = resolve_ids(
             self.config,
             like,
-            batch,
+            like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             expert_ids=expert_ids,
             domain=domain,
             domain_ids=domain_ids,
@@ -258,8 +263,16 @@ class MoEModelMixin(PreTrainedModel):
         dense_inputs["input_ids"] = place_domain_tokens(
             self.config, input_ids, domain_ids, attention_mask, cu_seqlens
         )
+        if packing is not None:
+            expert_ids = pack_inputs(self, packing, dense_inputs, expert_ids)
+            kwargs.update(packing.attention_kwargs)
         routing = build_routing(
-            self.config, like, expert_ids, attention_mask, cu_seqlens, self.dtype
+            self.config,
+            dense_inputs["input_ids"] if input_ids is not None else dense_inputs["inputs_embeds"],
+            expert_ids,
+            attention_mask if packing is None else None,
+            None if packing is None else packing.cu_seqlens,
+            self.dtype,
         )
         outputs = super().forward(
             **dense_inputs,
@@ -271,6 +284,8 @@ class MoEModelMixin(PreTrainedModel):
         )
         output = self.moe_output_class(**outputs)
         output.router_logits = output.router_logits or None
+        if packing is not None:
+            unpack_outputs(self, packing, output)
         return self._returned(output, return_dict)
 
     def _returned(self, output: BaseModelOutput, return_dict: bool | None) -> Any:
@@ -310,7 +325,6 @@ class MoEModelMixin(PreTrainedModel):
             raise ValueError(f"{name} must be {letters}; got {list(like.shape)}.")
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             check_shape("attention_mask", attention_mask, tuple(like.shape[:2]), "[B, L]")
-        self._check_length(like.shape[1])
 
     def _check_length(self, length: int) -> None:
         allowed = self.config.max_position_embeddings

@@ -4,6 +4,7 @@ One operation per file, each with a reference in plain PyTorch registered as a `
 op of the namespace ``moe_fast``. Every function takes ``backend=`` as its last argument.
 """
 
+from moe_fast.ops.attention import varlen_attention
 from moe_fast.ops.backends import available_backends, show_backends, use_backend
 from moe_fast.ops.combine_rows import combine_rows
 from moe_fast.ops.expert_linear import expert_linear
@@ -27,4 +28,5 @@ __all__ = [
     "route",
     "show_backends",
     "use_backend",
+    "varlen_attention",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_fast.ops import native
+from moe_fast.ops.attention import describe_attention
 from moe_fast.ops.checks import check_choice
 
 OPS = (
@@ -129,6 +130,7 @@ def show_backends() -> None:
                 reason = why_unavailable(op, backend, device_type)
                 state = _describe(op, backend) if reason is None else f"no: {reason}"
                 print(f"{device_type:5s} {op:14s} {backend:7s} {state}")
+        print(f"{device_type:5s} varlen_attention: {describe_attention(device_type)}")
 
 
 def _describe(op: str, backend: str) -> str:

@@ -99,6 +99,15 @@ def check_like(
             )
 
 
+def check_starts(cu_seqlens: Tensor | None, num_tokens: int) -> None:
+    """Raise ``ValueError`` unless sentence starts rise from 0 to T, where values are checked."""
+    if cu_seqlens is None or not checks_values(cu_seqlens.device):
+        return
+    starts = cu_seqlens.tolist()
+    if not starts or starts[0] != 0 or starts[-1] != num_tokens or starts != sorted(starts):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {num_tokens}; got {starts}.")
+
+
 def autocast_to(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast floating tensors as autocast would for a matrix product; float64 stays float64."""
     if not torch.is_autocast_enabled(device.type):

@@ -42,6 +42,7 @@ from moe_fast.ops.checks import (
     check_dtype,
     check_like,
     check_shape,
+    check_starts,
     check_tensor,
     checks_values,
     compute_dtype,
@@ -264,18 +265,6 @@ def sentence_of_token(starts: Tensor, num_tokens: int) -> Tensor:
     return sentence.clamp(max=starts.shape[0] - 2)
 
 
-def _check_starts(starts: Tensor | None, num_tokens: int) -> None:
-    if starts is None or not checks_values(starts.device):
-        return
-    if (
-        starts.numel() == 0
-        or starts[0] != 0
-        or starts[-1] != num_tokens
-        or (starts.diff() < 0).any()
-    ):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {num_tokens}; got {starts.tolist()}.")
-
-
 class _Choice:
     """What the choice is made on: token logits, or sentence means, and the way back to tokens."""
 
@@ -374,7 +363,7 @@ def _route_op(
     token_mask: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_starts(starts, x.shape[0])
+    check_starts(starts, x.shape[0])
     logits = _router_logits(x, router_weight, token_mask)
     if checks_values(x.device) and not logits.isfinite().all():
         row = int((~logits.isfinite()).any(-1).nonzero()[0])
@@ -467,7 +456,7 @@ def _enforced_op(
     num_experts: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_starts(starts, num_tokens)
+    check_starts(starts, num_tokens)
     if expert_ids.shape[0] != num_tokens or (
         starts is not None and starts.shape[0] - 1 == num_tokens
     ):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import dispatch, expert_mlp, import_time, memory, moe_mlp
+from tests.models.tiny import save_sentence_transformer
 
 
 def test_moe_mlp_writes_every_table(tmp_path, capsys):
@@ -49,6 +50,49 @@ def test_expert_mlp_refuses_outputs_that_are_wrong():
     check({"moe_fast": [y.float()], "dense": [y * 2]})
     with pytest.raises(AssertionError, match="eager, output 0"):
         check({"moe_fast": [y], "eager": [y * 1.001]})
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path, monkeypatch):
+    """bench.embedding on a tiny model in place of MiniLM."""
+    pytest.importorskip("sentence_transformers", reason="needs the extra moe-fast[train]")
+    from bench import embedding
+
+    folder = save_sentence_transformer(tmp_path)
+    monkeypatch.setattr(embedding, "pretrained_folder", lambda: folder)
+    monkeypatch.setattr(embedding, "go_offline", lambda: None)
+    monkeypatch.setattr(embedding, "MAX_TOKENS", 32)
+    return embedding
+
+
+def test_embedding_writes_every_table(tiny_encoder, tmp_path, capsys):
+    path, data = tmp_path / "embedding.json", tmp_path / "texts.jsonl"
+    texts = [f"w{i} " * (1 + 7 * i) for i in range(8)]
+    data.write_text("".join(json.dumps({"b": text}) + "\n" for text in [*texts, texts[0]]))
+    arguments = ["--rounds", "1", "--texts", "7", "--data", str(data), "--json", str(path)]
+    assert tiny_encoder.main(arguments) == 0
+    record = json.loads(path.read_text())
+    assert record["texts"] == 7 and list(record["results"]) == ["float32", "bfloat16"]
+    for rows in record["results"].values():
+        assert [row["name"] for row in rows] == ["moe_fast", "eager, padded", "dense"]
+    assert capsys.readouterr().out.count("of dense's time") == 2
+    with pytest.raises(ValueError, match="--texts must be at most 8"):
+        tiny_encoder.main([*arguments, "--texts", "9"])
+
+
+def test_embedding_without_a_file_draws_texts(tiny_encoder):
+    texts = tiny_encoder.read_texts(None, 500)
+    assert len(set(texts)) == 500 and texts == tiny_encoder.read_texts(None, 500)
+    words = sum(len(text.split()) for text in texts) / 500
+    assert 150 < words < 250  # MedQuAD's answers: 201
+
+
+def test_embedding_refuses_vectors_that_differ(tiny_encoder):
+    y = torch.ones(3, 4)
+    check = tiny_encoder.check_same(1e-4)
+    check({"moe_fast": y, "eager, padded": y.clone(), "dense": y * 2})
+    with pytest.raises(AssertionError, match="vectors differ by"):
+        check({"moe_fast": y, "eager, padded": y * 1.001, "dense": y})
 
 
 def test_import_is_lean():

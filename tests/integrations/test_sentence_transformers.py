@@ -346,3 +346,77 @@ def test_saving_over_another_model_keeps_what_is_not_its_own(enforced, dense, tm
     again = SentenceTransformer(str(tmp_path), device="cpu")
     assert np.array_equal(again.encode(TEXTS, domain="a"), enforced.encode(TEXTS, domain="a"))
     assert enforced.save(None) is None
+
+
+# --- encode leaves padding out -------------------------------------------------------------------
+
+
+def _layer_inputs(model):
+    """Shapes of what reaches the second layer, filled in by each forward."""
+    seen = []
+    layer = model.transformers_model.encoder_layers[1]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    return seen
+
+
+def test_encode_computes_real_tokens_alone_and_gives_the_same(dense):
+    model = moe_fast.upcycle(dense, num_experts=3, num_experts_per_tok=2)
+    seen = _layer_inputs(model)
+    for mode in ("mean", "cls", "max"):
+        model[1].pooling_mode = mode
+        packed = model.encode(TEXTS)
+        model.packed = False
+        padded = model.encode(TEXTS)
+        model.packed = True
+        assert _relative_error(packed, padded) <= 1e-6
+    tokens = sum(len(text.split()) + 2 for text in TEXTS)
+    assert seen[:2] == [(1, tokens, 32), (5, 8, 32)]
+
+
+def test_the_attention_of_the_users_choice_stays(dense, enforced):
+    config = enforced.transformers_model.config
+    assert config._attn_implementation == "sdpa"
+    seen = _layer_inputs(enforced)
+    with pytest.raises(ValueError, match="must be one of"):
+        enforced.encode(TEXTS, domain="z")
+    with pytest.raises(ValueError, match="Unsupported input type"):  # once it has begun
+        enforced.encode([3], domain="a", truncate=True)
+    assert config._attn_implementation == "sdpa", "an error left it switched"
+    enforced.encode(TEXTS, domain=PER_TEXT)
+    assert config._attn_implementation == "sdpa" and all(shape[0] == 1 for shape in seen)
+    enforced.transformers_model.set_attn_implementation("eager")
+    seen.clear()
+    enforced.encode(TEXTS, domain="a")
+    assert seen == [(5, 8, 32)]
+
+
+def test_a_compiled_model_is_left_as_it_is(dense):
+    model = moe_fast.upcycle(dense, num_experts=3)
+    seen = _layer_inputs(model)
+    model.compile(backend="eager")
+    model.encode(TEXTS)
+    assert seen == [(5, 8, 32)]
+
+
+def test_cut_texts_are_counted_over_all_batches_and_domains(enforced, caplog):
+    texts = ["w1 " * n for n in (30, 31, 40, 2, 29, 90)]  # with [CLS] and [SEP]: 32 is the limit
+    domain = ["a", "b", "c", "a", "b", "a"]
+    for options in ({}, {"batch_size": 2}, {"precision": "int8"}):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            got = enforced.encode(texts, domain=domain, truncate=True, **options)
+        assert [r.getMessage() for r in caplog.records if "truncated" in r.getMessage()] == [
+            "3 of 6 texts are longer than max_seq_length = 32 tokens and were truncated."
+        ]
+    assert len(got) == 6
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        enforced.encode(texts[3], domain="a", truncate=True)
+    assert "truncated" not in caplog.text
+
+
+def test_a_tokenizer_that_does_not_tell_is_asked_beforehand(enforced, caplog, monkeypatch):
+    monkeypatch.setattr(type(enforced.tokenizer), "is_fast", False)
+    with caplog.at_level(logging.WARNING):
+        enforced.encode(["w1 " * 40, "w2"], domain="a", truncate=True)
+    assert caplog.text.count("1 of 2 texts are longer than max_seq_length = 32") == 1

@@ -1,0 +1,124 @@
+"""The attention function "moe_fast", registered with transformers: attention without padding.
+
+Any of transformers' encoders takes it (``attn_implementation="moe_fast"``). A packed batch, hidden
+states [1, T, D] with ``cu_seq_lens_q`` among the keywords, is computed as it is; a padded one with
+a 2-D mask is packed for the attention alone. The mixtures of :mod:`moe_fast.models` pack the whole
+forward instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
+
+from moe_fast import ops
+
+ATTENTION = "moe_fast"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Self-attention of an encoder, as transformers calls it.
+
+    Args:
+        query, key, value: [B, heads, L, head_dim]; packed: [1, heads, T, head_dim].
+        attention_mask: ``None``, [B, L] bool (True for real tokens), or a 4-D mask, with which
+            this is transformers' SDPA.
+        sliding_window: as FlashAttention counts it: a token sees ``sliding_window - 1`` others to
+            either side.
+        cu_seq_lens_q, max_length_q: [B + 1] starts and the longest length of a packed batch.
+
+    Returns:
+        [B, L, heads, head_dim], zero for padding, and no attention weights.
+
+    Raises:
+        ValueError: for causal attention, cross-attention and ``output_attentions=True``.
+    """
+    _refuse(module, query, key, kwargs)
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "dropout": dropout,
+        "max_length": max_length_q,
+        "window": None if sliding_window is None else sliding_window - 1,
+    }
+    if cu_seq_lens_q is not None:
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        return ops.varlen_attention(q, k, v, cu_seq_lens_q, **options)[None], None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=False
+        )
+    batch, heads, length, dim = query.shape
+    real, starts = real_tokens(attention_mask, batch, length, query.device)
+    q, k, v = (pick(t.transpose(1, 2).flatten(0, 1), real) for t in (query, key, value))
+    y = put_back(ops.varlen_attention(q, k, v, starts, **options), real, batch * length)
+    return y.view(batch, length, heads, dim), None
+
+
+def _refuse(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    given = None
+    if getattr(module, "is_causal", False) or kwargs.get("is_causal"):
+        given = "causal attention"
+    elif key.shape != query.shape:
+        given = (
+            f"cross-attention or grouped heads (query {list(query.shape)}, key {list(key.shape)})"
+        )
+    elif kwargs.get("output_attentions"):
+        given = "output_attentions=True"
+    if given is not None:
+        raise ValueError(
+            f"attn_implementation={ATTENTION!r} is for encoders' self-attention and returns no "
+            f"attention weights; got {given}. Use 'eager' or 'sdpa'."
+        )
+
+
+def real_tokens(
+    mask: Tensor | None, batch: int, length: int, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Where a padded batch's real tokens are.
+
+    Args:
+        mask: [B, L] bool, or ``None``: all are real.
+
+    Returns:
+        Their places in [B * L], [T] int64 (``None`` where all are real), and [B + 1] int32 starts
+        of the sequences once packed.
+    """
+    if mask is None or bool(mask.all()):
+        return None, torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    starts = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+    starts[1:] = mask.sum(1).cumsum(0)
+    return mask.flatten().nonzero().squeeze(1), starts
+
+
+def pick(x: Tensor, places: Tensor | None) -> Tensor:
+    """Rows of x [B * L, ...] at ``places``."""
+    return x if places is None else x.index_select(0, places)
+
+
+def put_back(x: Tensor, places: Tensor | None, size: int) -> Tensor:
+    """The adjoint of :func:`pick`: rows of x [T, ...] at their places in [size, ...], else 0."""
+    if places is None:
+        return x
+    return x.new_zeros(size, *x.shape[1:]).index_copy(0, places, x)
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+# [B, L], or None where all tokens are real: no mask of L x L is ever made, not for windows either.
+AttentionMaskInterface.register(ATTENTION, flash_attention_mask)
