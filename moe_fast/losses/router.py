@@ -47,7 +47,8 @@ class RouterLoss(nn.Module):
 
     Args:
         loss: any loss with its encoder as ``model``, this package's or sentence-transformers', but
-            one that encodes without gradients (a gradient cache).
+            one that encodes without gradients: :class:`moe_fast.losses.CachedLoss` goes around
+            this loss, not into it.
         load_balance, z_loss, mutual_information, expert_supervision: the coefficients, >= 0.
         num_domains: how many domain ids there are; by default as many as the encoder's config
             names. Needed by the last two terms.
@@ -64,8 +65,8 @@ class RouterLoss(nn.Module):
 
     Raises:
         TypeError: a loss without a ``model``.
-        ValueError: for a value out of range, a model without routers or whose routing is
-            enforced, and more domains than experts to supervise.
+        ValueError: for a value out of range, a gradient cache, a model without routers or whose
+            routing is enforced, and more domains than experts to supervise.
     """
 
     running_joint: Tensor | None
@@ -86,6 +87,11 @@ class RouterLoss(nn.Module):
             raise TypeError(
                 "loss must have its encoder as the attribute `model`; "
                 f"got {type(loss).__name__}, which has none."
+            )
+        if getattr(loss, "uses_gradient_cache", False):
+            raise ValueError(
+                "loss must encode with gradients, which a gradient cache does not; got "
+                f"{type(loss).__name__}. Put moe_fast's CachedLoss around the RouterLoss instead."
             )
         self.coefficients = {
             "load_balance": load_balance,
