@@ -144,10 +144,10 @@ def _take_packed(features: Features, rows: Tensor) -> dict[str, Any]:
             taken[key] = sentence.to(value.dtype).view(*value.shape[:-1], -1)
         elif not isinstance(value, Tensor) or value.dim() == 0:
             taken[key] = value
-        elif value.shape[-1] == total:
-            taken[key] = value[..., token]
         elif value.shape[0] == batch:
             taken[key] = value[rows]
+        elif value.shape[-1] == total:
+            taken[key] = value[..., token]
         else:
             raise ValueError(_no_rows(key, value, batch))
     return taken
