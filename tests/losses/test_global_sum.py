@@ -1,4 +1,7 @@
-"""The router losses of two data-parallel processes are those of one with the whole batch."""
+"""The router losses of two data-parallel processes are those of one with the whole batch.
+
+So are those of a gradient cache in both, with chunks of unequal number.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from moe_fast.losses.global_sum import global_sum
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
+@pytest.fixture(scope="module", params=[[], ["10"]], ids=["plain", "in chunks of 10 tokens"])
+def two_processes(request, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("ddp")
     results = [folder / f"{rank}.safetensors" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, WORKER, str(rank), "2", folder / "rendezvous", result],
+            [sys.executable, WORKER, str(rank), "2", folder / "rendezvous", result, *request.param],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
             stderr=subprocess.PIPE,
             text=True,
