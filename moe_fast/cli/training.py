@@ -145,9 +145,11 @@ def build_loss(options: SimpleNamespace, model: Any, column_names: list[str]) ->
         name: getattr(options, name)
         for name in ("load_balance", "z_loss", "mutual_information", "expert_supervision")
     }
-    if not any(coefficients.values()):
+    if any(coefficients.values()):
+        loss = losses.RouterLoss(loss, joint_decay=options.joint_decay, **coefficients)
+    if options.tokens_per_chunk is None:
         return loss
-    return losses.RouterLoss(loss, joint_decay=options.joint_decay, **coefficients)
+    return losses.CachedLoss(loss, tokens_per_chunk=options.tokens_per_chunk or None)
 
 
 def build_arguments(
