@@ -17,9 +17,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from moe_fast.cli.config import read_config, write_config
+from moe_fast.cli.outputs import check_inputs_survive
 
 Backend = Literal["auto", "torch", "cpp", "triton"]
 _NOT_SETTINGS = ("config", "quiet", "debug")
+_NOT_SAVED = ("overwrite", "resume")  # consent to this once, which no other run inherits
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Run:
         folder = result.is_dir()
         path = result / f"{self.command}.yaml" if folder else Path(f"{result}.yaml")
         title = f"moe-fast {self.command}, version {__version__}; run it again with --config"
-        write_config(path, self.settings, title)
+        settings = {name: v for name, v in self.settings.items() if name not in _NOT_SAVED}
+        write_config(path, settings, title)
 
 
 def is_first_process() -> bool:
@@ -86,6 +89,7 @@ def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable], C
             arguments = {parameter.name: values[parameter.name] for parameter in own}
             state = Run(name, settings, values["seed"], values["quiet"])
             with _errors(name, values["debug"]), _environment(values["backend"], state):
+                check_inputs_survive(settings)
                 function(**arguments, run=state)
 
         context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
@@ -129,7 +133,11 @@ def _global_parameters(allowed: Mapping[str, Any]) -> list[inspect.Parameter]:
             typer.Option(help="Implementation of the MoE operations.", rich_help_panel=panel),
             "auto",
         ),
-        "seed": (int, typer.Option(help="Of every random draw.", rich_help_panel=panel), 0),
+        "seed": (
+            int,
+            typer.Option(help="Of every random draw.", min=0, max=2**32 - 1, rich_help_panel=panel),
+            0,
+        ),
         "quiet": (
             bool,
             typer.Option("--quiet", help="No progress, no notes.", rich_help_panel=panel),
@@ -171,11 +179,21 @@ def _errors(name: str, debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        _close_progress_bars()
         message = " ".join(str(error).split()) or "no message"
         expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
         kind = "" if isinstance(error, expected) else f"{type(error).__name__}: "
         print(f"moe-fast {name}: error: {kind}{message}", file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+def _close_progress_bars() -> None:
+    """End the line of a bar that was running, or the error would stand behind it."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.leave = True
+        bar.close()
 
 
 @contextmanager

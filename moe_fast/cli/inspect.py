@@ -75,7 +75,8 @@ def run_command(
         if output is not None:
             from moe_fast.evaluation.plots import plot_expert_usage
 
-            plot_expert_usage({Path(model).name: usage}, names, output)
+            layers = loaded.transformers_model.config.moe_layers
+            plot_expert_usage({Path(model).name: usage}, names, output, layers=layers)
             run.save_settings(output)
             run.say(f"{output}: tokens per expert")
     if json_output is not None:
@@ -102,6 +103,7 @@ def _usage(
     """Names of the domains, and the shares [domain, layer, expert] of their tokens."""
     from itertools import islice
 
+    from moe_fast.cli.models import in_model_order
     from moe_fast.evaluation import expert_usage
     from moe_fast.inference.texts import read_text_rows
 
@@ -112,16 +114,19 @@ def _usage(
         raise ValueError(f"{path}: no texts in this file")
     domains = [row.domain or domain for row in rows]
     named = [name for name in domains if name is not None]
+    known = model.transformers_model.config.domains
+    order = in_model_order(named or [_ALL], known)
     usage = expert_usage(
         model,
         [row.text for row in rows],
         named or [_ALL] * len(rows),
-        pass_domain=bool(named and model.transformers_model.config.domains),
+        order=order,
+        pass_domain=bool(named and known),
         batch_size=batch_size,
         truncate=truncate,
         show_progress_bar=False,
     )
-    return list(dict.fromkeys(named or [_ALL])), usage
+    return order, usage
 
 
 def _print_usage(names: list[str], usage: NDArray, layers: list[int]) -> None:

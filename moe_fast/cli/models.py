@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,12 @@ def save_converted(model: Any, output: Path, source: str, run: Run) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         run.save_settings(temporary)
+
+
+def in_model_order(names: Iterable[str], known: Sequence[str]) -> list[str]:
+    """Names of domains, each once: those the model knows in its order, then the others sorted."""
+    found = set(names)
+    return [name for name in known if name in found] + sorted(found - set(known))
 
 
 def describe_size(model: Any) -> str:

@@ -75,6 +75,8 @@ def run_command(
     from moe_fast.inference import index as library
 
     _check_combination(documents, load_index, queries, output, save_index)
+    if load_index is not None and index != "Flat":
+        raise typer.BadParameter(f"--index {index} is for --documents; a saved index has its own")
     for path in (output, save_index):
         if path is not None:
             check_output(path, overwrite)
@@ -99,6 +101,10 @@ def run_command(
     with tempfile.TemporaryDirectory() as folder:
         if load_index is not None:
             built = library.load_index(load_index)
+            if built.normalize and not normalize:
+                raise ValueError(
+                    f"--no-normalize: the index in {load_index} ranks by cosine; build it again"
+                )
         else:
             assert documents is not None
             built = library.build_index(

@@ -117,9 +117,9 @@ def run_command(
     ] = 1,
     epochs: Annotated[float, _option(_STEPS, "Passes over the data.")] = 1.0,
     max_steps: Annotated[int | None, _option(_STEPS, "Instead of epochs.", min=1)] = None,
-    learning_rate: Annotated[float, _option(_STEPS, "At its highest.")] = 2e-5,
+    learning_rate: Annotated[float, _option(_STEPS, "At its highest.", min=0)] = 2e-5,
     temperature_learning_rate: Annotated[
-        float, _option(_STEPS, "Of a learned temperature.")
+        float, _option(_STEPS, "Of a learned temperature.", min=0)
     ] = 1e-3,
     warmup: Annotated[
         float, _option(_STEPS, "Share of the steps that the rate rises in.", min=0, max=1)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from functools import partial
@@ -16,22 +17,29 @@ import torch
 
 from moe_fast.cli.command import Run, is_first_process
 from moe_fast.cli.models import describe_size
+from moe_fast.cli.training_checks import (
+    check_batches,
+    check_dims,
+    check_settings,
+    check_weights,
+    wants_experts,
+)
 from moe_fast.cli.training_data import (
     check_domains,
     columns_of,
     domains_of,
     for_loss,
-    passages_of,
     read_data,
 )
+from moe_fast.cli.training_pictures import draw
 from moe_fast.files import atomic_folder, check_output
 
 CHECKPOINTS = "checkpoints"
-_USAGE_TEXTS = 500
 
 
 def train_model(options: SimpleNamespace, run: Run) -> None:
     """Everything, from the files to the saved model."""
+    check_settings(options)
     output = Path(options.output)
     checkpoints = output / CHECKPOINTS
     if is_first_process() and not options.resume:
@@ -45,6 +53,7 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
         evaluation = for_loss(
             read_data(options.eval_data, options.positives_only), options.loss, run
         )
+    check_batches(options, train)
     model = prepare_model(options, domains_of(train))
     check_domains(model, train, options.allow_one_domain)
     trainer = build_trainer(options, run, model, train, evaluation, checkpoints)
@@ -52,8 +61,9 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
         shutil.rmtree(checkpoints, ignore_errors=True)  # --overwrite: those of another run
     run.say(f"{describe_size(model)}; {len(train):,} training rows")
     result = trainer.train(resume_from_checkpoint=last if options.resume else None)
+    check_weights(trainer.model)
     if trainer.is_world_process_zero():
-        save_results(output, trainer, dict(result.metrics), evaluation or train, run)
+        save_results(options, trainer, dict(result.metrics), evaluation or train, run)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -70,7 +80,7 @@ def prepare_model(options: SimpleNamespace, data_domains: list[str]) -> Any:
     from moe_fast.models import set_trainable
 
     model = load_model(options.model, device="cpu")  # the trainer moves it
-    wanted = options.num_experts or options.domains or options.routing
+    wanted = wants_experts(options)
     is_mixture = hasattr(model.transformers_model, "moe_mlps")
     if wanted and is_mixture:
         raise ValueError(
@@ -107,8 +117,14 @@ def prepare_model(options: SimpleNamespace, data_domains: list[str]) -> Any:
     return model
 
 
-def build_loss(options: SimpleNamespace, model: Any, column_names: list[str]) -> Any:
+def build_loss(
+    options: SimpleNamespace, model: Any, column_names: list[str], data_domains: list[str]
+) -> Any:
     """The loss, with what is wrapped around it.
+
+    Args:
+        column_names: of the training data.
+        data_domains: names of the domains in the data, of which a model may know nothing.
 
     Raises:
         ValueError: a setting that the loss does not have, or out of its range.
@@ -140,16 +156,28 @@ def build_loss(options: SimpleNamespace, model: Any, column_names: list[str]) ->
         settings["queries_per_negative"] = int("neg_q" in column_names)
     loss = classes[options.loss](model, **settings)
     if options.matryoshka_dims:
+        check_dims(options.matryoshka_dims, model.get_embedding_dimension())
         loss = losses.MatryoshkaLoss(loss, options.matryoshka_dims)
-    coefficients = {
-        name: getattr(options, name)
-        for name in ("load_balance", "z_loss", "mutual_information", "expert_supervision")
-    }
-    if any(coefficients.values()):
-        loss = losses.RouterLoss(loss, joint_decay=options.joint_decay, **coefficients)
+    loss = _with_router_terms(options, loss, data_domains)
     if options.tokens_per_chunk is None:
         return loss
     return losses.CachedLoss(loss, tokens_per_chunk=options.tokens_per_chunk or None)
+
+
+def _with_router_terms(options: SimpleNamespace, loss: Any, data_domains: list[str]) -> Any:
+    """The loss plus what the routers are to learn, if anything."""
+    from moe_fast.losses import RouterLoss
+
+    terms = ("load_balance", "z_loss", "mutual_information", "expert_supervision")
+    coefficients = {name: getattr(options, name) for name in terms}
+    if not any(coefficients.values()):
+        return loss
+    # the collator numbers the model's domains or, where it names none, those of the data
+    named = getattr(loss.model.transformers_model.config, "domains", ())
+    num_domains = None if named else len(data_domains) or None
+    return RouterLoss(
+        loss, joint_decay=options.joint_decay, num_domains=num_domains, **coefficients
+    )
 
 
 def build_arguments(
@@ -184,9 +212,11 @@ def build_arguments(
         bf16=options.bf16,
         logging_steps=options.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is NaN is to be seen
         save_total_limit=options.save_total_limit,
         report_to=[] if options.report_to == "none" else [options.report_to],
         use_cpu=options.device == "cpu",
+        dataloader_pin_memory=options.device != "cpu" and torch.cuda.is_available(),
         dataloader_num_workers=options.workers,
         disable_tqdm=run.quiet,
         seed=options.seed,
@@ -212,6 +242,7 @@ def _schedule(options: SimpleNamespace) -> dict[str, Any]:
             "save_steps": options.eval_steps or 1,
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
+            "restore_callback_states_from_checkpoint": True,  # how often it was no better
         }
     saving = "steps" if options.save_steps else "no"
     return evaluating | {"save_strategy": saving, "save_steps": options.save_steps or 1}
@@ -231,7 +262,8 @@ def build_trainer(
         callbacks.append(ExpertUsageCallback(log_shares=False))
     if options.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping))
-    loss = build_loss(options, model, names)
+    both = {name for rows in (train, evaluation) if rows is not None for name in domains_of(rows)}
+    loss = build_loss(options, model, names, sorted(both))
     lengths = _by_column(names, options.max_length_query, options.max_length_passage)
     trainer = MoESentenceTransformerTrainer(
         model=model,
@@ -262,10 +294,13 @@ def _last_checkpoint(checkpoints: Path) -> str | None:
     return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
 
 
-def save_results(output: Path, trainer: Any, metrics: dict[str, Any], texts: Any, run: Run) -> None:
+def save_results(
+    options: SimpleNamespace, trainer: Any, metrics: dict[str, Any], texts: Any, run: Run
+) -> None:
     """The model, the settings and the log, all at once, then the pictures; checkpoints stay."""
     from moe_fast.training.loss_state import save_loss_state
 
+    output = Path(options.output)
     usage = _usage_callback(trainer)
     log = {
         "metrics": metrics,
@@ -275,38 +310,21 @@ def save_results(output: Path, trainer: Any, metrics: dict[str, Any], texts: Any
         "processes": trainer.args.world_size,
         "tokens_per_expert": usage.total_tokens() if usage is not None else None,
     }
-    with atomic_folder(output) as temporary:
+    outdated = _outdated(output) if options.overwrite else []
+    with atomic_folder(output, replaces=outdated) as temporary:
         trainer.model.save_pretrained(str(temporary))
         save_loss_state(trainer.loss, str(temporary))
         run.save_settings(temporary)
         (temporary / "training_log.json").write_text(json.dumps(log, indent=2), encoding="utf-8")
-    drawn = draw(output, trainer, texts)
+    drawn = draw(output, trainer, texts, options)
     run.say(f"{output}: the model, train.yaml, training_log.json{', '.join(['', *drawn])}")
 
 
-def draw(folder: Path, trainer: Any, texts: Any) -> list[str]:
-    """The curves and, of a mixture, the experts' usage; returns the files' names."""
-    from moe_fast.evaluation import expert_usage
-    from moe_fast.evaluation.plots import plot_expert_usage, plot_training
-
-    try:
-        plot_training(trainer.state.log_history, folder / "training.png")
-    except ImportError:
-        return ["no pictures (pip install 'moe-fast[eval]')"]
-    model = trainer.model
-    if not hasattr(model.transformers_model, "moe_mlps"):
-        return ["training.png"]
-    rows = texts.select(range(min(len(texts), _USAGE_TEXTS)))
-    chosen = passages_of(rows)
-    known = "domain" in rows.column_names
-    domains = list(rows["domain"]) if known else ["all texts"] * len(rows)
-    pass_domain = known and bool(model.transformers_model.config.domains)
-    usage = expert_usage(
-        model, chosen, domains, pass_domain=pass_domain, truncate=True, show_progress_bar=False
-    )
-    names = list(dict.fromkeys(domains))
-    plot_expert_usage({"trained": usage}, names, folder / "expert_usage.png")
-    return ["training.png", "expert_usage.png"]
+def _outdated(output: Path) -> list[str]:
+    """Patterns of all that lies in a folder that is overwritten, but this run's checkpoints."""
+    there = output.iterdir() if output.is_dir() else ()
+    names = [glob.escape(path.name) for path in there if path.name != CHECKPOINTS]
+    return [pattern for name in names for pattern in (name, f"{name}/*")]
 
 
 def _usage_callback(trainer: Any) -> Any:

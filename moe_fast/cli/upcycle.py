@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moe_fast.cli.command import Run
-from moe_fast.cli.options import ModelArgument, Output, Overwrite, numbers, split_commas
+from moe_fast.cli.options import ModelArgument, Output, Overwrite, split_commas
 
 EXAMPLE = "moe-fast upcycle dense-model --num-experts 2 --domains law,medicine -o moe-model"
 
@@ -85,4 +85,10 @@ def parse_layers(values: list[str]) -> str | list[int]:
     """``["all"]`` as "all", ``["0,2"]`` as [0, 2]."""
     if len(values) == 1 and values[0] in ("all", "single", "alternate"):
         return values[0]
-    return numbers(values, "--layers must be all, single, alternate, or: --layers")
+    parts = split_commas(values)
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(
+            "--layers must be all, single, alternate, or layer numbers such as 0,2,4; got "
+            + ", ".join(parts)
+        )
+    return [int(part) for part in parts]

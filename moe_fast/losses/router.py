@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from moe_fast.losses.base import Columns, check_weight
 from moe_fast.losses.features import encoder_config
 from moe_fast.losses.functional.mutual_information import (
-    check_domain_ids,
     domain_expert_sums,
     joint_from_sums,
     mutual_information,
 )
 from moe_fast.losses.functional.router import (
+    check_ids,
     expert_supervision_sums,
     load_balance_from_sums,
     load_balance_sums,
@@ -177,7 +177,7 @@ class RouterLoss(nn.Module):
                     f"every column; column {number} has {sorted(column)}. Train with "
                     "moe_fast.training.DomainDataCollator and a dataset that has a domain column."
                 )
-            check_domain_ids(column["domain_ids"], self.num_domains or 0)
+            check_ids("domain_ids", column["domain_ids"], "num_domains", self.num_domains or 0)
 
     def statistics(self, record: RoutingRecord, columns: Columns) -> dict[str, Tensor]:
         """What the terms in use are made of: sums over the record's tokens, with their graph.

@@ -112,6 +112,8 @@ def test_debug_shows_the_traceback(moe_fast_cli):
         (["upcycle", "dense-model", "-o", "x"], "--num-experts"),
         (["train", "x", "--data", "x", "-o", "x", "--epochs", "nan"], "finite number; got nan"),
         (["upcycle", "dense-model", "-o", "x", "--num-experts", "2", "--layers", "1,b"], "1, b"),
+        (["upcycle", "dense-model", "-o", "x", "--seed", "-1"], "'--seed'"),
+        (["train", "x", "--data", "x", "-o", "x", "--learning-rate", "-1"], "'--learning-rate'"),
         (["join", "law=law-model", "-o", "x"], "at least 2 models; got 1"),
         (["join", "law", "b=c", "-o", "x"], "must be NAME=PATH; got 'law'"),
         (["join", "b=c", "b=d", "-o", "x"], "the name 'b' is there twice"),

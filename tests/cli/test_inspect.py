@@ -5,6 +5,7 @@ import json
 import pytest
 
 from moe_fast.inference import load_model
+from tests.cli.conftest import read_jsonl, write_jsonl
 
 
 def test_a_mixture(moe_fast_cli, workspace):
@@ -36,12 +37,13 @@ def test_a_dense_model(moe_fast_cli):
 
 
 def test_tokens_per_expert_by_domain(moe_fast_cli, workspace):
-    arguments = ["--texts", "texts.jsonl", "--domain-column", "domain", "-o", "u.png"]
+    write_jsonl(workspace / "back.jsonl", reversed(read_jsonl("texts.jsonl")))
+    arguments = ["--texts", "back.jsonl", "--domain-column", "domain", "-o", "u.png"]
     result = moe_fast_cli("inspect", "mixture", *arguments, "--json", "x.json")
     assert result.exit_code == 0, result.output
     shown = json.loads((workspace / "x.json").read_text())
     order = shown["usage_domains"]
-    assert sorted(order) == ["law", "medicine"]
+    assert order == ["law", "medicine"]  # the model's order, which is its experts'
     # enforced: a domain's tokens all go to its expert, in each of the three layers
     assert shown["usage"][order.index("law")] == [[1.0, 0.0]] * 3
     assert shown["usage"][order.index("medicine")] == [[0.0, 1.0]] * 3
@@ -64,10 +66,16 @@ def test_tokens_of_a_learned_router(moe_fast_cli, workspace):
     [
         (["dense-model", "--texts", "texts.jsonl"], "no experts"),
         (["mixture", "--texts", "texts.jsonl"], "domain must be given"),
+        (
+            ["mixture", "--texts", "art.jsonl", "--domain-column", "domain"],
+            "one of the model's domains ('law', 'medicine'); got 'art'",
+        ),
         (["mixture", "--texts", "none.jsonl"], "there is no file none.jsonl"),
         (["none/at/all"], "there is no such folder"),
     ],
 )
-def test_failures(arguments, message, moe_fast_cli):
+def test_failures(arguments, message, moe_fast_cli, workspace):
+    mixed = [{"text": "w1", "domain": name} for name in ("law", "art")]
+    write_jsonl(workspace / "art.jsonl", mixed)
     result = moe_fast_cli("inspect", *arguments)
     assert result.exit_code == 1 and message in result.stderr

@@ -84,6 +84,18 @@ def test_texts_need_a_model(moe_fast_cli):
     assert result.exit_code == 2 and "--model must be given" in result.stderr
 
 
+def test_a_saved_index_keeps_its_own_settings(moe_fast_cli):
+    assert (
+        moe_fast_cli("embed", *MODEL[1:2], "texts.jsonl", *MODEL[2:], "-o", "v.npy").exit_code == 0
+    )
+    assert moe_fast_cli("search", "--documents", "v.npy", "--save-index", "index").exit_code == 0
+    saved = ["search", "--load-index", "index", "--queries", "v.npy", "-o", "r"]
+    result = moe_fast_cli(*saved, "--index", "HNSW8,Flat")
+    assert result.exit_code == 2 and "--index HNSW8,Flat is for --documents" in result.stderr
+    result = moe_fast_cli(*saved, "--no-normalize")
+    assert result.exit_code == 1 and "--no-normalize: the index in index ranks" in result.stderr
+
+
 def test_ids_that_a_run_file_cannot_hold(moe_fast_cli, workspace):
     (workspace / "q.jsonl").write_text('{"id": "two words", "text": "w1"}')
     arguments = ["--documents", "texts.jsonl", "--queries", "q.jsonl", "-o", "r", *MODEL]

@@ -14,6 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from moe_fast.cli import training_pictures
+from moe_fast.evaluation import plots
 from moe_fast.inference import load_model
 from tests.cli.conftest import DOMAINS, read_jsonl, words, write_jsonl
 
@@ -101,9 +103,27 @@ def test_stopped_and_resumed_is_the_same_as_never_stopped(train, moe_fast_cli):
 
 
 def test_overwrite_forgets_the_other_run(train, workspace):
-    train("mixture", "--save-steps", 1, steps=3)
-    train("mixture", "--save-steps", 1, "--overwrite", steps=1)
-    assert [p.name for p in (workspace / "out" / "checkpoints").iterdir()] == ["checkpoint-1"]
+    train("mixture", "--save-steps", 1, "--learn-temperature", steps=3)
+    train("dense-model", "--save-steps", 1, "--overwrite", steps=1)
+    out = workspace / "out"
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["checkpoint-1"]
+    assert (out / "training.png").exists()
+    stale = {"expert_usage.png", "loss_state.safetensors"} & {path.name for path in out.iterdir()}
+    assert not stale
+    train("dense-model", "--save-steps", 0, "--overwrite", output="new")
+
+
+def test_saved_settings_carry_no_consent(train, moe_fast_cli):
+    """Not --overwrite, nor --resume, which would look for checkpoints wherever they are run."""
+    train("mixture", "--save-steps", 1, "--overwrite")
+    shutil.rmtree("out/checkpoints/checkpoint-2")
+    result = moe_fast_cli("train", "--config", "out/train.yaml", "--resume")
+    assert result.exit_code == 0, result.output
+    result = moe_fast_cli("train", "--config", "out/train.yaml")
+    assert result.exit_code == 1 and "exists already and is kept" in result.stderr
+    result = moe_fast_cli("train", "--config", "out/train.yaml", "-o", "again")
+    assert result.exit_code == 0, result.output
+    assert not changed("out", "again")
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -133,14 +153,20 @@ def test_what_is_frozen_does_not_change(train):
 # --- data ----------------------------------------------------------------------------------------
 
 
-def test_a_domain_per_file(train, workspace):
+def test_a_domain_per_file(train, workspace, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(training_pictures, "_USAGE_TEXTS", 6)
+    monkeypatch.setattr(plots, "plot_expert_usage", lambda *args, **kwargs: drawn.update(of=args))
     for domain in DOMAINS:
         rows = read_jsonl("pairs.jsonl")
         rows = [{k: row[k] for k in "ab"} for row in rows if row["domain"] == domain]
         write_jsonl(workspace / f"{domain}.jsonl", rows)
-    train("mixture", "--data", "medicine=medicine.jsonl", data="law=law.jsonl")
+    train("mixture", "--data", "law=law.jsonl", data="medicine=medicine.jsonl")
     counts = log()["tokens_per_expert"]["layer_0"]
     assert all(counts)
+    usages, names, path = drawn["of"]
+    assert (names, path.name) == (DOMAINS, "expert_usage.png")  # the model's order, none left out
+    assert usages["trained"][:, 0].tolist() == [[1, 0], [0, 1]]
 
 
 def test_flag_rows_with_prompts_lengths_negatives_and_a_teacher(train, workspace):
@@ -195,12 +221,40 @@ def test_router_losses_and_schedules_of_a_learned_router(train):
     assert {"load_balance", "z_loss", "mutual_information", "expert_supervision"} <= set(entry)
 
 
+@pytest.mark.parametrize("term", ["mutual-information", "expert-supervision"])
+def test_a_router_may_learn_domains_that_the_model_does_not_name(term, train):
+    flags = ["--routing", "token_topk", "--num-experts", 3, f"--{term}", 1, "--load-balance", 0.05]
+    train("dense-model", *flags, "--eval-data", "pairs.jsonl", "--eval-steps", 1)
+    assert load_model("out", device="cpu").transformers_model.config.domains == []
+    name = term.replace("-", "_")
+    assert {name, f"eval_{name}"} <= {key for entry in log()["history"] for key in entry}
+
+
+def test_domains_of_the_evaluation_alone_have_an_id_too(train, workspace):
+    rows = read_jsonl("pairs.jsonl")
+    write_jsonl(workspace / "more.jsonl", [*rows, {"a": "w1", "b": "w2", "domain": "art"}])
+    flags = ["--routing", "token_topk", "--num-experts", 3, "--mutual-information", 1]
+    train("dense-model", *flags, "--eval-data", "more.jsonl", "--eval-steps", 2)
+    assert any("eval_mutual_information" in entry for entry in log()["history"])
+
+
 def test_early_stopping_takes_the_best_model_back(train):
     """With a rate of zero no evaluation is better than the first."""
     flags = ["--eval-data", "pairs.jsonl", "--eval-steps", 1, "--early-stopping", 2]
     train("mixture", *flags, "--learning-rate", 0, "--warmup", 0, steps=9)
     assert log()["steps"] == 3
     assert log()["best_checkpoint"].endswith("checkpoint-1")
+
+
+def test_early_stopping_goes_on_counting_when_resumed(train, moe_fast_cli):
+    flags = ["--eval-data", "pairs.jsonl", "--eval-steps", 1, "--early-stopping", 3]
+    train("mixture", *flags, "--learning-rate", 0, "--warmup", 0, "--save-total-limit", 9, steps=9)
+    assert log()["steps"] == 4
+    for step in (3, 4):
+        shutil.rmtree(f"out/checkpoints/checkpoint-{step}")
+    result = moe_fast_cli("train", "--config", "out/train.yaml", "--resume")
+    assert result.exit_code == 0, result.output
+    assert log()["steps"] == 4
 
 
 def test_tensorboard(train, workspace):
@@ -233,6 +287,8 @@ def test_two_processes(files, workspace):
 
 # --- bad input -----------------------------------------------------------------------------------
 
+LEARNED = ["--routing", "token_topk", "--num-experts", "2"]
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -259,10 +315,29 @@ def test_two_processes(files, workspace):
         ),
         (["mixture", "--data", "pairs.jsonl", "--temperature", "-1"], "temperature"),
         (["mixture", "--data", "pairs.jsonl", "--load-balance", "0.1"], "enforced"),
+        (["mixture", "--data", "pairs.jsonl", "--epochs", "0"], "--epochs must be above 0; got 0"),
+        (["mixture", "--data", "pairs.jsonl", "--epochs", "-1"], "--epochs must be above 0"),
+        (
+            ["dense-model", "--data", "pairs.jsonl", "--layers", "0", "--num-experts-per-tok", "2"],
+            "--num-experts-per-tok, --layers shape the mixture",
+        ),
+        (["mixture", "--data", "pairs.jsonl", "--target", "output"], "--target shape the mixture"),
+        (["mixture", "--data", "pairs.jsonl", "--joint-decay", ".9"], "for --mutual-information"),
+        (
+            ["dense-model", "--data", "plain.jsonl", *LEARNED, "--mutual-information", "1"],
+            "--mutual-information need data with domains",
+        ),
+        (["dense-model", "--data", "pairs.jsonl", "--batch-size", "1"], "at least 2 rows; got"),
+        (["dense-model", "--data", "row.jsonl", "--loss", "mnr_plus"], "and 1 rows of data"),
+        (
+            ["dense-model", "--data", "pairs.jsonl", "--matryoshka-dims", "64,16"],
+            "at most the model's embedding size, 32; got 64",
+        ),
     ],
 )
 def test_failures_come_before_any_work(arguments, message, moe_fast_cli, workspace):
     write_jsonl(workspace / "plain.jsonl", [{"a": "w1", "b": "w2"}] * 4)
+    write_jsonl(workspace / "row.jsonl", [{"a": "w1", "b": "w2"}])
     write_jsonl(workspace / "one.jsonl", [{"a": "w1", "b": "w2", "domain": "law"}] * 4)
     labels = [{"a": "w1", "b": "w2", "domain": d, "label": i} for i, d in enumerate(DOMAINS)]
     write_jsonl(workspace / "labels.jsonl", labels)
@@ -270,6 +345,15 @@ def test_failures_come_before_any_work(arguments, message, moe_fast_cli, workspa
     assert result.exit_code == 1, result.output
     assert message in result.stderr
     assert not (workspace / "out").exists()
+
+
+def test_a_run_that_diverges_is_a_failure(moe_fast_cli, workspace):
+    few = ["--data", "pairs.jsonl", "--max-steps", 3, "--batch-size", 4, "--device", "cpu"]
+    rate = ["--learning-rate", 1e38, "--warmup", 0, "--save-steps", 0]
+    result = moe_fast_cli("train", "dense-model", *few, *rate, "-o", "out", "--quiet")
+    assert result.exit_code == 1, result.output
+    assert "training has diverged" in result.stderr and "--learning-rate" in result.stderr
+    assert not (workspace / "out" / "model.safetensors").exists()
 
 
 def test_one_domain_where_it_is_meant(train, workspace):
