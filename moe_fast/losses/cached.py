@@ -13,13 +13,20 @@ from moe_fast.losses.base import Columns, EmbeddingLoss
 from moe_fast.losses.chunk_budget import (
     ChunkProbe,
     choose_tokens_per_chunk,
+    most_over_processes,
     warn_if_slow,
 )
-from moe_fast.losses.chunked_encoding import encode_in_chunks
+from moe_fast.losses.chunked_encoding import encode_in_chunks, forwards_together
 from moe_fast.losses.router import RouterLoss
 from moe_fast.losses.routing_record import hook_routers
 from moe_fast.losses.routing_replay import hook_choices
-from moe_fast.losses.text_chunks import Chunk, TextLengths, cut_by_length, text_lengths
+from moe_fast.losses.text_chunks import (
+    Chunk,
+    TextLengths,
+    cut_by_length,
+    split_into,
+    text_lengths,
+)
 from moe_fast.ops.checks import check_count
 
 logger = logging.getLogger(__name__)
@@ -35,7 +42,8 @@ class CachedLoss(nn.Module):
     of the gradient. That costs a second forward, about a third of the step, and saves the padding
     between texts of unequal lengths. It works under autocast, gradient scaling and accumulation,
     gradient checkpointing and ``DistributedDataParallel`` (which averages once, with the last
-    chunk), and with parameters of the loss's own.
+    chunk), and with parameters of the loss's own. Fully sharded models gather their weights for
+    each chunk: there every process cuts its batch into as many.
 
     A mixture of experts makes, in the second forward, the routing choices of the first. The router
     losses are those of the whole batch, of all processes: they are functions of sums over tokens,
@@ -155,6 +163,8 @@ class CachedLoss(nn.Module):
             )
         self._checked = self._checked or torch.is_grad_enabled()
         chunks = cut_by_length(lengths, size, device)
+        if forwards_together(self.model):
+            chunks = split_into(chunks, most_over_processes(len(chunks), device))
         self.last_metrics = _padding_avoided(lengths, chunks)
         return chunks
 

@@ -101,7 +101,7 @@ class ChunkProbe:
         first = max(0, middle - size // 2)
         rows = self._order[first : first + size]
         width = int(self._widths[rows].max())
-        chunk = Chunk(self._column, rows.to(self.device), 0, width)
+        chunk = Chunk(self._column, rows.to(self.device), width)
         return take_rows(self._features, chunk), len(rows) * width
 
     def _now(self) -> float:
@@ -136,7 +136,7 @@ def choose_tokens_per_chunk(probe: ChunkProbe) -> int:
         bytes_per_token / 1024,
         "an unknown number of" if free is None else fits,
     )
-    return _least_over_processes(chosen, probe.device)
+    return -most_over_processes(-chosen, probe.device)
 
 
 def warn_if_slow(probe: ChunkProbe, tokens_per_chunk: int) -> None:
@@ -174,12 +174,13 @@ def free_bytes(device: torch.device) -> int | None:
     return None
 
 
-def _least_over_processes(number: int, device: torch.device) -> int:
+def most_over_processes(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers; each must call."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return number
-    least = torch.tensor(number, device=device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least)
+    most = torch.tensor(number, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
@@ -192,6 +193,16 @@ def without_sync(model: nn.Module) -> AbstractContextManager[None]:
     """Gradients stay this process's own; the last chunk's backward averages all of them."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def forwards_together(model: nn.Module) -> bool:
+    """Whether every forward waits for the other processes: fully sharded models gather weights."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    sharded = (FSDPModule, FullyShardedDataParallel)
+    return any(isinstance(module, sharded) for module in model.modules())
 
 
 def _backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

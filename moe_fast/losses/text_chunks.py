@@ -8,7 +8,7 @@ rows it has: what belongs to them (labels, ids) stays in the order of the batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,11 @@ class Chunk:
     Attributes:
         column: its number.
         rows: [n] int64 on the features' device.
-        num_tokens: real tokens in it.
         width: of its longest text: tokens up to the last real one, padding on the left included.
     """
 
     column: int
     rows: Tensor
-    num_tokens: int
     width: int
 
 
@@ -96,10 +94,30 @@ def cut_by_length(
         start = 0
         while start < len(order):
             size = max(1, tokens_per_chunk // widths[start])
-            rows = order[start : start + size]
-            num_tokens = int(of.tokens[rows].sum())
-            chunks.append(Chunk(column, rows.to(device), num_tokens, widths[start]))
+            rows = order[start : start + size].to(device)
+            chunks.append(Chunk(column, rows, widths[start]))
             start += size
+    return chunks
+
+
+def split_into(chunks: Sequence[Chunk], number: int) -> list[Chunk]:
+    """``number`` chunks, or as many as there are: those of most texts are halved.
+
+    Raises:
+        ValueError: there are not so many texts.
+    """
+    chunks = list(chunks)
+    while len(chunks) < number:
+        place = max(range(len(chunks)), key=lambda i: len(chunks[i].rows))
+        whole = chunks[place]
+        half = len(whole.rows) // 2
+        if not half:
+            raise ValueError(
+                f"a batch of {len(chunks)} texts cannot be cut into {number} chunks, as many as "
+                "another process has; leave the last, incomplete batch out (dataloader_drop_last)."
+            )
+        parts = (whole.rows[:half], whole.rows[half:])
+        chunks[place : place + 1] = [replace(whole, rows=rows) for rows in parts]
     return chunks
 
 

@@ -1,6 +1,6 @@
 """One process of test_global_batch: its share of the rows through a data-parallel encoder.
 
-Usage: ddp_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE RESULT_FILE [TOKENS_PER_CHUNK]
+Usage: ddp_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE RESULT_FILE [TOKENS_PER_CHUNK [fsdp]]
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_fast.layers import MoEMLP, RoutingInfo
@@ -70,9 +73,10 @@ def train(model: nn.Module, rows: slice, tokens: int | None = None) -> dict[str,
         columns = [{k: v[rows] for k, v in column.items()} for column in global_batch(step)]
         loss(columns).backward()
         for name, parameter in model.named_parameters():
-            results[f"{step}.{name.removeprefix('module.')}"] = parameter.grad.clone()
+            results[f"{step}.{name.removeprefix('module.')}"] = whole(parameter.grad)
         results |= {f"{step}.{name}": loss.last_metrics[name] for name in COEFFICIENTS}
-    if rows.start == 0:  # evaluation: the other process does not call, and is not waited for
+    sharded = isinstance(model, FSDPModule)
+    if rows.start == 0 and not sharded:  # the other does not evaluate, and is not waited for
         with torch.no_grad():
             loss(columns)
     results |= {
@@ -92,11 +96,24 @@ def accumulate(model: nn.Module, loss: nn.Module, rows: slice) -> dict[str, Tens
         with model.no_sync() if waits else nullcontext():
             loss(columns).backward()
     named = model.named_parameters()
-    return {name.removeprefix("module."): p.grad.clone() for name, p in named}
+    return {name.removeprefix("module."): whole(p.grad) for name, p in named}
+
+
+def whole(gradient: Tensor) -> Tensor:
+    """A copy, put together where it is sharded."""
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+
+def wrapped(model: nn.Module, sharded: bool) -> nn.Module:
+    if not sharded:
+        return DistributedDataParallel(model)
+    for layer in model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
 def main() -> None:
-    rank, world_size, rendezvous, result, *tokens = sys.argv[1:]
+    rank, world_size, rendezvous, result, *how = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -106,7 +123,7 @@ def main() -> None:
     )
     share = 6 // int(world_size)
     rows = slice(int(rank) * share, (int(rank) + 1) * share)
-    results = train(DistributedDataParallel(Encoder().double()), rows, *map(int, tokens))
+    results = train(wrapped(Encoder().double(), "fsdp" in how), rows, *map(int, how[:1]))
     save_file({name: value.detach().contiguous() for name, value in results.items()}, result)
     dist.destroy_process_group()
 

@@ -21,7 +21,10 @@ from moe_fast.losses.global_sum import global_sum
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
-@pytest.fixture(scope="module", params=[[], ["10"]], ids=["plain", "in chunks of 10 tokens"])
+WAYS = {"plain": [], "in chunks": ["10"], "in chunks, sharded": ["10", "fsdp"]}
+
+
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def two_processes(request, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("ddp")
     results = [folder / f"{rank}.safetensors" for rank in range(2)]
@@ -35,7 +38,7 @@ def two_processes(request, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
         for rank, result in enumerate(results)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from loss_checks import property_test
 from toy_encoder import column
 
-from moe_fast.losses.text_chunks import Chunk, cut_by_length, take_rows, text_lengths
+from moe_fast.losses.text_chunks import Chunk, cut_by_length, split_into, take_rows, text_lengths
 
 CPU = torch.device("cpu")
 TEXTS = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=9), min_size=1, max_size=12)
@@ -50,7 +50,6 @@ def test_every_text_is_in_one_chunk_with_its_ids(columns, budget, left):
         assert part["domain_ids"].tolist() == chunk.rows.tolist()
         assert part["input_ids"].shape == (len(chunk.rows), chunk.width)
         assert part["input_ids"].numel() <= budget or len(chunk.rows) == 1
-        assert chunk.num_tokens == sum(map(len, tokens_of(part)))
         for row, text in zip(chunk.rows.tolist(), tokens_of(part), strict=True):
             assert (chunk.column, row) not in found
             found[chunk.column, row] = text
@@ -86,9 +85,22 @@ def test_the_longest_come_first_and_hardly_any_padding_is_left():
     assert padded < 1.1 * sum(sizes) < 1.1 * features["input_ids"].numel() / 1.8
 
 
+def test_more_chunks_than_the_tokens_ask_for():
+    texts = [[1] * n for n in (5, 4, 3, 2, 1)]
+    chunks = cut_by_length([text_lengths(column(*texts))], 100, CPU)
+    for number in range(1, 6):
+        parts = split_into(chunks, number)
+        assert len(parts) == number
+        assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(5))
+        assert max(len(part.rows) for part in parts) <= -(-5 // number) + 1
+    assert split_into(parts, 2) == parts  # as many as there are
+    with pytest.raises(ValueError, match="a batch of 5 texts cannot be cut into 6 chunks"):
+        split_into(chunks, 6)
+
+
 def test_a_chunk_is_a_copy():
     features = column([1, 2], [3])
-    part = take_rows(features, Chunk(0, torch.tensor([0, 1]), 3, 2))
+    part = take_rows(features, Chunk(0, torch.tensor([0, 1]), 2))
     part["attention_mask"].zero_()
     assert features["attention_mask"].sum() == 3
 
@@ -108,7 +120,7 @@ def test_other_features_are_refused():
         text_lengths({"pixel_values": torch.zeros(2, 3, 4, 4)})
     with pytest.raises(ValueError, match="columns of texts"):  # an embedding bag
         text_lengths({"input_ids": torch.zeros(9), "offsets": torch.zeros(2)})
-    chunk = Chunk(0, torch.tensor([0]), 2, 2)
+    chunk = Chunk(0, torch.tensor([0]), 2)
     with pytest.raises(
         ValueError, match=r"cannot cut 'patches' of shape \[5, 3\] into the 2 texts"
     ):
