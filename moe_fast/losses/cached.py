@@ -43,7 +43,8 @@ class CachedLoss(nn.Module):
     between texts of unequal lengths. It works under autocast, gradient scaling and accumulation,
     gradient checkpointing and ``DistributedDataParallel`` (which averages once, with the last
     chunk), and with parameters of the loss's own. Fully sharded models gather their weights for
-    each chunk: there every process cuts its batch into as many.
+    each chunk: there every process cuts its batch into as many, and ``tokens_per_chunk`` must be
+    given.
 
     A mixture of experts makes, in the second forward, the routing choices of the first. The router
     losses are those of the whole batch, of all processes: they are functions of sums over tokens,
@@ -173,6 +174,13 @@ class CachedLoss(nn.Module):
         known = self.tokens_per_chunk
         if not (torch.is_grad_enabled() and self.model.training) or self._checked:
             return known or _UNMEASURED
+        if forwards_together(self.model):  # measuring would leave the other processes waiting
+            if known is None:
+                raise ValueError(
+                    "tokens_per_chunk must be given for a fully sharded model, whose forwards all "
+                    "processes run together; got None."
+                )
+            return known
         probe = ChunkProbe(self.model, self._encode, columns, lengths, device)
         if known is None:
             assert self.chosen_tokens_per_chunk is not None  # else one was given

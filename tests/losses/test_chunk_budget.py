@@ -148,6 +148,15 @@ def test_a_given_size_is_put_to_the_test_once(monkeypatch):
     assert "chosen_tokens_per_chunk" not in cached.state_dict()
 
 
+def test_nothing_is_measured_where_other_processes_would_wait(monkeypatch):
+    monkeypatch.setattr("moe_fast.losses.cached.forwards_together", lambda model: True)
+    monkeypatch.setattr(ChunkProbe, "seconds_per_token", None)
+    columns = [column([1] * 5, [2]), column([3], [4])]
+    with pytest.raises(ValueError, match="tokens_per_chunk must be given for a fully sharded"):
+        CachedLoss(InfoNCELoss(BagEncoder()))(columns)
+    CachedLoss(InfoNCELoss(BagEncoder()), tokens_per_chunk=1)(columns).backward()
+
+
 def test_a_text_longer_than_a_chunk_is_said_once(caplog):
     cached = CachedLoss(InfoNCELoss(BagEncoder()), tokens_per_chunk=3)
     for _ in range(2):
