@@ -26,7 +26,10 @@ from moe_fast.losses import CachedLoss, InfoNCELoss, RouterLoss
 from moe_fast.models import MoEBertConfig, MoEBertModel
 
 BASELINE = "plain"
-MAX_RELATIVE_ERROR = 1e-5  # float32; the sums over tokens come in another order
+# A batch of another shape is rounded otherwise, and a token all but tied between two experts may then
+# go to the other one: a few in ten thousand tokens, where the tests' float64 has none.
+MAX_RELATIVE_ERROR = 1e-3
+CASES = ("equal", "natural", "router")
 DOMAINS = 4
 ROUTER = {
     "load_balance": 0.05,
@@ -141,15 +144,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--tokens-per-chunk", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--json", help="write the record to this file")
     arguments = parser.parse_args(argv)
-    settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "cases")}
     record: dict[str, Any] = {
         "environment": environment(dtype="float32", **settings),
         "floor": 4 / 3,
         "results": {},
     }
-    for case in ("equal", "natural", "router"):
+    for case in arguments.cases:
         record["results"][case] = results = measure(case, arguments)
         title = f"training step, {case}, E=8, K=1, {settings}, float32; floor of a cache 1.333"
         print(table(results, title), end="\n\n")
