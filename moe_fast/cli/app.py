@@ -12,6 +12,7 @@ from moe_fast.cli import (
     extract,
     inspect,
     join,
+    mine,
     search,
     train,
     upcycle,
@@ -35,6 +36,7 @@ COMMANDS = {
     "search": search,
     "inspect": inspect,
     "cocite": cocite,
+    "mine": mine,
     "demo": demo,
 }
 """The module of each command, with its function ``run_command`` and its ``EXAMPLE``."""

@@ -104,6 +104,14 @@ def run_command(
         _option(_LOSS, "Average domain and expert over batches, in (0, 1)."),
     ] = None,
     batch_size: Annotated[int, _option(_STEPS, "Rows per step and process.", min=1)] = 32,
+    tokens_per_chunk: Annotated[
+        int | None,
+        _option(
+            _STEPS,
+            "Encode a batch in chunks of so many tokens, in their memory; 0: measured and chosen.",
+            min=0,
+        ),
+    ] = None,
     gradient_accumulation: Annotated[
         int, _option(_STEPS, "Batches per optimizer step.", min=1)
     ] = 1,

@@ -163,7 +163,10 @@ def build_loss(
     if options.matryoshka_dims:
         check_dims(options.matryoshka_dims, model.get_embedding_dimension())
         loss = losses.MatryoshkaLoss(loss, options.matryoshka_dims)
-    return _with_router_terms(options, loss, data_domains)
+    loss = _with_router_terms(options, loss, data_domains)
+    if options.tokens_per_chunk is None:
+        return loss
+    return losses.CachedLoss(loss, tokens_per_chunk=options.tokens_per_chunk or None)
 
 
 def _with_router_terms(options: SimpleNamespace, loss: Any, data_domains: list[str]) -> Any:

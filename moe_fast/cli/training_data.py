@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_fast.cli.command import Run
 
 
-def read_data(sources: list[str], positives_only: bool) -> Any:
+def read_data(sources: list[str], positives_only: bool, keep: Sequence[str] = ()) -> Any:
     """One dataset of all sources.
 
     Args:
         sources: files or dataset ids, each maybe as DOMAIN=FILE, which gives all rows that domain.
         positives_only: leave out pairs with label 0; otherwise they are an error, for a
             contrastive loss would take them for positives.
+        keep: further columns to read.
 
     Raises:
         ValueError: sources with different columns; a domain for a file that has a column of them;
@@ -27,7 +29,7 @@ def read_data(sources: list[str], positives_only: bool) -> Any:
     parts = []
     for source in sources:
         domain, path = _split_domain(source)
-        rows = read_training_data(path)
+        rows = read_training_data(path, keep=keep)
         if domain is not None:
             if "domain" in rows.column_names:
                 raise ValueError(f"{source}: the file has a column 'domain' already")

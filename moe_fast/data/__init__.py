@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_fast.data.cocitation import CocitationPairs, CocitationReport, cocitation_pairs
 from moe_fast.data.flag_rows import read_flag_rows
+from moe_fast.data.mining import MinedRows, MiningReport, MiningSettings, mine_hard_negatives
 from moe_fast.data.pairs import read_pairs
 from moe_fast.data.retrieval import Retrieval, read_retrieval
 from moe_fast.data.splits import split_by
@@ -16,8 +17,12 @@ from moe_fast.data.write import write_flag_rows, write_pairs
 __all__ = [
     "CocitationPairs",
     "CocitationReport",
+    "MinedRows",
+    "MiningReport",
+    "MiningSettings",
     "Retrieval",
     "cocitation_pairs",
+    "mine_hard_negatives",
     "read_flag_rows",
     "read_pairs",
     "read_retrieval",

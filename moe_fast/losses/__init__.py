@@ -4,10 +4,12 @@ They are plain ``nn.Module``s and need torch only; :mod:`moe_fast.losses.functio
 mathematics as functions of tensors. Over embeddings: :class:`InfoNCELoss`,
 :class:`ContrastiveLearningPenaltyLoss`, :class:`MultipleNegativesRankingPlusLoss`,
 :class:`SigmoidLoss`. Around one of these: :class:`DistillationLoss`, :class:`MatryoshkaLoss`.
-Around any loss of a mixture of experts: :class:`RouterLoss`.
+Around any loss of a mixture of experts: :class:`RouterLoss`. Around all of these, for batches
+that do not fit in memory: :class:`CachedLoss`.
 """
 
 from moe_fast.losses import functional
+from moe_fast.losses.cached import CachedLoss
 from moe_fast.losses.clp import ContrastiveLearningPenaltyLoss
 from moe_fast.losses.distillation import DistillationLoss
 from moe_fast.losses.info_nce import InfoNCELoss
@@ -17,6 +19,7 @@ from moe_fast.losses.router import RouterLoss
 from moe_fast.losses.sigmoid import SigmoidLoss
 
 __all__ = [
+    "CachedLoss",
     "ContrastiveLearningPenaltyLoss",
     "DistillationLoss",
     "InfoNCELoss",

@@ -10,14 +10,20 @@ from torch import Tensor, nn
 
 from moe_fast.losses.base import Columns, check_weight
 from moe_fast.losses.features import encoder_config
-from moe_fast.losses.functional import (
-    domain_expert_joint,
-    expert_supervision,
-    load_balance,
+from moe_fast.losses.functional.mutual_information import (
+    domain_expert_sums,
+    joint_from_sums,
     mutual_information,
-    z_loss,
 )
-from moe_fast.losses.functional.router import Reduce, check_ids, one_process
+from moe_fast.losses.functional.router import (
+    check_ids,
+    expert_supervision_sums,
+    load_balance_from_sums,
+    load_balance_sums,
+    mean_from_sums,
+    one_process,
+    z_loss_sums,
+)
 from moe_fast.losses.global_sum import global_sum
 from moe_fast.losses.routing_record import RoutingRecord, hook_routers, record_routing
 from moe_fast.ops.checks import check_count
@@ -41,7 +47,8 @@ class RouterLoss(nn.Module):
 
     Args:
         loss: any loss with its encoder as ``model``, this package's or sentence-transformers', but
-            one that encodes without gradients (a gradient cache).
+            one that encodes without gradients: :class:`moe_fast.losses.CachedLoss` goes around
+            this loss, not into it.
         load_balance, z_loss, mutual_information, expert_supervision: the coefficients, >= 0.
         num_domains: how many domain ids there are; by default as many as the encoder's config
             names. Needed by the last two terms.
@@ -58,8 +65,8 @@ class RouterLoss(nn.Module):
 
     Raises:
         TypeError: a loss without a ``model``.
-        ValueError: for a value out of range, a model without routers or whose routing is
-            enforced, and more domains than experts to supervise.
+        ValueError: for a value out of range, a gradient cache, a model without routers or whose
+            routing is enforced, and more domains than experts to supervise.
     """
 
     running_joint: Tensor | None
@@ -80,6 +87,11 @@ class RouterLoss(nn.Module):
             raise TypeError(
                 "loss must have its encoder as the attribute `model`; "
                 f"got {type(loss).__name__}, which has none."
+            )
+        if getattr(loss, "uses_gradient_cache", False):
+            raise ValueError(
+                "loss must encode with gradients, which a gradient cache does not; got "
+                f"{type(loss).__name__}. Put moe_fast's CachedLoss around the RouterLoss instead."
             )
         self.coefficients = {
             "load_balance": load_balance,
@@ -150,57 +162,77 @@ class RouterLoss(nn.Module):
             loss = self.loss(columns, labels)
             self.last_metrics = dict(getattr(self.loss, "last_metrics", {}))
             return loss
-        domain_ids = self._domain_ids(columns) if self._needs_domains() else None
+        self.check_domain_ids(columns)
         with record_routing(self.model) as recorder:
             loss = self.loss(columns, labels)
-        router = self._router_terms(recorder.result(), domain_ids)
+        router = self.from_statistics(self.statistics(recorder.result(), columns))
         return {**loss, "router": router} if isinstance(loss, Mapping) else loss + router
 
-    def _domain_ids(self, columns: Columns) -> Tensor:
-        """[S] int64: the domain of every text, column after column."""
-        for number, column in enumerate(columns):
+    def check_domain_ids(self, columns: Columns) -> None:
+        """Raise ``ValueError`` for domain ids that a term in use needs and a column lacks."""
+        for number, column in enumerate(columns if self._needs_domains() else ()):
             if "domain_ids" not in column:
                 raise ValueError(
                     f"{' and '.join(self._needs_domains())}: domain_ids must be in the features of "
                     f"every column; column {number} has {sorted(column)}. Train with "
                     "moe_fast.training.DomainDataCollator and a dataset that has a domain column."
                 )
-        domain_ids = torch.cat([column["domain_ids"] for column in columns])
-        check_ids("domain_ids", domain_ids, "num_domains", self.num_domains or 0)
-        return domain_ids
+            check_ids("domain_ids", column["domain_ids"], "num_domains", self.num_domains or 0)
 
-    def _router_terms(self, record: RoutingRecord, domain_ids: Tensor | None) -> Tensor:
-        """The weighted sum of the terms in use, []; sets ``last_metrics``."""
-        reduce = global_sum if torch.is_grad_enabled() else one_process
-        terms: dict[str, Tensor] = {}
+    def statistics(self, record: RoutingRecord, columns: Columns) -> dict[str, Tensor]:
+        """What the terms in use are made of: sums over the record's tokens, with their graph.
+
+        Those of the parts of a batch add up to the batch's, by name.
+
+        Args:
+            record: of one encoding of ``columns``, one after the other.
+            columns: the features that were encoded.
+        """
+        sums: dict[str, Tensor] = {}
         if self.coefficients["load_balance"]:
-            terms["load_balance"] = load_balance(record.logits, record.top_k_index, reduce=reduce)
+            sums["load_balance"] = load_balance_sums(record.logits, record.top_k_index)
         if self.coefficients["z_loss"]:
-            terms["z_loss"] = z_loss(record.logits, record.token_mask, reduce=reduce)
-        metrics = {}
-        if domain_ids is not None:
-            sentence_ids = _sentence_ids(record, len(domain_ids))
-            if self.coefficients["mutual_information"]:
-                information = self._information(record, domain_ids[sentence_ids], reduce)
-                terms["mutual_information"] = -information.sum()
-                metrics["mutual_information"] = information.detach().mean()
-            if self.coefficients["expert_supervision"]:
-                terms["expert_supervision"] = expert_supervision(
-                    record.logits, sentence_ids, domain_ids, record.token_mask, reduce=reduce
-                )
+            sums["z_loss"] = z_loss_sums(record.logits, record.token_mask)
+        if not self._needs_domains():
+            return sums
+        domain_ids = torch.cat([column["domain_ids"] for column in columns])
+        sentence_ids = _sentence_ids(record, len(domain_ids))
+        if self.coefficients["mutual_information"]:
+            assert self.num_domains is not None  # __init__
+            sums["mutual_information"] = domain_expert_sums(
+                record.logits, domain_ids[sentence_ids], self.num_domains, record.token_mask
+            )
+        if self.coefficients["expert_supervision"]:
+            sums["expert_supervision"] = expert_supervision_sums(
+                record.logits, sentence_ids, domain_ids, record.token_mask
+            )
+        return sums
+
+    def from_statistics(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms, [], of the whole batch's :meth:`statistics`.
+
+        Sums over processes too, moves the running joint and sets ``last_metrics``; the wrapped
+        loss has been called before. One call per batch.
+        """
+        reduce = global_sum if torch.is_grad_enabled() else one_process
+        terms, metrics = {}, {}
+        for name, own_sums in statistics.items():
+            sums = reduce(own_sums)
+            if name == "load_balance":
+                terms[name] = load_balance_from_sums(sums)
+            elif name == "mutual_information":
+                information = self._information(joint_from_sums(sums))
+                terms[name] = -information.sum()
+                metrics[name] = information.detach().mean()
+            else:
+                terms[name] = mean_from_sums(sums)
         inner = getattr(self.loss, "last_metrics", {})
         self.last_metrics = inner | {n: term.detach() for n, term in terms.items()} | metrics
         weighted = [self.coefficients[name] * term for name, term in terms.items()]
         return torch.stack(weighted).sum()
 
-    def _information(
-        self, record: RoutingRecord, domain_of_token: Tensor, reduce: Reduce
-    ) -> Tensor:
+    def _information(self, joint: Tensor) -> Tensor:
         """I(domain; expert) of each layer, [layers], in nats; moves the running joint."""
-        assert self.num_domains is not None  # __init__
-        joint = domain_expert_joint(
-            record.logits, domain_of_token, self.num_domains, record.token_mask, reduce=reduce
-        )
         training = self.model.training and torch.is_grad_enabled()
         if self.running_joint is None or self.joint_decay is None or not training:
             return mutual_information(joint)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_fast.layers import MoERouter
+from moe_fast.layers import MoERouter, RoutingInfo
 from moe_fast.ops.route import sentence_of_token
 
 
@@ -72,18 +72,14 @@ class Recorder:
         if self._with_grad and not torch.is_grad_enabled():
             raise ValueError(
                 "the router losses need the encoder's graph, but it ran without gradients inside "
-                "the loss. Use a loss without a gradient cache, and gradient checkpointing with "
+                "the loss. Use moe_fast's CachedLoss, around the RouterLoss, for a gradient cache, "
+                "and gradient checkpointing with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        hidden_states, info = inputs
-        num_tokens = output.top_k_index.shape[0]
-        starts = info.cu_seqlens
-        if starts is None and hidden_states.dim() == 3:
-            batch, length = hidden_states.shape[:2]
-            starts = torch.arange(batch + 1, device=hidden_states.device) * length
+        starts = sentence_starts(*inputs)
         sentences = None
         if starts is not None:
-            sentences = sentence_of_token(starts.to(torch.int64), num_tokens)
+            sentences = sentence_of_token(starts, output.top_k_index.shape[0])
         self._calls[router].append(
             RouterCall(
                 output.router_logits,
@@ -112,6 +108,16 @@ class Recorder:
         num_sentences, sentence_ids = _join_sentences(layers[0])
         token_mask = index[0, :, 0] < logits.shape[-1]
         return RoutingRecord(logits, index, token_mask, num_sentences, sentence_ids)
+
+
+def sentence_starts(hidden_states: Tensor, info: RoutingInfo) -> Tensor | None:
+    """[B + 1] int64, where a router's sentences start among its tokens; ``None`` without any."""
+    if info.cu_seqlens is not None:
+        return info.cu_seqlens.to(torch.int64)
+    if hidden_states.dim() != 3:
+        return None
+    batch, length = hidden_states.shape[:2]
+    return torch.arange(batch + 1, device=hidden_states.device) * length
 
 
 def _join_sentences(calls: list[RouterCall]) -> tuple[int | None, Tensor | None]:

@@ -39,6 +39,7 @@ from moe_fast.training.loss_state import (
     save_loss_state,
 )
 from moe_fast.training.metrics import RunningMeans
+from moe_fast.training.throughput import Throughput
 
 
 class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
@@ -57,7 +58,8 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
     - The loss's ``last_metrics`` (for :class:`moe_fast.losses.InfoNCELoss` the in-batch accuracy
       and a learned temperature) are averaged into the logs and into evaluation's metrics, under
       ``{dataset}_{metric}`` where each dataset has a loss of its own; the shares of an
-      :class:`ExpertUsageCallback` reach every logger.
+      :class:`ExpertUsageCallback` reach every logger. ``tokens_per_second`` are real tokens of all
+      processes over the time of forward and backward passes.
     - Checkpoints are whole or not there, see :class:`WholeCheckpointTrainer`.
 
     Args:
@@ -104,6 +106,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         if kwargs.get("data_collator") is not None:
             self._check_no_collation()
         self._metrics = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._throughput = Throughput()
         super().__init__(
             model=model,
             args=args,
@@ -219,7 +222,8 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch; the last of a step averages over processes."""
-        loss = super().training_step(*args, **kwargs)
+        with self._throughput.timing(args[1] if len(args) > 1 else kwargs["inputs"]):
+            loss = super().training_step(*args, **kwargs)
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             own = own_state(self.loss, keep_vars=True).values()
             average_gradients(p for p in own if isinstance(p, nn.Parameter))
@@ -267,6 +271,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         """Logs, with each training loss, the loss's metrics and the experts' shares."""
         if "loss" in logs:
             logs = logs | self._metrics["train"].pop(gather_object)
+            logs |= self._throughput.pop(gather_object)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ExpertUsageCallback):
                     logs |= callback.pop_logs(self.state)

@@ -1,21 +1,25 @@
 """One process of test_global_batch: its share of the rows through a data-parallel encoder.
 
-Usage: ddp_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE RESULT_FILE
+Usage: ddp_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE RESULT_FILE [TOKENS_PER_CHUNK [fsdp]]
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_fast.layers import MoEMLP, RoutingInfo
-from moe_fast.losses import ContrastiveLearningPenaltyLoss, RouterLoss
+from moe_fast.losses import CachedLoss, ContrastiveLearningPenaltyLoss, RouterLoss
 
 COEFFICIENTS = {
     "load_balance": 0.3,
@@ -54,29 +58,62 @@ def global_batch(step: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": i, "attention_mask": mask, "domain_ids": domains} for i in ids]
 
 
-def train(model: nn.Module, rows: slice) -> dict[str, Tensor]:
-    """The gradients of each step, the terms and the running joint.
+def train(model: nn.Module, rows: slice, tokens: int | None = None) -> dict[str, Tensor]:
+    """The gradients of each step, the terms and the running joint; in chunks of some tokens.
 
     The penalty alone is a mean over rows, so that two halves average to the whole.
     """
     penalty = ContrastiveLearningPenaltyLoss(model, penalty_weight=1.0, mask_duplicates=False)
     loss = RouterLoss(penalty, **COEFFICIENTS, num_domains=3, joint_decay=0.6).double()
+    if tokens is not None:
+        loss = CachedLoss(loss, tokens_per_chunk=tokens)
     results = {}
     for step in range(STEPS):
         model.zero_grad()
         columns = [{k: v[rows] for k, v in column.items()} for column in global_batch(step)]
         loss(columns).backward()
         for name, parameter in model.named_parameters():
-            results[f"{step}.{name.removeprefix('module.')}"] = parameter.grad.clone()
+            results[f"{step}.{name.removeprefix('module.')}"] = whole(parameter.grad)
         results |= {f"{step}.{name}": loss.last_metrics[name] for name in COEFFICIENTS}
-    if rows.start == 0:  # evaluation: the other process does not call, and is not waited for
+    sharded = isinstance(model, FSDPModule)
+    if rows.start == 0 and not sharded:  # the other does not evaluate, and is not waited for
         with torch.no_grad():
             loss(columns)
-    return results | {"running_joint": loss.running_joint}
+    results |= {
+        "accumulated." + name: value for name, value in accumulate(model, loss, rows).items()
+    }
+    return results | {
+        k.removeprefix("loss."): v for k, v in loss.state_dict().items() if "joint" in k
+    }
+
+
+def accumulate(model: nn.Module, loss: nn.Module, rows: slice) -> dict[str, Tensor]:
+    """The gradients of two batches, of which the processes exchange the sum alone."""
+    model.zero_grad()
+    for step in range(STEPS):
+        waits = step < STEPS - 1 and isinstance(model, DistributedDataParallel)
+        columns = [{k: v[rows] for k, v in column.items()} for column in global_batch(step)]
+        with model.no_sync() if waits else nullcontext():
+            loss(columns).backward()
+    named = model.named_parameters()
+    return {name.removeprefix("module."): whole(p.grad) for name, p in named}
+
+
+def whole(gradient: Tensor) -> Tensor:
+    """A copy, put together where it is sharded."""
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+
+def wrapped(model: nn.Module, sharded: bool) -> nn.Module:
+    if not sharded:
+        return DistributedDataParallel(model)
+    for layer in model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
 def main() -> None:
-    rank, world_size, rendezvous, result = sys.argv[1:]
+    rank, world_size, rendezvous, result, *how = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -86,7 +123,7 @@ def main() -> None:
     )
     share = 6 // int(world_size)
     rows = slice(int(rank) * share, (int(rank) + 1) * share)
-    results = train(DistributedDataParallel(Encoder().double()), rows)
+    results = train(wrapped(Encoder().double(), "fsdp" in how), rows, *map(int, how[:1]))
     save_file({name: value.detach().contiguous() for name, value in results.items()}, result)
     dist.destroy_process_group()
 

@@ -1,4 +1,7 @@
-"""The router losses of two data-parallel processes are those of one with the whole batch."""
+"""The router losses of two data-parallel processes are those of one with the whole batch.
+
+So are those of a gradient cache in both, with chunks of unequal number.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,16 @@ from moe_fast.losses.global_sum import global_sum
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
+WAYS = {"plain": [], "in chunks": ["10"], "in chunks, sharded": ["10", "fsdp"]}
+
+
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
+def two_processes(request, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("ddp")
     results = [folder / f"{rank}.safetensors" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, WORKER, str(rank), "2", folder / "rendezvous", result],
+            [sys.executable, WORKER, str(rank), "2", folder / "rendezvous", result, *request.param],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
             stderr=subprocess.PIPE,
             text=True,
@@ -32,7 +38,7 @@ def two_processes(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
         for rank, result in enumerate(results)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.training_args import (
 from tiny_models import DOMAINS, make_dense, make_moe, make_pairs
 
 from moe_fast.layers import MoEMLP, MoERouter
-from moe_fast.losses import InfoNCELoss, MatryoshkaLoss, RouterLoss
+from moe_fast.losses import CachedLoss, InfoNCELoss, MatryoshkaLoss, RouterLoss
 from moe_fast.training import MoESentenceTransformerTrainer
 from moe_fast.training.loss_state import own_state
 
@@ -187,6 +187,16 @@ def test_texts_that_were_not_encoded_are_noticed():
 def test_a_loss_with_a_gradient_cache_is_refused():
     model = learned()
     cached = theirs.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)
+    with pytest.raises(ValueError, match="got CachedMultipleNegativesRankingLoss"):
+        RouterLoss(cached, load_balance=1.0)
+    with pytest.raises(ValueError, match="CachedLoss around the RouterLoss"):
+        RouterLoss(CachedLoss(InfoNCELoss(model)), load_balance=1.0)
+
+
+def test_a_gradient_cache_that_does_not_say_so_is_noticed():
+    model = learned()
+    cached = theirs.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)
+    cached.uses_gradient_cache = False
     with pytest.raises(ValueError, match="ran without gradients inside the loss"):
         RouterLoss(cached, load_balance=1.0)(pairs_batch(model))
 

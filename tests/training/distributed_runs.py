@@ -15,7 +15,12 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from tiny_models import DOMAINS, make_moe, make_pairs
 from torch import Tensor, distributed, nn
 
-from moe_fast.losses import InfoNCELoss
+from moe_fast.losses import (
+    CachedLoss,
+    ContrastiveLearningPenaltyLoss,
+    InfoNCELoss,
+    RouterLoss,
+)
 from moe_fast.models import set_trainable
 from moe_fast.training import (
     DomainBatchSampler,
@@ -84,6 +89,24 @@ def decomposing_run(
     state = {k.replace("model.module.", "model."): v for k, v in loss.state_dict().items()}
     save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{rank()}.safetensors")
     (folder / f"{rank()}.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def cached_run(folder: Path, batch_size: int, accumulation: int) -> None:
+    """Trains in chunks on a mean over rows and on router losses; its weights."""
+    model = make_moe(routing="token_topk", num_experts_per_tok=2)
+    rows = ContrastiveLearningPenaltyLoss(model, penalty_weight=1.0, mask_duplicates=False)
+    router = {"load_balance": 0.5, "mutual_information": 0.5, "joint_decay": 0.8}
+    loss = CachedLoss(RouterLoss(rows, **router), tokens_per_chunk=20)
+    args = make_args(
+        folder,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        optim="sgd",
+        learning_rate=0.1,
+    )
+    MoESentenceTransformerTrainer(model, args, make_pairs(32), loss=loss).train()
+    state = {k: v for k, v in loss.state_dict().items() if "joint" in k} | model.state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{rank()}.safetensors")
 
 
 def single_domain_run(folder: Path) -> None:

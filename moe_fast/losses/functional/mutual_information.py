@@ -53,6 +53,21 @@ def domain_expert_joint(
         ValueError, TypeError: for shapes or dtypes that do not fit or, where values are checked,
             a domain id out of range.
     """
+    return joint_from_sums(
+        reduce(domain_expert_sums(router_logits, domain_ids, num_domains, token_mask))
+    )
+
+
+def domain_expert_sums(
+    router_logits: Tensor,
+    domain_ids: Tensor,
+    num_domains: int,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """J before it is divided by the number of tokens: the sums of a batch's parts add up.
+
+    Arguments, shape and errors as in :func:`domain_expert_joint`.
+    """
     logits = check_logits(router_logits)
     check_dtype("domain_ids", domain_ids, INTEGER_DTYPES)
     check_shape("domain_ids", domain_ids, (logits.shape[-2],), "[T]")
@@ -61,9 +76,13 @@ def domain_expert_joint(
     domains = torch.arange(num_domains, device=logits.device)
     belongs = (domain_ids == domains[:, None]).to(logits.dtype) * real  # [domains, T]
     with torch.autocast(logits.device.type, enabled=False):
-        joint = reduce(belongs @ logits.softmax(-1))
-    total = joint.detach().sum((-2, -1), keepdim=True)  # the number of real tokens
-    return joint / torch.where(total > 0, total, 1)
+        return belongs @ logits.softmax(-1)
+
+
+def joint_from_sums(sums: Tensor) -> Tensor:
+    """J of :func:`domain_expert_sums` over a whole batch."""
+    total = sums.detach().sum((-2, -1), keepdim=True)  # the number of real tokens
+    return sums / torch.where(total > 0, total, 1)
 
 
 def mutual_information(joint: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 Each takes the logits of one layer, [T, E], or of several layers that saw the same tokens,
 [layers, T, E]. Padding is never counted, whatever its logits are. Everything is a sum over tokens,
 divided once at the end: ``reduce`` turns a process's sums into those over all processes, and the
-loss is that of the global batch, which the mean of the processes' losses would not be.
+loss is that of the global batch, which the mean of the processes' losses would not be. The two
+halves can be called apart, ``{loss}_sums`` and what makes the loss of them: the sums of a batch's
+parts add up to the batch's.
 """
 
 from __future__ import annotations
@@ -52,6 +54,15 @@ def load_balance(
 
     Source: Fedus et al. (Switch Transformer), arXiv 2101.03961, eq. 4, for any K.
     """
+    return load_balance_from_sums(reduce(load_balance_sums(router_logits, top_k_index)))
+
+
+def load_balance_sums(router_logits: Tensor, top_k_index: Tensor) -> Tensor:
+    """[2, E] or [2, layers, E]: slots of each expert over K (no gradient), and probabilities.
+
+    Summed over e, the first is the number of real tokens. Arguments and errors as in
+    :func:`load_balance`.
+    """
     logits = check_logits(router_logits)
     check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
     check_shape("top_k_index", top_k_index, (*router_logits.shape[:-1], None), "[..., T, K]")
@@ -62,10 +73,14 @@ def load_balance(
     ids = top_k_index.to(torch.int64).clamp(max=num_experts).flatten(-2)
     counts = ids.new_zeros(*ids.shape[:-1], num_experts + 1)  # int64: float32 stops at 2^24
     slots = counts.scatter_add(-1, ids, torch.ones_like(ids))[..., :num_experts].to(logits.dtype)
-    slots, probabilities = reduce(torch.stack((slots, probabilities)))
-    num_slots = slots.sum(-1, keepdim=True).detach().clamp(min=1)
-    num_tokens = num_slots / top_k_index.shape[-1]
-    return num_experts * ((slots.detach() / num_slots) * (probabilities / num_tokens)).sum()
+    return torch.stack((slots / top_k_index.shape[-1], probabilities))
+
+
+def load_balance_from_sums(sums: Tensor) -> Tensor:
+    """The loss, [], of :func:`load_balance_sums` over a whole batch."""
+    slots, probabilities = sums[0].detach(), sums[1]
+    num_tokens = slots.sum(-1, keepdim=True).clamp(min=1)
+    return sums.shape[-1] * ((slots / num_tokens) * (probabilities / num_tokens)).sum()
 
 
 def z_loss(
@@ -86,10 +101,19 @@ def z_loss(
 
     Source: Zoph et al. (ST-MoE), arXiv 2202.08906, eq. 5.
     """
+    return mean_from_sums(reduce(z_loss_sums(router_logits, token_mask)))
+
+
+def z_loss_sums(router_logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """[2]: the squares, and the number of real tokens; arguments as in :func:`z_loss`."""
     logits, real = zero_padding(check_logits(router_logits), token_mask)
     squares = (logits.logsumexp(-1).square() * real).sum()
-    total, num_tokens = reduce(torch.stack((squares, real.sum())))
-    return total / num_tokens.detach().clamp(min=1)
+    return torch.stack((squares, real.sum()))
+
+
+def mean_from_sums(sums: Tensor) -> Tensor:
+    """[]: the mean, from [2] a total and a count (without a gradient); 0 of nothing."""
+    return sums[0] / sums[1].detach().clamp(min=1)
 
 
 def expert_supervision(
@@ -121,6 +145,17 @@ def expert_supervision(
 
     Source: Hallee et al., arXiv 2401.15713.
     """
+    sums = expert_supervision_sums(router_logits, sentence_ids, expert_ids, token_mask)
+    return mean_from_sums(reduce(sums))
+
+
+def expert_supervision_sums(
+    router_logits: Tensor,
+    sentence_ids: Tensor,
+    expert_ids: Tensor,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """[2]: the cross entropies, and the number of sentences; see :func:`expert_supervision`."""
     logits = check_logits(router_logits)
     check_dtype("sentence_ids", sentence_ids, INTEGER_DTYPES)
     check_shape("sentence_ids", sentence_ids, (logits.shape[-2],), "[T]")
@@ -136,8 +171,7 @@ def expert_supervision(
     mean_logits = sums / num_tokens.clamp(min=1)[:, None]
     losses = F.cross_entropy(mean_logits, expert_ids.to(torch.int64), reduction="none")
     counted = (num_tokens > 0).to(losses.dtype)
-    total, count = reduce(torch.stack(((losses * counted).sum(), counted.sum())))
-    return total / count.detach().clamp(min=1)
+    return torch.stack(((losses * counted).sum(), counted.sum()))
 
 
 def check_logits(router_logits: Tensor) -> Tensor:

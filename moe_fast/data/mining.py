@@ -1,0 +1,347 @@
+"""Hard negatives: documents that a search ranks high for a query and that do not answer it.
+
+Many of the best ranked do answer it, and nobody has said so: these false negatives do more harm
+than easy ones. What is left out, in this order, and counted:
+
+    positive     a positive of the row, or of another row with the same query
+    same_text    the query's own text
+    group        a positive of another row of the same group (a topic, a source document)
+    domain       of another domain, where only the query's own is wanted
+    no_query     whose own query is not known, where that is wanted
+    margin       scores too close to the query's best positive, or above it
+
+Texts that differ in case and white space alone are one text throughout.
+
+Source of the margin as a share of the positive's score: Moreira et al. (NV-Retriever), arXiv
+2407.15831, who find .95 best.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from moe_fast.data import checks
+from moe_fast.data.mining_search import Found, search_vectors, search_words
+from moe_fast.data.rows import Row
+from moe_fast.ops.checks import check_count
+
+BM25 = "bm25"
+REASONS = ("positive", "same_text", "group", "domain", "no_query", "margin")
+
+
+@dataclass(frozen=True)
+class MiningReport:
+    """What was found and what was left out.
+
+    Attributes:
+        rows: in the result.
+        documents: different texts that were searched.
+        negatives: in all rows together.
+        short_rows: rows that got some negatives, and fewer than asked for.
+        lost_rows: rows that got none, and are not in the result.
+        left_out: how many candidates for each of the reasons in the module's docstring.
+    """
+
+    rows: int
+    documents: int
+    negatives: int
+    short_rows: int
+    lost_rows: int
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
+class MinedRows:
+    """FlagEmbedding rows with their negatives, and the counts."""
+
+    rows: list[Row]
+    report: MiningReport
+
+
+@dataclass(frozen=True)
+class MiningSettings:
+    """Which candidates become negatives.
+
+    Attributes:
+        num_negatives: per row, at most.
+        depth: how many of the best ranked are looked at.
+        skip: how many of the best ranked are passed over.
+        max_ratio: a negative scores at most this share of the best positive's score; ``None``:
+            no limit. Where that score is negative it says nothing and is not applied.
+        margin: a negative scores at least this much less than the best positive; ``None``: no
+            limit. Cosines for a model, BM25's own scale for words.
+        group: column of the rows whose equal values make one group; ``None``: no groups.
+        same_domain: negatives of the query's own domain only.
+        known_queries: negatives whose own query is known only; ``neg_q`` is then always there.
+        sample: draw from what is left, instead of taking the best ranked.
+        seed: of the draw, which is a function of it and of the row.
+
+    Raises:
+        ValueError, TypeError: for a value out of range, naming it.
+    """
+
+    num_negatives: int = 7
+    depth: int = 100
+    skip: int = 0
+    max_ratio: float | None = 0.95
+    margin: float | None = None
+    group: str | None = None
+    same_domain: bool = False
+    known_queries: bool = False
+    sample: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("num_negatives", self.num_negatives)
+        check_count("depth", self.depth)
+        check_count("skip", self.skip, at_least=0)
+        if self.skip >= self.depth:
+            raise ValueError(f"skip must be less than depth = {self.depth}; got {self.skip}.")
+        if self.max_ratio is not None and not 0 < self.max_ratio < math.inf:
+            raise ValueError(f"max_ratio must be positive and finite; got {self.max_ratio!r}.")
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ValueError(f"margin must be finite; got {self.margin!r}.")
+
+
+def mine_hard_negatives(
+    rows: Iterable[Mapping[str, Any]],
+    retriever: Any,
+    *,
+    settings: MiningSettings | None = None,
+    corpus: Iterable[str] = (),
+    encode_options: Any = None,
+) -> MinedRows:
+    """Find each row's hard negatives among the positives of all rows, and in a corpus.
+
+    Args:
+        rows: pairs (``a``, ``b``) or FlagEmbedding rows (``query``, ``pos``, and no negatives
+            yet), with an optional ``domain`` and the settings' ``group`` column. Read once.
+        retriever: a model with ``encode``, whose cosines rank (mixtures get each text's domain
+            where the rows have it), or ``"bm25"``.
+        settings: see :class:`MiningSettings`.
+        corpus: further texts, which answer no query that is known; of no domain.
+        encode_options: :class:`moe_fast.evaluation.encoding.EncodeOptions`; for a model only.
+
+    Returns:
+        Rows of ``query``, ``pos``, ``neg`` and the rows' ``domain`` and group column; with
+        ``neg_q`` where the own query of every negative of every row is known: the first row's
+        that has it as a positive. Rows without any negative are left out, and counted.
+
+    Raises:
+        ValueError: no rows, a row that is no pair or FlagEmbedding row, has negatives already or
+            label 0, lacks a column; a corpus for a mixture that needs domains; settings for which
+            no row has a negative, with the counts.
+        ImportError: faiss or bm25s is not installed.
+    """
+    settings = settings or MiningSettings()
+    asked = [_query_row(row, settings, f"row {n}") for n, row in enumerate(rows, start=1)]
+    if not asked:
+        raise ValueError("rows is empty; there is nothing to mine for.")
+    if len({"domain" in row for row in asked}) > 1:
+        raise ValueError("column 'domain' must be in every row or in none; some rows lack it.")
+    pool = _Pool.of(asked, corpus, settings.group)
+    found = _search(retriever, asked, pool, settings, encode_options)
+    left_out: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
+    mined = [
+        _with_negatives(row, number, pool, found, settings, left_out)
+        for number, row in enumerate(asked)
+    ]
+    result = [row for row in mined if row["neg"]]
+    report = MiningReport(
+        rows=len(result),
+        documents=len(pool.texts),
+        negatives=sum(len(row["neg"]) for row in result),
+        short_rows=sum(len(row["neg"]) < settings.num_negatives for row in result),
+        lost_rows=len(mined) - len(result),
+        left_out=dict(left_out),
+    )
+    if not result:
+        raise ValueError(f"no row has a negative left; of the candidates were left out {left_out}.")
+    if any(None in row["neg_q"] for row in result):
+        for row in result:
+            del row["neg_q"]
+    return MinedRows(result, report)
+
+
+def _query_row(row: Mapping[str, Any], settings: MiningSettings, where: str) -> Row:
+    """``query``, ``pos`` and the columns that are kept, of either layout."""
+    if row.get("label", 1) != 1:
+        raise ValueError(f"{where}: label is {row['label']!r}; only pairs that belong together.")
+    if row.get("neg") or any(name.startswith("negative_") for name in row):
+        raise ValueError(f"{where}: it has negatives already; remove that column to mine anew.")
+    flag = "query" in row
+    checks.present(row, ("query", "pos") if flag else ("a", "b"), where)
+    read: Row = {
+        "query": checks.text(row["query" if flag else "a"], "query", where),
+        "pos": checks.texts(row["pos"], "pos", where)
+        if flag
+        else [checks.text(row["b"], "b", where)],
+    }
+    if "domain" in row:
+        read["domain"] = checks.text(row["domain"], "domain", where)
+    elif settings.same_domain:
+        raise ValueError(f"{where}: same_domain needs a column 'domain'; it has {sorted(row)}.")
+    if settings.group is not None:
+        checks.present(row, [settings.group], where)
+        read[settings.group] = checks.scalar(row[settings.group], settings.group, where)
+    return read
+
+
+@dataclass
+class _Pool:
+    """All documents, each text once, and what is known of them.
+
+    Attributes:
+        texts: as first written.
+        domains: of the first row that has it as a positive.
+        queries: likewise; ``None`` for a text of the corpus.
+        groups: of all rows that have it as a positive.
+        positives: of each row, places in ``texts``.
+        answers: {query, without its case and white space: places of its positives in all rows}.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    domains: list[str | None] = field(default_factory=list)
+    queries: list[str | None] = field(default_factory=list)
+    groups: list[set[Any]] = field(default_factory=list)
+    positives: list[list[int]] = field(default_factory=list)
+    answers: dict[str, set[int]] = field(default_factory=dict)
+    _places: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], corpus: Iterable[str], group: str | None) -> _Pool:
+        pool = cls()
+        for row in rows:
+            places = [pool._place(text, row["query"], row.get("domain")) for text in row["pos"]]
+            pool.positives.append(places)
+            pool.answers.setdefault(plain(row["query"]), set()).update(places)
+            if group is not None:
+                for place in places:
+                    pool.groups[place].add(row[group])
+        for number, text in enumerate(corpus, start=1):
+            pool._place(checks.text(text, "text", f"corpus, text {number}"), None, None)
+        return pool
+
+    def _place(self, text: str, query: str | None, domain: str | None) -> int:
+        place = self._places.setdefault(plain(text), len(self.texts))
+        if place == len(self.texts):
+            self.texts.append(text)
+            self.domains.append(domain)
+            self.queries.append(query)
+            self.groups.append(set())
+        return place
+
+
+def plain(text: str) -> str:
+    """What two texts have in common that differ in case and white space alone."""
+    return " ".join(text.split()).casefold()
+
+
+def _search(
+    retriever: Any, rows: Sequence[Row], pool: _Pool, settings: MiningSettings, options: Any
+) -> Found:
+    """The best documents of every row's query, its own positives not counted in the depth."""
+    queries = [row["query"] for row in rows]
+    k = settings.depth + max(map(len, pool.answers.values()))
+    if isinstance(retriever, str):
+        if retriever != BM25:
+            raise ValueError(f"retriever must be a model or {BM25!r}; got {retriever!r}.")
+        return search_words(queries, pool.texts, pool.positives, k)
+    from moe_fast.evaluation.encoding import EncodeOptions, embed, wants_domains
+
+    options = options or EncodeOptions()
+    domains: Sequence[Any] | None = None
+    if wants_domains(retriever) and "domain" in rows[0] and options.domain is None:
+        if None in pool.domains:
+            raise ValueError(
+                "the model wants each text's domain, which the texts of a corpus do not have: "
+                "mine without a corpus, or give one domain for all in encode_options."
+            )
+        domains = pool.domains
+    asked = [row["domain"] for row in rows] if domains is not None else None
+    return search_vectors(
+        embed(retriever, queries, "query", domains=asked, options=options),
+        embed(retriever, pool.texts, "document", domains=domains, options=options),
+        pool.positives,
+        k,
+    )
+
+
+def _with_negatives(
+    row: Row,
+    number: int,
+    pool: _Pool,
+    found: Found,
+    settings: MiningSettings,
+    left_out: Counter[str],
+) -> Row:
+    """The row with ``neg`` and ``neg_q``; counts what is left out."""
+    limit = _highest_score(float(found.positive_scores[number]), settings)
+    answers = pool.answers[plain(row["query"])]
+    candidates: list[int] = []
+    looked_at = 0
+    for place, score in zip(
+        found.rows[number].tolist(), found.scores[number].tolist(), strict=True
+    ):
+        if place in answers:
+            left_out["positive"] += 1
+            continue
+        looked_at += 1
+        if looked_at > settings.depth:
+            break
+        if looked_at <= settings.skip:
+            continue
+        reason = _why_not(row, place, score, limit, pool, settings)
+        if reason is not None:
+            left_out[reason] += 1
+            continue
+        candidates.append(place)
+        if len(candidates) == settings.num_negatives and not settings.sample:
+            break
+    if settings.sample and len(candidates) > settings.num_negatives:
+        candidates = _random(row, settings.seed).sample(candidates, settings.num_negatives)
+    negatives = {
+        "neg": [pool.texts[place] for place in candidates],
+        "neg_q": [pool.queries[place] for place in candidates],
+    }
+    kept = {name: value for name, value in row.items() if name not in ("query", "pos")}
+    return {"query": row["query"], "pos": row["pos"], **negatives, **kept}
+
+
+def _why_not(
+    row: Row,
+    place: int,
+    score: float,
+    limit: float,
+    pool: _Pool,
+    settings: MiningSettings,
+) -> str | None:
+    """The reason to leave a candidate out, or ``None``."""
+    if plain(pool.texts[place]) == plain(row["query"]):
+        return "same_text"
+    if settings.group is not None and row[settings.group] in pool.groups[place]:
+        return "group"
+    if settings.same_domain and pool.domains[place] != row["domain"]:
+        return "domain"
+    if settings.known_queries and pool.queries[place] is None:
+        return "no_query"
+    return "margin" if score > limit else None
+
+
+def _highest_score(positive: float, settings: MiningSettings) -> float:
+    """What a negative may score at most."""
+    limit = math.inf
+    if settings.max_ratio is not None and positive > 0:
+        limit = settings.max_ratio * positive
+    return limit if settings.margin is None else min(limit, positive - settings.margin)
+
+
+def _random(row: Row, seed: int) -> random.Random:
+    key = repr((seed, row["query"], row["pos"])).encode("utf-8", "surrogatepass")
+    return random.Random(int.from_bytes(blake2b(key, digest_size=8).digest(), "little"))

@@ -1,0 +1,212 @@
+"""Encoding a batch in chunks, twice: for its values, and for its gradient.
+
+    values    each chunk without a graph; what is kept are embeddings, a few sums for the router
+              losses, the random state before each chunk and the routers' choices in it
+    backward  given the gradient of those outputs, each chunk once more, with its graph, under its
+              random state and with its choices; the graph goes before the next chunk comes
+
+Together they are one node of the outer graph, :func:`encode_in_chunks`: whatever stands behind it
+(a loss scale, a division by accumulation steps, a loss's own parameters) reaches it as usual.
+
+Source: Gao et al. (gradient cache), arXiv 2101.06983.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from moe_fast.losses.base import EmbeddingLoss
+from moe_fast.losses.router import RouterLoss
+from moe_fast.losses.routing_record import record_routing
+from moe_fast.losses.routing_replay import RoutingChoices
+from moe_fast.losses.text_chunks import Chunk, take_rows
+
+
+def encode_in_chunks(
+    loss: EmbeddingLoss,
+    router_loss: RouterLoss | None,
+    columns: Sequence[Mapping[str, Any]],
+    chunks: Sequence[Chunk],
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Every column's embeddings [B, d], and the whole batch's sums for the router losses.
+
+    With gradients enabled and an encoder that has something to train they carry a graph, whose
+    backward pass adds to the parameters' ``.grad`` (``torch.autograd.grad`` does not see them).
+    """
+    encoding = _Encoding(loss, router_loss, columns, chunks)
+    trains = any(p.requires_grad for p in loss.model.parameters())
+    if torch.is_grad_enabled() and trains:
+        encoding.keep_replay()
+        handle = torch.zeros((), requires_grad=True)  # what makes autograd ask for the backward
+        outputs = _Encode.apply(handle, encoding)
+    else:
+        with torch.no_grad():
+            outputs = encoding.values()
+    sums = dict(zip(encoding.sum_names, outputs[len(columns) :], strict=True))
+    return list(outputs[: len(columns)]), sums
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, encoding: _Encoding) -> tuple[Tensor, ...]:
+        ctx.encoding = encoding
+        ctx.context = contextvars.copy_context()  # a GPU's backward runs in a thread of its own
+        return encoding.values()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.context.run(ctx.encoding.backward, grads)
+        return None, None
+
+
+class _Encoding:
+    """One batch: its chunks, and what their second forward needs of the first."""
+
+    def __init__(
+        self,
+        loss: EmbeddingLoss,
+        router_loss: RouterLoss | None,
+        columns: Sequence[Mapping[str, Any]],
+        chunks: Sequence[Chunk],
+    ) -> None:
+        self.loss = loss
+        self.router_loss = router_loss
+        self.columns = [dict(column) for column in columns]  # the encoder may change them
+        self.chunks = chunks
+        self.sum_names: list[str] = []
+        self._device = chunks[0].rows.device
+        self._autocast = _autocast_state(self._device)
+        self._random: list[_RandomState] | None = None
+        self._choices: list[RoutingChoices] = []
+
+    def keep_replay(self) -> None:
+        """Have :meth:`values` keep what :meth:`backward` needs."""
+        self._random = []
+
+    def values(self) -> tuple[Tensor, ...]:
+        """The embeddings of each column, then the sums in the order of ``sum_names``."""
+        parts: list[list[Tensor]] = [[] for _ in self.columns]
+        totals: dict[str, Tensor] = {}
+        for chunk in self.chunks:
+            with self._remembered(chunk):
+                embedding, sums = self._encode(chunk)
+            parts[chunk.column].append(embedding)
+            totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+        self.sum_names = list(totals)
+        # Casts that autocast made without a graph must not serve the passes that want one.
+        torch.clear_autocast_cache()
+        embeddings = [self._in_order(column, part) for column, part in enumerate(parts)]
+        return (*embeddings, *totals.values())
+
+    def backward(self, grads: Sequence[Tensor]) -> None:
+        """Adds the gradient to the parameters', given that of the outputs of :meth:`values`."""
+        assert self._random is not None  # keep_replay
+        of_columns, of_sums = grads[: len(self.columns)], grads[len(self.columns) :]
+        with torch.enable_grad(), random_state_kept(self._device):
+            for number, chunk in enumerate(self.chunks):
+                last = number == len(self.chunks) - 1
+                with nullcontext() if last else without_sync(self.loss.model):
+                    self._random[number].restore()
+                    with self._choices[number].replaying():
+                        with self._autocast_as_before():
+                            embedding, sums = self._encode(chunk)
+                        outputs = [embedding, *(sums[name] for name in self.sum_names)]
+                        _backward(outputs, [of_columns[chunk.column][chunk.rows], *of_sums])
+
+    def _in_order(self, column: int, parts: list[Tensor]) -> Tensor:
+        """The column's embeddings [B, d], from those of its chunks."""
+        rows = torch.cat([chunk.rows for chunk in self.chunks if chunk.column == column])
+        return torch.cat(parts)[rows.argsort()]
+
+    def _encode(self, chunk: Chunk) -> tuple[Tensor, dict[str, Tensor]]:
+        """The chunk's embeddings [n, d] and its part of the sums."""
+        features = take_rows(self.columns[chunk.column], chunk)
+        if self.router_loss is None:
+            return self.loss.embed_columns([features])[0], {}
+        with record_routing(self.loss.model) as recorder:
+            embedding = self.loss.embed_columns([features])[0]
+        return embedding, self.router_loss.statistics(recorder.result(), [features])
+
+    @contextmanager
+    def _remembered(self, chunk: Chunk) -> Iterator[None]:
+        """Keeps the random state before the block and the routers' choices in it, if asked to."""
+        if self._random is None:
+            yield
+            return
+        self._random.append(_RandomState(chunk.rows))
+        choices = RoutingChoices(self.loss.model)
+        self._choices.append(choices)
+        with choices.capturing():
+            yield
+
+    @contextmanager
+    def _autocast_as_before(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for state in self._autocast:
+                stack.enter_context(torch.autocast(**state))
+            yield
+
+
+class _RandomState:
+    """The random state of the CPU and of the device of ``like``."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._cpu = torch.get_rng_state()
+        self._devices, self._states = get_device_states(like)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        set_device_states(self._devices, self._states)
+
+
+def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    """The random state behind the block is that before it, on the CPU and on ``device``."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def _autocast_state(device: torch.device) -> list[dict[str, Any]]:
+    """What ``torch.autocast`` takes to be as it is now, on the CPU and on ``device``."""
+    return [
+        {
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in dict.fromkeys(("cpu", device.type))
+    ]
+
+
+def without_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Gradients stay this process's own; the last chunk's backward averages all of them."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def forwards_together(model: nn.Module) -> bool:
+    """Whether every forward waits for the other processes: fully sharded models gather weights."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    sharded = (FSDPModule, FullyShardedDataParallel)
+    return any(isinstance(module, sharded) for module in model.modules())
+
+
+def _backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Backward through those outputs that carry a graph (frozen parts do not)."""
+    wanted = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+    if wanted:
+        torch.autograd.backward([out for out, _ in wanted], [grad for _, grad in wanted])
