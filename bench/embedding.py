@@ -21,7 +21,8 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -146,6 +147,18 @@ def verdict(results: Sequence[Result]) -> str:
     )
 
 
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """moe_fast says at every call how many texts were cut: not here."""
+    log = logging.getLogger("moe_fast")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure both dtypes, print the tables, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -157,7 +170,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     go_offline()
-    logging.getLogger("moe_fast").setLevel(logging.ERROR)  # how many texts were cut, every time
     texts = read_texts(arguments.data, arguments.texts)
     record: dict[str, Any] = {
         "environment": environment(backends=available_backends("expert_mlp")),
@@ -165,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "results": {},
     }
     for name in arguments.dtypes:
-        results = measure(texts, getattr(torch, name), arguments.rounds)
+        with _without_notes():
+            results = measure(texts, getattr(torch, name), arguments.rounds)
         title = f"embedding {len(texts)} texts, at most {MAX_TOKENS} tokens, E=8, K=1, {name}"
         print(table(results, title), verdict(results), sep="\n", end="\n\n")
         record["results"][name] = results
