@@ -26,9 +26,9 @@ from moe_fast.losses import CachedLoss, InfoNCELoss, RouterLoss
 from moe_fast.models import MoEBertConfig, MoEBertModel
 
 BASELINE = "plain"
-# A batch of another shape is rounded otherwise, and a token all but tied between two experts may then
-# go to the other one: a few in ten thousand tokens, where the tests' float64 has none.
-MAX_RELATIVE_ERROR = 1e-3
+# Float32 through six layers of random weights amplifies what batches of another shape round
+# otherwise: up to 4e-5; in float64 the same comparison gives 4e-15.
+MAX_RELATIVE_ERROR = 2e-4
 CASES = ("equal", "natural", "router")
 DOMAINS = 4
 ROUTER = {
