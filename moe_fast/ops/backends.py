@@ -134,7 +134,8 @@ def _describe(op: str, backend: str) -> str:
 def use_backend(backend: str) -> Iterator[None]:
     """Within the ``with`` block, run ops on ``backend`` unless a call names another.
 
-    Ops that ``backend`` does not implement on the tensors' device run in PyTorch (``show_backends()`` lists them). The setting is the process's, not the thread's.
+    Ops that ``backend`` does not implement on the tensors' device run in PyTorch
+    (``show_backends()`` lists them). The setting is the process's, not the thread's.
     """
     global _default
     check_choice("backend", backend, _CHOICES)

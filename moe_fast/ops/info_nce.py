@@ -111,11 +111,8 @@ def info_nce(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
     """
-    check_choice("similarity", similarity, SIMILARITIES)
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}.")
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
-    check_pairs(a, b, negatives, weights, col_ids, **ids)
+    check_arguments(a, b, negatives, similarity, label_smoothing, weights, col_ids, **ids)
     if a.shape[0] == 1 and (negatives is None or negatives.shape[0] == 0):
         raise ValueError(
             "info_nce needs negatives: one pair alone has none and a loss of 0 whatever its "
@@ -132,6 +129,23 @@ def info_nce(
         return loss
     row_loss = row_loss.detach()
     return loss, InfoNCEStats(row_loss, rank, (rank == 1).to(row_loss.dtype).mean())
+
+
+def check_arguments(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    similarity: str,
+    label_smoothing: float,
+    weights: Tensor | None,
+    col_ids: Tensor | None,
+    **row_values: Tensor | None,
+) -> None:
+    """Raise unless the arguments are those that :func:`info_nce` asks for, negatives aside."""
+    check_choice("similarity", similarity, SIMILARITIES)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}.")
+    check_pairs(a, b, negatives, weights, col_ids, **row_values)
 
 
 def queries_and_keys(

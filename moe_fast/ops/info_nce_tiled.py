@@ -274,31 +274,33 @@ def _tile_gradient(
 # --- the op of one process -----------------------------------------------------------------------
 
 
-def make_sides(
-    a: Tensor,
-    b: Tensor,
-    negatives: Tensor | None,
+def pair_side(
+    x: Tensor,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     domain_ids: Tensor | None,
     group_ids: Tensor | None,
     cosine: bool,
-) -> tuple[Side, Side, Side | None]:
-    """Rows, their positives and their hard negatives, of :func:`moe_fast.ops.info_nce`'s inputs."""
-    batch = a.shape[0]
+) -> Side:
+    """Anchors or positives x [B, d] with the ids of :func:`moe_fast.ops.info_nce`."""
+    texts = None if col_ids is None else col_ids[: len(x)]
+    return Side(x, inverse_norm(x) if cosine else None, row_ids, texts, domain_ids, group_ids)
 
-    def norm(x: Tensor) -> Tensor | None:
-        return inverse_norm(x) if cosine else None
 
-    ids = (row_ids, None if col_ids is None else col_ids[:batch], domain_ids, group_ids)
-    rows, pairs = Side(a, norm(a), *ids), Side(b, norm(b), *ids)
+def hard_side(
+    negatives: Tensor | None,
+    batch: int,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    cosine: bool,
+) -> Side | None:
+    """Hard negatives [B * G, d], with their rows' domains; ``None`` if there are none."""
     if negatives is None or not len(negatives):
-        return rows, pairs, None
-    text_ids = None if col_ids is None else col_ids[batch:]
-    domains = None
+        return None
     if domain_ids is not None:
-        domains = domain_ids.repeat_interleave(len(negatives) // batch)
-    return rows, pairs, Side(negatives, norm(negatives), None, text_ids, domains)
+        domain_ids = domain_ids.repeat_interleave(len(negatives) // batch)
+    texts = None if col_ids is None else col_ids[batch:]
+    return Side(negatives, inverse_norm(negatives) if cosine else None, None, texts, domain_ids)
 
 
 @torch.library.custom_op("moe_fast::info_nce_tiled", mutates_args=())
@@ -320,9 +322,9 @@ def _info_nce_tiled_op(
     check_scale(scale)
     check_finite(a=a, b=b, negatives=negatives)
     each = row_weights(weights, a)
-    rows, pairs, hard = make_sides(
-        a, b, negatives, row_ids, col_ids, domain_ids, group_ids, cosine
-    )
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
+    hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
     settings = Settings(scale, label_smoothing, symmetric)
     row_sums = new_sums(len(rows), scale)
     column_sums = new_sums(len(pairs) if symmetric else 0, scale)
@@ -370,9 +372,9 @@ def _info_nce_tiled_backward_op(
     cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     each = row_weights(weights, a)
-    rows, pairs, hard = make_sides(
-        a, b, negatives, row_ids, col_ids, domain_ids, group_ids, cosine
-    )
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
+    hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
     settings = Settings(scale, label_smoothing, symmetric)
     by_row = gradient_terms(row_sums, each, label_smoothing)
     by_column = gradient_terms(column_sums, each, label_smoothing) if symmetric else None

@@ -62,11 +62,13 @@ def inverse_norm(x: Tensor) -> Tensor:
     """[n] 1 / length of each row of x [n, d], in at least float32; 0 for a zero vector."""
     dtype = compute_dtype(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    return 1 / torch.where(norm > _SHORTEST, norm, torch.inf)  # in this order: no NaN in its gradient
+    return 1 / torch.where(
+        norm > _SHORTEST, norm, torch.inf
+    )  # in this order: no NaN in its gradient
 
 
 def check_finite(**embeddings: Tensor | None) -> None:
-    """Raise ``ValueError`` naming the first row that holds NaN or infinity, where values are read."""
+    """Raise ``ValueError`` naming a row that holds NaN or infinity, where values are read."""
     for name, x in embeddings.items():
         if x is None or x.numel() == 0 or not checks_values(x.device):
             continue
