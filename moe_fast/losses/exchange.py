@@ -191,11 +191,6 @@ def _wait(messages: Iterable) -> None:
             message.wait()
 
 
-def several_processes() -> bool:
-    """Whether there is a group of more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def table_of(values: Sequence[int], device: torch.device) -> list[list[int]]:
     """Each process's ``values``, equally many, in the order of ranks."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)

@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from toy_encoder import BagEncoder, column
 
+from moe_fast.losses import ContrastiveLearningPenaltyLoss, InfoNCELoss
 from moe_fast.losses.functional import global_info_nce
 from moe_fast.ops import logit_tiles
 
@@ -95,6 +98,51 @@ def results(rank: int, world_size: int) -> dict[str, Tensor]:
     return found
 
 
+TEXTS = torch.arange(24).reshape(8, 3) % 11  # 8 rows of 3 tokens, some texts equal
+
+
+def losses(model: nn.Module) -> dict[str, nn.Module]:
+    """Losses over all processes' rows."""
+    kwargs = dict(gather_across_devices=True, symmetric=True, temperature=0.5)
+    return {
+        "InfoNCELoss": InfoNCELoss(model, exchange="ring", learn_temperature=True, **kwargs),
+        "ContrastiveLearningPenaltyLoss": ContrastiveLearningPenaltyLoss(
+            model, queries_per_negative=1, penalty_weight=0.4, **kwargs
+        ),
+        "of in-batch pairs": ContrastiveLearningPenaltyLoss(model, penalty_weight=0.4, **kwargs),
+    }
+
+
+def trained(model: nn.Module, rows: slice) -> dict[str, Tensor]:
+    """The gradient of every parameter, and the metrics, of each loss over some rows."""
+    found = {}
+    for name, loss in losses(model).items():
+        loss.double().zero_grad()
+        count = 2 if name == "of in-batch pairs" else 4
+        columns = [column(*(5 * i + TEXTS)[rows].tolist()) for i in range(count)]
+        value = loss(columns)
+        value.backward()
+        found |= {f"{name}: loss": value.detach()}
+        found |= {f"{name}: {n.split('.')[-1]}": p.grad for n, p in loss.named_parameters()}
+        if "penalty" in loss.last_metrics:
+            found[f"{name}: penalty"] = loss.last_metrics["penalty"]
+        with torch.no_grad():
+            if rows.start == 0:  # evaluation: the others do not call, and are not waited for
+                loss(columns)
+    return found
+
+
+def trained_in_parallel(rank: int, world_size: int) -> dict[str, Tensor]:
+    """As one of several data-parallel processes; a loss's own parameters are averaged by hand."""
+    first, last = (sum(ROWS[world_size][:r]) for r in (rank, rank + 1))
+    found = trained(DistributedDataParallel(BagEncoder()), slice(first, last))
+    for name, gradient in found.items():
+        if name.endswith("log_temperature"):
+            dist.all_reduce(gradient)
+            gradient /= world_size
+    return {f"trained, {name}": value for name, value in found.items()}
+
+
 def expect_refusal(rank: int) -> dict[str, Tensor]:
     """Batches that do not fit together, or are bad in one process, are errors in all."""
     x = torch.randn(3, 4)
@@ -137,7 +185,9 @@ def main() -> None:
         "gloo", init_method=Path(rendezvous).as_uri(), rank=int(rank), world_size=int(world_size)
     )
     tasks = {
-        "results": lambda: results(int(rank), int(world_size)),
+        "results": lambda: (
+            results(int(rank), int(world_size)) | trained_in_parallel(int(rank), int(world_size))
+        ),
         "refusal": lambda: expect_refusal(int(rank)),
         "killed": lambda: be_killed(int(rank)),
     }

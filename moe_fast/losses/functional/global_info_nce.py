@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_fast.losses.exchange import AllGather, Ring, Shard, several_processes, table_of
+from moe_fast.losses.exchange import AllGather, Ring, Shard, table_of
+from moe_fast.losses.global_sum import several_processes
 from moe_fast.ops import info_nce
 from moe_fast.ops.checks import FLOAT_DTYPES, check_choice, compute_dtype
 from moe_fast.ops.info_nce import InfoNCEStats, as_scale, check_arguments, check_scale

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from info_nce_worker import CASES, PER_ROW, arguments, batch, share
+from info_nce_worker import CASES, PER_ROW, arguments, batch, share, trained
 from loss_checks import assert_close
 from safetensors.torch import load_file
+from toy_encoder import BagEncoder
 
 from moe_fast import ops
 from moe_fast.losses.functional import global_info_nce
@@ -93,6 +94,15 @@ def test_processes_are_one_with_the_whole_batch(several, case, exchange):
         if leaf.grad is not None:
             assert leaf.grad.abs().max() > 1e-3
             assert_close(torch.cat([one[name] for one in found]) / world_size, leaf.grad)
+
+
+def test_losses_under_data_parallel_training_too(several):
+    """Encoder and temperature; the penalty is over all rows as well."""
+    expected = trained(BagEncoder(), slice(0, 8))
+    for one in several:
+        for name, value in expected.items():
+            assert value.abs().max() > 1e-3
+            assert_close(one[f"trained, {name}"], value)
 
 
 def test_each_process_alone_would_give_something_else():
