@@ -22,6 +22,7 @@ batch and add up the columns' sums (:mod:`moe_fast.losses.functional.global_info
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,9 +35,11 @@ from moe_fast.ops.info_nce import check_scale, row_weights
 from moe_fast.ops.logit_tiles import (
     MASKED,
     Side,
+    Workspace,
     add_products,
     blocks,
     check_finite,
+    comparable,
     finish_columns,
     finish_rows,
     inverse_norm,
@@ -45,8 +48,8 @@ from moe_fast.ops.logit_tiles import (
     tile_masks,
 )
 
-# What is summed over a row's, or a column's, logits; Sums are [6, n].
-NEG, POS = 0, 1  # log-sum-exp over negatives, and over positives
+# What is summed over a row's, or a column's, logits, these being in base 2; sums are [6, n].
+NEG, POS = 0, 1  # log2 sum exp2 over negatives, and over positives
 POS_SUM, POS_COUNT, ALL_SUM, ALL_COUNT = 2, 3, 4, 5  # sums; the last two for label smoothing only
 
 
@@ -74,7 +77,7 @@ def new_sums(count: int, like: Tensor) -> Tensor:
 
 def join_sums(sums: Tensor, others: Tensor) -> None:
     """Adds the sums over other logits [6, n] to ``sums`` [6, n] in place."""
-    torch.logaddexp(sums[:POS_SUM], others[:POS_SUM], out=sums[:POS_SUM])
+    torch.logaddexp2(sums[:POS_SUM], others[:POS_SUM], out=sums[:POS_SUM])
     sums[POS_SUM:] += others[POS_SUM:]
 
 
@@ -83,10 +86,11 @@ def cross_entropy(sums: Tensor, label_smoothing: float) -> Tensor:
     neg, pos = sums[NEG], sums[POS]
     mean_positive = sums[POS_SUM] / sums[POS_COUNT]
     if not label_smoothing:
-        return torch.logaddexp(neg - pos, torch.zeros_like(pos)) + (pos - mean_positive)
+        bits = torch.logaddexp2(neg - pos, torch.zeros_like(pos)) + (pos - mean_positive)
+        return bits * math.log(2)
     mean = sums[ALL_SUM] / sums[ALL_COUNT]
     target = (1 - label_smoothing) * mean_positive + label_smoothing * mean
-    return torch.logaddexp(neg, pos) - target
+    return (torch.logaddexp2(neg, pos) - target) * math.log(2)
 
 
 # --- forward -------------------------------------------------------------------------------------
@@ -112,21 +116,24 @@ def add_logits(
         own: whether the columns are the rows' own positives; these must come first.
     """
     device = rows.x.device
+    rows, columns = comparable(rows, columns)
+    space = Workspace(len(rows), len(columns), settings.scale)
     for first, last in blocks(len(rows), device):
         block = rows.block(first, last)
         scaled_q = scaled_rows(block, settings.scale)
         here = own_logit[first:last]
         for low, high in diagonal_first(blocks(len(columns), device), first, own):
             tile, diagonal = columns.block(low, high), own and low == first
-            s = logits_tile(scaled_q, tile)
+            s = logits_tile(scaled_q, tile, space)
             if diagonal:
                 here.copy_(s.diagonal())
             directions = [(row_sums[:, first:last], 1)]
             if column_sums is not None:
                 directions.append((column_sums[:, low:high], 0))
-            masks = tile_masks(block, tile, diagonal)
-            _add_tile(s, *masks, diagonal, settings.label_smoothing, directions)
-            smaller = torch.lt(s, here[:, None], out=torch.empty_like(s))  # NaN is not: it counts
+            masks = tile_masks(block, tile, diagonal, space)
+            _add_tile(s, *masks, diagonal, settings.label_smoothing, directions, space)
+            smaller = torch.lt(s, here[:, None], out=space.tile("scratch", *s.shape))
+            # "not smaller", so that NaN counts against the row as a tie does
             rank[first:last] += s.shape[1] - smaller.sum(1).to(torch.int64)
 
 
@@ -144,6 +151,7 @@ def _add_tile(
     diagonal: bool,
     label_smoothing: float,
     directions: Sequence[tuple[Tensor, int]],
+    space: Workspace,
 ) -> None:
     """Adds a tile s [m, n] to sums, each with the axis it sums over; only negatives stay in s."""
     if label_smoothing:
@@ -156,7 +164,7 @@ def _add_tile(
     if positive is not None:
         positives = torch.add(s, 1 - positive, alpha=MASKED)
         for sums, axis in directions:
-            sums[POS] = torch.logaddexp(sums[POS], positives.logsumexp(axis))
+            sums[POS] = torch.logaddexp2(sums[POS], log2_sum_exp2(positives, axis, space))
             sums[POS_SUM] += (s * positive).sum(axis)
             sums[POS_COUNT] += positive.sum(axis)
         s.add_(positive, alpha=MASKED)
@@ -166,7 +174,14 @@ def _add_tile(
             sums[POS_COUNT] = 1
         s.fill_diagonal_(MASKED)
     for sums, axis in directions:
-        sums[NEG] = torch.logaddexp(sums[NEG], s.logsumexp(axis))
+        sums[NEG] = torch.logaddexp2(sums[NEG], log2_sum_exp2(s, axis, space))
+
+
+def log2_sum_exp2(s: Tensor, axis: int, space: Workspace) -> Tensor:
+    """log2 sum exp2 of a tile over an axis: [n], or [m]."""
+    largest = s.amax(axis, keepdim=True)
+    shifted = torch.sub(s, largest, out=space.tile("scratch", *s.shape))
+    return shifted.exp2_().sum(axis).log2_() + largest.squeeze(axis)
 
 
 # --- backward ------------------------------------------------------------------------------------
@@ -177,7 +192,7 @@ class Terms:
     """What the gradient of a tile needs of each row, or column: [n] each.
 
     Attributes:
-        log_total: lse - log w, so that ``exp(s - log_total)`` is the weighted softmax.
+        log_total: lse - log w in base 2: ``exp2(s - log_total)`` is the weighted softmax.
         positive: w (1 - eps) / number of positives.
         every: w eps / number of candidates.
         own: the gradient of an only positive, exact where it is tiny.
@@ -200,10 +215,10 @@ def gradient_terms(sums: Tensor, weights: Tensor, label_smoothing: float) -> Ter
     """Of rows, or columns, with these sums [6, n] and weights [n] in the loss."""
     neg, pos = sums[NEG], sums[POS]
     return Terms(
-        log_total=torch.logaddexp(neg, pos) - weights.log(),
+        log_total=torch.logaddexp2(neg, pos) - weights.log2(),
         positive=weights * (1 - label_smoothing) / sums[POS_COUNT],
         every=weights * label_smoothing / sums[ALL_COUNT].clamp(min=1),
-        own=-weights * torch.sigmoid(neg - pos),
+        own=-weights * torch.sigmoid((neg - pos) * math.log(2)),
         alone=(sums[POS_COUNT] == 1) & (label_smoothing == 0),
     )
 
@@ -224,15 +239,17 @@ def add_gradients(
     ``None`` for columns without a loss; ``own`` as in :func:`add_logits`.
     """
     device = rows.x.device
+    rows, columns = comparable(rows, columns)
+    space = Workspace(len(rows), len(columns), settings.scale)
     for first, last in blocks(len(rows), device):
         block, by_row = rows.block(first, last), row_terms.block(first, last)
         scaled_q = scaled_rows(block, settings.scale)
         for low, high in blocks(len(columns), device):
             tile, diagonal = columns.block(low, high), own and low == first
             by_column = None if column_terms is None else column_terms.block(low, high)
-            s = logits_tile(scaled_q, tile)
-            masks = tile_masks(block, tile, diagonal)
-            grad = _tile_gradient(s, *masks, diagonal, settings, by_row, by_column)
+            s = logits_tile(scaled_q, tile, space)
+            masks = tile_masks(block, tile, diagonal, space)
+            grad = _tile_gradient(s, *masks, diagonal, settings, by_row, by_column, space)
             add_products(grad, scaled_q, tile, grad_rows[first:last], grad_columns[low:high])
 
 
@@ -244,6 +261,7 @@ def _tile_gradient(
     settings: Settings,
     rows: Terms,
     columns: Terms | None,
+    space: Workspace,
 ) -> Tensor:
     """G [m, n] of a tile; s is overwritten."""
 
@@ -252,9 +270,9 @@ def _tile_gradient(
 
     if excluded is not None:
         s.add_(excluded, alpha=MASKED)
-    grad = (s - rows.log_total[:, None]).exp_()
+    grad = torch.sub(s, rows.log_total[:, None], out=space.tile("scratch", *s.shape)).exp2_()
     if columns is not None:
-        grad += s.sub_(columns.log_total).exp_()
+        grad += s.sub_(columns.log_total).exp2_()
     if settings.label_smoothing:
         target = outer(rows.every, None if columns is None else columns.every)
         grad -= target if excluded is None else target * (excluded == 0)

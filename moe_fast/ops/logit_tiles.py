@@ -8,13 +8,16 @@ A gradient G = dL/ds of such a tile gives ``dq += scale * G . k`` and ``dk += sc
 Nothing of the size of B x d is copied: columns are normalised by scaling the tile, and the
 projections that the gradient of a normalisation asks for are done once, row by row, at the end.
 
-Tiles are as large as a cache likes them on a CPU, and large enough to fill a GPU.
+Tiles are as large as a cache likes them on a CPU, and large enough to fill a GPU. Their memory is
+taken once. They hold logits in base 2, ``s / ln 2``: exp2 is the faster exponential everywhere, and
+on a CPU the only one without a slow range (exp of what is masked takes 30 times as long).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,21 +80,48 @@ def check_finite(**embeddings: Tensor | None) -> None:
             raise ValueError(f"{name} must be finite; row {row} holds NaN or infinity.")
 
 
+def tile_size(device: torch.device) -> int:
+    """The most rows, and columns, of a tile."""
+    return TILE_ROWS.get(device.type, TILE_ROWS["cuda"])
+
+
 def blocks(count: int, device: torch.device) -> list[tuple[int, int]]:
     """(first, last) of the blocks that ``count`` rows are worked through in."""
-    size = TILE_ROWS.get(device.type, TILE_ROWS["cuda"])
+    size = tile_size(device)
     return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
+class Workspace:
+    """Memory for a few tiles at a time, taken once: fresh memory costs more than most passes.
+
+    Args:
+        rows, columns: of all logits.
+        like: a tensor of the logits' dtype and device.
+    """
+
+    def __init__(self, rows: int, columns: int, like: Tensor) -> None:
+        size = tile_size(like.device)
+        self._area = min(rows, size) * min(columns, size)
+        self._like = like
+        self._memory: dict[str, Tensor] = {}
+
+    def tile(self, name: str, rows: int, columns: int) -> Tensor:
+        """[rows, columns], holding anything; one per name at a time."""
+        if name not in self._memory:
+            self._memory[name] = self._like.new_empty(self._area)
+        return self._memory[name][: rows * columns].view(rows, columns)
+
+
 def scaled_rows(rows: Side, scale: Tensor) -> Tensor:
-    """[m, d] ``scale * q`` in the scale's dtype: one side of the product."""
-    q = rows.x.to(scale.dtype)
+    """[m, d] ``scale / ln 2 * q`` in the scale's dtype: one side of the product."""
+    q, scale = rows.x.to(scale.dtype), scale / math.log(2)
     return q * (scale if rows.inverse_norm is None else (scale * rows.inverse_norm)[:, None])
 
 
-def logits_tile(scaled_q: Tensor, columns: Side) -> Tensor:
-    """s [m, n]."""
-    s = scaled_q @ columns.x.to(scaled_q.dtype).t()
+def logits_tile(scaled_q: Tensor, columns: Side, space: Workspace) -> Tensor:
+    """s / ln 2, [m, n], in the workspace's "logits"."""
+    s = space.tile("logits", len(scaled_q), len(columns))
+    torch.mm(scaled_q, columns.x.to(scaled_q.dtype).t(), out=s)
     return s if columns.inverse_norm is None else s.mul_(columns.inverse_norm)
 
 
@@ -100,7 +130,8 @@ def add_products(
 ) -> None:
     """Adds ``G . k`` to ``grad_rows`` [m, d] and ``G^T . scaled_q`` to ``grad_columns`` [n, d].
 
-    ``grad`` [m, n] is overwritten. The columns' inverse norm is in both sums, see :func:`finish`.
+    ``grad`` [m, n] is overwritten. For what is left to do see :func:`finish_rows` and
+    :func:`finish_columns`: ``k`` is not at unit length, and its length is missing in its own sum.
     """
     if columns.inverse_norm is not None:
         grad.mul_(columns.inverse_norm)
@@ -124,11 +155,14 @@ def finish_rows(rows: Side, grad: Tensor, scale: Tensor, factor: Tensor) -> Tens
 
 
 def finish_columns(columns: Side, grad: Tensor, factor: Tensor) -> None:
-    """Turns ``inverse_norm * sum G^T . scaled_q`` [N, d] into dL/dx in place, times ``factor``."""
+    """Turns ``inverse_norm * sum G^T . scaled_q`` [N, d] into dL/dx in place, times ``factor``.
+
+    The scaled rows are in base 2, the gradient is not.
+    """
     if columns.inverse_norm is not None:
         for first, last in blocks(len(columns), grad.device):
             _project(columns.block(first, last), grad[first:last])
-    grad.mul_(factor)
+    grad.mul_(factor * math.log(2))
 
 
 def _project(side: Side, grad: Tensor) -> Tensor:
@@ -145,24 +179,46 @@ def _project(side: Side, grad: Tensor) -> Tensor:
     return along.sum()
 
 
-def tile_masks(rows: Side, columns: Side, own: bool) -> tuple[Tensor | None, Tensor | None]:
+def comparable(rows: Side, columns: Side) -> tuple[Side, Side]:
+    """Both sides with small numbers for ids, equal where the ids are: floats, fast to compare.
+
+    Exact for 2^24 ids, more than the rows of any batch.
+    """
+    sides = [rows, columns]
+    for names in (("anchor_ids", "text_ids"), ("domain_ids",), ("group_ids",)):
+        given = [(n, i) for n in names for i in (0, 1) if getattr(sides[i], n) is not None]
+        if not given:
+            continue
+        known = torch.cat([getattr(sides[i], n) for n, i in given]).sort().values
+        for n, i in given:
+            small = torch.searchsorted(known, getattr(sides[i], n).contiguous())
+            sides[i] = replace(sides[i], **{n: small.to(torch.float32)})
+    return sides[0], sides[1]
+
+
+def tile_masks(
+    rows: Side, columns: Side, own: bool, space: Workspace
+) -> tuple[Tensor | None, Tensor | None]:
     """Which pairs of a tile are positives, and which are left out of it.
 
     Args:
-        own: whether the columns are the rows' own positives: the diagonal is then positive.
+        rows, columns: made :func:`comparable`.
+        own: whether the diagonal is of the rows' own positives.
 
     Returns:
-        ``positive`` [m, n], 1 or 0, without the diagonal's sake ``None`` where there are no groups;
-        ``excluded`` [m, n], greater than 0 where a pair takes no part, ``None`` where all do. Both
-        are floats: comparing into a float is several times faster than masking by a bool.
+        ``positive`` [m, n], 1 or 0, and ``None`` where there are no groups: then the diagonal alone
+        is. ``excluded`` [m, n], greater than 0 where a pair takes no part, ``None`` where all do.
+        Both are floats, in the workspace: several times faster than masks of bools.
     """
-    dtype = torch.float32
+    shape = (len(rows), len(columns))
     positive = None
     if rows.group_ids is not None and columns.group_ids is not None:
-        positive = _compare(torch.eq, rows.group_ids, columns.group_ids, dtype)
+        positive = space.tile("positive", *shape)
+        torch.eq(rows.group_ids[:, None], columns.group_ids, out=positive)
     excluded = None
     for comparison, row_ids, column_ids in _clashes(rows, columns):
-        clash = _compare(comparison, row_ids, column_ids, dtype)
+        clash = space.tile("scratch" if excluded is not None else "excluded", *shape)
+        comparison(row_ids[:, None], column_ids, out=clash)
         excluded = clash if excluded is None else excluded.add_(clash)
     if excluded is not None and positive is not None:
         excluded.addcmul_(excluded, positive, value=-1)
@@ -179,8 +235,3 @@ def _clashes(rows: Side, columns: Side) -> Iterator[tuple]:
         for column_ids in (columns.anchor_ids, columns.text_ids):
             if row_ids is not None and column_ids is not None:
                 yield torch.eq, row_ids, column_ids
-
-
-def _compare(comparison, row_ids: Tensor, column_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    result = torch.empty(len(row_ids), len(column_ids), dtype=dtype, device=row_ids.device)
-    return comparison(row_ids[:, None], column_ids, out=result)
