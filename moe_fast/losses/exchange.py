@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,20 +50,24 @@ class Shard:
 
     def empty(self, num_pairs: int, num_negatives: int) -> Shard:
         """Memory for another process's shard."""
-        rows = {"negatives": num_negatives, "col_ids": num_pairs + num_negatives}
+
+        def like(t: Tensor | None, rows: int) -> Any:
+            return None if t is None else t.new_empty((rows, *t.shape[1:]))
+
         return Shard(
-            *(
-                None if t is None else t.new_empty((rows.get(f.name, num_pairs), *t.shape[1:]))
-                for f, t in zip(fields(self), self._values(), strict=True)
-            )
+            like(self.b, num_pairs),
+            like(self.negatives, num_negatives),
+            like(self.weights, num_pairs),
+            like(self.row_ids, num_pairs),
+            like(self.col_ids, num_pairs + num_negatives),
+            like(self.domain_ids, num_pairs),
+            like(self.group_ids, num_pairs),
         )
 
     def tensors(self) -> list[Tensor]:
         """Those there are, in one order everywhere."""
-        return [t for t in self._values() if t is not None]
-
-    def _values(self) -> list[Tensor | None]:
-        return [getattr(self, f.name) for f in fields(self)]
+        values = (getattr(self, field.name) for field in fields(self))
+        return [t for t in values if t is not None]
 
 
 # What a visit does: (shard, what it adds to, whether the shard is this process's own).

@@ -384,9 +384,8 @@ _info_nce_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _run(a, b, negatives, scale, *rest):
-    *rest, cosine = rest
-    q, k = queries_and_keys(a, b, negatives, "cosine" if cosine else "dot")
-    return _info_nce_op(q, k, scale, *rest)
+    q, k = queries_and_keys(a, b, negatives, "cosine" if rest[-1] else "dot")
+    return _info_nce_op(q, k, scale, *rest[:-1])
 
 
 backends.register("info_nce", "torch", _run)

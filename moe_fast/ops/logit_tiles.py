@@ -57,8 +57,12 @@ class Side:
 
     def block(self, first: int, last: int) -> Side:
         """Rows ``first`` to ``last`` alone."""
-        fields = (getattr(self, name) for name in self.__dataclass_fields__)
-        return Side(*(None if t is None else t[first:last] for t in fields))
+
+        def cut(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[first:last]
+
+        ids = (self.anchor_ids, self.text_ids, self.domain_ids, self.group_ids)
+        return Side(self.x[first:last], cut(self.inverse_norm), *map(cut, ids))
 
 
 def inverse_norm(x: Tensor) -> Tensor:

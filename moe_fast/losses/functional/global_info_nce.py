@@ -78,7 +78,7 @@ def global_info_nce(
             fit together.
     """
     check_choice("exchange", exchange, EXCHANGES)
-    given = dict(
+    given: dict[str, Any] = dict(
         similarity=similarity,
         row_ids=row_ids,
         col_ids=col_ids,
@@ -175,7 +175,8 @@ class _GlobalInfoNCE(torch.autograd.Function):
         hard = b[:0] if negatives is None else negatives
         exchange = make_exchange(Shard(b, hard, each, *ids), sizes)
         settings = Settings(scale, label_smoothing, symmetric)
-        rows = pair_side(a, *ids, cosine)
+        row_ids, col_ids, domain_ids, group_ids = ids
+        rows = pair_side(a, row_ids, col_ids, domain_ids, group_ids, cosine)
         row_sums = new_sums(len(a), scale)
         own_logit = torch.empty_like(each)
         rank = torch.ones(len(a), dtype=torch.int64, device=a.device)
@@ -193,7 +194,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
             row_loss = (row_loss + cross_entropy(column_sums, label_smoothing)) / 2
         loss = (each * row_loss).sum()
         dist.all_reduce(loss)
-        ctx.save_for_backward(a, scale, *ids, row_sums, column_sums)
+        ctx.save_for_backward(a, scale, row_sums, column_sums, *ids)
         ctx.rest = (exchange, settings, cosine, each, None if negatives is None else len(negatives))
         ctx.mark_non_differentiable(row_loss, rank)
         return loss, row_loss, rank
@@ -201,9 +202,10 @@ class _GlobalInfoNCE(torch.autograd.Function):
     @staticmethod
     @torch.no_grad()
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:  # type: ignore[override]
-        a, scale, *ids, row_sums, column_sums = ctx.saved_tensors
+        a, scale, row_sums, column_sums, *ids = ctx.saved_tensors
         exchange, settings, cosine, each, num_negatives = ctx.rest
-        rows = pair_side(a, *ids, cosine)
+        row_ids, col_ids, domain_ids, group_ids = ids
+        rows = pair_side(a, row_ids, col_ids, domain_ids, group_ids, cosine)
         smoothing, symmetric = settings.label_smoothing, settings.symmetric
         by_row = gradient_terms(row_sums, each, smoothing)
         grad_a = torch.zeros_like(a, dtype=scale.dtype)
