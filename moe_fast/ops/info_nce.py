@@ -243,24 +243,29 @@ def positives_and_candidates(
     col_ids: Tensor | None,
     domain_ids: Tensor | None,
     group_ids: Tensor | None,
+    first: int = 0,
+    last: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two bool matrices [B, N]: j is a positive of i; j takes part in i's softmax."""
+    """Two bool matrices [B, N], or their rows ``first`` to ``last``.
+
+    j is a positive of i; j takes part in i's softmax.
+    """
     row = torch.arange(batch, device=device)
+    here = slice(first, last)
     num_negatives = (num_candidates - batch) // batch
     row_of_candidate = torch.cat((row, row.repeat_interleave(num_negatives)))  # [N]
-    own = torch.arange(num_candidates, device=device) == row[:, None]
+    own = torch.arange(num_candidates, device=device) == row[here, None]
     positive = own
     if group_ids is not None:
-        same_group = group_ids[:, None] == group_ids
         positive = own.clone()
-        positive[:, :batch] |= same_group
+        positive[:, :batch] |= group_ids[here, None] == group_ids
     masked = torch.zeros_like(own)
     if row_ids is not None and col_ids is not None:
-        masked |= (col_ids == row_ids[:, None]) | (col_ids == col_ids[:batch, None])
-        masked[:, :batch] |= row_ids == row_ids[:, None]
-        masked[:, :batch] |= (col_ids[:batch] == row_ids[:, None]).t()
+        masked |= (col_ids == row_ids[here, None]) | (col_ids == col_ids[:batch][here, None])
+        masked[:, :batch] |= row_ids == row_ids[here, None]
+        masked[:, :batch] |= row_ids == col_ids[:batch][here, None]
     if domain_ids is not None:
-        masked |= domain_ids[:, None] != domain_ids[row_of_candidate]
+        masked |= domain_ids[here, None] != domain_ids[row_of_candidate]
     return positive, positive | ~masked
 
 
