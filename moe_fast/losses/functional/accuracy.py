@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def count_hits(logits: Tensor, positive: Tensor, candidate: Tensor, first: int = 0) -> Tensor:
-    """[] float, the rows whose own positive has the largest logit; ties count against them.
+def in_batch_accuracy(
+    logits: Tensor, positive: Tensor, candidate: Tensor, first: int = 0
+) -> Tensor:
+    """[] float, the share of rows whose own positive has the largest logit; ties count against it.
 
     Args:
         logits: [R, N], row i's own positive in column ``first + i``.
@@ -18,4 +20,4 @@ def count_hits(logits: Tensor, positive: Tensor, candidate: Tensor, first: int =
     # "not smaller", so that NaN counts against the row as a tie does
     own = logits[:, first : first + len(logits)].diagonal()
     beats = candidate & ~positive & ~(logits < own[:, None])
-    return (~beats.any(1)).to(logits.dtype).sum()
+    return (~beats.any(1)).to(logits.dtype).mean()

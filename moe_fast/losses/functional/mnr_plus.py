@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fast.losses.functional.accuracy import count_hits
+from moe_fast.losses.functional.accuracy import in_batch_accuracy
 from moe_fast.losses.functional.strips import map_strips, sum_over_strips
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce import SIMILARITIES, as_scale, check_pairs, queries_and_keys
@@ -82,7 +82,8 @@ def _cross_entropy(q: Tensor, k: Tensor, scale: Tensor, target: Tensor) -> Tenso
         every = torch.ones_like(logits, dtype=torch.bool)
         own = torch.zeros_like(every)
         own[:, first:last].fill_diagonal_(True)
-        return torch.stack((loss, count_hits(logits, own, every, first)))
+        hits = in_batch_accuracy(logits, own, every, first) * (last - first)
+        return torch.stack((loss, hits))
 
     return sum_over_strips(loss_and_hits, len(q), len(k)) / len(q)
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fast.losses.functional.accuracy import count_hits
+from moe_fast.losses.functional.accuracy import in_batch_accuracy
 from moe_fast.losses.functional.strips import sum_over_strips
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce import (
@@ -77,7 +77,7 @@ def sigmoid_loss(
         with torch.autocast(q.device.type, enabled=False):
             logits = scale * (q[first:last] @ k.t()) + bias
             terms = -F.logsigmoid(torch.where(positive, logits, -logits))
-            hits = count_hits(logits, positive, candidate, first)
+            hits = in_batch_accuracy(logits, positive, candidate, first) * (last - first)
             return torch.stack((torch.where(candidate, terms, 0).sum(), hits))
 
     loss, hits = (sum_over_strips(loss_and_hits, len(q), len(k)) / len(q)).unbind()
