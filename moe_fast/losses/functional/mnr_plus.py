@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast.losses.functional.accuracy import in_batch_accuracy
+from moe_fast.losses.functional.scalars import checked_scale
 from moe_fast.losses.functional.strips import map_strips, sum_over_strips
 from moe_fast.ops.checks import check_choice
-from moe_fast.ops.info_nce import SIMILARITIES, as_scale, check_pairs, queries_and_keys
+from moe_fast.ops.info_nce import SIMILARITIES, check_pairs, queries_and_keys
 from moe_fast.ops.logit_tiles import check_finite
 
 
@@ -60,7 +61,7 @@ def mnr_plus(
     check_pairs(a, b, None, None, None)
     check_finite(a=a, b=b)
     q, k = queries_and_keys(a, b, None, similarity)
-    scale = as_scale(scale, q.device, q.dtype)
+    scale = checked_scale(scale, q)
     row_target, column_target = _targets(q, k, scale)
     rows = _cross_entropy(q, k, scale, row_target)
     columns = _cross_entropy(k, q, scale, column_target)

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast.losses.functional.accuracy import in_batch_accuracy
+from moe_fast.losses.functional.scalars import checked_bias, checked_scale
 from moe_fast.losses.functional.strips import sum_over_strips
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce import (
     SIMILARITIES,
-    as_scale,
     check_pairs,
     positives_and_candidates,
     queries_and_keys,
@@ -67,7 +67,7 @@ def sigmoid_loss(
     check_pairs(a, b, negatives, None, col_ids, **ids)
     check_finite(a=a, b=b, negatives=negatives)
     q, k = queries_and_keys(a, b, negatives, similarity)
-    scale = as_scale(scale, q.device, q.dtype)
+    scale, bias = checked_scale(scale, q), checked_bias(bias, q)
 
     def loss_and_hits(first: int, last: int) -> Tensor:
         """[2], summed over the rows of a strip."""
