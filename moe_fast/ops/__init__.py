@@ -9,6 +9,7 @@ from moe_fast.ops.backends import available_backends, show_backends, use_backend
 from moe_fast.ops.expert_linear import expert_linear
 from moe_fast.ops.expert_mlp import expert_mlp
 from moe_fast.ops.info_nce import InfoNCEStats, info_nce
+from moe_fast.ops.matryoshka_info_nce import matryoshka_info_nce
 from moe_fast.ops.plan import RoutingPlan, plan
 from moe_fast.ops.route import Routing, route
 
@@ -20,6 +21,7 @@ __all__ = [
     "expert_linear",
     "expert_mlp",
     "info_nce",
+    "matryoshka_info_nce",
     "plan",
     "route",
     "show_backends",

@@ -113,12 +113,7 @@ def info_nce(
     """
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
     check_arguments(a, b, negatives, similarity, label_smoothing, weights, col_ids, **ids)
-    if a.shape[0] == 1 and (negatives is None or negatives.shape[0] == 0):
-        raise ValueError(
-            "info_nce needs negatives: one pair alone has none and a loss of 0 whatever its "
-            "embeddings are; got B = 1 and no hard negatives. Give hard negatives or more pairs, "
-            "or drop a last batch of one row (dataloader_drop_last=True)."
-        )
+    check_not_alone(a, negatives)
     scale = as_scale(scale, a.device, compute_dtype(a.dtype))
     run = backends.select("info_nce", backend, a.device)
     loss, row_loss, rank = run(
@@ -146,6 +141,16 @@ def check_arguments(
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}.")
     check_pairs(a, b, negatives, weights, col_ids, **row_values)
+
+
+def check_not_alone(a: Tensor, negatives: Tensor | None) -> None:
+    """Raise ``ValueError`` for one pair without negatives."""
+    if a.shape[0] == 1 and (negatives is None or negatives.shape[0] == 0):
+        raise ValueError(
+            "info_nce needs negatives: one pair alone has none and a loss of 0 whatever its "
+            "embeddings are; got B = 1 and no hard negatives. Give hard negatives or more pairs, "
+            "or drop a last batch of one row (dataloader_drop_last=True)."
+        )
 
 
 def queries_and_keys(

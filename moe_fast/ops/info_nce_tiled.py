@@ -60,12 +60,10 @@ class Settings:
     Attributes:
         scale: [] in the dtype of the logits.
         label_smoothing: in [0, 1).
-        symmetric: whether columns have a loss too.
     """
 
     scale: Tensor
     label_smoothing: float
-    symmetric: bool
 
 
 def new_sums(count: int, like: Tensor) -> Tensor:
@@ -131,7 +129,7 @@ def add_logits(
             if column_sums is not None:
                 directions.append((column_sums[:, low:high], 0))
             masks = tile_masks(block, tile, diagonal, space)
-            _add_tile(s, *masks, diagonal, settings.label_smoothing, directions, space)
+            add_tile(s, *masks, diagonal, settings.label_smoothing, directions, space)
             smaller = torch.lt(s, here[:, None], out=space.tile("scratch", *s.shape))
             # "not smaller", so that NaN counts against the row as a tie does
             rank[first:last] += s.shape[1] - smaller.sum(1).to(torch.int64)
@@ -144,7 +142,7 @@ def diagonal_first(
     return sorted(column_blocks, key=lambda block: own and block[0] != first)
 
 
-def _add_tile(
+def add_tile(
     s: Tensor,
     positive: Tensor | None,
     excluded: Tensor | None,
@@ -249,16 +247,18 @@ def add_gradients(
             by_column = None if column_terms is None else column_terms.block(low, high)
             s = logits_tile(scaled_q, tile, space)
             masks = tile_masks(block, tile, diagonal, space)
-            grad = _tile_gradient(s, *masks, diagonal, settings, by_row, by_column, space)
+            grad = tile_gradient(
+                s, *masks, diagonal, settings.label_smoothing, by_row, by_column, space
+            )
             add_products(grad, scaled_q, tile, grad_rows[first:last], grad_columns[low:high])
 
 
-def _tile_gradient(
+def tile_gradient(
     s: Tensor,
     positive: Tensor | None,
     excluded: Tensor | None,
     diagonal: bool,
-    settings: Settings,
+    label_smoothing: float,
     rows: Terms,
     columns: Terms | None,
     space: Workspace,
@@ -273,7 +273,7 @@ def _tile_gradient(
     grad = torch.sub(s, rows.log_total[:, None], out=space.tile("scratch", *s.shape)).exp2_()
     if columns is not None:
         grad += s.sub_(columns.log_total).exp2_()
-    if settings.label_smoothing:
+    if label_smoothing:
         target = outer(rows.every, None if columns is None else columns.every)
         grad -= target if excluded is None else target * (excluded == 0)
     if positive is not None:
@@ -343,7 +343,7 @@ def _info_nce_tiled_op(
     ids = (row_ids, col_ids, domain_ids, group_ids)
     rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
     hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
-    settings = Settings(scale, label_smoothing, symmetric)
+    settings = Settings(scale, label_smoothing)
     row_sums = new_sums(len(rows), scale)
     column_sums = new_sums(len(pairs) if symmetric else 0, scale)
     own_logit = torch.empty_like(row_sums[0])
@@ -393,7 +393,7 @@ def _info_nce_tiled_backward_op(
     ids = (row_ids, col_ids, domain_ids, group_ids)
     rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
     hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
-    settings = Settings(scale, label_smoothing, symmetric)
+    settings = Settings(scale, label_smoothing)
     by_row = gradient_terms(row_sums, each, label_smoothing)
     by_column = gradient_terms(column_sums, each, label_smoothing) if symmetric else None
     grad_a, grad_b = (torch.zeros_like(x, dtype=scale.dtype) for x in (a, b))

@@ -69,9 +69,8 @@ def inverse_norm(x: Tensor) -> Tensor:
     """[n] 1 / length of each row of x [n, d], in at least float32; 0 for a zero vector."""
     dtype = compute_dtype(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    return 1 / torch.where(
-        norm > _SHORTEST, norm, torch.inf
-    )  # in this order: no NaN in its gradient
+    # In this order, or the gradient of a zero vector would be NaN.
+    return 1 / torch.where(norm > _SHORTEST, norm, torch.inf)
 
 
 def check_finite(**embeddings: Tensor | None) -> None:

@@ -174,7 +174,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
         ids = (row_ids, col_ids, domain_ids, group_ids)
         hard = b[:0] if negatives is None else negatives
         exchange = make_exchange(Shard(b, hard, each, *ids), sizes)
-        settings = Settings(scale, label_smoothing, symmetric)
+        settings = Settings(scale, label_smoothing)
         row_ids, col_ids, domain_ids, group_ids = ids
         rows = pair_side(a, row_ids, col_ids, domain_ids, group_ids, cosine)
         row_sums = new_sums(len(a), scale)
@@ -195,7 +195,14 @@ class _GlobalInfoNCE(torch.autograd.Function):
         loss = (each * row_loss).sum()
         dist.all_reduce(loss)
         ctx.save_for_backward(a, scale, row_sums, column_sums, *ids)
-        ctx.rest = (exchange, settings, cosine, each, None if negatives is None else len(negatives))
+        ctx.rest = (
+            exchange,
+            settings,
+            symmetric,
+            cosine,
+            each,
+            None if negatives is None else len(negatives),
+        )
         ctx.mark_non_differentiable(row_loss, rank)
         return loss, row_loss, rank
 
@@ -203,10 +210,10 @@ class _GlobalInfoNCE(torch.autograd.Function):
     @torch.no_grad()
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         a, scale, row_sums, column_sums, *ids = ctx.saved_tensors
-        exchange, settings, cosine, each, num_negatives = ctx.rest
+        exchange, settings, symmetric, cosine, each, has_negatives = ctx.rest
         row_ids, col_ids, domain_ids, group_ids = ids
         rows = pair_side(a, row_ids, col_ids, domain_ids, group_ids, cosine)
-        smoothing, symmetric = settings.label_smoothing, settings.symmetric
+        smoothing = settings.label_smoothing
         by_row = gradient_terms(row_sums, each, smoothing)
         grad_a = torch.zeros_like(a, dtype=scale.dtype)
 
@@ -224,5 +231,6 @@ class _GlobalInfoNCE(torch.autograd.Function):
         if hard is not None:
             finish_columns(hard, grad_hard, factor)
         grad_scale = finish_rows(rows, grad_a, scale, factor)
-        grad_hard = None if num_negatives is None else grad_hard.to(a.dtype)
-        return grad_a.to(a.dtype), grad_b.to(a.dtype), grad_hard, grad_scale, *[None] * 6
+        grad_negatives = grad_hard.to(a.dtype) if has_negatives else None
+        grads = (grad_a.to(a.dtype), grad_b.to(a.dtype), grad_negatives, grad_scale)
+        return *grads, *[None] * 6
