@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -115,25 +116,44 @@ class InfoNCELoss(TemperatureLoss):
 
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
         """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
-        masks = batch_masks(columns, self.mask_duplicates, self.negatives_from)
-        scale = self.current_scale()
         info_nce = ops.info_nce
         if self.gathers:
             info_nce = partial(global_info_nce, exchange=self.exchange)
-        loss, stats = info_nce(
-            embeddings[0],
-            embeddings[1],
-            interleave(embeddings[2:]) if len(embeddings) > 2 else None,
-            scale=scale,
-            similarity=self.similarity,
-            symmetric=self.symmetric,
-            label_smoothing=self.label_smoothing,
-            return_stats=True,
-            **masks,
-        )
-        self.last_metrics = {"in_batch_accuracy": stats.accuracy.detach()}
-        self.last_metrics |= temperature_metric(scale)
+        scale = self.current_scale()
+        arguments = self._arguments(embeddings, columns)
+        loss, stats = info_nce(**arguments, scale=scale, return_stats=True)
+        self._keep_metrics(stats.accuracy, scale)
         return loss
+
+    def at_lengths(
+        self, embeddings: list[Tensor], columns: Columns, dims: Sequence[int]
+    ) -> Tensor | None:
+        """The loss of the embeddings cut to each of ``dims``, increasing, [L], in one pass.
+
+        ``None`` where each length needs a call of :meth:`from_embeddings`: in a subclass with a
+        loss of its own, and over several processes.
+        """
+        if type(self).from_embeddings is not InfoNCELoss.from_embeddings or self.gathers:
+            return None
+        scale = self.current_scale()
+        arguments = self._arguments(embeddings, columns)
+        losses, accuracy = ops.matryoshka_info_nce(**arguments, scale=scale, dims=dims)
+        self._keep_metrics(accuracy, scale)
+        return losses
+
+    def _arguments(self, embeddings: list[Tensor], columns: Columns) -> dict[str, Any]:
+        masks = batch_masks(columns, self.mask_duplicates, self.negatives_from)
+        return masks | {
+            "a": embeddings[0],
+            "b": embeddings[1],
+            "negatives": interleave(embeddings[2:]) if len(embeddings) > 2 else None,
+            "similarity": self.similarity,
+            "symmetric": self.symmetric,
+            "label_smoothing": self.label_smoothing,
+        }
+
+    def _keep_metrics(self, accuracy: Tensor, scale: float | Tensor) -> None:
+        self.last_metrics = {"in_batch_accuracy": accuracy.detach()} | temperature_metric(scale)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card; ``temperature`` is the one in use."""
