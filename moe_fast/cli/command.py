@@ -19,7 +19,7 @@ import typer
 from moe_fast.cli.config import read_config, write_config
 from moe_fast.cli.outputs import check_inputs_survive
 
-Backend = Literal["auto", "torch", "cpp", "triton"]
+Backend = Literal["auto", "triton", "cpp", "tiled", "torch"]
 _NOT_SETTINGS = ("config", "quiet", "debug")
 _NOT_SAVED = ("overwrite", "resume")  # consent to this once, which no other run inherits
 

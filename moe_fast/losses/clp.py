@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_fast.losses.base import Columns, check_num_columns
 from moe_fast.losses.functional import contrastive_learning_penalty
+from moe_fast.losses.global_sum import global_sum
 from moe_fast.losses.info_nce import InfoNCELoss
 from moe_fast.losses.masks import check_masks
 from moe_fast.ops.checks import check_count
@@ -22,8 +23,7 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
 
     Columns: anchor, positive, G hard negatives, then M queries for each of them: those of
     negative_1 first. With no column behind the positive the negatives are the other rows'
-    positives, each with its own anchor as the query it answers; a batch of one row then has no
-    negative and no penalty. Labels are ignored.
+    positives, each with its own anchor as the query it answers. Labels are ignored.
 
     Args:
         model: the encoder, as in :class:`moe_fast.losses.InfoNCELoss`.
@@ -95,10 +95,14 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
         negatives, queries = embeddings[2:candidates], embeddings[candidates:]
         if queries:
             repeated = [n for n in negatives for _ in range(len(queries) // len(negatives))]
-            return contrastive_learning_penalty(torch.cat(repeated), torch.cat(queries))
-        if len(anchors) < 2:
-            return anchors.new_zeros(())
-        return contrastive_learning_penalty(positives, anchors)
+            negative, query = torch.cat(repeated), torch.cat(queries)
+        else:
+            negative, query = positives, anchors
+        penalty = contrastive_learning_penalty(negative, query)
+        if not self.gathers:
+            return penalty
+        pairs = penalty.new_tensor(len(negative))
+        return global_sum(penalty * pairs) / global_sum(pairs)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card; ``temperature`` is the one in use."""

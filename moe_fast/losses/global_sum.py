@@ -29,12 +29,15 @@ class _GlobalSum(torch.autograd.Function):
         return grad * dist.get_world_size()
 
 
+def several_processes() -> bool:
+    """Whether there is a group of more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def global_sum(tensor: Tensor) -> Tensor:
     """``tensor`` summed over all processes, of which each must call; itself where there is one.
 
     To be used for losses that are the same function of the sums on every process, whose parameter
     gradients are then averaged.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    return _GlobalSum.apply(tensor)
+    return _GlobalSum.apply(tensor) if several_processes() else tensor

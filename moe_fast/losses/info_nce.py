@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moe_fast import ops
@@ -13,6 +16,8 @@ from moe_fast.losses.base import (
     check_num_columns,
     temperature_metric,
 )
+from moe_fast.losses.functional.global_info_nce import EXCHANGES, global_info_nce
+from moe_fast.losses.global_sum import several_processes
 from moe_fast.losses.masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
 from moe_fast.ops.checks import check_choice
 
@@ -27,7 +32,8 @@ class InfoNCELoss(TemperatureLoss):
     is why ``symmetric`` is off here unless asked for. ``symmetric=True`` is that loss's
     ``directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"``.
 
-    Works on mixture-of-experts and dense encoders alike. Negatives come from this process's batch.
+    Works on mixture-of-experts and dense encoders alike. No matrix of B x B logits is held, so that
+    the batch may be as large as the embeddings' memory allows.
 
     Columns: anchor, positive, any number of hard negatives. Row i's positive is row i or, where
     the anchor's features hold ``group_ids`` ([B] int64), every row of its group. Labels are
@@ -48,6 +54,12 @@ class InfoNCELoss(TemperatureLoss):
             of :class:`moe_fast.training.DomainDataCollator`, else by their tokens.
         negatives_from: "all", or "same_domain" (needs the collator's ``domain_ids``).
         label_smoothing: in [0, 1).
+        gather_across_devices: where several processes train, one batch of all their rows: a row's
+            negatives come from every process, and the processes' mean gradient is that of one
+            process with the whole batch. Every process must call, while gradients are recorded;
+            evaluation stays with each process's own rows.
+        exchange: how; "gather" (every process holds all embeddings) or "ring" (two processes' at a
+            time, for batches that one device cannot hold).
 
     Attributes:
         last_metrics: after a call, the detached ``in_batch_accuracy`` and, where learned, the
@@ -70,6 +82,8 @@ class InfoNCELoss(TemperatureLoss):
         mask_duplicates: bool = True,
         negatives_from: str = "all",
         label_smoothing: float = 0.0,
+        gather_across_devices: bool = False,
+        exchange: str = "gather",
     ) -> None:
         super().__init__(
             model,
@@ -80,12 +94,20 @@ class InfoNCELoss(TemperatureLoss):
             similarity=similarity,
         )
         check_choice("negatives_from", negatives_from, NEGATIVES_FROM)
+        check_choice("exchange", exchange, EXCHANGES)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing!r}.")
         self.symmetric = symmetric
         self.mask_duplicates = mask_duplicates
         self.negatives_from = negatives_from
         self.label_smoothing = label_smoothing
+        self.gather_across_devices = gather_across_devices
+        self.exchange = exchange
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a call now takes part in one batch of several processes."""
+        return self.gather_across_devices and torch.is_grad_enabled() and several_processes()
 
     def check_columns(self, columns: Columns, labels: Any) -> None:
         """At least anchor and positive, and the domain ids where they are needed."""
@@ -94,22 +116,44 @@ class InfoNCELoss(TemperatureLoss):
 
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
         """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
-        masks = batch_masks(columns, self.mask_duplicates, self.negatives_from)
+        info_nce = ops.info_nce
+        if self.gathers:
+            info_nce = partial(global_info_nce, exchange=self.exchange)
         scale = self.current_scale()
-        loss, stats = ops.info_nce(
-            embeddings[0],
-            embeddings[1],
-            interleave(embeddings[2:]) if len(embeddings) > 2 else None,
-            scale=scale,
-            similarity=self.similarity,
-            symmetric=self.symmetric,
-            label_smoothing=self.label_smoothing,
-            return_stats=True,
-            **masks,
-        )
-        self.last_metrics = {"in_batch_accuracy": stats.accuracy.detach()}
-        self.last_metrics |= temperature_metric(scale)
+        arguments = self._arguments(embeddings, columns)
+        loss, stats = info_nce(**arguments, scale=scale, return_stats=True)
+        self._keep_metrics(stats.accuracy, scale)
         return loss
+
+    def at_lengths(
+        self, embeddings: list[Tensor], columns: Columns, dims: Sequence[int]
+    ) -> Tensor | None:
+        """The loss of the embeddings cut to each of ``dims``, increasing, [L], in one pass.
+
+        ``None`` where each length needs a call of :meth:`from_embeddings`: in a subclass with a
+        loss of its own, and over several processes.
+        """
+        if type(self).from_embeddings is not InfoNCELoss.from_embeddings or self.gathers:
+            return None
+        scale = self.current_scale()
+        arguments = self._arguments(embeddings, columns)
+        losses, accuracy = ops.matryoshka_info_nce(**arguments, scale=scale, dims=dims)
+        self._keep_metrics(accuracy, scale)
+        return losses
+
+    def _arguments(self, embeddings: list[Tensor], columns: Columns) -> dict[str, Any]:
+        masks = batch_masks(columns, self.mask_duplicates, self.negatives_from)
+        return masks | {
+            "a": embeddings[0],
+            "b": embeddings[1],
+            "negatives": interleave(embeddings[2:]) if len(embeddings) > 2 else None,
+            "similarity": self.similarity,
+            "symmetric": self.symmetric,
+            "label_smoothing": self.label_smoothing,
+        }
+
+    def _keep_metrics(self, accuracy: Tensor, scale: float | Tensor) -> None:
+        self.last_metrics = {"in_batch_accuracy": accuracy.detach()} | temperature_metric(scale)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card; ``temperature`` is the one in use."""
@@ -118,6 +162,8 @@ class InfoNCELoss(TemperatureLoss):
             "mask_duplicates": self.mask_duplicates,
             "negatives_from": self.negatives_from,
             "label_smoothing": self.label_smoothing,
+            "gather_across_devices": self.gather_across_devices,
+            "exchange": self.exchange,
         }
 
     @property

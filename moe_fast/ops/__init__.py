@@ -5,12 +5,14 @@ op of the namespace ``moe_fast``. Every function takes ``backend=`` as its last 
 """
 
 from moe_fast.ops.attention import varlen_attention
+from moe_fast.ops import info_nce_tiled as _info_nce_tiled  # noqa: F401, offers its backend
 from moe_fast.ops.backends import available_backends, show_backends, use_backend
 from moe_fast.ops.combine_rows import combine_rows
 from moe_fast.ops.expert_linear import expert_linear
 from moe_fast.ops.expert_mlp import expert_mlp
 from moe_fast.ops.gather_rows import gather_rows
 from moe_fast.ops.info_nce import InfoNCEStats, info_nce
+from moe_fast.ops.matryoshka_info_nce import matryoshka_info_nce
 from moe_fast.ops.plan import RoutingPlan, plan
 from moe_fast.ops.route import Routing, route
 
@@ -24,6 +26,7 @@ __all__ = [
     "expert_mlp",
     "gather_rows",
     "info_nce",
+    "matryoshka_info_nce",
     "plan",
     "route",
     "show_backends",

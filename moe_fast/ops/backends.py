@@ -1,8 +1,9 @@
 """Which implementation of an op runs: the registry that every op file adds itself to.
 
 ``torch`` is the reference and always there. ``cpp`` and ``triton`` are offered where their
-compiled library or compiler is present and the tensors' device suits them. ``auto`` takes the
-first of triton, cpp, torch that can run. Nothing above the ops knows which one ran.
+compiled library or compiler is present and the tensors' device suits them; ``tiled`` is PyTorch
+too, for ops whose reference needs memory that grows with the square of the batch. ``auto`` takes
+the first of triton, cpp, tiled, torch that can run. Nothing above the ops knows which one ran.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ OPS = (
     "expert_linear",
     "info_nce",
 )
-BACKENDS = ("triton", "cpp", "torch")  # in the order "auto" tries them
+BACKENDS = ("triton", "cpp", "tiled", "torch")  # in the order "auto" tries them
 _CHOICES = ("auto", *BACKENDS)
 
 _default = os.environ.get("MOE_FAST_BACKEND", "auto")
@@ -98,8 +99,8 @@ def select(
                 f"backend={backend!r} cannot run {op} on {device.type}: {reason}. "
                 f"Available here: {offered}."
             )
-        # A default for the whole program hands ops that it lacks to the reference.
-        return _registry[op, "torch"].run
+        # A default for the whole program hands ops that it lacks to PyTorch.
+        return _registry.get((op, "tiled"), _registry[op, "torch"]).run
     for name in BACKENDS:
         if why_unavailable(op, name, device.type) is None:
             return _for_dtype(op, name, dtype)
@@ -143,7 +144,7 @@ def _describe(op: str, backend: str) -> str:
 def use_backend(backend: str) -> Iterator[None]:
     """Within the ``with`` block, run ops on ``backend`` unless a call names another.
 
-    Ops that ``backend`` does not implement on the tensors' device run on the reference
+    Ops that ``backend`` does not implement on the tensors' device run in PyTorch
     (``show_backends()`` lists them). The setting is the process's, not the thread's.
     """
     global _default

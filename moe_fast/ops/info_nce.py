@@ -34,7 +34,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast.ops import backends
@@ -49,6 +48,7 @@ from moe_fast.ops.checks import (
     compute_dtype,
     without_autocast,
 )
+from moe_fast.ops.logit_tiles import check_finite, inverse_norm
 
 SIMILARITIES = ("cosine", "dot")
 
@@ -111,21 +111,46 @@ def info_nce(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
     """
-    check_choice("similarity", similarity, SIMILARITIES)
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}.")
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
-    check_pairs(a, b, negatives, weights, col_ids, **ids)
-    q, k = queries_and_keys(a, b, negatives, similarity)
-    scale = as_scale(scale, q.device, q.dtype)
+    check_arguments(a, b, negatives, similarity, label_smoothing, weights, col_ids, **ids)
+    check_not_alone(a, negatives)
+    scale = as_scale(scale, a.device, compute_dtype(a.dtype))
     run = backends.select("info_nce", backend, a.device)
     loss, row_loss, rank = run(
-        q, k, scale, row_ids, col_ids, domain_ids, group_ids, weights, label_smoothing, symmetric
+        *(a, b, negatives, scale, row_ids, col_ids, domain_ids, group_ids, weights),
+        *(label_smoothing, symmetric, similarity == "cosine"),
     )
     if not return_stats:
         return loss
     row_loss = row_loss.detach()
-    return loss, InfoNCEStats(row_loss, rank, (rank == 1).to(q.dtype).mean())
+    return loss, InfoNCEStats(row_loss, rank, (rank == 1).to(row_loss.dtype).mean())
+
+
+def check_arguments(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    similarity: str,
+    label_smoothing: float,
+    weights: Tensor | None,
+    col_ids: Tensor | None,
+    **row_values: Tensor | None,
+) -> None:
+    """Raise unless the arguments are those that :func:`info_nce` asks for, negatives aside."""
+    check_choice("similarity", similarity, SIMILARITIES)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}.")
+    check_pairs(a, b, negatives, weights, col_ids, **row_values)
+
+
+def check_not_alone(a: Tensor, negatives: Tensor | None) -> None:
+    """Raise ``ValueError`` for one pair without negatives."""
+    if a.shape[0] == 1 and (negatives is None or negatives.shape[0] == 0):
+        raise ValueError(
+            "info_nce needs negatives: one pair alone has none and a loss of 0 whatever its "
+            "embeddings are; got B = 1 and no hard negatives. Give hard negatives or more pairs, "
+            "or drop a last batch of one row (dataloader_drop_last=True)."
+        )
 
 
 def queries_and_keys(
@@ -136,7 +161,7 @@ def queries_and_keys(
     candidates = b if negatives is None else torch.cat((b, negatives))
     q, k = a.to(dtype), candidates.to(dtype)
     if similarity == "cosine":
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = (x * inverse_norm(x)[:, None] for x in (q, k))
     return q, k
 
 
@@ -151,6 +176,23 @@ def as_scale(scale: float | Tensor, device: torch.device, dtype: torch.dtype) ->
             f"scale must be greater than 0 and finite (it is 1 / temperature); got {scale}."
         )
     return torch.full((), scale, device=device, dtype=dtype)
+
+
+def row_weights(weights: Tensor | None, a: Tensor) -> Tensor:
+    """[B], summing to 1, in the dtype of the logits of anchors ``a``."""
+    dtype = compute_dtype(a.dtype)
+    if weights is None:
+        return a.new_full((a.shape[0],), 1 / a.shape[0], dtype=dtype)
+    weights = weights.to(dtype)
+    if checks_values(a.device) and not ((weights >= 0).all() and weights.sum() > 0):
+        raise ValueError(f"weights must be >= 0 and not all 0; got {weights.tolist()}.")
+    return weights / weights.sum()
+
+
+def check_scale(scale: Tensor) -> None:
+    """Raise ``ValueError`` for a scale [] that is no 1 / temperature, where values are read."""
+    if checks_values(scale.device) and not (scale > 0 and scale.isfinite()):
+        raise ValueError(f"scale must be greater than 0 and finite; got {scale.item()}.")
 
 
 def check_pairs(
@@ -206,24 +248,29 @@ def positives_and_candidates(
     col_ids: Tensor | None,
     domain_ids: Tensor | None,
     group_ids: Tensor | None,
+    first: int = 0,
+    last: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two bool matrices [B, N]: j is a positive of i; j takes part in i's softmax."""
+    """Two bool matrices [B, N], or their rows ``first`` to ``last``.
+
+    j is a positive of i; j takes part in i's softmax.
+    """
     row = torch.arange(batch, device=device)
+    here = slice(first, last)
     num_negatives = (num_candidates - batch) // batch
     row_of_candidate = torch.cat((row, row.repeat_interleave(num_negatives)))  # [N]
-    own = torch.arange(num_candidates, device=device) == row[:, None]
+    own = torch.arange(num_candidates, device=device) == row[here, None]
     positive = own
     if group_ids is not None:
-        same_group = group_ids[:, None] == group_ids
         positive = own.clone()
-        positive[:, :batch] |= same_group
+        positive[:, :batch] |= group_ids[here, None] == group_ids
     masked = torch.zeros_like(own)
     if row_ids is not None and col_ids is not None:
-        masked |= (col_ids == row_ids[:, None]) | (col_ids == col_ids[:batch, None])
-        masked[:, :batch] |= row_ids == row_ids[:, None]
-        masked[:, :batch] |= (col_ids[:batch] == row_ids[:, None]).t()
+        masked |= (col_ids == row_ids[here, None]) | (col_ids == col_ids[:batch][here, None])
+        masked[:, :batch] |= row_ids == row_ids[here, None]
+        masked[:, :batch] |= row_ids == col_ids[:batch][here, None]
     if domain_ids is not None:
-        masked |= domain_ids[:, None] != domain_ids[row_of_candidate]
+        masked |= domain_ids[here, None] != domain_ids[row_of_candidate]
     return positive, positive | ~masked
 
 
@@ -269,16 +316,6 @@ def _directions(
     return result
 
 
-def _row_weights(weights: Tensor | None, q: Tensor) -> Tensor:
-    """[B], summing to 1."""
-    if weights is None:
-        return q.new_full((q.shape[0],), 1 / q.shape[0])
-    weights = weights.to(q.dtype)
-    if checks_values(q.device) and not ((weights >= 0).all() and weights.sum() > 0):
-        raise ValueError(f"weights must be >= 0 and not all 0; got {weights.tolist()}.")
-    return weights / weights.sum()
-
-
 @torch.library.custom_op("moe_fast::info_nce", mutates_args=())
 @without_autocast
 def _info_nce_op(
@@ -293,16 +330,16 @@ def _info_nce_op(
     label_smoothing: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if checks_values(scale.device) and not (scale > 0 and scale.isfinite()):
-        raise ValueError(f"scale must be greater than 0 and finite; got {scale.item()}.")
-    row_weights = _row_weights(weights, q)
+    check_scale(scale)
+    check_finite(a=q, b=k[: len(q)], negatives=k[len(q) :])
+    each = row_weights(weights, q)
     ids = (row_ids, col_ids, domain_ids, group_ids)
     directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)
     row_loss = torch.stack([d[-1] for d in directions]).mean(0)
     logits, positive, candidate = directions[0][:3]
     # "not smaller", so that NaN counts against the row as a tie does
     beats = candidate & ~positive & ~(logits < logits.diagonal()[:, None])
-    return (row_weights * row_loss).sum(), row_loss, 1 + beats.sum(1)
+    return (each * row_loss).sum(), row_loss, 1 + beats.sum(1)
 
 
 @_info_nce_op.register_fake
@@ -326,12 +363,12 @@ def _info_nce_backward_op(
     label_smoothing: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_weights = _row_weights(weights, q)
+    each = row_weights(weights, q)
     ids = (row_ids, col_ids, domain_ids, group_ids)
     directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)
-    grad = row_weights[:, None] * directions[0][3]  # [B, N], row-wise softmax minus target
+    grad = each[:, None] * directions[0][3]  # [B, N], row-wise softmax minus target
     if symmetric:
-        grad[:, : q.shape[0]] += (row_weights[:, None] * directions[1][3]).t()
+        grad[:, : q.shape[0]] += (each[:, None] * directions[1][3]).t()
     grad *= grad_loss / len(directions)
     return scale * (grad @ k), scale * (grad.t() @ q), (grad * (q @ k.t())).sum()
 
@@ -354,4 +391,11 @@ def _backward(ctx, grad_loss, _row_loss, _rank):
 
 
 _info_nce_op.register_autograd(_backward, setup_context=_save_for_backward)
-backends.register("info_nce", "torch", _info_nce_op)
+
+
+def _run(a, b, negatives, scale, *rest):
+    q, k = queries_and_keys(a, b, negatives, "cosine" if rest[-1] else "dot")
+    return _info_nce_op(q, k, scale, *rest[:-1])
+
+
+backends.register("info_nce", "torch", _run)

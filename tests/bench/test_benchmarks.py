@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from bench import dispatch, expert_mlp, import_time, memory, moe_mlp
+from bench import contrastive_loss, dispatch, expert_mlp, import_time, memory, moe_mlp
 from tests.models.tiny import save_sentence_transformer
 
 
@@ -93,6 +93,33 @@ def test_embedding_refuses_vectors_that_differ(tiny_encoder):
     check({"moe_fast": y, "eager, padded": y.clone(), "dense": y * 2})
     with pytest.raises(AssertionError, match="vectors differ by"):
         check({"moe_fast": y, "eager, padded": y * 1.001, "dense": y})
+def test_contrastive_loss_writes_every_figure(tmp_path, capsys):
+    path = tmp_path / "contrastive_loss.json"
+    sizes = ["--batch", "64", "--dim", "8", "--chunks", "16", "--rounds", "1", "--large", "128"]
+    arguments = [*sizes, "--memory-batches", "--memory-dim", "8", "--json", str(path)]
+    assert contrastive_loss.main(arguments) == 0
+    record = json.loads(path.read_text())
+    names = [row["name"] for row in record["speed"]["results"]]
+    assert names == ["moe_fast", "floor", "MNRL", "cached, 16", "cached, 32"]
+    assert set(record["large"]["seconds"]) == {"products", "moe_fast"}
+    assert capsys.readouterr().out.count("target") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["ours", "mnrl", "cached"])
+def test_contrastive_loss_measures_memory_in_fresh_processes(run):
+    """The dense loss holds at least three B x B matrices, the tiled one less than one."""
+    matrix = 4096**2 * 4 / 2**20
+    extra = contrastive_loss.memory(run, 4096, 16)
+    assert extra > 3 * matrix if run == "mnrl" else extra < 3 * matrix
+    assert run != "ours" or extra < matrix
+
+
+def test_contrastive_loss_refuses_outputs_that_differ():
+    y = torch.ones(3)
+    contrastive_loss.check({"moe_fast": [y], "MNRL": [y.clone()], "floor": [None]})
+    with pytest.raises(AssertionError, match="MNRL, output 0: differs"):
+        contrastive_loss.check({"moe_fast": [y], "MNRL": [y * 1.001]})
 
 
 def test_import_is_lean():

@@ -31,9 +31,19 @@ def test_is_ops_info_nce_of_the_embeddings(similarity, symmetric):
     assert functional.info_nce is ops.info_nce
 
 
-def test_one_row_without_negatives_has_no_loss():
+def test_one_row_needs_a_hard_negative():
     loss = InfoNCELoss(BagEncoder())
-    assert loss([column([1]), column([2])]).item() == 0.0
+    with pytest.raises(ValueError, match="needs negatives: .* got B = 1"):
+        loss([column([1]), column([2])])
+    assert loss([column([1]), column([2]), column([3])]).item() > 0.0
+
+
+def test_one_process_gathers_nothing():
+    columns = [column(*ANCHORS), column(*POSITIVES)]
+    alone = InfoNCELoss(BagEncoder())
+    gathering = InfoNCELoss(BagEncoder(), gather_across_devices=True, exchange="ring")
+    assert not gathering.gathers
+    assert torch.equal(gathering(columns), alone(columns))
 
 
 def test_label_smoothing_reaches_the_op():
@@ -215,6 +225,7 @@ def test_config_and_citation_are_for_the_model_card():
         ),
         ({"similarity": "l2"}, r"similarity must be one of 'cosine', 'dot'; got 'l2'"),
         ({"negatives_from": "none"}, r"negatives_from must be one of 'all', 'same_domain'"),
+        ({"exchange": "star"}, r"exchange must be one of 'gather', 'ring'; got 'star'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\); got 1\.0"),
     ],
 )

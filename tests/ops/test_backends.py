@@ -13,10 +13,10 @@ import torch
 import moe_fast
 from moe_fast import ops
 
-from .helpers import assert_says
+from .helpers import RecordOps, assert_says
 
 OPS = ["route", "plan", "expert_mlp", "expert_linear", "info_nce"]
-NAMES = ["auto", "torch", "cpp", "triton"]
+NAMES = ["auto", "torch", "tiled", "cpp", "triton"]
 ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[0, 1], [1, 2]])
 
@@ -88,6 +88,13 @@ def test_use_backend_nests_and_lets_errors_through():
     with pytest.raises(RuntimeError, match="the body's own"), moe_fast.use_backend("torch"):
         raise RuntimeError("the body's own")
     call()
+
+
+def test_a_default_that_an_op_lacks_never_brings_its_large_reference_back():
+    """info_nce has no cpp form: under that default it runs tiled, not as B x B."""
+    with RecordOps() as recorded, moe_fast.use_backend("cpp"):
+        ops.info_nce(torch.ones(2, 3), torch.ones(2, 3), scale=1.0)
+    assert set(recorded.calls) == {"moe_fast::info_nce_tiled"}
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -1,4 +1,8 @@
-"""info_nce: the contrastive loss of B pairs, with masks, groups, weights and hard negatives."""
+"""info_nce: the contrastive loss of B pairs, with masks, groups, weights and hard negatives.
+
+Every test runs on the dense reference and on the tiled form, its tiles so small that these few
+rows fill several, the last ones ragged.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import moe_fast
 from moe_fast import ops
+from moe_fast.ops import logit_tiles
 
 from . import oracle
 from .helpers import (
@@ -26,6 +32,13 @@ from .helpers import (
 F64 = torch.float64
 B, G, D = 6, 2, 5
 ONE = torch.ones((), dtype=F64)
+
+
+@pytest.fixture(autouse=True, params=["torch", "tiled"])
+def backend(request, monkeypatch):
+    monkeypatch.setitem(logit_tiles.TILE_ROWS, "cpu", 4)
+    with moe_fast.use_backend(request.param):
+        yield request.param
 
 
 def problem(*, num_rows=B, per_row=G, dtype=F64, scale=5.0) -> dict:
@@ -102,13 +115,14 @@ def test_values_and_gradients_equal_the_oracle(options, per_row, symmetric, simi
     seed=st.integers(0, 999),
 )
 def test_any_shape(num_rows, per_row, symmetric, options, scale, seed):
+    assume(num_rows > 1 or per_row)
     torch.manual_seed(seed)
     kwargs = OPTIONS[options](num_rows, num_rows + num_rows * per_row)
     inputs = problem(num_rows=num_rows, per_row=per_row, scale=scale)
     loss = ops.info_nce(**inputs, symmetric=symmetric, **kwargs)
     expected = oracle.info_nce(**inputs, symmetric=symmetric, **kwargs).loss
-    # At B = 1 without negatives, or where a mask leaves the positive alone, the loss is 0 up to
-    # rounding, and so are its gradients: compare what is not.
+    # Where a mask leaves the positive alone the loss is 0 up to rounding, and so are its gradients:
+    # compare what is not.
     if expected.abs() < 1e-9:
         assert loss.abs() < 1e-9
     else:
@@ -314,20 +328,50 @@ def test_a_loss_near_zero_keeps_its_relative_accuracy():
     )
 
 
-def test_a_zero_embedding_is_no_nan():
+@pytest.mark.parametrize("name", ["a", "b", "negatives"])
+def test_a_zero_embedding_has_no_direction(name):
+    """Its cosines are 0 and it gets no gradient: not NaN, and not 1e12 times the others'."""
     inputs = problem()
-    inputs |= leaves(a=inputs["a"].detach().index_fill(0, torch.tensor([2]), 0.0))
+    inputs |= leaves(**{name: inputs[name].detach().index_fill(0, torch.tensor([2]), 0.0)})
     loss = ops.info_nce(**inputs)
-    assert loss.isfinite()
-    assert all(g.isfinite().all() for g in gradients([loss], [ONE], inputs).values())
+    grads = gradients([loss], [ONE], inputs)
+    assert grads[name][2].abs().max() == 0
+    # As that of a direction at right angles to all others.
+    padded = {n: torch.nn.functional.pad(t, (0, 1)) for n, t in inputs.items() if t.dim()}
+    padded[name][2, D] = 1.0
+    expected = oracle.info_nce(**padded, scale=inputs["scale"]).loss
+    assert_close(loss, expected)
+    expected_grads = gradients([expected], [ONE], inputs)
+    expected_grads[name][2] = 0
+    assert_gradients_close(grads, expected_grads)
 
 
-def test_one_pair_without_negatives():
-    inputs = problem(num_rows=1, per_row=0)
+def test_a_row_whose_negatives_are_all_masked_has_no_loss():
+    inputs = problem()
+    kwargs = dict(domain_ids=torch.tensor([0, 0, 0, 0, 0, 1]))
+    inputs |= leaves(negatives=None)
+    loss, stats = ops.info_nce(**inputs, **kwargs, return_stats=True)
+    assert stats.row_loss[5] == 0
+    assert stats.rank[5] == 1
+    grads = gradients([loss], [ONE], inputs)
+    assert grads["a"][5].abs().max() == grads["b"][5].abs().max() == 0
+    assert_same(inputs, **kwargs)
+
+
+@pytest.mark.parametrize("dim", [1, 7])
+def test_any_dimension(dim):
+    inputs = leaves(**{n: torch.randn(B, dim, dtype=F64) for n in ("a", "b")}, scale=ONE)
+    assert_same(inputs, similarity="dot")
+
+
+def test_rows_that_are_all_the_same():
+    """The loss is log B both ways, and no direction is better than another (d = 4: exactly)."""
+    inputs = leaves(**{n: torch.ones(B, 4, dtype=F64) for n in ("a", "b")}, scale=5 * ONE)
     loss, stats = ops.info_nce(**inputs, return_stats=True)
-    assert loss == 0
-    assert stats.rank.tolist() == [1]
-    assert all(g.abs().max() < 1e-14 for g in gradients([loss], [ONE], inputs).values())
+    assert loss.item() == pytest.approx(math.log(B), rel=1e-12)
+    assert stats.rank.tolist() == [B] * B
+    grads = gradients([loss], [ONE], inputs)
+    assert all(g.abs().max() < 1e-14 for g in grads.values())
 
 
 def test_the_length_of_a_cosine_embedding_does_not_matter():
@@ -428,14 +472,15 @@ def test_gradcheck(options, symmetric):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("options", ["nothing", "everything"])
-def test_opcheck(options, symmetric):
+def test_opcheck(options, symmetric, backend):
     inputs = problem()
     kwargs = OPTIONS[options](B, B + B * G)
 
     def call():
         ops.info_nce(**inputs, symmetric=symmetric, **kwargs).backward()
 
-    opcheck_calls(call, {"info_nce", "info_nce_backward"})
+    op = "info_nce" if backend == "torch" else "info_nce_tiled"
+    opcheck_calls(call, {op, f"{op}_backward"})
 
 
 def test_compiles_as_one_graph():
@@ -486,6 +531,12 @@ def test_equals_sentence_transformers(symmetric, per_row):
 # ------------------------------------------------------------------------------------- bad input
 
 
+def with_value(rows: int, row: int, value: float) -> torch.Tensor:
+    x = torch.randn(rows, D)
+    x[row, 2] = value
+    return x
+
+
 ROW, COL = torch.arange(B), torch.arange(B + B * G)
 
 
@@ -493,6 +544,13 @@ ROW, COL = torch.arange(B), torch.arange(B + B * G)
     ("change", "says"),
     [
         (dict(a=torch.randn(D)), ["a", "[5]", "[B, d]"]),
+        (
+            dict(a=torch.randn(1, D), b=torch.randn(1, D), negatives=None),
+            ["needs negatives", "B = 1", "drop a last batch"],
+        ),
+        (dict(a=with_value(B, 3, math.nan)), ["a must be finite", "row 3"]),
+        (dict(b=with_value(B, 5, math.inf)), ["b must be finite", "row 5"]),
+        (dict(negatives=with_value(B * G, 10, -math.inf)), ["negatives", "finite", "row 10"]),
         (
             dict(a=torch.zeros(0, D), b=torch.zeros(0, D), negatives=None),
             ["a ", "at least one row"],

@@ -1,11 +1,13 @@
 """The losses' mathematics as plain functions of tensors, one idea per file.
 
-Over embeddings: ``info_nce``, ``mnr_plus``, ``sigmoid_loss``, ``contrastive_learning_penalty``,
-``distillation``. Over router logits: ``load_balance``, ``z_loss``, ``domain_expert_joint`` with
-``mutual_information``, ``expert_supervision``. All compute in at least float32, autocast off.
+Over embeddings: ``info_nce`` (``global_info_nce`` where several processes hold the batch),
+``mnr_plus``, ``sigmoid_loss``, ``contrastive_learning_penalty``, ``distillation``. Over router
+logits: ``load_balance``, ``z_loss``, ``domain_expert_joint`` with ``mutual_information``,
+``expert_supervision``. All compute in at least float32, autocast off.
 """
 
 from moe_fast.losses.functional.distillation import distillation
+from moe_fast.losses.functional.global_info_nce import global_info_nce
 from moe_fast.losses.functional.mnr_plus import mnr_plus
 from moe_fast.losses.functional.mutual_information import domain_expert_joint, mutual_information
 from moe_fast.losses.functional.penalty import contrastive_learning_penalty
@@ -18,6 +20,7 @@ __all__ = [
     "distillation",
     "domain_expert_joint",
     "expert_supervision",
+    "global_info_nce",
     "info_nce",
     "load_balance",
     "mnr_plus",

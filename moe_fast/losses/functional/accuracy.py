@@ -7,14 +7,17 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def in_batch_accuracy(logits: Tensor, positive: Tensor, candidate: Tensor) -> Tensor:
+def in_batch_accuracy(
+    logits: Tensor, positive: Tensor, candidate: Tensor, first: int = 0
+) -> Tensor:
     """[] float, the share of rows whose own positive has the largest logit; ties count against it.
 
     Args:
-        logits: [B, N], row i's own positive in column i.
-        positive, candidate: [B, N] bool, as
+        logits: [R, N], row i's own positive in column ``first + i``.
+        positive, candidate: [R, N] bool, as
             :func:`moe_fast.ops.info_nce.positives_and_candidates` gives them.
     """
     # "not smaller", so that NaN counts against the row as a tie does
-    beats = candidate & ~positive & ~(logits < logits.diagonal()[:, None])
+    own = logits[:, first : first + len(logits)].diagonal()
+    beats = candidate & ~positive & ~(logits < own[:, None])
     return (~beats.any(1)).to(logits.dtype).mean()

@@ -14,6 +14,8 @@ column's, unless its row j lies in a crowd that some row i stands apart from, su
 ``logsumexp_j - logsumexp_i > S_jj - S_ij``. But for that this is the symmetric
 :func:`moe_fast.ops.info_nce` with dot products.
 
+Rows, and then columns, are worked through in strips: no matrix is held whole.
+
 Source: Hallee et al., arXiv 2401.15713, and its code; the older form learns ``1 / scale``.
 """
 
@@ -25,8 +27,10 @@ from torch import Tensor
 
 from moe_fast.losses.functional.accuracy import in_batch_accuracy
 from moe_fast.losses.functional.scalars import checked_scale
+from moe_fast.losses.functional.strips import map_strips, sum_over_strips
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce import SIMILARITIES, check_pairs, queries_and_keys
+from moe_fast.ops.logit_tiles import check_finite
 
 
 def mnr_plus(
@@ -55,25 +59,50 @@ def mnr_plus(
     """
     check_choice("similarity", similarity, SIMILARITIES)
     check_pairs(a, b, None, None, None)
+    check_finite(a=a, b=b)
     q, k = queries_and_keys(a, b, None, similarity)
     scale = checked_scale(scale, q)
-    with torch.autocast(q.device.type, enabled=False):
-        row_target, column_target = _targets(q, k, scale)
-        logits = scale * (q @ k.t())
-        rows = F.cross_entropy(logits, row_target)
-        columns = F.cross_entropy(logits.t(), column_target)
-    loss = (rows + columns) / 2
+    row_target, column_target = _targets(q, k, scale)
+    rows = _cross_entropy(q, k, scale, row_target)
+    columns = _cross_entropy(k, q, scale, column_target)
+    loss = (rows[0] + columns[0]) / 2
     if not return_metrics:
         return loss
     own = torch.arange(len(q), device=q.device)
-    diagonal = own == own[:, None]
-    accuracy = in_batch_accuracy(logits.detach(), diagonal, torch.ones_like(diagonal))
     own_targets = torch.stack([row_target == own, column_target == own]).to(q.dtype).mean()
-    return loss, {"in_batch_accuracy": accuracy, "own_targets": own_targets}
+    return loss, {"in_batch_accuracy": rows[1].detach(), "own_targets": own_targets}
+
+
+def _cross_entropy(q: Tensor, k: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """[2] of ``scale * q k^T``: the mean cross entropy of its rows, and their accuracy."""
+
+    def loss_and_hits(first: int, last: int) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            logits = scale * (q[first:last] @ k.t())
+            loss = F.cross_entropy(logits, target[first:last], reduction="sum")
+        every = torch.ones_like(logits, dtype=torch.bool)
+        own = torch.zeros_like(every)
+        own[:, first:last].fill_diagonal_(True)
+        hits = in_batch_accuracy(logits, own, every, first) * (last - first)
+        return torch.stack((loss, hits))
+
+    return sum_over_strips(loss_and_hits, len(q), len(k)) / len(q)
 
 
 @torch.no_grad()
 def _targets(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] int64 each: the rows' targets among the columns, and the columns' among the rows."""
-    similarity = (q @ q.t() + k @ k.t()) / (2 * scale)
-    return similarity.argmax(1), similarity.log_softmax(1).argmax(0)
+    """[B] int64 each: the rows' targets among the columns, and the columns' among the rows.
+
+    S is symmetric: a column's best row is its own row's best column, once each column's log-sum has
+    been taken off.
+    """
+    both = torch.cat((q, k), dim=1)
+
+    def strip(first: int, last: int) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            return both[first:last] @ both.t() / (2 * scale)
+
+    log_sum = torch.cat(map_strips(lambda *at: strip(*at).logsumexp(1), len(q), len(k)))
+    by_row = map_strips(lambda *at: strip(*at).argmax(1), len(q), len(k))
+    by_column = map_strips(lambda *at: (strip(*at) - log_sum).argmax(1), len(q), len(k))
+    return torch.cat(by_row), torch.cat(by_column)

@@ -7,7 +7,8 @@ With the candidates k = [b; negatives], N = B + B * G, and z_ij = 1 where j is a
 
 No softmax, hence no other candidates in a pair's gradient. Nearly all pairs are negative, which is
 why the bias starts at -10. Masked pairs, as in :mod:`moe_fast.ops.info_nce`, are left out of the
-sum; it is over rows only, there is no second direction.
+sum; it is over rows only, there is no second direction. Rows are worked through in strips: the
+matrix is never held whole.
 
 Source: Zhai et al. (SigLIP), arXiv 2303.15343, whose values to start from are scale = 10, learned
 as its logarithm, and bias = -10.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from moe_fast.losses.functional.accuracy import in_batch_accuracy
 from moe_fast.losses.functional.scalars import checked_bias, checked_scale
+from moe_fast.losses.functional.strips import sum_over_strips
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce import (
     SIMILARITIES,
@@ -28,6 +30,7 @@ from moe_fast.ops.info_nce import (
     positives_and_candidates,
     queries_and_keys,
 )
+from moe_fast.ops.logit_tiles import check_finite
 
 
 def sigmoid_loss(
@@ -62,13 +65,20 @@ def sigmoid_loss(
     check_choice("similarity", similarity, SIMILARITIES)
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
     check_pairs(a, b, negatives, None, col_ids, **ids)
+    check_finite(a=a, b=b, negatives=negatives)
     q, k = queries_and_keys(a, b, negatives, similarity)
     scale, bias = checked_scale(scale, q), checked_bias(bias, q)
-    positive, candidate = positives_and_candidates(len(q), len(k), q.device, col_ids=col_ids, **ids)
-    with torch.autocast(q.device.type, enabled=False):
-        logits = scale * (q @ k.t()) + bias
-        terms = -F.logsigmoid(torch.where(positive, logits, -logits))
-        loss = torch.where(candidate, terms, 0).sum() / len(q)
-    if not return_metrics:
-        return loss
-    return loss, {"in_batch_accuracy": in_batch_accuracy(logits, positive, candidate)}
+
+    def loss_and_hits(first: int, last: int) -> Tensor:
+        """[2], summed over the rows of a strip."""
+        positive, candidate = positives_and_candidates(
+            len(q), len(k), q.device, col_ids=col_ids, first=first, last=last, **ids
+        )
+        with torch.autocast(q.device.type, enabled=False):
+            logits = scale * (q[first:last] @ k.t()) + bias
+            terms = -F.logsigmoid(torch.where(positive, logits, -logits))
+            hits = in_batch_accuracy(logits, positive, candidate, first) * (last - first)
+            return torch.stack((torch.where(candidate, terms, 0).sum(), hits))
+
+    loss, hits = (sum_over_strips(loss_and_hits, len(q), len(k)) / len(q)).unbind()
+    return (loss, {"in_batch_accuracy": hits.detach()}) if return_metrics else loss

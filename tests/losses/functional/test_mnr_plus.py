@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loss_checks import F64, assert_close, assert_same, property_test, randn
 
-from moe_fast.losses.functional import info_nce, mnr_plus
+from moe_fast.losses.functional import info_nce, mnr_plus, strips
 
 
 def log_sum_exp(values: list[torch.Tensor]) -> torch.Tensor:
@@ -118,6 +118,7 @@ def test_low_precision_inputs_have_float32_logits_under_autocast_too():
     [
         (randn(2, 3), randn(3, 3), {}, r"b must have shape \[B, d\] = \[2, 3\]; got \[3, 3\]"),
         (randn(0, 3), randn(0, 3), {}, "a must hold at least one row"),
+        (randn(2, 3), torch.full((2, 3), torch.nan, dtype=F64), {}, "b must be finite; row 0"),
         (randn(2, 3), randn(2, 3), {"scale": 0.0}, "scale must be greater than 0"),
         (randn(2, 3), randn(2, 3), {"scale": torch.tensor(-1.0)}, "scale must be greater than 0"),
         (randn(2, 3), randn(2, 3), {"scale": torch.tensor(torch.nan)}, "and finite; got nan"),
@@ -127,3 +128,18 @@ def test_low_precision_inputs_have_float32_logits_under_autocast_too():
 def test_bad_input_is_named(a, b, kwargs, message):
     with pytest.raises(ValueError, match=message):
         mnr_plus(a, b, **kwargs)
+
+
+def test_strips_of_rows_are_one_matrix(monkeypatch):
+    """Targets, value, gradients and metrics; strips of 3, 3 and 1 rows."""
+    a, b = randn(7, 4), randn(7, 4, seed=1)
+    scale = torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+    def both() -> tuple:
+        loss, metrics = mnr_plus(a, b, scale=scale, return_metrics=True)
+        return loss, *torch.autograd.grad(loss, [a, b, scale]), *metrics.values()
+
+    whole = both()
+    monkeypatch.setattr(strips, "STRIP_LOGITS", 3 * 7)
+    for one, other in zip(both(), whole, strict=True):
+        assert_close(one, other, 1e-12)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loss_checks import F64, assert_close, assert_same, property_test, randn
 from transformers import SiglipConfig, SiglipModel
 
-from moe_fast.losses.functional import sigmoid_loss
+from moe_fast.losses.functional import sigmoid_loss, strips
 
 
 def oracle(a, b, negatives, scale, bias, positive=None, masked=lambda i, j: False) -> torch.Tensor:
@@ -144,9 +144,37 @@ def test_low_precision_inputs_have_float32_logits_under_autocast_too():
         ({"similarity": "l2"}, "similarity must be one of"),
         ({"row_ids": torch.arange(2)}, "row_ids and col_ids go together"),
         ({"negatives": randn(3, 3)}, "negatives must hold G rows"),
+        (
+            {"negatives": torch.full((4, 3), torch.inf, dtype=F64)},
+            "negatives must be finite; row 0",
+        ),
     ],
 )
 def test_bad_input_is_named(kwargs, message):
     settings = {"scale": 1.0, "bias": 0.0} | kwargs
     with pytest.raises(ValueError, match=message):
         sigmoid_loss(randn(2, 3), randn(2, 3), **settings)
+
+
+def test_strips_of_rows_are_one_matrix(monkeypatch):
+    """Value, gradients and accuracy, masks and groups included; strips of 2, 2 and 1 rows."""
+    a, b, negatives = randn(5, 4), randn(5, 4, seed=1), randn(10, 4, seed=2)
+    scale = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    ids = dict(
+        row_ids=torch.tensor([1, 2, 1, 4, 5]),
+        col_ids=torch.tensor([2, 11, 12, 11, 14, *range(20, 30)]),
+        domain_ids=torch.tensor([0, 0, 1, 1, 0]),
+        group_ids=torch.tensor([0, 1, 2, 1, 3]),
+    )
+
+    def both() -> tuple:
+        loss, metrics = sigmoid_loss(
+            a, b, negatives, scale=scale, bias=-1.0, return_metrics=True, **ids
+        )
+        return loss, *torch.autograd.grad(loss, [a, b, negatives, scale]), *metrics.values()
+
+    whole = both()
+    monkeypatch.setattr(strips, "STRIP_LOGITS", 2 * 15 + 3)
+    for one, other in zip(both(), whole, strict=True):
+        assert_close(one, other, 1e-12)
+    assert len(strips.strips(5, 15)) == 3

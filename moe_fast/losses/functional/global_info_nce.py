@@ -1,0 +1,236 @@
+"""info_nce over the rows of all processes: every candidate of every process is a negative.
+
+Each process works its own rows against the columns (positives and hard negatives) of all, and
+
+    the sums of a column over all rows = those over each process's rows, joined
+    dL/dk of a column                  = each process's share, added up where the column lives
+
+so that N processes share the work of one, 4 products of B x B x d, evenly. Columns come to the
+rows in one of the two ways of :mod:`moe_fast.losses.exchange`.
+
+Every process returns the loss of the whole batch. The gradient is that of the whole batch times N,
+since data-parallel training takes the mean of N processes' gradients: the mean is then what one
+process with the whole batch would have (as :func:`moe_fast.losses.global_sum.global_sum`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_fast.losses.exchange import AllGather, Ring, Shard, table_of
+from moe_fast.losses.global_sum import several_processes
+from moe_fast.ops import info_nce
+from moe_fast.ops.checks import FLOAT_DTYPES, check_choice, compute_dtype
+from moe_fast.ops.info_nce import InfoNCEStats, as_scale, check_arguments, check_scale
+from moe_fast.ops.info_nce_tiled import (
+    Settings,
+    add_gradients,
+    add_logits,
+    cross_entropy,
+    gradient_terms,
+    new_sums,
+    pair_side,
+)
+from moe_fast.ops.logit_tiles import check_finite, finish_columns, finish_rows
+
+EXCHANGES = {"gather": AllGather, "ring": Ring}
+
+
+def global_info_nce(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    similarity: str = "cosine",
+    symmetric: bool = True,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    domain_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    return_stats: bool = False,
+    exchange: str = "gather",
+) -> Tensor | tuple[Tensor, InfoNCEStats]:
+    """:func:`moe_fast.ops.info_nce` of all processes' rows as one batch; every process must call.
+
+    Processes may give different numbers of rows. With one process, or none started, it is that
+    function itself.
+
+    Args:
+        a, b, negatives, ...: this process's rows, as in :func:`moe_fast.ops.info_nce`; ids are
+            compared between processes, and weights are relative to all. ``scale`` must be the same
+            in every process.
+        exchange: "gather" (all columns in every process's memory) or "ring" (two processes' at a
+            time); the result is the same.
+
+    Returns:
+        The loss of the whole batch, the same in every process, or ``(loss, stats)`` with the
+        statistics of this process's rows among all candidates.
+
+    Raises:
+        ValueError, TypeError: in every process, for what does not fit in any of them or does not
+            fit together.
+    """
+    check_choice("exchange", exchange, EXCHANGES)
+    given: dict[str, Any] = dict(
+        similarity=similarity,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        domain_ids=domain_ids,
+        group_ids=group_ids,
+        weights=weights,
+        label_smoothing=label_smoothing,
+    )
+    if not several_processes():
+        return info_nce(
+            a, b, negatives, scale=scale, symmetric=symmetric, return_stats=return_stats, **given
+        )
+    sizes = _agree(a, b, negatives, scale, given)
+    scale = as_scale(scale, a.device, compute_dtype(a.dtype))
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    setup = (EXCHANGES[exchange], sizes, label_smoothing, symmetric, similarity == "cosine")
+    loss, row_loss, rank = _GlobalInfoNCE.apply(a, b, negatives, scale, *ids, weights, setup)
+    if not return_stats:
+        return loss
+    return loss, InfoNCEStats(row_loss, rank, (rank == 1).to(row_loss.dtype).mean())
+
+
+def _agree(
+    a: Tensor, b: Tensor, negatives: Tensor | None, scale: float | Tensor, given: dict[str, Any]
+) -> list[tuple[int, int]]:
+    """(pairs, hard negatives) of each process, once all have found their batches in order."""
+    refused: Exception | None = None
+    mine = [1] + [0] * len(_ALIKE) + [0, 0]
+    try:
+        check_arguments(a, b, negatives, **given)
+        check_scale(as_scale(scale, a.device, compute_dtype(a.dtype)))
+        check_finite(a=a, b=b, negatives=negatives)
+        has = [int(given[name] is not None) for name in ("row_ids", "domain_ids", "group_ids")]
+        num_negatives = 0 if negatives is None else len(negatives)
+        alike = [a.shape[1], FLOAT_DTYPES.index(a.dtype), num_negatives // len(a), *has]
+        mine = [0, *alike, len(a), num_negatives]
+    except (TypeError, ValueError) as error:
+        refused = error
+    table = table_of(mine, a.device)
+    if refused is not None:
+        raise refused
+    for rank, row in enumerate(table):
+        if row[0]:
+            raise ValueError(f"process {rank} cannot use its batch; its own error says why.")
+    for name, column in zip(_ALIKE, range(1, 1 + len(_ALIKE)), strict=True):
+        values: list[Any] = [row[column] for row in table]
+        if name == "dtype":
+            values = [str(FLOAT_DTYPES[v]).removeprefix("torch.") for v in values]
+        if len(set(values)) > 1:
+            raise ValueError(f"all processes must have the same {name}; got {values}, by rank.")
+    return [(row[-2], row[-1]) for row in table]
+
+
+_ALIKE = (
+    "embedding dimension d",
+    "dtype",
+    "number of hard negatives per row",
+    "choice to give row_ids and col_ids (1) or not (0)",
+    "choice to give domain_ids (1) or not (0)",
+    "choice to give group_ids (1) or not (0)",
+)
+
+
+def _global_weights(weights: Tensor | None, a: Tensor) -> Tensor:
+    """[B], summing to 1 over all processes."""
+    dtype = compute_dtype(a.dtype)
+    mine = a.new_ones(len(a), dtype=dtype) if weights is None else weights.to(dtype)
+    total = mine.sum()
+    dist.all_reduce(total)
+    return mine / total
+
+
+class _GlobalInfoNCE(torch.autograd.Function):
+    """The sums of rows and columns, then their gradients; an exchange brings the columns."""
+
+    @staticmethod
+    @torch.no_grad()
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        negatives: Tensor | None,
+        scale: Tensor,
+        row_ids: Tensor | None,
+        col_ids: Tensor | None,
+        domain_ids: Tensor | None,
+        group_ids: Tensor | None,
+        weights: Tensor | None,
+        setup: tuple,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        make_exchange, sizes, label_smoothing, symmetric, cosine = setup
+        each = _global_weights(weights, a)
+        ids = (row_ids, col_ids, domain_ids, group_ids)
+        hard = b[:0] if negatives is None else negatives
+        exchange = make_exchange(Shard(b, hard, each, *ids), sizes)
+        settings = Settings(scale, label_smoothing)
+        row_ids, col_ids, domain_ids, group_ids = ids
+        rows = pair_side(a, row_ids, col_ids, domain_ids, group_ids, cosine)
+        row_sums = new_sums(len(a), scale)
+        own_logit = torch.empty_like(each)
+        rank = torch.ones(len(a), dtype=torch.int64, device=a.device)
+
+        def add(shard: Shard, column_sums: Tensor, own: bool) -> None:
+            pairs, hard = shard.sides(cosine)
+            both = (row_sums, column_sums if symmetric else None)
+            add_logits(rows, pairs, settings, *both, own_logit, rank, own)
+            if hard is not None:
+                add_logits(rows, hard, settings, row_sums, None, own_logit, rank, False)
+
+        column_sums = exchange.add_sums(add, scale)
+        row_loss = cross_entropy(row_sums, label_smoothing)
+        if symmetric:
+            row_loss = (row_loss + cross_entropy(column_sums, label_smoothing)) / 2
+        loss = (each * row_loss).sum()
+        dist.all_reduce(loss)
+        ctx.save_for_backward(a, scale, row_sums, column_sums, *ids)
+        ctx.rest = (
+            exchange,
+            settings,
+            symmetric,
+            cosine,
+            each,
+            None if negatives is None else len(negatives),
+        )
+        ctx.mark_non_differentiable(row_loss, rank)
+        return loss, row_loss, rank
+
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:  # type: ignore[override]
+        a, scale, row_sums, column_sums, *ids = ctx.saved_tensors
+        exchange, settings, symmetric, cosine, each, has_negatives = ctx.rest
+        row_ids, col_ids, domain_ids, group_ids = ids
+        rows = pair_side(a, row_ids, col_ids, domain_ids, group_ids, cosine)
+        smoothing = settings.label_smoothing
+        by_row = gradient_terms(row_sums, each, smoothing)
+        grad_a = torch.zeros_like(a, dtype=scale.dtype)
+
+        def add(shard: Shard, sums: Tensor, grad_b: Tensor, grad_hard: Tensor, own: bool) -> None:
+            pairs, hard = shard.sides(cosine)
+            by_column = gradient_terms(sums, shard.weights, smoothing) if symmetric else None
+            add_gradients(rows, pairs, settings, by_row, by_column, grad_a, grad_b, own)
+            if hard is not None:
+                add_gradients(rows, hard, settings, by_row, None, grad_a, grad_hard, False)
+
+        grad_b, grad_hard = exchange.add_gradients(add, column_sums, scale.dtype)
+        factor = grad_loss * dist.get_world_size() / (2 if symmetric else 1)
+        pairs, hard = exchange.mine.sides(cosine)
+        finish_columns(pairs, grad_b, factor)
+        if hard is not None:
+            finish_columns(hard, grad_hard, factor)
+        grad_scale = finish_rows(rows, grad_a, scale, factor)
+        grad_negatives = grad_hard.to(a.dtype) if has_negatives else None
+        grads = (grad_a.to(a.dtype), grad_b.to(a.dtype), grad_negatives, grad_scale)
+        return *grads, *[None] * 6

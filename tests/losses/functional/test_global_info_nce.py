@@ -1,0 +1,143 @@
+"""info_nce over several gloo processes: the loss and gradients of one with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from info_nce_worker import CASES, PER_ROW, arguments, batch, share, trained
+from loss_checks import assert_close
+from safetensors.torch import load_file
+from toy_encoder import BagEncoder
+
+from moe_fast import ops
+from moe_fast.losses.functional import global_info_nce
+
+WORKER = Path(__file__).parents[1] / "info_nce_worker.py"
+
+
+def start(folder: Path, task: str, world_size: int) -> list[subprocess.Popen]:
+    arguments = [
+        [task, rank, world_size, folder / "at", result(folder, rank)] for rank in range(world_size)
+    ]
+    return [
+        subprocess.Popen(
+            [sys.executable, WORKER, *map(str, given)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for given in arguments
+    ]
+
+
+def result(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.safetensors"
+
+
+def end(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
+    """(exit code, standard error) of each; none is left running."""
+    try:
+        errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def several(request, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("global")
+    ended = end(start(folder, "results", request.param))
+    assert [code for code, _ in ended] == [0] * request.param, ended
+    return [load_file(result(folder, rank)) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("case", CASES)
+def test_processes_are_one_with_the_whole_batch(several, case, exchange):
+    """The mean over processes of their gradients, as data-parallel training takes it."""
+    world_size = len(several)
+    whole = batch(world_size)
+    leaves = {name: whole[name].requires_grad_() for name in ("a", "b", "negatives")}
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    hard = leaves["negatives"] if PER_ROW[world_size] else None
+    loss, stats = ops.info_nce(
+        leaves["a"],
+        leaves["b"],
+        hard,
+        scale=scale,
+        return_stats=True,
+        backend="torch",
+        **arguments(case, whole),
+    )
+    (2 * loss).backward()
+    found = [
+        {
+            n.removeprefix(f"{case}, {exchange}: "): t
+            for n, t in one.items()
+            if n.startswith(f"{case}, {exchange}:")
+        }
+        for one in several
+    ]
+    for one in found:
+        assert_close(one["loss"], loss.detach())
+    assert torch.equal(torch.cat([one["rank"] for one in found]), stats.rank)
+    assert_close(torch.cat([one["row_loss"] for one in found]), stats.row_loss)
+    assert_close(sum(one["scale"] for one in found) / world_size, scale.grad)
+    for name, leaf in leaves.items():
+        if leaf.grad is not None:
+            assert leaf.grad.abs().max() > 1e-3
+            assert_close(torch.cat([one[name] for one in found]) / world_size, leaf.grad)
+
+
+def test_losses_under_data_parallel_training_too(several):
+    """Encoder and temperature; the penalty is over all rows as well."""
+    expected = trained(BagEncoder(), slice(0, 8))
+    for one in several:
+        for name, value in expected.items():
+            assert value.abs().max() > 1e-3
+            assert_close(one[f"trained, {name}"], value)
+
+
+def test_each_process_alone_would_give_something_else():
+    """So that the test above cannot pass without the exchange."""
+    whole = batch(2)
+    losses = [
+        ops.info_nce(mine["a"], mine["b"], scale=3.0)
+        for mine in (share(whole, rank, 2) for rank in range(2))
+    ]
+    expected = ops.info_nce(whole["a"], whole["b"], scale=3.0)
+    assert (sum(losses) / 2 - expected).abs() > 0.1
+
+
+def test_what_does_not_fit_is_an_error_in_every_process(tmp_path):
+    ended = end(start(tmp_path, "refusal", 2))
+    assert [code for code, _ in ended] == [0, 0], ended
+
+
+def test_a_killed_process_ends_the_others(tmp_path):
+    """With an error, within a minute of its death: no one waits for ever."""
+    processes = start(tmp_path, "killed", 3)
+    processes[1].wait(timeout=240)
+    killed = time.monotonic()
+    ended = end(processes, timeout=60)
+    assert time.monotonic() - killed < 60
+    assert [code for code, _ in ended] == [1, -9, 1]
+    for rank in (0, 2):
+        assert "RuntimeError" in ended[rank][1] or "DistError" in ended[rank][1], ended[rank][1]
+
+
+def test_one_process_is_the_op_itself():
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+    assert torch.equal(global_info_nce(a, b, scale=2.0), ops.info_nce(a, b, scale=2.0))
+
+
+def test_an_unknown_exchange_is_named():
+    with pytest.raises(ValueError, match="exchange must be one of 'gather', 'ring'; got 'star'"):
+        global_info_nce(torch.ones(2, 3), torch.ones(2, 3), scale=1.0, exchange="star")

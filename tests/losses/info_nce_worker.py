@@ -1,0 +1,200 @@
+"""What the processes of test_global_info_nce.py do.
+
+Usage: info_nce_worker.py TASK RANK WORLD_SIZE RENDEZVOUS_FILE RESULT_FILE
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from toy_encoder import BagEncoder, column
+
+from moe_fast.losses import ContrastiveLearningPenaltyLoss, InfoNCELoss
+from moe_fast.losses.functional import global_info_nce
+from moe_fast.ops import logit_tiles
+
+ROWS = {2: [5, 3], 3: [2, 5, 1]}  # of each process: uneven, and one alone
+PER_ROW = {2: 0, 3: 2}  # hard negatives
+CASES = {
+    "symmetric": dict(),
+    "one way, dot": dict(symmetric=False, similarity="dot"),
+    "smoothed": dict(label_smoothing=0.2),
+    "masked": dict(ids=("row_ids", "domain_ids", "weights")),
+    "groups": dict(ids=("row_ids", "group_ids", "weights"), label_smoothing=0.1),
+}
+
+
+def batch(world_size: int) -> dict[str, Tensor]:
+    """The whole batch; hard negatives in the order of rows."""
+    generator = torch.Generator().manual_seed(world_size)
+    rows = sum(ROWS[world_size])
+    hard = rows * PER_ROW[world_size]
+    draw = lambda n: torch.randn(n, 5, generator=generator, dtype=torch.float64)  # noqa: E731
+    integers = lambda n, high: torch.randint(0, high, (n,), generator=generator)  # noqa: E731
+    return dict(
+        a=draw(rows),
+        b=draw(rows),
+        negatives=draw(hard),
+        row_ids=integers(rows, 7),
+        col_ids=integers(rows + hard, 20),
+        domain_ids=integers(rows, 2),
+        group_ids=integers(rows, 5),
+        weights=torch.rand(rows, generator=generator, dtype=torch.float64),
+    )
+
+
+def share(whole: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
+    """What one process holds of the whole batch."""
+    first, last = (sum(ROWS[world_size][:r]) for r in (rank, rank + 1))
+    low, high = first * PER_ROW[world_size], last * PER_ROW[world_size]
+    mine = {name: values[first:last] for name, values in whole.items()}
+    mine["negatives"] = whole["negatives"][low:high]
+    hard_ids = whole["col_ids"][len(whole["a"]) :]
+    mine["col_ids"] = torch.cat([whole["col_ids"][first:last], hard_ids[low:high]])
+    return mine
+
+
+def arguments(case: str, tensors: dict[str, Tensor]) -> dict:
+    """Keyword arguments of a case."""
+    settings = dict(CASES[case])
+    names = settings.pop("ids", ())
+    chosen = {name: tensors[name] for name in names}
+    if "row_ids" in names:
+        chosen["col_ids"] = tensors["col_ids"]
+    return settings | chosen
+
+
+def results(rank: int, world_size: int) -> dict[str, Tensor]:
+    """Loss, statistics and gradients of every case and exchange."""
+    found = {}
+    for case in CASES:
+        for exchange in ("gather", "ring"):
+            mine = share(batch(world_size), rank, world_size)
+            leaves = {name: mine[name].requires_grad_() for name in ("a", "b", "negatives")}
+            scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+            hard = leaves["negatives"] if len(leaves["negatives"]) else None
+            loss, stats = global_info_nce(
+                leaves["a"],
+                leaves["b"],
+                hard,
+                scale=scale,
+                exchange=exchange,
+                return_stats=True,
+                **arguments(case, mine),
+            )
+            (2 * loss).backward()
+            key = f"{case}, {exchange}"
+            found |= {f"{key}: {n}": t.grad for n, t in leaves.items() if t.grad is not None}
+            found |= {f"{key}: loss": loss.detach(), f"{key}: scale": scale.grad}
+            found |= {f"{key}: rank": stats.rank, f"{key}: row_loss": stats.row_loss}
+    return found
+
+
+TEXTS = torch.arange(24).reshape(8, 3) % 11  # 8 rows of 3 tokens, some texts equal
+
+
+def losses(model: nn.Module) -> dict[str, nn.Module]:
+    """Losses over all processes' rows."""
+    kwargs = dict(gather_across_devices=True, symmetric=True, temperature=0.5)
+    return {
+        "InfoNCELoss": InfoNCELoss(model, exchange="ring", learn_temperature=True, **kwargs),
+        "ContrastiveLearningPenaltyLoss": ContrastiveLearningPenaltyLoss(
+            model, queries_per_negative=1, penalty_weight=0.4, **kwargs
+        ),
+        "of in-batch pairs": ContrastiveLearningPenaltyLoss(model, penalty_weight=0.4, **kwargs),
+    }
+
+
+def trained(model: nn.Module, rows: slice) -> dict[str, Tensor]:
+    """The gradient of every parameter, and the metrics, of each loss over some rows."""
+    found = {}
+    for name, loss in losses(model).items():
+        loss.double().zero_grad()
+        count = 2 if name == "of in-batch pairs" else 4
+        columns = [column(*(5 * i + TEXTS)[rows].tolist()) for i in range(count)]
+        value = loss(columns)
+        value.backward()
+        found |= {f"{name}: loss": value.detach()}
+        found |= {f"{name}: {n.split('.')[-1]}": p.grad for n, p in loss.named_parameters()}
+        if "penalty" in loss.last_metrics:
+            found[f"{name}: penalty"] = loss.last_metrics["penalty"]
+        with torch.no_grad():
+            if rows.start == 0:  # evaluation: the others do not call, and are not waited for
+                loss(columns)
+    return found
+
+
+def trained_in_parallel(rank: int, world_size: int) -> dict[str, Tensor]:
+    """As one of several data-parallel processes; a loss's own parameters are averaged by hand."""
+    first, last = (sum(ROWS[world_size][:r]) for r in (rank, rank + 1))
+    found = trained(DistributedDataParallel(BagEncoder()), slice(first, last))
+    for name, gradient in found.items():
+        if name.endswith("log_temperature"):
+            dist.all_reduce(gradient)
+            gradient /= world_size
+    return {f"trained, {name}": value for name, value in found.items()}
+
+
+def expect_refusal(rank: int) -> dict[str, Tensor]:
+    """Batches that do not fit together, or are bad in one process, are errors in all."""
+    x = torch.randn(3, 4)
+    with_nan = x.clone()
+    with_nan[2] = torch.nan
+    elsewhere = "process 1 cannot use its batch"
+    other = torch.randn(3, 5)
+    cases = [  # what process 1 gives, and what process 0 and 1 are told
+        ((other, other), *["the same embedding dimension d; got [4, 5]"] * 2),
+        ((x.bfloat16(), x.bfloat16()), *["the same dtype; got ['float32', 'bfloat16']"] * 2),
+        ((x, x, x), *["hard negatives per row; got [0, 1]"] * 2),
+        ((x, with_nan), elsewhere, "b must be finite; row 2"),
+        ((x, x[:2]), elsewhere, "b must have shape"),
+    ]
+    for given, *messages in cases:
+        try:
+            global_info_nce(*(given if rank else (x, x)), scale=1.0)
+        except ValueError as error:
+            assert messages[rank] in str(error), str(error)
+        else:
+            raise AssertionError(f"no error: {messages[rank]}")
+    return {"done": torch.ones(())}
+
+
+def be_killed(rank: int) -> dict[str, Tensor]:
+    """Process 1 dies where the others wait for it."""
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = global_info_nce(x, x.detach(), scale=1.0)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    loss.backward()
+    return {}
+
+
+def main() -> None:
+    task, rank, world_size, rendezvous, result = sys.argv[1:]
+    torch.set_num_threads(1)
+    logit_tiles.TILE_ROWS["cpu"] = 2
+    dist.init_process_group(
+        "gloo", init_method=Path(rendezvous).as_uri(), rank=int(rank), world_size=int(world_size)
+    )
+    tasks = {
+        "results": lambda: (
+            results(int(rank), int(world_size)) | trained_in_parallel(int(rank), int(world_size))
+        ),
+        "refusal": lambda: expect_refusal(int(rank)),
+        "killed": lambda: be_killed(int(rank)),
+    }
+    found = tasks[task]()
+    save_file({name: value.detach().contiguous() for name, value in found.items()}, result)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
