@@ -4,6 +4,12 @@ One operation per file, each with a reference in plain PyTorch registered as a `
 op of the namespace ``moe_fast``. Every function takes ``backend=`` as its last argument.
 """
 
+from moe_fast.ops import (  # noqa: F401 - each offers its backend
+    expert_linear_triton,
+    expert_mlp_triton,
+    plan_triton,
+    route_triton,
+)
 from moe_fast.ops.backends import available_backends, show_backends, use_backend
 from moe_fast.ops.expert_linear import expert_linear
 from moe_fast.ops.expert_mlp import expert_mlp

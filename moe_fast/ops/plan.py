@@ -100,11 +100,16 @@ def _tile_schedule(expert_offsets: Tensor, num_rows: int, block_size: int) -> Te
     return torch.where((expert < num_experts)[:, None], schedule, -1)
 
 
+def check_not_negative(top_k_index: Tensor) -> None:
+    """Raise ``ValueError`` for negative ids, where values are checked."""
+    if checks_values(top_k_index.device) and (top_k_index < 0).any():
+        raise ValueError(f"top_k_index must not be negative; got {int(top_k_index.min())}.")
+
+
 @torch.library.custom_op("moe_fast::plan", mutates_args=())
 def _plan_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat = top_k_index.reshape(-1).to(torch.int64)
-    if checks_values(flat.device) and (flat < 0).any():
-        raise ValueError(f"top_k_index must not be negative; got {int(flat.min())}.")
+    check_not_negative(flat)
     # Negative ids, unchecked on a GPU, are skipped too: never out of bounds in memory.
     expert = torch.where((flat < 0) | (flat > num_experts), num_experts, flat)
     row_to_slot = torch.argsort(expert, stable=True)
@@ -127,7 +132,9 @@ def _plan_cpp_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 
 @_plan_op.register_fake
 @_plan_cpp_op.register_fake
-def _(top_k_index, num_experts):
+def fake(top_k_index, num_experts):
+    """Shapes of the op's results, on every backend."""
+
     def empty(size):
         return top_k_index.new_empty((size,), dtype=torch.int64)
 
