@@ -88,12 +88,14 @@ def fit(config: Config, itemsize: int, products: int, limit: int) -> Config:
     return config
 
 
-def heuristic(kernel: str, dtype: torch.dtype, target: str) -> Config:
+def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> Config:
     """The configuration for shapes that no table has.
 
     Args:
         kernel: one of ``KERNELS``.
         target: ``"sm_90"``, ``"gfx942"``, ... , or ``"interpreter"``.
+        n, k: sizes of the product. Where they are no multiples of 16, rows are not aligned to
+            what the GPU loads at once, and every element has an address of its own: small tiles.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}.")
@@ -102,12 +104,15 @@ def heuristic(kernel: str, dtype: torch.dtype, target: str) -> Config:
     if dtype == torch.float64:  # an oracle on the GPU: small enough never to spill
         return Config(32, 32, 16, num_warps=4, num_stages=2)
     products = 2 if kernel == "gated_up" else 1
-    if dtype == torch.float32:
+    columns = 64 if kernel.startswith("gated") else 128
+    if n % 16 or k % 16:
+        config = Config(64, 32, 32, num_warps=4, num_stages=2)
+    elif dtype == torch.float32:
         config = Config(64, 64, 32, num_warps=4, num_stages=3)
     elif target.startswith("gfx"):
-        config = Config(128, 128 // products, 32, num_warps=8, num_stages=2)
+        config = Config(128, columns, 32, num_warps=8, num_stages=2)
     else:
-        config = Config(128, 128 // products, 64, num_warps=8, num_stages=3)
+        config = Config(128, columns, 64, num_warps=8, num_stages=3)
     limit = SHARED_MEMORY.get(target, _LEAST_SHARED_MEMORY)
     return fit(config, dtype.itemsize, products, limit)
 
@@ -135,7 +140,7 @@ def config_for(kernel: str, like: Tensor, n: int, k: int, rows_per_expert: int) 
         found = load_table(name).get(table_key(kernel, n, k, rows_per_expert, like.dtype))
         if found is not None:
             return found
-    return heuristic(kernel, like.dtype, target)
+    return heuristic(kernel, like.dtype, target, n, k)
 
 
 # --- tuning tables -------------------------------------------------------------------------------

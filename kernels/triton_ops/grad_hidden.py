@@ -22,6 +22,46 @@ from .tiles import find_tile, swizzle, tile_bound
 
 
 @triton.jit
+def _finish(
+    grad_h,  # [BM, N]
+    n,  # [N] columns
+    weight,  # [BM, 1]
+    valid,  # [BM]
+    z_ptr,  # from here on at the tile's first row
+    grad_z_ptr,
+    weighted_h_ptr,
+    sum_ptr,
+    H,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    WANT_SUM: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Store dz, w * h and the columns' sums of dz; return the rows' <dh, h>."""
+    ACC: tl.constexpr = grad_h.dtype
+    OUT: tl.constexpr = grad_z_ptr.dtype.element_ty
+    row = tl.arange(0, grad_h.shape[0])[:, None]
+    mask = valid[:, None] & (n < H)[None, :]
+    at = row * (2 * H if GATED else H) + n[None, :]
+    h, slope = activate(tl.load(z_ptr + at, mask=mask, other=0).to(ACC), ACT, FAST)
+    weighted = grad_h * weight
+    if GATED:
+        z2 = tl.load(z_ptr + at + H, mask=mask, other=0).to(ACC)
+        grad_z2 = weighted * h
+        tl.store(grad_z_ptr + at + H, cast(grad_z2, OUT), mask=mask)
+        if WANT_SUM:
+            tl.store(sum_ptr + n + H, tl.sum(grad_z2, 0), mask=n < H)
+        slope *= z2
+        h *= z2
+    tl.store(weighted_h_ptr + (row * H + n[None, :]), cast(h * weight, OUT), mask=mask)
+    grad_z = weighted * slope
+    tl.store(grad_z_ptr + at, cast(grad_z, OUT), mask=mask)
+    if WANT_SUM:
+        tl.store(sum_ptr + n, tl.sum(grad_z, 0), mask=n < H)
+    return tl.sum(grad_h * h, 1)
+
+
+@triton.jit
 def grad_hidden_kernel(
     grad_ptr,  # [T, K] dO
     w_ptr,  # [E, K, H], any strides
@@ -80,30 +120,37 @@ def grad_hidden_kernel(
         grad += BK
         w += BK * stride_wk
 
-    OUT: tl.constexpr = grad_z_ptr.dtype.element_ty
-    width = 2 * H if GATED else H
-    mask = valid[:, None] & (n < H)[None, :]
-    at = row[:, None] * width + n[None, :]
     slot = tl.load(row_to_slot_ptr + row, mask=valid, other=0)
     weight = tl.load(row_weight_ptr + slot, mask=valid, other=0).to(ACC)[:, None]
-    h, slope = activate(tl.load(z_ptr + at, mask=mask, other=0).to(ACC), ACT, FAST)
-    weighted_grad = grad_h * weight
-    grad_z = weighted_grad * slope
-    partial = sum_ptr + tile.to(tl.int64) * width + n
-    if GATED:
-        z2 = tl.load(z_ptr + at + H, mask=mask, other=0).to(ACC)
-        grad_z *= z2
-        grad_z2 = weighted_grad * h
-        tl.store(grad_z_ptr + at + H, cast(grad_z2, OUT), mask=mask)
-        if WANT_SUM:
-            tl.store(partial + H, tl.sum(grad_z2, 0), mask=n < H)
-        h *= z2
-    tl.store(grad_z_ptr + at, cast(grad_z, OUT), mask=mask)
-    if WANT_SUM:
-        tl.store(partial, tl.sum(grad_z, 0), mask=n < H)
-    h_at = weighted_h_ptr + row[:, None] * H + n[None, :]
-    tl.store(h_at, cast(h * weight, OUT), mask=mask)
-    tl.store(dot_ptr + column.to(tl.int64) * S + row, tl.sum(grad_h * h, 1), mask=valid)
+    # 64-bit bases, 32-bit offsets within the tile, and half the columns at a time: whole tiles of
+    # dh, z, h, dz and of their addresses would not fit the registers.
+    width = 2 * H if GATED else H
+    z_ptr += first * width
+    grad_z_ptr += first * width
+    weighted_h_ptr += first * H
+    sum_ptr += tile.to(tl.int64) * width
+    halves = tl.permute(tl.reshape(grad_h, (BM, 2, BN // 2)), (0, 2, 1))
+    left, right = tl.split(halves)
+    n = column * BN + tl.arange(0, BN // 2)
+    dots = _finish(
+        left, n, weight, valid, z_ptr, grad_z_ptr, weighted_h_ptr, sum_ptr, H, ACT, GATED, WANT_SUM, FAST
+    )
+    dots += _finish(
+        right,
+        n + BN // 2,
+        weight,
+        valid,
+        z_ptr,
+        grad_z_ptr,
+        weighted_h_ptr,
+        sum_ptr,
+        H,
+        ACT,
+        GATED,
+        WANT_SUM,
+        FAST,
+    )
+    tl.store(dot_ptr + column.to(tl.int64) * S + row, dots, mask=valid)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Rows and columns of the kernels that only copy, sum or scale.
-ROWS, COLUMNS = 32, 128
+ROWS, COLUMNS = 16, 128
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .launch import COLUMNS, accumulator, expert_block, row_major, triton_dtype
 from .tiles import find_tile, tile_bound
 
-_BLOCK = 32  # rows per program
+_BLOCK = 16  # rows per program
 
 
 @triton.jit
@@ -36,6 +36,7 @@ def router_grad_kernel(
     num_tiles,
     stride_v,
     stride_grad,
+    HAS_PARTIAL: tl.constexpr,
     HAS_DOT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
@@ -58,8 +59,9 @@ def router_grad_kernel(
     valid = row < end
     token = tl.load(row_to_token_ptr + row, mask=valid, other=0)
     total = tl.zeros((BLOCK,), ACC)
-    for part in range(0, parts):
-        total += tl.load(partial_ptr + tl.cast(part, tl.int64) * S + row, mask=valid, other=0)
+    if HAS_PARTIAL:
+        for part in range(0, parts):
+            total += tl.load(partial_ptr + tl.cast(part, tl.int64) * S + row, mask=valid, other=0)
     if HAS_DOT:
         for start in range(0, M, COLUMNS):
             m = start + tl.arange(0, COLUMNS)
@@ -124,6 +126,7 @@ def router_grad(
         num_tiles,
         0 if v is None else v.stride(0),
         grad.stride(0),
+        HAS_PARTIAL=partial is not None,
         HAS_DOT=dot is not None,
         HAS_BIAS=bias is not None,
         ACC=triton_dtype(accumulator(grad.dtype)),

@@ -83,7 +83,9 @@ def up_kernel(
     Z: tl.constexpr = h_ptr.dtype.element_ty
     width = 2 * H if GATED else H
     mask = valid[:, None] & (n < H)[None, :]
-    z_tile = z_ptr + row[:, None] * width + n[None, :]
+    # 64-bit bases, 32-bit offsets within the tile: fewer registers.
+    z_tile = z_ptr + first * width + (tl.arange(0, BM)[:, None] * width + n[None, :])
+    h_tile = h_ptr + first * H + (tl.arange(0, BM)[:, None] * H + n[None, :])
     if HAS_BIAS:
         bias = bias_ptr + expert.to(tl.int64) * width + n
         acc += tl.load(bias, mask=n < H, other=0).to(ACC)[None, :]
@@ -100,7 +102,7 @@ def up_kernel(
         h, _ = activate(z1.to(ACC), ACT, FAST)
         if GATED:
             h *= z2.to(ACC)
-        tl.store(h_ptr + row[:, None] * H + n[None, :], cast(h, Z), mask=mask)
+        tl.store(h_tile, cast(h, Z), mask=mask)
 
 
 def up(

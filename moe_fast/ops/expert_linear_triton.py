@@ -11,9 +11,7 @@ from moe_fast.ops import backends, triton_backend
 from moe_fast.ops.expert_linear import backward, fake, fake_backward, save_for_backward
 
 
-@torch.library.custom_op("moe_fast::expert_linear_triton", mutates_args=())
-@triton_backend.on_device
-def _expert_linear_op(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -33,9 +31,7 @@ def _expert_linear_op(
     return combine(rows, slot_to_row, w, w.shape[1])
 
 
-@torch.library.custom_op("moe_fast::expert_linear_triton_backward", mutates_args=())
-@triton_backend.on_device
-def _expert_linear_backward_op(
+def gradients(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -62,6 +58,12 @@ def _expert_linear_backward_op(
     return grad_x, grad_weights, grad_bias, grad_w
 
 
+_expert_linear_op = torch.library.custom_op(
+    "moe_fast::expert_linear_triton", triton_backend.on_device(forward), mutates_args=()
+)
+_expert_linear_backward_op = torch.library.custom_op(
+    "moe_fast::expert_linear_triton_backward", triton_backend.on_device(gradients), mutates_args=()
+)
 _expert_linear_op.register_fake(fake)
 _expert_linear_backward_op.register_fake(fake_backward)
 _expert_linear_op.register_autograd(

@@ -26,9 +26,7 @@ _KERNEL_ACTS = {
 }
 
 
-@torch.library.custom_op("moe_fast::expert_mlp_triton", mutates_args=())
-@triton_backend.on_device
-def _expert_mlp_op(
+def forward(
     x: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
@@ -56,9 +54,7 @@ def _expert_mlp_op(
     return combine(rows, slot_to_row, w, w.shape[1]), z
 
 
-@torch.library.custom_op("moe_fast::expert_mlp_triton_backward", mutates_args=())
-@triton_backend.on_device
-def _expert_mlp_backward_op(
+def gradients(
     grad_y: Tensor,
     x: Tensor,
     up_proj: Tensor,
@@ -120,6 +116,12 @@ def _input_gradient(
     return rows if k == 1 else combine(rows, slot_to_row, None, k)
 
 
+_expert_mlp_op = torch.library.custom_op(
+    "moe_fast::expert_mlp_triton", triton_backend.on_device(forward), mutates_args=()
+)
+_expert_mlp_backward_op = torch.library.custom_op(
+    "moe_fast::expert_mlp_triton_backward", triton_backend.on_device(gradients), mutates_args=()
+)
 _expert_mlp_op.register_fake(fake)
 _expert_mlp_backward_op.register_fake(fake_backward)
 _expert_mlp_op.register_autograd(

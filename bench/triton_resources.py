@@ -1,0 +1,357 @@
+"""Compile every Triton kernel ahead of time, as it would be launched, and read what it uses.
+
+    python -m bench.triton_resources --write docs/kernels-resources.json
+
+No GPU is needed. The ops' backward and forward run on "meta" tensors of real sizes; each kernel
+launch is recorded with the types and the divisibility that Triton's launcher would find, and
+compiled for every target: registers, spills and shared memory come from the compiled code. A
+change of the table shows in review what a change of a kernel costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# How a product on tensor cores shows in the code, for 16-bit operands.
+TENSOR_CORES = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
+    "gfx942": r"v_mfma",
+}
+PRODUCTS = ("up_kernel", "linear_kernel", "grad_hidden_kernel", "grad_weight_kernel")
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+# BERT-base, and an odd shape that takes the masked paths.
+SHAPES = {"base": (65_536, 8, 768, 3072), "odd": (1_001, 3, 389, 1019)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel as launched: enough to compile it again."""
+
+    kernel: Any  # triton.JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name and the settings that tell its variants apart."""
+        shown = [f"{n}={v}" for n, v in self.constants if n.isupper() and v is not None]
+        pointers = sorted({t for _, t in self.signature if t.startswith("*")} - {"*i64", "*i1"})
+        options = [f"{n}={v}" for n, v in self.options]
+        return " ".join([self.kernel.__name__, *shown, *options, *pointers])
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses: per thread registers and spills, per program shared memory."""
+
+    registers: int
+    spills: int
+    shared_memory: int
+    tensor_cores: bool
+
+
+# --- recording launches --------------------------------------------------------------------------
+
+
+def as_launch(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
+    """What Triton's launcher would make of the arguments."""
+    names = [p.name for p in kernel.params]
+    given = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
+    signature, constants, divisible = [], [], []
+    for position, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if isinstance(value, Tensor):
+            signature.append((parameter.name, _pointer(value.dtype)))
+            divisible.append(position)  # torch's allocator aligns to far more than 16 bytes
+        elif parameter.is_constexpr or value is None or value == 1:
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        else:
+            signature.append((parameter.name, "i32" if value < 1 << 31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(position)
+    options = tuple((n, v) for n, v in sorted(kwargs.items()) if n not in names)
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), options)
+
+
+def _pointer(dtype: torch.dtype) -> str:
+    names = {
+        torch.float64: "fp64",
+        torch.float32: "fp32",
+        torch.float16: "fp16",
+        torch.bfloat16: "bf16",
+        torch.int64: "i64",
+        torch.bool: "i1",
+    }
+    return "*" + names[dtype]
+
+
+@contextlib.contextmanager
+def recorded(target: str) -> Iterator[list[Launch]]:
+    """Collect kernel launches within the block instead of running them, as if on ``target``."""
+    from triton.runtime.jit import JITFunction
+
+    from moe_fast.triton_ops import config
+
+    launches: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = as_launch(self, args, kwargs)
+        if launch not in launches:
+            launches.append(launch)
+
+    def as_if(kernel: str, like: Tensor, n: int, k: int, rows_per_expert: int) -> config.Config:
+        return config.heuristic(kernel, like.dtype, target, n, k)
+
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("moe_fast.triton_ops.") and hasattr(module, "config_for")
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "config_for", as_if))
+        yield launches
+
+
+def launch_everything(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    """Every op's forward and backward, in every form that has kernels of its own."""
+    num_tokens, num_experts, dim, hidden = shape
+    for k in (1, 2):
+        plan = _plan(num_tokens, num_experts, k)
+        for gated, act, bias in ((False, "gelu", True), (True, "gelu", False)):
+            _expert_mlp(shape, k, dtype, plan, gated=gated, act=act, bias=bias)
+        _expert_linear(num_tokens, num_experts, dim, hidden, k, dtype, plan)
+    for mode, weight_mode, k in (
+        ("token_topk", "straight_through", 1),
+        ("token_topk", "renormalize", 2),
+        ("token_topk", "probability", 2),
+        ("sentence_topk", "renormalize", 2),
+        ("dense", "probability", num_experts),
+    ):
+        _route(shape, mode, weight_mode, k, dtype)
+
+
+def _new(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _plan(num_tokens: int, num_experts: int, k: int) -> tuple[Tensor, ...]:
+    from moe_fast.triton_ops.plan import plan
+
+    return plan(_new(num_tokens, k, dtype=torch.int64), num_experts)
+
+
+def _weights_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _expert_mlp(shape, k, dtype, plan, *, gated: bool, act: str, bias: bool) -> None:
+    from moe_fast.ops import expert_mlp_triton
+
+    num_tokens, num_experts, dim, hidden = shape
+    width = 2 * hidden if gated else hidden
+    tensors = (
+        _new(num_tokens, dim, dtype=dtype),
+        _new(num_experts, width, dim, dtype=dtype),
+        _new(num_experts, dim, hidden, dtype=dtype),
+        _new(num_experts, width, dtype=dtype) if bias else None,
+        _new(num_experts, dim, dtype=dtype) if bias else None,
+        _new(num_tokens, k, dtype=_weights_dtype(dtype)),
+        *plan,
+    )
+    for save in (True, False):
+        y, z = expert_mlp_triton.forward(*tensors, act, gated, save)
+        expert_mlp_triton.gradients(y, *tensors, z, act, gated)
+
+
+def _expert_linear(num_tokens, num_experts, inner, outer, k, dtype, plan) -> None:
+    from moe_fast.ops import expert_linear_triton
+
+    tensors = (
+        _new(num_tokens, inner, dtype=dtype),
+        _new(num_experts, outer, inner, dtype=dtype),
+        _new(num_experts, outer, dtype=dtype),
+        _new(num_tokens, k, dtype=_weights_dtype(dtype)),
+        *plan,
+    )
+    y = expert_linear_triton.forward(*tensors)
+    expert_linear_triton.gradients(y, *tensors)
+
+
+def _route(shape, mode, weight_mode, k, dtype) -> None:
+    from moe_fast.triton_ops.route import RouteSettings, route, route_backward
+
+    num_tokens, num_experts, dim, _ = shape
+    x = _new(num_tokens, dim, dtype=dtype)
+    router_weight = _new(num_experts, dim, dtype=dtype)
+    mask = _new(num_tokens, dtype=torch.bool)
+    starts = _new(129, dtype=torch.int64)
+    settings = RouteSettings(k, weight_mode, mode == "sentence_topk", mode == "dense")
+    weights, logits, _, _ = route(x, router_weight, settings, mask, starts, _weights_dtype(dtype))
+    route_backward(weights, logits, x, router_weight, logits, settings, mask, starts)
+
+
+# --- compiling -----------------------------------------------------------------------------------
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile for ``target`` and read what the code uses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(position,): [["tt.divisibility", 16]] for position in launch.divisible},
+    )
+    hip = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)
+    compiled = triton.compile(source, target=gpu, options=dict(launch.options))
+    if hip:
+        code = compiled.asm["amdgcn"]
+        registers, spills = (_amd_count(code, n) for n in ("vgpr_count", "vgpr_spill_count"))
+    else:
+        code = compiled.asm["ptx"]
+        registers, spills = _nvidia_counts(compiled.asm["cubin"])
+    cores = re.search(TENSOR_CORES[target], code) is not None
+    return Resources(registers, spills, compiled.metadata.shared, cores)
+
+
+def _amd_count(code: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s+(\d+)", code)
+    if found is None:
+        raise RuntimeError(f"no {name} in the compiled code")
+    return int(found[1])
+
+
+def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
+    """Registers, and instructions that load or store local memory."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+            for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump gives no register count: {usage.stdout}{usage.stderr}")
+    return int(found[1]), len(re.findall(r"\b(?:STL|LDL)\b", sass.stdout))
+
+
+def problems(launch: Launch, target: str, used: Resources) -> list[str]:
+    """Why a kernel must not ship for ``target``; empty where nothing is wrong."""
+    from moe_fast.triton_ops.config import SHARED_MEMORY
+
+    found = []
+    if used.spills:
+        found.append(f"{used.spills} spills")
+    if used.shared_memory > SHARED_MEMORY[target]:
+        found.append(f"{used.shared_memory} bytes of shared memory > {SHARED_MEMORY[target]}")
+    narrow = any(t in ("*bf16", "*fp16") for _, t in launch.signature)
+    if narrow and launch.kernel.__name__ in PRODUCTS and not used.tensor_cores:
+        found.append(f"no {TENSOR_CORES[target]}")
+    return found
+
+
+def measure(
+    targets: Sequence[str],
+    dtypes: Sequence[str],
+    shapes: Sequence[str],
+    only: str = "",
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, dict[str, dict]], list[str]]:
+    """Compile what the settings launch: the table target -> kernel -> resources, and problems."""
+    import moe_fast.ops.expert_linear_triton
+    import moe_fast.ops.expert_mlp_triton
+    import moe_fast.triton_ops.grad_hidden
+    import moe_fast.triton_ops.grad_weight
+    import moe_fast.triton_ops.linear
+    import moe_fast.triton_ops.up
+
+    resources: dict[str, dict[str, dict]] = {}
+    wrong: list[str] = []
+    for target in targets:
+        with recorded(target) as launches:
+            for dtype in dtypes:
+                for shape in shapes:
+                    launch_everything(DTYPES[dtype], SHAPES[shape])
+        rows = resources.setdefault(target, {})
+        for launch in launches:
+            if not re.search(only, launch.name):
+                continue
+            used = compile_launch(launch, target)
+            rows[_unique(launch, rows)] = dataclasses.asdict(used)
+            for problem in problems(launch, target, used):
+                wrong.append(f"{target} {launch.name}: {problem}")
+            report(f"{target} {launch.name}: {used}")
+    return resources, wrong
+
+
+def _unique(launch: Launch, rows: dict) -> str:
+    """Launches of one name differ in divisibility and in arguments that are 1: number them."""
+    name, number = launch.name, 2
+    while name in rows:
+        name = f"{launch.name} #{number}"
+        number += 1
+    return name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print, write the table. Exit code 1 if a kernel must not ship."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--only", default="", help="regular expression on the kernels' names")
+    parser.add_argument("--write", type=Path, help="write the table to this JSON file")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("TRITON_INTERPRET must not be set: interpreted kernels are not compiled.")
+    resources, wrong = measure(
+        arguments.targets, arguments.dtypes, arguments.shapes, arguments.only, print
+    )
+    for line in wrong:
+        print(f"PROBLEM {line}", file=sys.stderr)
+    if arguments.write:
+        import triton
+
+        record = {"triton": triton.__version__, "resources": resources}
+        arguments.write.write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
