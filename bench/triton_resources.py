@@ -114,9 +114,8 @@ def _pointer(dtype: torch.dtype) -> str:
 @contextlib.contextmanager
 def recorded(target: str) -> Iterator[list[Launch]]:
     """Collect kernel launches within the block instead of running them, as if on ``target``."""
-    from triton.runtime.jit import JITFunction
-
     from moe_fast.triton_ops import config
+    from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
 
@@ -140,6 +139,17 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         yield launches
 
 
+@contextlib.contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """float32 products rounded to TF32, as a user can allow them."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if wanted else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def launch_everything(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     """Every op's forward and backward, in every form that has kernels of its own."""
     num_tokens, num_experts, dim, hidden = shape
@@ -148,6 +158,8 @@ def launch_everything(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> N
         for gated, act, bias in ((False, "gelu", True), (True, "gelu", False)):
             _expert_mlp(shape, k, dtype, plan, gated=gated, act=act, bias=bias)
         _expert_linear(num_tokens, num_experts, dim, hidden, k, dtype, plan)
+    if dtype == torch.float64:  # routed by the reference, see moe_fast/ops/route_triton.py
+        return
     for mode, weight_mode, k in (
         ("token_topk", "straight_through", 1),
         ("token_topk", "renormalize", 2),
@@ -294,29 +306,25 @@ def measure(
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, dict[str, dict]], list[str]]:
     """Compile what the settings launch: the table target -> kernel -> resources, and problems."""
-    import moe_fast.ops.expert_linear_triton
-    import moe_fast.ops.expert_mlp_triton
-    import moe_fast.triton_ops.grad_hidden
-    import moe_fast.triton_ops.grad_weight
-    import moe_fast.triton_ops.linear
-    import moe_fast.triton_ops.up
-
     resources: dict[str, dict[str, dict]] = {}
     wrong: list[str] = []
     for target in targets:
         with recorded(target) as launches:
             for dtype in dtypes:
                 for shape in shapes:
-                    launch_everything(DTYPES[dtype], SHAPES[shape])
+                    for rounded in (False, True) if dtype == "float32" else (False,):
+                        with tf32(rounded):
+                            launch_everything(DTYPES[dtype], SHAPES[shape])
         rows = resources.setdefault(target, {})
         for launch in launches:
             if not re.search(only, launch.name):
                 continue
+            report(f"{target} {launch.name}:")
             used = compile_launch(launch, target)
             rows[_unique(launch, rows)] = dataclasses.asdict(used)
             for problem in problems(launch, target, used):
                 wrong.append(f"{target} {launch.name}: {problem}")
-            report(f"{target} {launch.name}: {used}")
+            report(f"  {used}")
     return resources, wrong
 
 

@@ -106,9 +106,11 @@ def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> C
     products = 2 if kernel == "gated_up" else 1
     columns = 64 if kernel.startswith("gated") else 128
     if n % 16 or k % 16:
-        config = Config(64, 32, 32, num_warps=4, num_stages=2)
+        rows, warps = (64, 4) if dtype.itemsize == 2 else (32, 8)
+        config = Config(rows, 32, 32, num_warps=warps, num_stages=2)
     elif dtype == torch.float32:
-        config = Config(64, 64, 32, num_warps=4, num_stages=3)
+        columns = 32 if kernel.endswith("grad_hidden") else columns // 2
+        config = Config(64, columns, 32, num_warps=8, num_stages=3)
     elif target.startswith("gfx"):
         config = Config(128, columns, 32, num_warps=8, num_stages=2)
     else:

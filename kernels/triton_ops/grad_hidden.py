@@ -133,7 +133,19 @@ def grad_hidden_kernel(
     left, right = tl.split(halves)
     n = column * BN + tl.arange(0, BN // 2)
     dots = _finish(
-        left, n, weight, valid, z_ptr, grad_z_ptr, weighted_h_ptr, sum_ptr, H, ACT, GATED, WANT_SUM, FAST
+        left,
+        n,
+        weight,
+        valid,
+        z_ptr,
+        grad_z_ptr,
+        weighted_h_ptr,
+        sum_ptr,
+        H,
+        ACT,
+        GATED,
+        WANT_SUM,
+        FAST,
     )
     dots += _finish(
         right,

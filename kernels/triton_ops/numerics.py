@@ -28,7 +28,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def cast(value, DTYPE: tl.constexpr):
     """``value`` rounded to nearest even."""
-    if _INTERPRETED and DTYPE == tl.bfloat16 and value.dtype != tl.bfloat16:
+    if _INTERPRETED and tl.bfloat16 == DTYPE and value.dtype != tl.bfloat16:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(value == value, rounded, 0x7FC0)

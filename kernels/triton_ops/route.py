@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import row_major, triton_dtype
+from .launch import row_major
 from .numerics import SMALLEST_DOT, cast, dot
 from .split_sum import split_sum
 

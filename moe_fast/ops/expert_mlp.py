@@ -214,7 +214,9 @@ def _expert_mlp_backward_op(
 
 
 @_expert_mlp_backward_op.register_fake
-def fake_backward(grad_y, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *rest):
+def fake_backward(
+    grad_y, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *rest
+):
     """Shapes of the backward op's results, on every backend."""
     return (
         x.new_empty(x.shape),
