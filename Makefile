@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-quick test test-slow bench lint format clean
+.PHONY: help setup demo demo-quick test test-slow test-sanitize fuzz bench lint format clean
 
 help:
 	@echo "moe_fast: make <target>. The first one to run sets everything up in $(VENV)."
@@ -25,7 +25,9 @@ help:
 	@echo "  demo-quick   the same on little data, about 3 minutes"
 	@echo "  test         the tests but the slow ones; ARGS='-k plan' and the like go to pytest"
 	@echo "  test-slow    the slow tests"
-	@echo "  bench        import time, and the MoE MLP against dense and eager"
+	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers"
+	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
+	@echo "  bench        import time; the MoE MLP, and its op, against dense and transformers"
 	@echo "  lint         ruff (rules and format) and mypy"
 	@echo "  format       let ruff mend what it can"
 	@echo "  clean        remove what was built, $(VENV) included"
@@ -66,9 +68,28 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
 
+# The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
+# is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.
+SANITIZE := build/sanitize
+test-sanitize: setup
+	$(VENV)/bin/cmake -S . -B $(SANITIZE) -DMOE_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DMOE_OUTPUT_DIR=$(CURDIR)/$(SANITIZE)/lib
+	$(VENV)/bin/cmake --build $(SANITIZE) --parallel $(WORKERS)
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  MOE_FAST_NATIVE_LIBRARY=$(CURDIR)/$(SANITIZE)/lib/_native.so CI=true \
+	  $(PYTEST) -k "not compiles and not other_processors" $(ARGS) tests/ops/test_plan_cpp.py \
+	  tests/ops/test_expert_mlp_cpp.py tests/ops/test_expert_linear_cpp.py
+
+# FUZZ_SEED=... repeats a run.
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	$(PY) -P -m tests.ops.fuzz --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
+
 bench: setup
 	$(PY) -m bench.import_time --json bench/results/local/import_time.json
 	$(PY) -m bench.moe_mlp --json bench/results/local/moe_mlp.json
+	$(PY) -m bench.expert_mlp --json bench/results/local/expert_mlp.json
 
 lint: setup
 	$(PY) -m ruff check .

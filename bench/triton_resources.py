@@ -40,7 +40,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
-    "float64": torch.float64,
 }
 # BERT-base, and an odd shape that takes the masked paths.
 SHAPES = {"base": (65_536, 8, 768, 3072), "odd": (1_001, 3, 389, 1019)}
@@ -101,7 +100,6 @@ def as_launch(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launc
 
 def _pointer(dtype: torch.dtype) -> str:
     names = {
-        torch.float64: "fp64",
         torch.float32: "fp32",
         torch.float16: "fp16",
         torch.bfloat16: "bf16",
@@ -158,8 +156,6 @@ def launch_everything(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> N
         for gated, act, bias in ((False, "gelu", True), (True, "gelu", False)):
             _expert_mlp(shape, k, dtype, plan, gated=gated, act=act, bias=bias)
         _expert_linear(num_tokens, num_experts, dim, hidden, k, dtype, plan)
-    if dtype == torch.float64:  # routed by the reference, see moe_fast/ops/route_triton.py
-        return
     for mode, weight_mode, k in (
         ("token_topk", "straight_through", 1),
         ("token_topk", "renormalize", 2),

@@ -19,7 +19,14 @@ if (_root / "kernels" / "triton_ops").is_dir():  # a checkout: kernels/triton_op
 from moe_fast import losses, ops  # noqa: E402
 from moe_fast.integrations import transformers_experts as _transformers_experts  # noqa: E402, F401
 from moe_fast.layers import MoEBertLayer, MoEMLP  # noqa: E402
-from moe_fast.models import extract_expert, upcycle  # noqa: E402
+from moe_fast.models import (  # noqa: E402
+    add_expert,
+    extract_expert,
+    from_experts,
+    import_checkpoint,
+    remove_expert,
+    upcycle,
+)
 from moe_fast.ops import available_backends, show_backends, use_backend  # noqa: E402
 from moe_fast.version import __version__  # noqa: E402
 
@@ -31,10 +38,14 @@ __all__ = [
     "MoEMLP",
     "MoESentenceTransformer",
     "__version__",
+    "add_expert",
     "available_backends",
     "extract_expert",
+    "from_experts",
+    "import_checkpoint",
     "losses",
     "ops",
+    "remove_expert",
     "show_backends",
     "upcycle",
     "use_backend",

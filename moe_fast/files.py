@@ -1,11 +1,55 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files and folders so that a reader never sees half of one."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import logging
 import os
-from collections.abc import Iterator
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+PARTIAL, PREVIOUS = ".partial", ".previous"  # endings of what a killed process leaves behind
+_open_folders: set[Path] = set()  # temporary folders that this process is filling
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """``path`` as the place of a new file or folder: call it before any work starts.
+
+    Args:
+        path: where the result will be. Its parent folders may be missing.
+        overwrite: whether something that is there already may be replaced.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        FileExistsError: for a file or a non-empty folder, unless ``overwrite``.
+        NotADirectoryError: where a parent of ``path`` is a file.
+        PermissionError: where nothing can be written.
+    """
+    path = Path(path)
+    is_folder = path.is_dir()
+    if os.path.lexists(path) and not overwrite and not (is_folder and not any(path.iterdir())):
+        raise FileExistsError(
+            f"{path} exists already and is kept. Choose another path, or pass overwrite=True "
+            "(--overwrite) to replace it."
+        )
+    folder = path if is_folder else path.parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is not a folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: no permission to write in {folder}.")
+    return path
 
 
 @contextlib.contextmanager
@@ -20,6 +64,209 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        _sync(temporary)  # or a power cut could leave the new name with no content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """Give an empty temporary folder that takes the place of ``path`` when the block ends.
+
+    Until then, and after an error, a full disk or a kill, the old folder is untouched. On Linux
+    the two are exchanged in one step (``renameat2``); on a file system that cannot do that, in
+    two: a kill between them leaves the old folder as ``.NAME.*.previous`` beside its place, and the
+    next ``atomic_folder`` puts it back. What a killed process left behind goes at the next call.
+
+    Files of the old folder that the new one has no file for are kept, as hard links, so an open
+    log goes on. Only what another process adds in the instant of the exchange may be lost.
+
+    Where ``path`` is a mount point, or its parent cannot be written, folders cannot be exchanged:
+    the finished files are then moved into it one by one, each whole, with a warning.
+
+    Inside another ``atomic_folder``'s temporary folder this gives ``path`` itself: all appears at
+    once when the outer block ends.
+
+    Args:
+        path: the folder; created, with its parents, where missing. A link is followed.
+        replaces: patterns (:mod:`fnmatch`, on paths relative to ``path``; "*" matches "/" too) of
+            old files that do *not* outlive this: ("*",) for a folder replaced as a whole.
+
+    Raises:
+        NotADirectoryError: where ``path`` is a file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{path} must be a folder; it is a file.")
+    if any(target.is_relative_to(folder) for folder in _open_folders):
+        target.mkdir(parents=True, exist_ok=True)
+        yield target
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replaceable = os.access(target.parent, os.W_OK | os.X_OK) and not os.path.ismount(target)
+    place = target.parent if replaceable else target
+    _clear_leftovers(place, target)
+    temporary, lock = _locked_folder(place, target)
+    _open_folders.add(temporary)
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        if replaceable:
+            _keep_others(target, temporary, replaces)
+            _exchange(temporary, target)
+        else:
+            _move_files(temporary, target, replaces)
+        _sync(place)
+    finally:
+        _open_folders.discard(temporary)
+        # After an exchange this name is the old folder's.
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(place: Path, target: Path) -> tuple[Path, int]:
+    """A new folder in ``place`` and a lock on it, which dies with this process."""
+    import fcntl  # POSIX alone
+
+    while True:
+        folder = place / f".{target.name}.{secrets.token_hex(4)}{PARTIAL}"
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # no locks on this file system: nothing is cleared
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():  # it may have been cleared before it was locked
+            return folder, lock
+        os.close(lock)
+
+
+def _clear_leftovers(place: Path, target: Path) -> None:
+    """Remove what killed processes left of earlier saves; put a set-aside folder back."""
+    for leftover in sorted(place.glob(f".{_escape(target.name)}.????????.*")):
+        if leftover.suffix == PREVIOUS and not target.exists():
+            logger.warning("%s: an interrupted save is undone, the old folder put back.", target)
+            os.rename(leftover, target)
+        elif leftover.suffix in (PARTIAL, PREVIOUS):
+            _remove_unlocked(leftover)
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    """Remove a folder unless a living process has locked it."""
+    import fcntl
+
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:  # another process was faster
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        return
+    finally:
+        os.close(lock)
+
+
+def _keep_others(old: Path, new: Path, replaces: Sequence[str]) -> None:
+    """Link into ``new`` every file of ``old`` that it has none for and that is not replaced."""
+    if not old.exists():
+        return
+    for folder, folders, files in os.walk(old):
+        relative = Path(folder).relative_to(old)
+        linked = [name for name in folders if Path(folder, name).is_symlink()]
+        for name in files + linked:
+            place = new / relative / name
+            if os.path.lexists(place) or _matches(relative / name, replaces):
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link(Path(folder, name), place)
+        if (new / relative).is_dir():
+            shutil.copymode(folder, new / relative)
+
+
+def _matches(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path.as_posix(), pattern) for pattern in patterns)
+
+
+def _link(old: Path, new: Path) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:  # a file system without hard links, or somebody else's file
+        shutil.copy2(old, new, follow_symlinks=False)
+
+
+def _exchange(temporary: Path, target: Path) -> None:
+    """Put ``temporary`` in the place of ``target``, which takes the other's name."""
+    here = _working_folder()
+    if not target.exists():
+        os.rename(temporary, target)
+    elif not _exchanged_in_one_step(temporary, target):
+        previous = temporary.with_suffix(PREVIOUS)
+        os.rename(target, previous)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            os.rename(previous, target)
+            raise
+        os.rename(previous, temporary)
+    if here is not None and here.is_relative_to(target) and here.is_dir():
+        os.chdir(here)  # or this process would stand in a removed folder
+
+
+def _working_folder() -> Path | None:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # somebody removed it
+        return None
+
+
+def _exchanged_in_one_step(first: Path, second: Path) -> bool:
+    """Swap two names with Linux's ``renameat2``; ``False`` where there is no such call."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if call(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(first), None, str(second))
+
+
+def _move_files(temporary: Path, target: Path, replaces: Sequence[str]) -> None:
+    logger.warning(
+        "%s is a mount point, or its parent cannot be written: its files are replaced one by one, "
+        "not all at once.",
+        target,
+    )
+    new = [path.relative_to(temporary) for path in temporary.rglob("*") if not path.is_dir()]
+    for path in new:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary / path, target / path)
+    for path in [p for p in target.rglob("*") if not p.is_dir()]:
+        relative = path.relative_to(target)
+        if relative not in new and _matches(relative, replaces):
+            path.unlink()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk take what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)

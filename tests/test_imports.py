@@ -47,6 +47,10 @@ def test_public_names():
     names = {
         "upcycle",
         "extract_expert",
+        "from_experts",
+        "add_expert",
+        "remove_expert",
+        "import_checkpoint",
         "MoEMLP",
         "MoEBertLayer",
         "show_backends",

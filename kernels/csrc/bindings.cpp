@@ -2,14 +2,60 @@
 // torch.ops.load_library; the operations then stand in torch.ops.moe_fast_cpp.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+#include "cpu/gemm.h"
+#include "cpu/vector.h"
+#include "expert_linear.h"
+#include "expert_mlp.h"
 #include "plan.h"
+
+namespace {
+
+// What the CPU's operations run on here, for people; empty where they cannot run.
+std::string cpu_capability() {
+  if (moe_fast::why_no_gemm() != nullptr) return "";
+  return std::string(moe_fast::gemm().name) + ", " + moe_fast::vector().name;
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
   m.def(
       "plan(Tensor top_k_index, int num_experts) -> "
       "(Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor slot_to_row)");
+  m.def(
+      "expert_mlp(Tensor x, Tensor up_proj, Tensor down_proj, Tensor? up_proj_bias, "
+      "Tensor? down_proj_bias, Tensor top_k_weights, Tensor expert_offsets, Tensor row_to_token, "
+      "Tensor row_to_slot, Tensor slot_to_row, str act, bool gated, bool save) -> "
+      "(Tensor y, Tensor saved)");
+  m.def(
+      "expert_mlp_backward(Tensor grad_y, Tensor x, Tensor up_proj, Tensor down_proj, "
+      "Tensor? up_proj_bias, Tensor? down_proj_bias, Tensor top_k_weights, "
+      "Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor slot_to_row, "
+      "Tensor saved, str act, bool gated) -> (Tensor grad_x, Tensor grad_up_proj, "
+      "Tensor grad_down_proj, Tensor grad_up_proj_bias, Tensor grad_down_proj_bias, "
+      "Tensor grad_top_k_weights)");
+  m.def(
+      "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor top_k_weights, "
+      "Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor slot_to_row) -> "
+      "Tensor");
+  m.def(
+      "expert_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor top_k_weights, Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, "
+      "Tensor slot_to_row) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, "
+      "Tensor grad_top_k_weights)");
+  m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
   m.impl("plan", TORCH_BOX(&moe_fast::plan_cpu));
+  m.impl("expert_mlp", TORCH_BOX(&moe_fast::expert_mlp_cpu));
+  m.impl("expert_mlp_backward", TORCH_BOX(&moe_fast::expert_mlp_backward_cpu));
+  m.impl("expert_linear", TORCH_BOX(&moe_fast::expert_linear_cpu));
+  m.impl("expert_linear_backward", TORCH_BOX(&moe_fast::expert_linear_backward_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }

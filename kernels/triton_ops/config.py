@@ -101,8 +101,6 @@ def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> C
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}.")
     if target == "interpreter":  # pays per program and per operation, whatever their size
         return Config(32, 32, 32, num_warps=4, num_stages=1)
-    if dtype == torch.float64:  # an oracle on the GPU: small enough never to spill
-        return Config(32, 32, 16, num_warps=4, num_stages=2)
     products = 2 if kernel == "gated_up" else 1
     columns = 64 if kernel.startswith("gated") else 128
     if n % 16 or k % 16:

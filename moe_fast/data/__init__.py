@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+from moe_fast.data.cocitation import CocitationPairs, CocitationReport, cocitation_pairs
+from moe_fast.data.flag_rows import read_flag_rows
 from moe_fast.data.pairs import read_pairs
+from moe_fast.data.retrieval import Retrieval, read_retrieval
+from moe_fast.data.splits import split_by
+from moe_fast.data.sts import read_sts
+from moe_fast.data.texts import read_texts
+from moe_fast.data.training_data import read_training_data
+from moe_fast.data.triplets import read_triplets
+from moe_fast.data.write import write_flag_rows, write_pairs
 
-__all__ = ["read_pairs"]
+__all__ = [
+    "CocitationPairs",
+    "CocitationReport",
+    "Retrieval",
+    "cocitation_pairs",
+    "read_flag_rows",
+    "read_pairs",
+    "read_retrieval",
+    "read_sts",
+    "read_texts",
+    "read_training_data",
+    "read_triplets",
+    "split_by",
+    "write_flag_rows",
+    "write_pairs",
+]

@@ -1,25 +1,53 @@
-"""Measuring trained models: retrieval metrics, where tokens go, and pictures of both.
+"""Measuring trained models: pairs, retrieval, STS, where tokens go, and pictures of it.
 
-Needs the extra ``eval`` (``pip install 'moe-fast[eval]'``); each function says so if a library is
-missing.
+Each ``evaluate_*`` returns an `Evaluation`: metrics by maintained libraries, per domain and over
+all, with bootstrap intervals; `compare` gives the paired difference of two of them, `format_table`
+a table of any number. Needs the extra ``eval`` (``pip install 'moe-fast[eval]'``); each function
+says so if a library is missing. Pictures are in `moe_fast.evaluation.plots`, an evaluator for
+training in `moe_fast.evaluation.evaluator`.
 """
 
 from __future__ import annotations
 
+from moe_fast.evaluation.bootstrap import bootstrap_interval, paired_difference
+from moe_fast.evaluation.encoding import EncodeOptions, embed
+from moe_fast.evaluation.exact_search import search
 from moe_fast.evaluation.expert_usage import expert_usage
+from moe_fast.evaluation.pairs import evaluate_pairs
+from moe_fast.evaluation.report import format_table
+from moe_fast.evaluation.result import Bootstrap, Comparison, Evaluation, Score, compare
 from moe_fast.evaluation.retrieval import (
-    bootstrap_interval,
+    evaluate_retrieval,
+    evaluate_run,
     mean_scores,
-    paired_difference,
     retrieval_scores,
-    search,
+    retrieve,
 )
+from moe_fast.evaluation.sts import evaluate_sts
+from moe_fast.evaluation.tfidf import TfidfEncoder
+from moe_fast.evaluation.trec import read_run, write_run
 
 __all__ = [
+    "Bootstrap",
+    "Comparison",
+    "EncodeOptions",
+    "Evaluation",
+    "Score",
+    "TfidfEncoder",
     "bootstrap_interval",
+    "compare",
+    "embed",
+    "evaluate_pairs",
+    "evaluate_retrieval",
+    "evaluate_run",
+    "evaluate_sts",
     "expert_usage",
+    "format_table",
     "mean_scores",
     "paired_difference",
+    "read_run",
     "retrieval_scores",
+    "retrieve",
     "search",
+    "write_run",
 ]

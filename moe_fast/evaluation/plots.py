@@ -1,15 +1,17 @@
-"""Two pictures: where each domain's tokens go, and how the losses fell."""
+"""Pictures: where each domain's tokens go, how training went, how systems score by domain."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moe_fast.evaluation.optional import require
+from moe_fast.evaluation.result import ALL_DOMAINS, Evaluation
 from moe_fast.files import atomic_write
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
@@ -41,7 +43,10 @@ def plot_expert_usage(
     panels = _usage_panels(usages, len(domains))
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = _new_figure((2.9 * columns + 1.2, 3.1 * rows + 0.7))
+    experts = max(shares.shape[1] for _, shares in panels)
+    width, height = max(2.9, 0.42 * experts), max(3.1, 0.3 * len(domains) + 0.9)
+    names = 0.07 * max(map(len, domains))  # inches, beside the first column
+    figure = _new_figure((width * columns + 1.2 + names, height * rows + 0.7))
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     image = None
     for index, (axis, (title, shares)) in enumerate(zip(axes, panels, strict=False)):
@@ -104,6 +109,165 @@ def plot_losses(
     axis.legend(frameon=False, handlelength=4)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def plot_training(
+    log_history: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    window: int = 10,
+) -> None:
+    """Loss, in-batch accuracy and temperature of one training run, over its steps.
+
+    A panel for each of the three that was logged; evaluation's values, where there are any, beside
+    those of training. On top the epochs.
+
+    Args:
+        log_history: of the trainer's state (``trainer.state.log_history``, also in a checkpoint's
+            ``trainer_state.json``): entries with ``step`` and some of ``loss``, ``eval_loss``,
+            ``in_batch_accuracy``, ``eval_in_batch_accuracy``, ``temperature``, ``epoch``.
+        path: file to write; the suffix gives the format.
+        window: values in the running mean drawn on top of training's raw values.
+
+    Raises:
+        ValueError: nothing to draw.
+        ImportError: matplotlib is not installed.
+    """
+    panels = [
+        (title, curves) for title, *keys in _TRAINING if (curves := _curves(log_history, keys))
+    ]
+    if not panels:
+        raise ValueError("log_history has none of loss, in_batch_accuracy and temperature to draw")
+    figure = _new_figure((7.5, 2.4 * len(panels) + 1.0))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (title, curves) in zip(axes, panels, strict=True):
+        for name, points in curves.items():
+            # a temperature moves slowly: its mean would only lag behind
+            _draw_curve(axis, name, points, 1 if title == "temperature" else window)
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[1] != ["training"]:
+            axis.legend(frameon=False)
+    figure.suptitle(f"Training: {', '.join(title for title, _ in panels)}", fontsize=12)
+    axes[-1].set_xlabel("step")
+    steps_per_epoch = _steps_per_epoch(log_history)
+    if steps_per_epoch:
+        top = axes[0].secondary_xaxis(
+            "top", functions=(lambda x: x / steps_per_epoch, lambda x: x * steps_per_epoch)
+        )
+        top.set_xlabel("epoch")
+    _save(figure, path)
+
+
+# what is drawn of a training log: title, key of training's values, key of evaluation's
+_TRAINING = (
+    ("loss", "loss", "eval_loss"),
+    ("in-batch accuracy", "in_batch_accuracy", "eval_in_batch_accuracy"),
+    ("temperature", "temperature", ""),
+)
+
+
+def _curves(
+    log_history: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> dict[str, list[tuple[float, float]]]:
+    """{"training" and "evaluation", where logged: [(step, value), ...]}."""
+    curves = {
+        name: [(float(row["step"]), float(row[key])) for row in log_history if key in row]
+        for name, key in zip(("training", "evaluation"), keys, strict=True)
+    }
+    return {name: points for name, points in curves.items() if points}
+
+
+def _draw_curve(axis: Any, name: str, points: list[tuple[float, float]], window: int) -> None:
+    x, values = np.asarray(points).T
+    if name == "evaluation":
+        axis.plot(x, values, "o-", color=_COLOURS[1], markersize=4, label=name)
+    elif window == 1 or len(x) <= 2 * window:
+        marker = "." if len(x) <= 20 else ""
+        axis.plot(x, values, marker=marker, color=_COLOURS[0], label=name)
+    else:
+        axis.plot(x, values, color=_COLOURS[0], alpha=0.25, linewidth=0.8)
+        label = f"{name} (mean of the last {window} logs)"
+        axis.plot(x, running_mean(values, window), color=_COLOURS[0], linewidth=2, label=label)
+
+
+def _steps_per_epoch(log_history: Sequence[Mapping[str, Any]]) -> float | None:
+    both = [row for row in log_history if row.get("epoch") and row.get("step")]
+    return both[-1]["step"] / both[-1]["epoch"] if both else None
+
+
+def plot_scores(
+    evaluations: Sequence[Evaluation], metric: str, path: str | os.PathLike[str]
+) -> None:
+    """Bars of one metric: a group per domain and one for all, in it a bar per system.
+
+    Args:
+        evaluations: of the same data, one per system.
+        metric: which of their metrics; with its bootstrap interval.
+        path: file to write; the suffix gives the format.
+
+    Raises:
+        ValueError: no evaluations, other domains, or an unknown metric.
+        ImportError: matplotlib is not installed.
+    """
+    groups = _score_groups(evaluations, metric)
+    room = max(0.3 * len(evaluations), 4.0 / len(groups))  # inches per group
+    figure = _new_figure((room * len(groups) + 2.0, 4.5))
+    axis = figure.subplots()
+    _draw_bars(axis, evaluations, groups, metric)
+    axis.set_xticks(range(len(groups)), groups)
+    if 0.08 * max(map(len, groups)) > room:  # names would run into each other
+        for label in axis.get_xticklabels():
+            label.set(rotation=30, horizontalalignment="right")
+    bootstrap = evaluations[0].settings["bootstrap"]
+    title = metric if len(groups) == 1 else f"{metric} by domain"
+    if bootstrap["resamples"]:
+        title += f", with {100 * bootstrap['confidence']:g} % intervals"
+    axis.set_title(title, fontsize=12)
+    axis.set_ylabel(metric)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
+    _save(figure, path)
+
+
+def _draw_bars(
+    axis: Any, evaluations: Sequence[Evaluation], groups: list[str], metric: str
+) -> None:
+    count = len(evaluations)
+    width = min(0.8 / count, 0.3 if len(groups) == 1 else 0.8)
+    for index, (evaluation, colour) in enumerate(zip(evaluations, cycle(_COLOURS), strict=False)):
+        scores = [evaluation.scores[group][metric] for group in groups]
+        places = np.arange(len(groups)) + (index - (count - 1) / 2) * width
+        values = [score.value for score in scores]
+        axis.bar(places, values, 0.92 * width, color=colour, label=evaluation.model)
+        # not error bars, which have to contain the value: a percentile interval need not
+        axis.vlines(places, *zip(*((s.low, s.high) for s in scores), strict=True), color="black")
+    if len(groups) == 1:
+        axis.set_xlim(-1.0, 1.0)
+    else:
+        axis.axvline(len(groups) - 1.5, color="grey", linewidth=0.8, linestyle=":")
+
+
+def _score_groups(evaluations: Sequence[Evaluation], metric: str) -> list[str]:
+    """The domains and, last, all, checked."""
+    if not evaluations:
+        raise ValueError("evaluations is empty; nothing to draw")
+    groups = list(evaluations[0].scores)
+    for evaluation in evaluations:
+        if list(evaluation.scores) != groups:
+            raise ValueError(
+                "evaluations must have the same domains; got "
+                f"{groups} and {list(evaluation.scores)}"
+            )
+        if metric not in evaluation.scores[ALL_DOMAINS]:
+            known = ", ".join(evaluation.scores[ALL_DOMAINS])
+            raise ValueError(f"metric={metric!r}; {evaluation.model} has {known}")
+    return groups
 
 
 def running_mean(values: ArrayLike, window: int) -> NDArray[np.float64]:

@@ -1,99 +1,271 @@
-"""Retrieval metrics from embeddings and relevance judgements, with intervals.
-
-Search is exact. The metrics come from ir-measures (its trec_eval and MS MARCO implementations), the
-intervals from ``scipy.stats.bootstrap``; nothing of either is computed here.
-"""
+"""Retrieval: searching a corpus with a model, and scoring what comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from moe_fast.evaluation.optional import require
+from moe_fast.evaluation.bootstrap import Estimate as Estimate
+from moe_fast.evaluation.encoding import EncodeOptions, Role, embed, passes_domain
+from moe_fast.evaluation.exact_search import search
+from moe_fast.evaluation.ir_metrics import check_measures, query_scores
+from moe_fast.evaluation.result import (
+    ALL_DOMAINS,
+    Bootstrap,
+    Evaluation,
+    Metrics,
+    by_group,
+    evaluation_of,
+    fingerprint,
+)
+from moe_fast.evaluation.trec import Run
+
+if TYPE_CHECKING:
+    from moe_fast.data import Retrieval
 
 MEASURES: tuple[str, ...] = ("nDCG@10", "MRR@10", "Recall@10")
-ALL_DOMAINS = "all"
-
-# the names people use -> those of ir-measures
-_IR_MEASURES_NAMES = {"nDCG": "nDCG", "MRR": "RR", "Recall": "R", "MAP": "AP"}
+RUN_DEPTH = 1000
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its bootstrap interval."""
+class QueryItems:
+    """Scored queries.
 
-    mean: float
-    low: float
-    high: float
+    Attributes:
+        queries: [Q] their ids.
+        scores: {measure: [Q] float64}.
+        domains: [Q] names, or ``None``.
+    """
+
+    def __init__(
+        self,
+        queries: Sequence[str],
+        scores: dict[str, NDArray[np.float64]],
+        domains: Sequence[str] | None,
+        fingerprint: str,
+    ) -> None:
+        self.queries, self.scores, self.domains = list(queries), scores, domains
+        self.fingerprint = fingerprint
+        self._groups = by_group(domains, len(queries))
+        self.strata = list(self._groups.values())[:-1] or [self._groups[ALL_DOMAINS]]
+        self.sizes = {group: len(rows) for group, rows in self._groups.items()}
+        drawn = np.concatenate(self.strata)  # a resample's columns, side by side
+        self._columns = {g: np.isin(drawn, rows) for g, rows in self._groups.items()}
+
+    def metrics(self) -> Metrics:
+        """Means over the queries of every group."""
+        return {
+            group: {name: float(values[rows].mean()) for name, values in self.scores.items()}
+            for group, rows in self._groups.items()
+        }
+
+    def resampled(self, rows: NDArray[np.int64]) -> Metrics:
+        """The means of resamples: queries [R, Q] -> [R] each."""
+        drawn = {name: values[rows] for name, values in self.scores.items()}
+        return {
+            group: {name: values[:, columns].mean(-1) for name, values in drawn.items()}
+            for group, columns in self._columns.items()
+        }
 
 
-def search(
-    queries: Any, documents: Any, *, k: int = 10, chunk_size: int = 4096
-) -> tuple[NDArray[np.floating[Any]], NDArray[np.int64]]:
-    """The k documents with the largest dot product for each query; equal scores: lower index first.
-
-    Exact, in chunks: never more than ``chunk_size`` x ``chunk_size`` scores are held at once. For
-    the cosine hand in normalised vectors.
+def evaluate_retrieval(
+    model: Any,
+    retrieval: Retrieval,
+    *,
+    measures: Sequence[str] = MEASURES,
+    name: str | None = None,
+    encode: EncodeOptions | None = None,
+    bootstrap: Bootstrap | None = None,
+) -> Evaluation:
+    """Search the corpus exactly, by cosine, and score each query's hits.
 
     Args:
-        queries: [Q, d], an array or a SciPy sparse matrix (TF-IDF).
-        documents: [N, d], likewise.
-        k: hits per query; all N documents when there are fewer.
-        chunk_size: queries, and documents, per block of scores.
+        model: anything with ``encode``, see `moe_fast.evaluation.embed`.
+        retrieval: corpus, queries and qrels, see `moe_fast.data.read_retrieval`.
+        measures: ``"nDCG@k"``, ``"MRR@k"``, ``"Recall@k"``, ``"MAP@k"``, ``"MAP"``.
+        name: of the model in the result; by default that of its class.
+        encode: how texts are encoded.
+        bootstrap: settings of the intervals; queries are resampled, within their domain.
 
     Returns:
-        (scores [Q, k], document indices [Q, k] int64), best first.
+        As `evaluate_run`.
 
     Raises:
-        ValueError: shapes that do not fit, no documents, or k or chunk_size below 1.
+        ValueError: as `retrieve` and `evaluate_run`.
+        ImportError: ir-measures, scipy or scikit-learn is not installed.
     """
-    _check_search(queries, documents, k, chunk_size)
-    scores, indices = [], []
-    for start in range(0, queries.shape[0], chunk_size):
-        block = _search_block(queries[start : start + chunk_size], documents, k, chunk_size)
-        scores.append(block[0])
-        indices.append(block[1])
-    if not scores:  # no queries
-        empty = min(k, documents.shape[0])
-        return np.zeros((0, empty), np.float32), np.zeros((0, empty), np.int64)
-    return np.concatenate(scores), np.concatenate(indices)
+    depth = check_measures(measures)
+    check_qrels(retrieval)
+    run, settings = _retrieve(model, retrieval, depth, encode)
+    return evaluate_run(
+        run,
+        retrieval,
+        measures=measures,
+        name=name or type(model).__name__,
+        bootstrap=bootstrap,
+        settings=settings,
+    )
 
 
-def _check_search(queries: Any, documents: Any, k: int, chunk_size: int) -> None:
-    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
+def retrieve(
+    model: Any,
+    retrieval: Retrieval,
+    *,
+    depth: int = RUN_DEPTH,
+    encode: EncodeOptions | None = None,
+) -> Run:
+    """The best documents for each query, by an exact search with the cosine.
+
+    Args:
+        model: anything with ``encode``; its ``encode_query`` and ``encode_document``, where it has
+            them, unless ``encode.roles`` says otherwise.
+        retrieval: corpus and queries.
+        depth: documents per query; all where there are fewer.
+        encode: how texts are encoded.
+
+    Returns:
+        {query: {document: score}}, best first. Cosines equal to the last bit are ranked in the
+        corpus's order, and the later one is given the next smaller float32, so that every program
+        that sorts by score ranks the same.
+
+    Raises:
+        ValueError: no queries or no corpus, depth below 1, or as `moe_fast.evaluation.embed`.
+        ImportError: scikit-learn is not installed.
+    """
+    return _retrieve(model, retrieval, depth, encode)[0]
+
+
+def _retrieve(
+    model: Any,
+    retrieval: Retrieval,
+    depth: int,
+    encode: EncodeOptions | None,
+) -> tuple[Run, dict[str, Any]]:
+    """`retrieve`, and the settings of the encoding."""
+    options = encode or EncodeOptions()
+    if options.roles is None:
+        roles = hasattr(model, "encode_query") and hasattr(model, "encode_document")
+        options = replace(options, roles=roles)
+    domains = retrieval.domains, retrieval.corpus_domains
+    pass_domain = passes_domain(model, options, None not in domains)
+    if not retrieval.queries or not retrieval.corpus or depth < 1:
         raise ValueError(
-            "queries [Q, d] and documents [N, d] must be matrices of the same width; got "
-            f"{tuple(queries.shape)} and {tuple(documents.shape)}"
+            "retrieval needs queries, documents and a depth of at least 1; got "
+            f"{len(retrieval.queries)}, {len(retrieval.corpus)} and {depth}"
         )
-    if documents.shape[0] == 0:
-        raise ValueError("documents is empty; there is nothing to search")
-    if k < 1 or chunk_size < 1:
-        raise ValueError(f"k and chunk_size must be at least 1; got k={k}, chunk_size={chunk_size}")
+    vectors = []
+    sides: tuple[tuple[Role, Any, Any], ...] = (
+        ("query", retrieval.queries, domains[0]),
+        ("document", retrieval.corpus, domains[1]),
+    )
+    for role, texts, names in sides:
+        given = [names[key] for key in texts] if pass_domain else None
+        vectors.append(embed(model, list(texts.values()), role, domains=given, options=options))
+    scores, hits = search(*vectors, k=depth)
+    run = _as_run(list(retrieval.queries), list(retrieval.corpus), scores, hits)
+    return run, {"encode": asdict(options) | {"pass_domain": pass_domain}, "depth": depth}
 
 
-def _search_block(
-    queries: Any, documents: Any, k: int, chunk_size: int
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Search for one chunk of queries: each chunk of documents is merged with the best so far."""
-    best_scores: NDArray[Any] | None = None
-    best_indices: NDArray[np.int64] = np.zeros((queries.shape[0], 0), np.int64)
-    for start in range(0, documents.shape[0], chunk_size):
-        product = queries @ documents[start : start + chunk_size].T
-        scores = product.toarray() if hasattr(product, "toarray") else np.asarray(product)
-        indices = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
-        if best_scores is not None:
-            scores = np.concatenate([best_scores, scores], axis=1)
-            indices = np.concatenate([best_indices, indices], axis=1)
-        # earlier columns have lower indices, so a stable sort settles ties as promised
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        best_scores = np.take_along_axis(scores, order, axis=1)
-        best_indices = np.take_along_axis(indices, order, axis=1)
-    assert best_scores is not None
-    return best_scores, best_indices
+def _as_run(
+    queries: list[str], documents: list[str], scores: NDArray[Any], hits: NDArray[np.int64]
+) -> Run:
+    """Hits by id, with scores that fall at every rank."""
+    single = scores.astype(np.float32)
+    for rank in range(1, single.shape[1]):
+        below = np.nextafter(single[:, rank - 1], np.float32(-np.inf))
+        single[:, rank] = np.minimum(single[:, rank], below)
+    return {
+        query: dict(zip((documents[hit] for hit in row), values, strict=True))
+        for query, row, values in zip(queries, hits.tolist(), single.tolist(), strict=True)
+    }
+
+
+def evaluate_run(
+    run: Mapping[str, Mapping[str, float]],
+    retrieval: Retrieval,
+    *,
+    measures: Sequence[str] = MEASURES,
+    name: str = "run",
+    bootstrap: Bootstrap | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Score a run, such as one that another program wrote (`read_run`).
+
+    Args:
+        run: {query: {document: score}}; a query that it lacks scores 0.
+        retrieval: queries, qrels and, where known, the queries' domains.
+        measures: see `evaluate_retrieval`.
+        name: of the run in the result.
+        bootstrap: settings of the intervals.
+        settings: what else to say in the result about how the run was made.
+
+    Returns:
+        An `Evaluation`: means over the queries, by ir-measures (nDCG is trec_eval's, with linear
+        gains), per domain where the queries have domains, and over all.
+
+    Raises:
+        ValueError: an unknown measure; a query without a relevant document; qrels of unknown
+            documents or queries; a run with queries or documents that are not in `retrieval`.
+        ImportError: ir-measures or scipy is not installed.
+    """
+    bootstrap = bootstrap or Bootstrap()
+    check_measures(measures)
+    check_qrels(retrieval)
+    for query, hits in run.items():
+        if query not in retrieval.queries:
+            raise ValueError(f"run: query {query!r} is not among the {len(retrieval.queries)}")
+        unknown = hits.keys() - retrieval.corpus.keys()
+        if unknown:
+            raise ValueError(f"run: query {query!r}: unknown document {min(unknown)!r}")
+    queries = list(retrieval.queries)
+    qrels = {query: retrieval.qrels[query] for query in queries}
+    known = retrieval.domains
+    items = QueryItems(
+        queries,
+        query_scores(run, qrels, measures),
+        None if known is None else [known[query] for query in queries],
+        fingerprint(retrieval.queries, retrieval.qrels, list(retrieval.corpus), known),
+    )
+    return evaluation_of(
+        "retrieval",
+        name,
+        items,
+        details={group: {"queries": size} for group, size in items.sizes.items()},
+        settings={"documents": len(retrieval.corpus), **(settings or {})},
+        bootstrap=bootstrap,
+    )
+
+
+def check_qrels(retrieval: Retrieval) -> None:
+    """Refuse judgements that cannot be scored; call it before anything is encoded.
+
+    Raises:
+        ValueError: a query without a relevant document, judgements of an unknown query or
+            document, or a query without a domain where others have one.
+    """
+    for query, judged in retrieval.qrels.items():
+        if query not in retrieval.queries:
+            raise ValueError(f"qrels: query {query!r} is not among the queries")
+        unknown = judged.keys() - retrieval.corpus.keys()
+        if unknown:
+            raise ValueError(f"qrels: query {query!r}: unknown document {min(unknown)!r}")
+    without = [
+        query
+        for query in retrieval.queries
+        if not any(grade > 0 for grade in retrieval.qrels.get(query, {}).values())
+    ]
+    if without:
+        raise ValueError(
+            f"qrels: {len(without)} of {len(retrieval.queries)} queries have no relevant document, "
+            f"as {without[0]!r}; leave them out"
+        )
+    if retrieval.domains is not None:
+        nameless = [query for query in retrieval.queries if query not in retrieval.domains]
+        if nameless:
+            raise ValueError(f"domains: {len(nameless)} queries have none, as {nameless[0]!r}")
 
 
 def retrieval_scores(
@@ -104,13 +276,13 @@ def retrieval_scores(
     measures: Sequence[str] = MEASURES,
     chunk_size: int = 4096,
 ) -> dict[str, NDArray[np.float64]]:
-    """Retrieval metrics of every query.
+    """Retrieval metrics of every query, from embeddings.
 
     Args:
         queries: [Q, d] embeddings, dense or sparse.
         documents: [N, d] likewise.
         qrels: for each query {document index: relevance}; at least one relevance must be positive.
-        measures: ``"nDCG@k"``, ``"MRR@k"``, ``"Recall@k"``, ``"MAP@k"``.
+        measures: see `evaluate_retrieval`.
         chunk_size: see `search`.
 
     Returns:
@@ -121,10 +293,8 @@ def retrieval_scores(
             range, or a number of judgements that is not the number of queries.
         ImportError: ir-measures is not installed.
     """
-    ir_measures = require("ir_measures")
-    parsed = {name: ir_measures.parse_measure(_ir_measures_name(name)) for name in measures}
-    _check_qrels(qrels, queries.shape[0], documents.shape[0])
-    depth = max((int(name.split("@")[1]) for name in measures), default=1)
+    depth = check_measures(measures)
+    _check_index_qrels(qrels, queries.shape[0], documents.shape[0])
     _, hits = search(queries, documents, k=depth, chunk_size=chunk_size)
     # trec_eval sorts again and breaks ties its own way: falling whole numbers keep the order of
     # `search`
@@ -133,24 +303,12 @@ def retrieval_scores(
         for q, row in enumerate(hits.tolist())
     }
     judged = {str(q): {str(d): int(r) for d, r in row.items()} for q, row in enumerate(qrels)}
-    names = {measure: name for name, measure in parsed.items()}
-    values = {name: np.zeros(len(qrels)) for name in measures}
-    for metric in ir_measures.iter_calc(list(parsed.values()), judged, run):
-        values[names[metric.measure]][int(metric.query_id)] = metric.value
-    return values
+    return query_scores(run, judged, measures)
 
 
-def _ir_measures_name(name: str) -> str:
-    base, _, cutoff = name.partition("@")
-    if base not in _IR_MEASURES_NAMES or not cutoff.isdigit() or int(cutoff) < 1:
-        raise ValueError(
-            f"measures: unknown measure {name!r}; allowed are "
-            f"{', '.join(f'{known}@k' for known in _IR_MEASURES_NAMES)} with k >= 1"
-        )
-    return f"{_IR_MEASURES_NAMES[base]}@{cutoff}"
-
-
-def _check_qrels(qrels: Sequence[Mapping[int, int]], num_queries: int, num_documents: int) -> None:
+def _check_index_qrels(
+    qrels: Sequence[Mapping[int, int]], num_queries: int, num_documents: int
+) -> None:
     if len(qrels) != num_queries:
         raise ValueError(f"qrels has {len(qrels)} entries for {num_queries} queries")
     for query, judged in enumerate(qrels):
@@ -189,63 +347,3 @@ def mean_scores(
         name: {measure: float(values[chosen].mean()) for measure, values in scores.items()}
         for name, chosen in groups.items()
     }
-
-
-def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Estimate:
-    """Mean over queries with its percentile bootstrap interval.
-
-    Args:
-        values: [Q], one number per query.
-        confidence: of the interval, between 0 and 1.
-        resamples: bootstrap samples.
-        seed: of the resampling; the same seed gives the same interval.
-
-    Raises:
-        ValueError: fewer than two values, or a confidence outside (0, 1).
-        ImportError: scipy is not installed.
-    """
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.ndim != 1 or len(sample) < 2:
-        raise ValueError(f"values must be [Q] with Q >= 2; got shape {sample.shape}")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
-    result = require("scipy.stats").bootstrap(
-        (sample,),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=resamples,
-        batch=256,  # bounds the memory: resamples are drawn 256 x Q at a time
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    interval = result.confidence_interval
-    return Estimate(float(sample.mean()), float(interval.low), float(interval.high))
-
-
-def paired_difference(
-    system: ArrayLike,
-    baseline: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Estimate:
-    """Mean of system minus baseline over the same queries, with its bootstrap interval.
-
-    Queries are resampled in pairs, so what makes a query hard for both systems cancels.
-
-    Args:
-        system, baseline: [Q] each, in the same order of queries.
-        confidence, resamples, seed: see `bootstrap_interval`.
-
-    Raises:
-        ValueError: different shapes, or as `bootstrap_interval`.
-    """
-    first, second = np.asarray(system, np.float64), np.asarray(baseline, np.float64)
-    if first.shape != second.shape:
-        raise ValueError(
-            f"system and baseline must have one shape; got {first.shape}, {second.shape}"
-        )
-    return bootstrap_interval(first - second, confidence=confidence, resamples=resamples, seed=seed)

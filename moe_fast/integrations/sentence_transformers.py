@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ except ImportError as error:
     ) from error
 
 import moe_fast.models  # noqa: F401  registers the architectures
-from moe_fast.files import atomic_write
+from moe_fast.files import atomic_folder, atomic_write
 from moe_fast.models.extract import extract_expert
+from moe_fast.models.join import check_same_tokenizers, join_encoders, mean_state
+from moe_fast.models.loading import check_checkpoint
 from moe_fast.models.model_card import describe_mixture
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.modeling import MoEModelMixin, replaced_files
 from moe_fast.models.upcycle import upcycle
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,9 @@ class MoESentenceTransformer(SentenceTransformer):
     model_type = "SentenceTransformer"  # what is saved is one, and loads as one
 
     def __init__(self, *args: Any, truncate: bool = False, **kwargs: Any) -> None:
+        path = args[0] if args else kwargs.get("model_name_or_path")
+        if isinstance(path, (str, os.PathLike)):
+            check_checkpoint(path)
         super().__init__(*args, **kwargs)
         if not isinstance(self.transformers_model, MoEModelMixin):
             raise TypeError(
@@ -195,6 +201,18 @@ class MoESentenceTransformer(SentenceTransformer):
             limit,
         )
 
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """As ``SentenceTransformer.save``, but whole or not at all.
+
+        An old model in ``path`` stays until the new one takes its place in one step; files of
+        others are kept, as in :func:`moe_fast.files.atomic_folder`.
+        """
+        if path is None:  # nothing to do, as for the stock class
+            return
+        with atomic_folder(path, replaces=replaced_files(self.transformers_model)) as temporary:
+            super().save(str(temporary), *args, **kwargs)
+        self.model_card_data.save_dir = str(path)
+
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
         """As sentence-transformers', with a section that says how the mixture was made."""
         model = self.transformers_model
@@ -255,15 +273,78 @@ def upcycle_sentence_transformer(
     model: SentenceTransformer, **settings: Any
 ) -> MoESentenceTransformer:
     """What :func:`moe_fast.upcycle` does with a ``SentenceTransformer``."""
-    encoder = _encoder(model)
+    settings = _completed(model, settings)
+    return _with_encoder(MoESentenceTransformer, model, upcycle(_encoder(model), **settings))
+
+
+def join_sentence_transformers(
+    models: Sequence[SentenceTransformer], *, shared: str, **settings: Any
+) -> MoESentenceTransformer:
+    """What :func:`moe_fast.from_experts` does with several ``SentenceTransformer``s.
+
+    Modules behind the encoder that have weights (``Dense``) follow ``shared``.
+    """
+    first = models[0]
+    encoders = [_encoder(model) for model in models]
+    for i, model in enumerate(models[1:], 1):
+        _check_same_pipeline(first, model, i)
+    check_same_tokenizers([model.tokenizer for model in models])
+    settings = _completed(first, settings)
+    joined = _with_encoder(
+        MoESentenceTransformer, first, join_encoders(encoders, shared=shared, **settings)
+    )
+    if shared == "mean":
+        for name in list(first._modules)[1:]:
+            states = [model.get_submodule(name).state_dict() for model in models]
+            joined.get_submodule(name).load_state_dict(mean_state(states))
+    return joined
+
+
+def _completed(model: SentenceTransformer, settings: dict[str, Any]) -> dict[str, Any]:
+    """upcycle's settings, with what a ``SentenceTransformer`` knows or needs."""
     if settings["routing"] == "enforced" and not settings["domains"]:
         raise ValueError(
             "domains must be given with routing='enforced' for a SentenceTransformer, whose encode "
             "chooses the expert by domain; got none."
         )
-    if settings["cls_token_id"] is None and model.tokenizer is not None:
-        settings["cls_token_id"] = model.tokenizer.cls_token_id
-    return _with_encoder(MoESentenceTransformer, model, upcycle(encoder, **settings))
+    if settings.get("cls_token_id") is None and model.tokenizer is not None:
+        settings = {**settings, "cls_token_id": model.tokenizer.cls_token_id}
+    return settings
+
+
+def _check_same_pipeline(first: SentenceTransformer, other: SentenceTransformer, i: int) -> None:
+    """All but the weights must agree, or what differs would be dropped unseen."""
+    want, have = _pipeline(first), _pipeline(other)
+    differences = [
+        f"{name}: {have.get(name)!r} instead of {want.get(name)!r}"
+        for name in sorted({*want, *have})
+        if want.get(name) != have.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"models must differ in their weights alone; model {i} differs from model 0 in "
+            f"{'; '.join(differences)}."
+        )
+
+
+def _pipeline(model: SentenceTransformer) -> dict[str, Any]:
+    names = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
+    settings = {name: getattr(model, name) for name in (*names, "max_seq_length")}
+    for i, module in enumerate(model):
+        settings[f"module {i}"] = type(module).__name__
+        if hasattr(module, "get_config_dict"):
+            config = module.get_config_dict()
+            settings.update((f"module {i}'s {key}", value) for key, value in config.items())
+    return settings
+
+
+def with_mapped_encoder(
+    model: SentenceTransformer, change: Callable[[Any], nn.Module]
+) -> MoESentenceTransformer:
+    """A copy of a mixture whose encoder is ``change`` of the old one."""
+    new = _with_encoder(MoESentenceTransformer, model, change(_encoder(model)))
+    new.truncate = getattr(model, "truncate", False)
+    return new
 
 
 def extract_sentence_transformer(

@@ -1,10 +1,28 @@
 """Losses in sentence-transformers' style: ``loss(model, ...)``, then ``loss(features, labels)``.
 
 They are plain ``nn.Module``s and need torch only; :mod:`moe_fast.losses.functional` holds the same
-mathematics as functions of embeddings.
+mathematics as functions of tensors. Over embeddings: :class:`InfoNCELoss`,
+:class:`ContrastiveLearningPenaltyLoss`, :class:`MultipleNegativesRankingPlusLoss`,
+:class:`SigmoidLoss`. Around one of these: :class:`DistillationLoss`, :class:`MatryoshkaLoss`.
+Around any loss of a mixture of experts: :class:`RouterLoss`.
 """
 
 from moe_fast.losses import functional
+from moe_fast.losses.clp import ContrastiveLearningPenaltyLoss
+from moe_fast.losses.distillation import DistillationLoss
 from moe_fast.losses.info_nce import InfoNCELoss
+from moe_fast.losses.matryoshka import MatryoshkaLoss
+from moe_fast.losses.mnr_plus import MultipleNegativesRankingPlusLoss
+from moe_fast.losses.router import RouterLoss
+from moe_fast.losses.sigmoid import SigmoidLoss
 
-__all__ = ["InfoNCELoss", "functional"]
+__all__ = [
+    "ContrastiveLearningPenaltyLoss",
+    "DistillationLoss",
+    "InfoNCELoss",
+    "MatryoshkaLoss",
+    "MultipleNegativesRankingPlusLoss",
+    "RouterLoss",
+    "SigmoidLoss",
+    "functional",
+]

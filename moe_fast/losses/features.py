@@ -20,10 +20,10 @@ def encoder_features(model: nn.Module, features: Mapping[str, Any]) -> dict[str,
     """A shallow copy of ``features`` without the keys this encoder has no use for.
 
     Wrappers (DDP, ``torch.compile``) are looked through. ``domain_ids`` stay where the encoder
-    knows domains, ``expert_ids`` where it is routed by them, ``text_hash`` never.
+    knows domains, ``expert_ids`` where it is routed by them, ``text_hash`` and ``group_ids`` never.
     """
-    config = _encoder_config(model)
-    drop = {"text_hash"}
+    config = encoder_config(model)
+    drop = {"text_hash", "group_ids"}
     if not getattr(config, "domains", None):
         drop.add("domain_ids")
     if not getattr(config, "num_experts", None) or getattr(config, "routing", "") != "enforced":
@@ -31,7 +31,7 @@ def encoder_features(model: nn.Module, features: Mapping[str, Any]) -> dict[str,
     return {key: value for key, value in features.items() if key not in drop}
 
 
-def _encoder_config(model: nn.Module) -> Any:
+def encoder_config(model: nn.Module) -> Any:
     """The config of the first module that has one; None for an encoder without."""
     configs = (getattr(module, "config", None) for module in model.modules())
     return next((config for config in configs if config is not None), None)

@@ -10,6 +10,9 @@ from moe_fast.models.configuration import (
     MoEXLMRobertaConfig,
 )
 from moe_fast.models.extract import extract_expert
+from moe_fast.models.grow import add_expert, remove_expert
+from moe_fast.models.importing import IMPORT_STYLES, KeyRule, import_checkpoint
+from moe_fast.models.join import from_experts
 from moe_fast.models.modeling import (
     MoEBertModel,
     MoEModelOutput,
@@ -27,6 +30,8 @@ for _architecture in ARCHITECTURES:
     AutoModel.register(_config, _architecture.moe_model, exist_ok=True)
 
 __all__ = [
+    "IMPORT_STYLES",
+    "KeyRule",
     "MoEBertConfig",
     "MoEBertModel",
     "MoEModelOutput",
@@ -37,7 +42,11 @@ __all__ = [
     "MoERobertaModel",
     "MoEXLMRobertaConfig",
     "MoEXLMRobertaModel",
+    "add_expert",
     "extract_expert",
+    "from_experts",
+    "import_checkpoint",
+    "remove_expert",
     "set_trainable",
     "upcycle",
 ]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from moe_fast.models.architectures import Architecture, architecture_of
 from moe_fast.models.configuration import MoEConfigFields
 from moe_fast.models.modeling import MoEModelMixin
-from moe_fast.models.upcycle import embedding_name, load_exactly
+from moe_fast.models.weights import check_no_adapter, embedding_name, load_exactly
 
 
 def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = False) -> Any:
@@ -32,6 +32,7 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
     Raises:
         TypeError: for a model that is no mixture.
         ValueError: for an expert that is out of range or unknown; the message lists the allowed.
+            For a model with PEFT adapters: merge them first.
     """
     if not isinstance(model, PreTrainedModel) and hasattr(model, "encode"):
         # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
@@ -40,7 +41,8 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
         return extract_sentence_transformer(model, expert, keep_domain_tokens=keep_domain_tokens)
     if not isinstance(model, MoEModelMixin):
         raise TypeError(f"model must be a mixture of experts; got {type(model).__name__}.")
-    index = _expert_index(model.config, expert)
+    check_no_adapter(model)
+    index = expert_index(model.config, expert)
     architecture = architecture_of(model)
     weights = _dense_state(architecture, model, index)
     config = _dense_config(architecture, model, keep_domain_tokens)
@@ -52,18 +54,23 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
     return dense.train(model.training)
 
 
-def _expert_index(config: MoEConfigFields, expert: int | str) -> int:
+def expert_index(config: MoEConfigFields, expert: int | str, name: str = "expert") -> int:
+    """The index of an expert given by it or by its domain; ``name`` is the argument's.
+
+    Raises:
+        TypeError, ValueError: as :func:`extract_expert`.
+    """
     if isinstance(expert, str):
         if config.routing != "enforced":
             raise ValueError(
-                "expert must be an index where routing is learned (a domain has no expert of its "
+                f"{name} must be an index where routing is learned (a domain has no expert of its "
                 f"own); got {expert!r} and routing={config.routing!r}."
             )
         return config.domain_id(expert)
     if isinstance(expert, bool) or not isinstance(expert, int):
-        raise TypeError(f"expert must be an int or a domain's name; got {expert!r}.")
+        raise TypeError(f"{name} must be an int or a domain's name; got {expert!r}.")
     if not 0 <= expert < config.num_experts:
-        raise ValueError(f"expert must lie in [0, {config.num_experts}); got {expert}.")
+        raise ValueError(f"{name} must lie in [0, {config.num_experts}); got {expert}.")
     return expert
 
 

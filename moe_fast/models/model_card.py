@@ -70,10 +70,16 @@ def describe_mixture(config: Any, total: int, active: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def has_foreign_card(folder: str | os.PathLike) -> bool:
+    """Whether ``folder`` has a ``README.md`` that :func:`write_model_card` did not write."""
+    path = Path(folder) / "README.md"
+    return path.exists() and _OURS not in path.read_text(encoding="utf-8")
+
+
 def write_model_card(model: MoEModelMixin, folder: str | os.PathLike) -> None:
     """Write ``README.md`` into ``folder``, unless there is one that this did not write."""
     path = Path(folder) / "README.md"
-    if path.exists() and _OURS not in path.read_text(encoding="utf-8"):
+    if has_foreign_card(folder):
         return
     text = _FRONT_MATTER.format(title=type(model).__name__) + describe_mixture(
         model.config, model.num_parameters(), model.num_parameters(only_active=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
+from moe_fast.files import atomic_folder
 from moe_fast.layers import (
     MoEBertLayer,
     MoEMLP,
@@ -36,7 +39,8 @@ from moe_fast.models.configuration import (
     MoERobertaConfig,
     MoEXLMRobertaConfig,
 )
-from moe_fast.models.model_card import write_model_card
+from moe_fast.models.loading import check_checkpoint, shortened
+from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
 from moe_fast.ops.checks import check_shape, compute_dtype
 from moe_fast.version import __version__
@@ -47,6 +51,21 @@ _ROUTING_RECORDERS = {
         MoERouter, index=RouterOutput._fields.index("tokens_per_expert")
     ),
 }
+
+
+def replaced_files(model: PreTrainedModel, variant: str | None = None) -> tuple[str, ...]:
+    """Patterns of the weight files of an earlier save, which must not outlive a new one.
+
+    There are none for a model with an adapter, which is saved alone, beside whatever is there.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return ()
+    part = "" if variant is None else f".{variant}"
+    return (
+        f"model{part}.safetensors",
+        f"model{part}-?????-of-?????.safetensors",
+        f"model.safetensors.index{part}.json",
+    )
 
 
 @dataclass
@@ -84,7 +103,12 @@ class MoEModelMixin(PreTrainedModel):
 
     def moe_mlps(self) -> dict[int, MoEMLP]:
         """The MoE layers' mixtures, by layer index."""
-        return {i: self.encoder_layers[i].mlp for i in self.config.moe_layers}
+        mlps = {i: self.encoder_layers[i].mlp for i in self.config.moe_layers}
+        # PEFT wraps a module whose parameters it adapts.
+        return {
+            i: mlp.get_base_layer() if hasattr(mlp, "get_base_layer") else mlp
+            for i, mlp in mlps.items()
+        }
 
     def post_init(self) -> None:
         """Swap layers before transformers initialises weights and reads the modules' plans."""
@@ -128,15 +152,51 @@ class MoEModelMixin(PreTrainedModel):
             idle += sum(p[0].numel() for p in experts) * (mlp.num_experts - mlp.num_experts_per_tok)
         return total - idle
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', with a model card that says how the model was made.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but strict: nothing is left to a random initialisation.
 
-        A ``README.md`` that somebody else wrote is kept.
+        Raises:
+            ValueError: for a damaged file, which the message names, and for weights that the
+                checkpoint lacks (a pooler's alone may be missing, as some models are saved
+                without one).
+            FileNotFoundError: for a missing configuration, weights file or shard.
+        """
+        if isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+            check_checkpoint(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(n for n in info["missing_keys"] if not n.startswith("pooler."))
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks weights of {cls.__name__}: "
+                f"{shortened(missing)}."
+            )
+        return (model, info) if wanted else model
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As transformers', but whole or not at all, and with a model card.
+
+        An old model in ``save_directory`` stays until the new one takes its place in one step;
+        files of others, and a ``README.md`` that somebody else wrote, are kept: see
+        :func:`moe_fast.files.atomic_folder`. With ``distributed_checkpoint=True``, where every
+        process writes files of its own, the files are written in place.
         """
         self.config.moe_fast_version = __version__
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_model_card(self, save_directory)
+        if not is_main_process or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).resolve().name)
+        replaced = replaced_files(self, kwargs.get("variant"))
+        with atomic_folder(save_directory, replaces=replaced) as temporary:
+            super().save_pretrained(str(temporary), is_main_process=True, **kwargs)
+            if not has_foreign_card(save_directory):
+                write_model_card(self, temporary)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but refused where domain tokens are the vocabulary's last rows."""

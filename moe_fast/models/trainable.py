@@ -8,12 +8,17 @@ from moe_fast.ops.checks import check_choice
 TRAINABLE = ("all", "experts", "experts+router")
 
 
-def set_trainable(model: MoEModelMixin, trainable: str) -> None:
-    """Set ``requires_grad`` of every parameter of ``model``.
+def set_trainable(
+    model: MoEModelMixin, trainable: str = "all", *, freeze_embeddings: bool = False
+) -> None:
+    """Set ``requires_grad`` of every parameter of ``model``. Frozen ones get no optimizer state.
 
     Args:
         trainable: "all"; "experts", the stacked expert parameters alone; or "experts+router".
             Yu, arXiv 2412.17364, trains the experts of one projection alone.
+        freeze_embeddings: with "all", leave the embeddings as they are: tokens (domain tokens
+            too), positions and types, and their normalisation. They are the larger part of a
+            small multilingual model.
 
     Raises:
         ValueError: for an unknown name.
@@ -21,6 +26,7 @@ def set_trainable(model: MoEModelMixin, trainable: str) -> None:
     check_choice("trainable", trainable, TRAINABLE)
     model.requires_grad_(trainable == "all")
     if trainable == "all":
+        model.embeddings.requires_grad_(not freeze_embeddings)
         return
     for mlp in model.moe_mlps().values():
         for _, parameter in mlp.expert_parameters():

@@ -6,7 +6,6 @@ any training the mixture computes what the dense model does, wherever a token's 
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -14,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 
 from moe_fast.models.architectures import Architecture, architecture_of
+from moe_fast.models.loading import load_dense, tokenizer_beside
 from moe_fast.models.modeling import MoEModelMixin
 from moe_fast.models.trainable import set_trainable
+from moe_fast.models.weights import embedding_name, load_exactly
 from moe_fast.ops.checks import check_choice
 
 ROUTER_INITS = ("normal", "kaiming_uniform")
@@ -78,14 +78,14 @@ def upcycle(
     check_choice("router_init", router_init, ROUTER_INITS)
     model = model_or_path
     if isinstance(model, (str, os.PathLike)):
-        model = _load(os.fspath(model), cls_token_id)
+        model = load_dense(os.fspath(model))
         if (
             cls_token_id is None
             and domains
             and domain_tokens
             and isinstance(model, PreTrainedModel)
         ):
-            settings["cls_token_id"] = _cls_token_id_beside(os.fspath(model_or_path))
+            settings["cls_token_id"] = cls_token_id_beside(os.fspath(model_or_path))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model_or_path must be a model or a path; got {type(model).__name__}.")
     if not isinstance(model, PreTrainedModel) and hasattr(model, "encode"):
@@ -96,23 +96,9 @@ def upcycle(
     return _upcycle_model(model, **settings)
 
 
-def _load(path: str, cls_token_id: int | None) -> Any:
-    """A SentenceTransformer where the folder or repository is one, else the bare encoder."""
-    if cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False):
-        from moe_fast.integrations.sentence_transformers import load_sentence_transformer
-
-        return load_sentence_transformer(path)
-    return AutoModel.from_pretrained(path)
-
-
-def _cls_token_id_beside(path: str) -> int | None:
+def cls_token_id_beside(path: str) -> int | None:
     """[CLS]'s id from the tokenizer in the same folder, where there is one."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path).cls_token_id
-    except (OSError, ValueError):
-        return None
+    return getattr(tokenizer_beside(path), "cls_token_id", None)
 
 
 def _upcycle_model(
@@ -238,12 +224,6 @@ def _moe_state(
     return state
 
 
-def embedding_name(model: PreTrainedModel) -> str:
-    """The state-dict name of the token embeddings."""
-    embeddings = model.get_input_embeddings()
-    return next(f"{n}.weight" for n, m in model.named_modules() if m is embeddings)
-
-
 def _append_domain_tokens(moe: MoEModelMixin, state: dict[str, Tensor]) -> None:
     count = len(moe.config.domain_token_ids)
     if count:
@@ -268,19 +248,3 @@ def _router_weights(
             nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
         weights[name] = value.to(device=model.device, dtype=model.dtype)
     return weights
-
-
-def load_exactly(
-    new: PreTrainedModel, weights: dict[str, Tensor], buffers_of: PreTrainedModel
-) -> None:
-    """Give ``new``, built on the meta device, all its weights, and another model's buffers.
-
-    Every parameter must be named: nothing is left to a random initialisation.
-    """
-    new.load_state_dict(weights, strict=True, assign=True)
-    for name, buffer in buffers_of.named_buffers():
-        module_name, _, leaf = name.rpartition(".")
-        module = new.get_submodule(module_name)
-        module.register_buffer(
-            leaf, copy.deepcopy(buffer), persistent=leaf not in module._non_persistent_buffers_set
-        )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_fast.ops import native
 from moe_fast.ops.checks import check_choice
 
 OPS = ("route", "plan", "expert_mlp", "expert_linear", "info_nce")
@@ -30,22 +31,28 @@ class Implementation:
     Attributes:
         run: the implementation, with the op's own internal signature.
         unavailable: why it cannot run on a device type (``"cpu"``, ``"cuda"``), or ``None``.
+        leaves_to_torch: compute dtypes that it hands to the reference.
     """
 
     run: Callable
     unavailable: Callable[[str], str | None]
+    leaves_to_torch: tuple[torch.dtype, ...] = ()
 
 
 _registry: dict[tuple[str, str], Implementation] = {}
 
 
 def register(
-    op: str, backend: str, run: Callable, unavailable: Callable[[str], str | None] = lambda _: None
+    op: str,
+    backend: str,
+    run: Callable,
+    unavailable: Callable[[str], str | None] = lambda _: None,
+    leaves_to_torch: tuple[torch.dtype, ...] = (),
 ) -> None:
     """Offer ``run`` as ``backend``'s implementation of ``op``. Called once per op file."""
     check_choice("op", op, OPS)
     check_choice("backend", backend, BACKENDS)
-    _registry[op, backend] = Implementation(run, unavailable)
+    _registry[op, backend] = Implementation(run, unavailable, leaves_to_torch)
 
 
 def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
@@ -56,10 +63,13 @@ def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
     return implementation.unavailable(device_type)
 
 
-def select(op: str, backend: str | None, device: torch.device) -> Callable:
+def select(
+    op: str, backend: str | None, device: torch.device, dtype: torch.dtype | None = None
+) -> Callable:
     """The implementation of ``op`` to run for tensors on ``device``.
 
     Args:
+        dtype: what is computed in, for ops of which backends leave some dtypes to the reference.
         backend: a backend's name, ``"auto"``, or ``None`` for the default (``use_backend``, else
             the environment variable ``MOE_FAST_BACKEND`` at import, else ``"auto"``).
 
@@ -72,7 +82,7 @@ def select(op: str, backend: str | None, device: torch.device) -> Callable:
     if chosen != "auto":
         reason = why_unavailable(op, chosen, device.type)
         if reason is None:
-            return _registry[op, chosen].run
+            return _for_dtype(op, chosen, dtype)
         if backend is not None:
             offered = ", ".join(available_backends(op, device.type))
             raise ValueError(
@@ -85,8 +95,13 @@ def select(op: str, backend: str | None, device: torch.device) -> Callable:
         if name == "triton" and device.type == "cpu":
             continue  # Triton's interpreter: for tests, never by itself
         if why_unavailable(op, name, device.type) is None:
-            return _registry[op, name].run
+            return _for_dtype(op, name, dtype)
     raise AssertionError("unreachable: the torch backend runs everywhere")
+
+
+def _for_dtype(op: str, backend: str, dtype: torch.dtype | None) -> Callable:
+    implementation = _registry[op, backend]
+    return _registry[op, "torch" if dtype in implementation.leaves_to_torch else backend].run
 
 
 def available_backends(op: str | None = None, device_type: str = "cpu") -> list[str]:
@@ -101,12 +116,19 @@ def show_backends() -> None:
     """Print, for every op, which backends can run it here and why the others cannot."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     print(f"default: {_default}  (use_backend(...), or MOE_FAST_BACKEND before import)")
+    print(f"cpp multiplies matrices with: {native.cpu_capability or 'nothing'}")
     for device_type in devices:
         for op in OPS:
             for backend in BACKENDS:
                 reason = why_unavailable(op, backend, device_type)
-                state = "available" if reason is None else f"no: {reason}"
+                state = _describe(op, backend) if reason is None else f"no: {reason}"
                 print(f"{device_type:5s} {op:14s} {backend:7s} {state}")
+
+
+def _describe(op: str, backend: str) -> str:
+    left = _registry[op, backend].leaves_to_torch
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in left)
+    return f"available, leaves {names} to torch" if left else "available"
 
 
 @contextmanager

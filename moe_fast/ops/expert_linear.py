@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fast.ops import backends
+from moe_fast.ops import backends, native
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     autocast_to,
@@ -66,7 +66,8 @@ def expert_linear(
     check_like("x", x, weight=weight, bias=bias)
     check_plan(x, top_k_weights, plan, weight.shape[0])
     x, weight, bias = autocast_to(x.device, x, weight, bias)
-    run = backends.select("expert_linear", backend, x.device)
+    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
+    run = backends.select("expert_linear", backend, x.device, computed_in)
     return run(
         x,
         weight,
@@ -100,7 +101,26 @@ def _expert_linear_op(
     return combine(rows, slot_to_row, top_k_weights)
 
 
+@torch.library.custom_op("moe_fast::expert_linear_cpp", mutates_args=())
+def _expert_linear_cpp_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> Tensor:
+    """kernels/csrc/cpu/expert_linear.cpp."""
+    return native.call(
+        torch.ops.moe_fast_cpp.expert_linear,
+        *(x, weight, bias, top_k_weights, expert_offsets, row_to_token, row_to_slot, slot_to_row),
+    )
+
+
 @_expert_linear_op.register_fake
+@_expert_linear_cpp_op.register_fake
 def fake(x, weight, *rest):
     """Shape of the forward op's result, on every backend."""
     return x.new_empty((x.shape[0], weight.shape[1]))
@@ -142,7 +162,27 @@ def _expert_linear_backward_op(
     return grad_x, grad_weight, grad_bias, grad_weights
 
 
+@torch.library.custom_op("moe_fast::expert_linear_cpp_backward", mutates_args=())
+def _expert_linear_cpp_backward_op(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return native.call(
+        torch.ops.moe_fast_cpp.expert_linear_backward,
+        *(grad_y, x, weight, bias, top_k_weights),
+        *(expert_offsets, row_to_token, row_to_slot, slot_to_row),
+    )
+
+
 @_expert_linear_backward_op.register_fake
+@_expert_linear_cpp_backward_op.register_fake
 def fake_backward(grad_y, x, weight, bias, top_k_weights, *rest):
     """Shapes of the backward op's results, on every backend."""
     return (
@@ -170,4 +210,14 @@ def backward(op, ctx, grad_y):
 _expert_linear_op.register_autograd(
     functools.partial(backward, _expert_linear_backward_op), setup_context=save_for_backward
 )
+_expert_linear_cpp_op.register_autograd(
+    functools.partial(backward, _expert_linear_cpp_backward_op), setup_context=save_for_backward
+)
 backends.register("expert_linear", "torch", _expert_linear_op)
+backends.register(
+    "expert_linear",
+    "cpp",
+    _expert_linear_cpp_op,
+    native.why_no_products,
+    leaves_to_torch=(torch.float64,),
+)

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from moe_fast.ops import backends, triton_backend
+from moe_fast.ops import triton_backend
 from moe_fast.ops.expert_linear import backward, fake, fake_backward, save_for_backward
 
 
@@ -21,6 +21,7 @@ def forward(
     row_to_slot: Tensor,
     slot_to_row: Tensor,
 ) -> Tensor:
+    """y [T, O], as the reference op."""
     from moe_fast.triton_ops.combine import combine
     from moe_fast.triton_ops.linear import linear
 
@@ -42,6 +43,7 @@ def gradients(
     row_to_slot: Tensor,
     slot_to_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and routing weights, as the reference's backward op."""
     from moe_fast.triton_ops.column_sum import column_sum
     from moe_fast.triton_ops.combine import combine
     from moe_fast.triton_ops.grad_weight import grad_weight
@@ -69,4 +71,4 @@ _expert_linear_backward_op.register_fake(fake_backward)
 _expert_linear_op.register_autograd(
     functools.partial(backward, _expert_linear_backward_op), setup_context=save_for_backward
 )
-backends.register("expert_linear", "triton", _expert_linear_op, triton_backend.why_unavailable)
+triton_backend.offer("expert_linear", _expert_linear_op)

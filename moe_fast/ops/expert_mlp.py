@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fast.ops import backends
+from moe_fast.ops import backends, native
 from moe_fast.ops.activations import ACTIVATIONS, activate, activate_backward
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
@@ -81,7 +81,8 @@ def expert_mlp(
     )
     tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    run = backends.select("expert_mlp", backend, x.device)
+    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
+    run = backends.select("expert_mlp", backend, x.device, computed_in)
     y, _ = run(
         *tensors,
         plan.expert_offsets,
@@ -157,7 +158,32 @@ def _of(bias: Tensor | None, expert: int) -> Tensor | None:
     return None if bias is None else bias[expert]
 
 
+@torch.library.custom_op("moe_fast::expert_mlp_cpp", mutates_args=())
+def _expert_mlp_cpp_op(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    act: str,
+    gated: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """kernels/csrc/cpu/expert_mlp.cpp."""
+    return native.call(
+        torch.ops.moe_fast_cpp.expert_mlp,
+        *(x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights),
+        *(expert_offsets, row_to_token, row_to_slot, slot_to_row, act, gated, save),
+    )
+
+
 @_expert_mlp_op.register_fake
+@_expert_mlp_cpp_op.register_fake
 def fake(x, up_proj, *rest):
     """Shapes of the forward op's results, on every backend."""
     row_to_token, save = rest[5], rest[-1]
@@ -213,7 +239,32 @@ def _expert_mlp_backward_op(
     return grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights
 
 
+@torch.library.custom_op("moe_fast::expert_mlp_cpp_backward", mutates_args=())
+def _expert_mlp_cpp_backward_op(
+    grad_y: Tensor,
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    saved: Tensor,
+    act: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return native.call(
+        torch.ops.moe_fast_cpp.expert_mlp_backward,
+        *(grad_y, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights),
+        *(expert_offsets, row_to_token, row_to_slot, slot_to_row, saved, act, gated),
+    )
+
+
 @_expert_mlp_backward_op.register_fake
+@_expert_mlp_cpp_backward_op.register_fake
 def fake_backward(
     grad_y, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *rest
 ):
@@ -256,4 +307,14 @@ def backward(op, ctx, grad_y, _):
 _expert_mlp_op.register_autograd(
     functools.partial(backward, _expert_mlp_backward_op), setup_context=save_for_backward
 )
+_expert_mlp_cpp_op.register_autograd(
+    functools.partial(backward, _expert_mlp_cpp_backward_op), setup_context=save_for_backward
+)
 backends.register("expert_mlp", "torch", _expert_mlp_op)
+backends.register(
+    "expert_mlp",
+    "cpp",
+    _expert_mlp_cpp_op,
+    native.why_no_products,
+    leaves_to_torch=(torch.float64,),
+)

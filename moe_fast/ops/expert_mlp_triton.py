@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from moe_fast.ops import backends, triton_backend
+from moe_fast.ops import triton_backend
 from moe_fast.ops.expert_mlp import backward, fake, fake_backward, save_for_backward
 
 # The kernels' names of activations, by transformers'.
@@ -41,6 +41,7 @@ def forward(
     gated: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
+    """y [T, D] and z (no rows unless ``save``), as the reference op."""
     from moe_fast.triton_ops.combine import combine
     from moe_fast.triton_ops.linear import linear
     from moe_fast.triton_ops.up import up
@@ -70,6 +71,7 @@ def gradients(
     act: str,
     gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the six tensors, as the reference's backward op."""
     from moe_fast.triton_ops.column_sum import column_sum
     from moe_fast.triton_ops.grad_hidden import grad_hidden
     from moe_fast.triton_ops.grad_weight import grad_weight
@@ -127,4 +129,4 @@ _expert_mlp_backward_op.register_fake(fake_backward)
 _expert_mlp_op.register_autograd(
     functools.partial(backward, _expert_mlp_backward_op), setup_context=save_for_backward
 )
-backends.register("expert_mlp", "triton", _expert_mlp_op, triton_backend.why_unavailable)
+triton_backend.offer("expert_mlp", _expert_mlp_op)

@@ -115,13 +115,9 @@ def info_nce(
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}.")
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
-    _check(a, b, negatives, weights, col_ids, **ids)
-    dtype = compute_dtype(a.dtype)
-    scale = _as_scale(scale, a.device, dtype)
-    candidates = b if negatives is None else torch.cat((b, negatives))
-    q, k = a.to(dtype), candidates.to(dtype)
-    if similarity == "cosine":
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    check_pairs(a, b, negatives, weights, col_ids, **ids)
+    q, k = queries_and_keys(a, b, negatives, similarity)
+    scale = as_scale(scale, q.device, q.dtype)
     run = backends.select("info_nce", backend, a.device)
     loss, row_loss, rank = run(
         q, k, scale, row_ids, col_ids, domain_ids, group_ids, weights, label_smoothing, symmetric
@@ -129,10 +125,23 @@ def info_nce(
     if not return_stats:
         return loss
     row_loss = row_loss.detach()
-    return loss, InfoNCEStats(row_loss, rank, (rank == 1).to(dtype).mean())
+    return loss, InfoNCEStats(row_loss, rank, (rank == 1).to(q.dtype).mean())
 
 
-def _as_scale(scale: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def queries_and_keys(
+    a: Tensor, b: Tensor, negatives: Tensor | None, similarity: str
+) -> tuple[Tensor, Tensor]:
+    """q [B, d] and k [N, d], whose products are the similarities, in at least float32."""
+    dtype = compute_dtype(a.dtype)
+    candidates = b if negatives is None else torch.cat((b, negatives))
+    q, k = a.to(dtype), candidates.to(dtype)
+    if similarity == "cosine":
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    return q, k
+
+
+def as_scale(scale: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``scale`` as a [] tensor, or an error for a number that is no 1 / temperature."""
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(f"scale must have one element; got shape {list(scale.shape)}.")
@@ -144,7 +153,7 @@ def _as_scale(scale: float | Tensor, device: torch.device, dtype: torch.dtype) -
     return torch.full((), scale, device=device, dtype=dtype)
 
 
-def _check(
+def check_pairs(
     a: Tensor,
     b: Tensor,
     negatives: Tensor | None,
@@ -152,6 +161,7 @@ def _check(
     col_ids: Tensor | None,
     **row_values: Tensor | None,
 ) -> None:
+    """Raise unless shapes, dtypes and devices are those that :func:`info_nce` asks for."""
     check_dtype("a", a, FLOAT_DTYPES)
     check_shape("a", a, (None, None), "[B, d]")
     batch, dim = a.shape
@@ -168,7 +178,7 @@ def _check(
             )
         num_candidates += negatives.shape[0]
     check_like("a", a, b=b, negatives=negatives)
-    if (row_values["row_ids"] is None) != (col_ids is None):
+    if (row_values.get("row_ids") is None) != (col_ids is None):
         given, missing = ("row_ids", "col_ids") if col_ids is None else ("col_ids", "row_ids")
         raise ValueError(f"row_ids and col_ids go together; got {given} without {missing}.")
     for name, values in row_values.items():
@@ -188,7 +198,7 @@ def _check(
 # --- the reference -------------------------------------------------------------------------------
 
 
-def _positives_and_candidates(
+def positives_and_candidates(
     batch: int,
     num_candidates: int,
     device: torch.device,
@@ -245,7 +255,7 @@ def _directions(
     """(logits, positive, candidate, softmax - target, loss) of a to b, then of b to a."""
     batch = q.shape[0]
     logits = scale * (q @ k.t())
-    positive, candidate = _positives_and_candidates(
+    positive, candidate = positives_and_candidates(
         batch, k.shape[0], q.device, row_ids, col_ids, domain_ids, group_ids
     )
     views = [(logits, positive, candidate)]

@@ -124,10 +124,7 @@ def _plan_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 @torch.library.custom_op("moe_fast::plan_cpp", mutates_args=())
 def _plan_cpp_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """kernels/csrc/cpu/plan.cpp: a parallel counting sort."""
-    try:
-        return torch.ops.moe_fast_cpp.plan(top_k_index.contiguous(), num_experts)
-    except RuntimeError as error:  # what a native op can raise
-        raise ValueError(str(error)) from None
+    return native.call(torch.ops.moe_fast_cpp.plan, top_k_index, num_experts)
 
 
 @_plan_op.register_fake

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_fast.ops import backends, triton_backend
+from moe_fast.ops import triton_backend
 from moe_fast.ops.plan import check_not_negative, fake
 
 
@@ -19,4 +19,4 @@ def _plan_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 
 
 _plan_op.register_fake(fake)
-backends.register("plan", "triton", _plan_op, triton_backend.why_unavailable)
+triton_backend.offer("plan", _plan_op)

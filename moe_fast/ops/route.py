@@ -173,7 +173,8 @@ def route(
             f"mode={mode!r} needs sentences: give x as [B, L, D], or cu_seqlens beside [T, D]; "
             f"got x {list(x.shape)} and no cu_seqlens."
         )
-    run = backends.select("route", backend, x.device)
+    computed_in = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
+    run = backends.select("route", backend, x.device, computed_in)
     weights, logits, index, counts = run(
         tokens, router_weight, num_experts_per_tok, mode, weight_mode, mask, starts
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fast.ops import backends, triton_backend
+from moe_fast.ops import triton_backend
 from moe_fast.ops.checks import compute_dtype
 from moe_fast.ops.route import (
     SENTENCE_MODES,
@@ -81,12 +81,4 @@ _route_backward_op.register_fake(fake_backward)
 _route_op.register_autograd(
     functools.partial(backward, _route_backward_op), setup_context=save_for_backward
 )
-
-
-def _run(x: Tensor, *args: Any) -> Any:
-    """The op; float64 on a GPU, which Triton 3.7 cannot compile here, by the reference."""
-    compiled = x.is_cuda and x.dtype == torch.float64
-    return torch.ops.moe_fast.route(x, *args) if compiled else _route_op(x, *args)
-
-
-backends.register("route", "triton", _run, triton_backend.why_unavailable)
+triton_backend.offer("route", _route_op)

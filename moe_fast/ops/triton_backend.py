@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fast.ops import backends
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # As Triton reads it, when the kernels are imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -43,6 +45,16 @@ def _gpu_too_old() -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+
+
+def offer(op: str, run: Callable) -> None:
+    """Register ``run`` as the triton backend of ``op``.
+
+    float64 is for oracles: on a GPU the reference computes it, and no kernel is compiled for it.
+    The interpreter runs it, so that tests can compare the kernels' arithmetic to 1e-10.
+    """
+    left = () if _INTERPRETED else (torch.float64,)
+    backends.register(op, "triton", run, why_unavailable, leaves_to_torch=left)
 
 
 def on_device(kernels: Callable) -> Callable:

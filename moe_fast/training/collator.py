@@ -1,9 +1,11 @@
-"""Batches whose rows know their domain."""
+"""Batches whose rows know their domain, and draw what the epoch gives them."""
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor, nn
 
 from moe_fast.training.domains import to_domain_ids
+from moe_fast.training.draws import draw_passages, has_flag_columns, is_swapped
 from moe_fast.training.hashing import stable_hash
 
 
@@ -27,25 +30,39 @@ class DomainDataCollator(SentenceTransformerDataCollator):
     - ``{column}_expert_ids``: [B] int64, the same, where ``emit_expert_ids`` (enforced routing);
     - ``{column}_text_hash``: [B] int64, equal where the raw texts are, in any process.
 
-    Texts longer than the model's ``max_seq_length`` are truncated, as sentence-transformers does,
-    and the first batch in which any reaches it says so. ``truncated`` and ``collated`` count the
-    texts that reached the limit and all texts (of this process: a data loader's workers keep
-    their own).
+    FlagEmbedding's rows (``query``, ``pos``, ``neg``, ...) become columns of texts, see
+    :func:`moe_fast.training.draws.draw_passages`. :meth:`for_training` gives the collator that
+    draws by epoch and swaps pairs; the collator itself, for evaluation, takes the first ones.
+
+    Texts longer than the limit are truncated, as sentence-transformers does, and the first batch
+    in which any reaches it says so. ``truncated`` and ``collated`` count the texts that reached
+    the limit and all texts (of this process: a data loader's workers keep their own).
 
     Args:
         preprocess_fn: the model's ``preprocess``.
         domains: the model's domains, in the order of their ids.
-        domain_column: the dataset's column of domain names, or of integer ids.
+        domain_column: the dataset's column of domain names, or of integer ids; ``None`` for data
+            without domains.
         emit_expert_ids: for a model with enforced routing, whose expert ids are its domain ids.
-        valid_label_columns, router_mapping, prompts, max_length: as in sentence-transformers.
+        num_negatives: of a FlagEmbedding row, >= 0.
+        swap_pairs: in training, take a pair the other way round in half of the epochs.
+        seed: of the draws and the swaps.
+        max_length: tokens per text, prompt and special ones included, at most the model's own
+            limit: one number, or one per column; "negative" covers negative_1, negative_2, ...
+        prompts: an instruction in front of each text, likewise one or one per column.
+        valid_label_columns, router_mapping: as in sentence-transformers.
 
     Raises:
-        ValueError: no domains, an unknown domain, an id out of range, or a missing column.
+        ValueError: no domains, an unknown domain, an id out of range, a missing column, or a
+            length that the model does not allow.
     """
 
     domains: Sequence[str] = ()
-    domain_column: str = "domain"
+    domain_column: str | None = "domain"
     emit_expert_ids: bool = False
+    num_negatives: int = 1
+    swap_pairs: bool = False
+    seed: int = 0
 
     truncated: int = field(default=0, init=False, repr=False)
     collated: int = field(default=0, init=False, repr=False)
@@ -54,13 +71,20 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         if isinstance(self.domains, str) or not all(isinstance(d, str) for d in self.domains):
             raise TypeError(f"domains must be a list of names; got {self.domains!r}.")
         self.domains = list(self.domains)
-        if not self.domains:
+        if not self.domains and self.domain_column is not None:
             raise ValueError(
                 "domains must name at least one domain; got none. A model made by "
-                "moe_fast.upcycle(..., domains=[...]) knows its own; for any other, pass them."
+                "moe_fast.upcycle(..., domains=[...]) knows its own; for any other, pass them, or "
+                "domain_column=None where the data have none."
             )
         if len(set(self.domains)) < len(self.domains):
             raise ValueError(f"domains must differ from each other; got {self.domains}.")
+        if self.num_negatives < 0:
+            raise ValueError(f"num_negatives must be at least 0; got {self.num_negatives}.")
+        self._check_max_length()
+        self._training = False
+        # In shared memory: a data loader's workers, which live for many epochs, see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @classmethod
     def from_model(cls, model: nn.Module, **kwargs: Any) -> DomainDataCollator:
@@ -68,7 +92,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
 
         Args:
             model: a mixture-of-experts model that knows its domains, or any other with
-                ``domains=[...]`` among the keyword arguments.
+                ``domains=[...]`` or ``domain_column=None`` among the keyword arguments.
             **kwargs: further arguments of the constructor; they go before the model's.
         """
         config = getattr(model, "config", None)
@@ -77,19 +101,31 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         kwargs.setdefault("emit_expert_ids", getattr(config, "routing", None) == "enforced")
         return cls(**kwargs)
 
+    def for_training(self) -> DomainDataCollator:
+        """A copy that draws and swaps anew in each epoch; it shares this one's epoch."""
+        collator = copy.copy(self)
+        collator._training = True
+        return collator
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the draws, also for data loader workers that are running already."""
+        self._epoch.fill_(epoch)
+
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows of the dataset to the tensors of a batch; an empty list gives an empty dict."""
         if not features:
             return {}
         domain_ids = self._domain_ids(features)
-        rows = [{k: v for k, v in row.items() if k != self.domain_column} for row in features]
+        epoch = int(self._epoch) if self._training else None
+        rows = [self._texts(row, epoch) for row in features]
         batch = super().__call__(rows)
         for column in rows[0]:
             if f"{column}_input_ids" not in batch:
                 continue  # a label, or a column of something else than text
-            batch[f"{column}_domain_ids"] = domain_ids.clone()
-            if self.emit_expert_ids:
-                batch[f"{column}_expert_ids"] = domain_ids.clone()
+            if domain_ids is not None:
+                batch[f"{column}_domain_ids"] = domain_ids.clone()
+                if self.emit_expert_ids:
+                    batch[f"{column}_expert_ids"] = domain_ids.clone()
             texts = [row[column] for row in rows]
             if all(isinstance(text, str) for text in texts):
                 hashes = [stable_hash(text) for text in texts]
@@ -97,7 +133,30 @@ class DomainDataCollator(SentenceTransformerDataCollator):
             self._count_truncated(column, batch)
         return batch
 
-    def _domain_ids(self, features: list[dict[str, Any]]) -> Tensor:
+    def _texts(self, row: dict[str, Any], epoch: int | None) -> dict[str, Any]:
+        """The row's columns of texts and its label, drawn and swapped where that is asked for."""
+        row = {k: v for k, v in row.items() if k != self.domain_column}
+        if has_flag_columns(row):
+            return draw_passages(row, self.num_negatives, self.seed, epoch)
+        if self.swap_pairs and epoch is not None:
+            first, second = self._pair_of(row)
+            if is_swapped(row[first], row[second], self.seed, epoch):
+                row[first], row[second] = row[second], row[first]
+        return row
+
+    def _pair_of(self, row: dict[str, Any]) -> list[str]:
+        no_texts = {"dataset_name", *self.valid_label_columns}
+        columns = [name for name in row if name not in no_texts]
+        if len(columns) != 2:
+            raise ValueError(
+                f"swap_pairs needs rows of two texts; got the columns {columns}. A hard negative "
+                "is one of its query alone."
+            )
+        return columns
+
+    def _domain_ids(self, features: list[dict[str, Any]]) -> Tensor | None:
+        if self.domain_column is None:
+            return None
         if self.domain_column not in features[0]:
             raise ValueError(
                 f"the dataset has no column {self.domain_column!r} (domain_column) to take each "
@@ -105,9 +164,51 @@ class DomainDataCollator(SentenceTransformerDataCollator):
             )
         return to_domain_ids([row[self.domain_column] for row in features], self.domains)
 
+    # --- lengths and prompts ---------------------------------------------------------------------
+
+    def _get_prompt_for_column(self, prompts: Any, column_name: str) -> str | None:
+        if isinstance(prompts, dict):
+            return of_column(prompts, column_name)
+        return super()._get_prompt_for_column(prompts, column_name)
+
+    def _get_task_for_column(
+        self, column_name: str, column_position: int, router_mapping: dict[str, str]
+    ) -> str | None:
+        # The length is asked for by task alone, right after the task: remember the column.
+        self._column = column_name
+        return super()._get_task_for_column(column_name, column_position, router_mapping)
+
+    def _get_max_length_for_task(self, task: str | None) -> int | None:
+        return self._max_length_of(self._column)
+
+    def _max_length_of(self, column: str) -> int | None:
+        if isinstance(self.max_length, dict):
+            return of_column(self.max_length, column)
+        return self.max_length
+
+    def _check_max_length(self) -> None:
+        if self.max_length is None:
+            return
+        by_column = self.max_length if isinstance(self.max_length, dict) else {"": self.max_length}
+        limit = self._model_limit()
+        for length in by_column.values():
+            if not isinstance(length, int) or length < 1:
+                raise ValueError(
+                    f"max_length must be a positive integer, or one per column; got "
+                    f"{self.max_length!r}."
+                )
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"max_length={self.max_length!r} goes beyond the model's max_seq_length, "
+                    f"{limit} tokens."
+                )
+
+    def _model_limit(self) -> int | None:
+        return getattr(getattr(self.preprocess_fn, "__self__", None), "max_seq_length", None)
+
     def _count_truncated(self, column: str, batch: dict[str, Any]) -> None:
         """Cheaply, from lengths alone: a text of just the allowed length counts as well."""
-        limit = self._length_limit(batch.get(f"{column}_task"))
+        limit = self._max_length_of(column) or self._model_limit()
         mask = batch.get(f"{column}_attention_mask")
         if limit is None or mask is None:
             return
@@ -122,7 +223,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
                 stacklevel=2,
             )
 
-    def _length_limit(self, task: str | None) -> int | None:
-        override = self._get_max_length_for_task(task)
-        model = getattr(self.preprocess_fn, "__self__", None)
-        return override or getattr(model, "max_seq_length", None)
+
+def of_column(settings: Mapping[str, Any], column: str) -> Any:
+    """A column's setting: by its name, or by its name without the number, else ``None``."""
+    return settings.get(column, settings.get(re.sub(r"_\d+$", "", column)))

@@ -20,20 +20,24 @@ from moe_fast.files import atomic_write
 LOSS_STATE_NAME = "loss_state.safetensors"
 
 
-def own_state(loss: nn.Module | Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def own_state(
+    loss: nn.Module | Mapping[str, nn.Module], *, keep_vars: bool = False
+) -> dict[str, Tensor]:
     """A loss's parameters and persistent buffers but for those of the encoders in it.
 
-    A mapping of losses gives ``{name}.{key}``. The tensors are the loss's own, not copies.
+    A mapping of losses gives ``{name}.{key}``. The tensors share the loss's memory; with
+    ``keep_vars`` they are its parameters and buffers themselves.
     """
     if isinstance(loss, Mapping):
         return {
             f"{name}.{key}": tensor
             for name, part in loss.items()
-            for key, tensor in own_state(part).items()
+            for key, tensor in own_state(part, keep_vars=keep_vars).items()
         }
     modules = loss.named_modules(remove_duplicate=False)
     encoders = tuple(f"{name}." for name, module in modules if isinstance(module, BaseModel))
-    return {k: v for k, v in loss.state_dict().items() if not k.startswith(encoders)}
+    state = loss.state_dict(keep_vars=keep_vars)
+    return {k: v for k, v in state.items() if not k.startswith(encoders)}
 
 
 def save_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:

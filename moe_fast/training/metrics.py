@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -21,15 +21,19 @@ class RunningMeans:
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
             self._calls[name] = self._calls.get(name, 0) + 1
 
-    def pop(self, reduce: Callable[[Tensor], Tensor] = lambda means: means) -> dict[str, float]:
+    def pop(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
         """The means by name, and starts afresh.
 
         Args:
-            reduce: takes the means as one tensor, for averaging over processes.
+            gather: takes this process's one-element list and gives that of all processes, such as
+                ``accelerate.utils.gather_object``. Processes may have seen different metrics.
         """
-        names = list(self._sums)
-        if not names:
-            return {}
-        means = reduce(torch.stack([self._sums[name] / self._calls[name] for name in names]))
+        own = {name: (total.item(), self._calls[name]) for name, total in self._sums.items()}
         self._sums, self._calls = {}, {}
-        return {name: round(mean, 4) for name, mean in zip(names, means.tolist(), strict=True)}
+        parts = gather([own])
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: round(_mean([p[name] for p in parts if name in p]), 4) for name in names}
+
+
+def _mean(parts: list[tuple[float, int]]) -> float:
+    return sum(total for total, _ in parts) / sum(calls for _, calls in parts)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.base.data_collator import BaseDataCollator
+import torch
+from accelerate.utils import gather_object
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.sentence_transformer.training_args import (
@@ -17,7 +17,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import EvalLoopOutput
 
 from moe_fast.training.callbacks import ExpertUsageCallback
+from moe_fast.training.checkpoints import WholeCheckpointTrainer
+from moe_fast.training.checks import (
+    check_domains,
+    check_flag_rows,
+    check_settings_match,
+    check_swappable,
+    domain_names,
+    flatten,
+    has_domain_column,
+    text_columns,
+)
 from moe_fast.training.collator import DomainDataCollator
+from moe_fast.training.distributed import average_gradients, broadcast_from_first
+from moe_fast.training.draws import has_flag_columns
 from moe_fast.training.loss_state import (
     LOSS_STATE_NAME,
     load_loss_state,
@@ -27,28 +40,39 @@ from moe_fast.training.loss_state import (
 from moe_fast.training.metrics import RunningMeans
 
 
-class MoESentenceTransformerTrainer(SentenceTransformerTrainer):
+class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
     """A ``SentenceTransformerTrainer`` with what training over domains needs.
 
-    - A dataset's domain column becomes domain ids, never a text: the default collator is a
+    - A dataset's domain column becomes domain ids, never a text: the collator is a
       :class:`DomainDataCollator` with the model's domains or, for a model that knows none, with
-      the dataset's names in sorted order.
+      the dataset's names in sorted order. What it draws at random is a function of ``args.seed``,
+      the epoch and the row; evaluation draws nothing.
     - What the loss itself has learned is saved with each checkpoint (``loss_state.safetensors``)
       and restored on resuming and with the best model; a checkpoint without it is an error.
+    - Under several processes the gradients of the loss's own parameters are averaged like the
+      model's, and all start from process 0's values.
     - A loss's parameters of one element (a temperature) get no weight decay, which would pull a
       ``log_temperature`` towards a temperature of 1.
     - The loss's ``last_metrics`` (for :class:`moe_fast.losses.InfoNCELoss` the in-batch accuracy
       and a learned temperature) are averaged into the logs and into evaluation's metrics, and
       the shares of an :class:`ExpertUsageCallback` reach every logger.
+    - Checkpoints are whole or not there, see :class:`WholeCheckpointTrainer`.
 
     Args:
         model, args, train_dataset, eval_dataset, loss, **kwargs: as in sentence-transformers.
         domain_column: the datasets' column of domain names or ids.
+        swap_pairs: in training, take each pair (a, b) as (b, a) in half of the epochs (Hallee et
+            al., arXiv 2401.15713). Rows of two texts that are treated alike only.
+        num_negatives: how many negatives to draw for each FlagEmbedding row; 1 by default.
+        max_length: tokens per text, prompt and special ones included: one number, or one per
+            column, as ``{"query": 32, "positive": 128, "negative": 128}``. At most the model's.
+            ``args.prompts`` gives instructions by column in the same way.
 
     Raises:
-        ValueError: some datasets have the domain column and some have not; integer ids for a
-            model that knows no domains; a loss with parameters of its own under several
-            processes, whose gradients nothing would average.
+        ValueError: some datasets have the domain column and some have not; a domain that the
+            model does not know; integer ids for a model that knows no domains; lists that nothing
+            can be drawn from; a setting of a column that is not there, or of a collator that is
+            given as well.
     """
 
     def __init__(
@@ -60,10 +84,20 @@ class MoESentenceTransformerTrainer(SentenceTransformerTrainer):
         loss: Any = None,
         *,
         domain_column: str = "domain",
+        swap_pairs: bool = False,
+        num_negatives: int | None = None,
+        max_length: int | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         self._domain_column = domain_column
-        self._domain_datasets = _flatten(train=train_dataset, eval=eval_dataset)
+        self._collation = {
+            "swap_pairs": swap_pairs,
+            "num_negatives": num_negatives,
+            "max_length": max_length,
+        }
+        self._datasets = flatten(train=train_dataset, eval=eval_dataset)
+        if kwargs.get("data_collator") is not None:
+            self._check_no_collation()
         self._metrics = {"train": RunningMeans(), "eval": RunningMeans()}
         super().__init__(
             model=model,
@@ -73,41 +107,94 @@ class MoESentenceTransformerTrainer(SentenceTransformerTrainer):
             loss=loss,
             **kwargs,
         )
-        del self._domain_datasets
-        self.add_callback(_SetSamplerEpoch())
-        own = own_state(self.loss)
-        if own and self.args.world_size > 1:
-            raise ValueError(
-                f"loss has parameters or buffers of its own ({sorted(own)}), which are not yet "
-                f"averaged over processes; got {self.args.world_size} processes. Use a loss "
-                "without (learn_temperature=False), or one process."
-            )
+        del self._datasets
+        self.add_callback(_SetEpoch(self.data_collator))
 
     # --- data ------------------------------------------------------------------------------------
 
     def get_data_collator(
         self, model: BaseModel, args: BaseTrainingArguments, processing_class: Any = None
-    ) -> BaseDataCollator:
-        """The domain collator where the datasets have a domain column, else the stock one."""
+    ) -> DomainDataCollator:
+        """The collator for the datasets' columns, which are looked at first."""
         stock = super().get_data_collator(model, args, processing_class)
         column = self._domain_column
-        has = {name: column in data.column_names for name, data in self._domain_datasets.items()}
-        if not any(has.values()):
-            return stock
-        if not all(has.values()):
-            raise ValueError(
-                f"every dataset must have the column {column!r} (domain_column), or none; "
-                f"it is missing from {[name for name, found in has.items() if not found]}."
-            )
-        domains = getattr(model.config, "domains", None)
-        return DomainDataCollator.from_model(
+        domains = getattr(model.config, "domains", None) or ()
+        has_domains = has_domain_column(self._datasets, column)
+        if has_domains:
+            domains = domains or domain_names(self._datasets, column)
+            check_domains(self._datasets, column, domains)
+        negatives = self._collation["num_negatives"]
+        collator = DomainDataCollator.from_model(
             model,
-            domains=domains or _domain_names(self._domain_datasets, column),
-            domain_column=column,
+            domains=domains,
+            domain_column=column if has_domains else None,
+            num_negatives=1 if negatives is None else negatives,
+            swap_pairs=self._collation["swap_pairs"],
+            max_length=self._collation["max_length"],
+            seed=args.seed,
             router_mapping=stock.router_mapping,
             prompts=stock.prompts,
-            max_length=stock.max_length,
         )
+        self._check_columns(collator)
+        return collator
+
+    def _check_columns(self, collator: DomainDataCollator) -> None:
+        columns = {
+            name: text_columns(
+                data.column_names,
+                collator.num_negatives,
+                collator.domain_column,
+                collator.valid_label_columns,
+            )
+            for name, data in self._datasets.items()
+        }
+        lists = [n for n, d in self._datasets.items() if has_flag_columns(d.column_names)]
+        if self._datasets and self._collation["num_negatives"] is not None and not lists:
+            raise ValueError(
+                "num_negatives is for rows of query, pos and neg, which hold lists of texts; the "
+                f"text columns are {columns}."
+            )
+        check_flag_rows(self._datasets, collator.num_negatives)
+        if collator.swap_pairs:
+            trained = {n: c for n, c in columns.items() if n.split(".")[0] == "train"}
+            check_swappable(trained, collator.prompts, collator.max_length)
+        parts = [name.split(".", 1)[1] for name in columns if "." in name]
+        every = [name for names in columns.values() for name in names]
+        check_settings_match("max_length", collator.max_length, every)
+        check_settings_match("prompts", collator.prompts, every + parts)
+
+    def _check_no_collation(self) -> None:
+        given = [name for name, value in self._collation.items() if value not in (None, False)]
+        if given:
+            raise ValueError(
+                f"{given} are settings of the default collator, but a data_collator is given: "
+                "pass them to that."
+            )
+
+    def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:
+        loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
+        # Workers' seeds are drawn when they start, which a resumed run does at other times: not
+        # from the generator that dropout draws from.
+        loader.generator = torch.Generator().manual_seed(self.args.seed)
+        if dataset_kind == "train" and isinstance(self.data_collator, DomainDataCollator):
+            loader.collate_fn = self.data_collator.for_training()
+        return loader
+
+    # --- several processes -----------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; see :meth:`WholeCheckpointTrainer.train` for resuming."""
+        if self.accelerator.num_processes > 1:
+            broadcast_from_first(own_state(self.loss).values())
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one batch; the last of a step averages over processes."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            own = own_state(self.loss, keep_vars=True).values()
+            average_gradients(p for p in own if isinstance(p, nn.Parameter))
+        return loss
 
     # --- logs ------------------------------------------------------------------------------------
 
@@ -120,15 +207,31 @@ class MoESentenceTransformerTrainer(SentenceTransformerTrainer):
     ) -> Any:
         """The loss of one batch; its ``last_metrics`` are kept for the logs."""
         loss = self.loss[inputs["dataset_name"]] if isinstance(self.loss, dict) else self.loss
+        if self.model.training:
+            self._wrap_encoders(loss, model)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         kind = "train" if self.model.training else "eval"
         self._metrics[kind].add(getattr(loss, "last_metrics", {}))
         return result
 
+    def _wrap_encoders(self, loss: nn.Module, model: nn.Module) -> None:
+        """Has the loss call the wrapped model, which averages gradients over processes.
+
+        sentence-transformers does so for a loss that has the model itself, not for one around it.
+        """
+        if model is self.model or any(module is model for module in loss.modules()):
+            return
+        self.override_model_in_loss(loss, model)
+        if self.accelerator.num_processes > 1 and all(m is not model for m in loss.modules()):
+            raise ValueError(
+                f"{type(loss).__name__} does not hold the model as an attribute `model`, of its "
+                "own or of a loss in it: its gradients would not be averaged over processes."
+            )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, with each training loss, the loss's metrics and the experts' shares."""
         if "loss" in logs:
-            logs = logs | self._metrics["train"].pop(self._mean_over_processes)
+            logs = logs | self._metrics["train"].pop(gather_object)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ExpertUsageCallback):
                     logs |= callback.pop_logs(self.state)
@@ -147,12 +250,9 @@ class MoESentenceTransformerTrainer(SentenceTransformerTrainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        means = self._metrics["eval"].pop(self._mean_over_processes)
+        means = self._metrics["eval"].pop(gather_object)
         named = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
-
-    def _mean_over_processes(self, means: Tensor) -> Tensor:
-        return self.accelerator.reduce(means.to(self.args.device), reduction="mean")
 
     # --- the loss's own state --------------------------------------------------------------------
 
@@ -164,7 +264,8 @@ class MoESentenceTransformerTrainer(SentenceTransformerTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         output_dir = output_dir or self.args.output_dir or "."
         super()._save(output_dir, state_dict)
-        save_loss_state(self.loss, output_dir)
+        if self.args.should_save:
+            save_loss_state(self.loss, output_dir)
 
     def _checkpoint_push_skip_names(self, checkpoint_folder: str) -> set[str]:
         return super()._checkpoint_push_skip_names(checkpoint_folder) | {LOSS_STATE_NAME}
@@ -179,12 +280,21 @@ class MoESentenceTransformerTrainer(SentenceTransformerTrainer):
         super()._load_best_model()
 
 
-class _SetSamplerEpoch(TrainerCallback):
-    """Tells the epoch to a batch sampler behind any number of wrappers.
+class _SetEpoch(TrainerCallback):
+    """Tells the epoch to the collator, and to a batch sampler behind any number of wrappers.
 
     In an epoch resumed with several processes the trainer stops one wrapper short, and the order
-    would be that of epoch 0.
+    would be that of epoch 0. Epochs are counted, for a streamed dataset's are not in the state.
     """
+
+    def __init__(self, collator: Any) -> None:
+        self._collator = collator
+        self._epoch = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._epoch = int(state.epoch or 0)
 
     def on_epoch_begin(
         self,
@@ -194,37 +304,13 @@ class _SetSamplerEpoch(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(self._collator, DomainDataCollator):
+            self._collator.set_epoch(self._epoch)
         sampler = getattr(train_dataloader, "batch_sampler", None)
         while sampler is not None:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(int(state.epoch or 0))
+            for part in (sampler, getattr(sampler, "sampler", None)):
+                set_epoch = getattr(part, "set_epoch", None)
+                if set_epoch is not None:
+                    set_epoch(self._epoch)
             sampler = getattr(sampler, "batch_sampler", None)
-
-
-def _flatten(**datasets: Any) -> dict[str, Any]:
-    """The datasets that have columns, by name; a mapping's parts as ``{name}.{part}``."""
-    flat = {}
-    for name, dataset in datasets.items():
-        parts = dataset if isinstance(dataset, Mapping) else {"": dataset}
-        for part, data in parts.items():
-            if getattr(data, "column_names", None) is not None:
-                flat[f"{name}.{part}".rstrip(".")] = data
-    return flat
-
-
-def _domain_names(datasets: Mapping[str, Any], column: str) -> list[str]:
-    """Every domain name in the datasets, sorted."""
-    values = {value for data in datasets.values() for value in _column(data, column)}
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(
-            f"the model knows no domains and column {column!r} holds {sorted(map(repr, values))}, "
-            "not names; pass data_collator=DomainDataCollator.from_model(model, domains=[...])."
-        )
-    return sorted(values)
-
-
-def _column(dataset: Any, column: str) -> Any:
-    """A dataset's column; a streamed dataset is read through once."""
-    if hasattr(dataset, "__len__"):
-        return dataset[column]
-    return (row[column] for row in dataset)
+        self._epoch += 1

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import import_time, moe_mlp
+from bench import expert_mlp, import_time, moe_mlp
 
 
 def test_moe_mlp_writes_every_table(tmp_path, capsys):
@@ -28,6 +28,26 @@ def test_moe_mlp_refuses_outputs_that_differ():
         moe_mlp.check_equal({"MoEMLP": y, "eager loop": y * 1.001})
     with pytest.raises(AssertionError, match="gradients differ"):
         moe_mlp.check_equal({"MoEMLP": {"y": y, "x": y}, "eager loop": {"y": y}})
+
+
+def test_expert_mlp_writes_every_table(tmp_path, capsys):
+    path = tmp_path / "expert_mlp.json"
+    arguments = ["--rounds", "1", "--max-tokens", "32", "--dims", "32", "--json", str(path)]
+    assert expert_mlp.main(arguments) == 0
+    record = json.loads(path.read_text())
+    assert record["read_bandwidth"] > 1e8
+    assert len(record["dense"]) == len(record["peers"]) == 4
+    for rows in record["peers"].values():
+        assert [row["name"] for row in rows] == ["moe_fast", "eager", "batched_mm", "grouped_mm"]
+    assert capsys.readouterr().out.count("of the floor") == 4
+
+
+def test_expert_mlp_refuses_outputs_that_are_wrong():
+    y = torch.ones(3, dtype=torch.float64)
+    check = expert_mlp.check_against([y], 1e-5)
+    check({"moe_fast": [y.float()], "dense": [y * 2]})
+    with pytest.raises(AssertionError, match="eager, output 0"):
+        check({"moe_fast": [y], "eager": [y * 1.001]})
 
 
 def test_import_is_lean():

@@ -8,8 +8,14 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 
-from moe_fast.evaluation import plots
-from moe_fast.evaluation.plots import plot_expert_usage, plot_losses, running_mean
+from moe_fast.evaluation import Evaluation, Score, plots
+from moe_fast.evaluation.plots import (
+    plot_expert_usage,
+    plot_losses,
+    plot_scores,
+    plot_training,
+    running_mean,
+)
 
 DOMAINS = ["numpy", "scipy", "stdlib"]
 
@@ -51,6 +57,82 @@ def test_losses_are_drawn(tmp_path: Path) -> None:
     assert "svg" in (tmp_path / "losses.svg").read_text()[:300]
 
 
+def _evaluation(model: str, domains: list[str] = DOMAINS, resamples: int = 9) -> Evaluation:
+    scores = {name: {"AP": Score(0.5, 0.4, 0.6)} for name in [*domains, "all"]}
+    settings = {"bootstrap": {"confidence": 0.9, "resamples": resamples, "seed": 0}}
+    return Evaluation("pairs", model, scores, {}, settings, None)
+
+
+class _Kept:
+    """Keeps the figure instead of writing it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plots, "_save", lambda figure, path: setattr(self, "figure", figure))
+
+    def panels(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
+        """{y label: {label of a line: its points}}."""
+        return {
+            axis.get_ylabel(): {
+                line.get_label(): [tuple(point) for point in line.get_xydata().tolist()]
+                for line in axis.lines
+            }
+            for axis in self.figure.axes
+        }
+
+
+LOG = [
+    {"step": 10, "epoch": 0.5, "loss": 2.0, "in_batch_accuracy": 0.25},
+    {"step": 10, "epoch": 0.5, "eval_loss": 2.5, "eval_in_batch_accuracy": 0.125},
+    {"step": 20, "epoch": 1.0, "loss": 1.0, "in_batch_accuracy": 0.5},
+    {"step": 20, "epoch": 1.0, "train_loss": 1.5},
+]
+
+
+def test_training_has_a_panel_for_what_was_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = _Kept(monkeypatch)
+    plot_training(LOG, "unused")
+    assert kept.panels() == {
+        "loss": {"training": [(10, 2.0), (20, 1.0)], "evaluation": [(10, 2.5)]},
+        "in-batch accuracy": {"training": [(10, 0.25), (20, 0.5)], "evaluation": [(10, 0.125)]},
+    }
+    assert kept.figure.axes[-1].get_xlabel() == "step"
+    (epochs,) = kept.figure.axes[0].child_axes
+    assert epochs.get_xlabel() == "epoch"
+    # 20 steps are one epoch
+    assert epochs.get_xlim()[1] == pytest.approx(kept.figure.axes[0].get_xlim()[1] / 20, rel=0.1)
+
+
+def test_long_runs_are_smoothed_but_not_the_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = _Kept(monkeypatch)
+    log = [{"step": i, "loss": 1 / i, "temperature": 0.05} for i in range(1, 50)]
+    plot_training(log, "unused", window=5)
+    loss, temperature = kept.panels().values()
+    smooth = dict(loss["training (mean of the last 5 logs)"])
+    assert smooth[10] == pytest.approx(np.mean([1 / i for i in range(6, 11)]))
+    assert list(temperature) == ["training"]
+
+
+def test_bars_stand_by_domain_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = _Kept(monkeypatch)
+    plot_scores([_evaluation("m"), _evaluation("n")], "AP", "unused")
+    (axis,) = kept.figure.axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == [*DOMAINS, "all"]
+    assert [bar.get_height() for bar in axis.patches] == [0.5] * 8
+    assert axis.get_title() == "AP by domain, with 90 % intervals"
+    segments = [line.tolist() for lines in axis.collections for line in lines.get_segments()]
+    assert len(segments) == 8
+    assert {(low[1], high[1]) for low, high in segments} == {(0.4, 0.6)}
+    assert [text.get_text() for text in kept.figure.legends[0].get_texts()] == ["m", "n"]
+    plot_scores([_evaluation("m", [], resamples=0)], "AP", "unused")
+    assert kept.figure.axes[0].get_title() == "AP"
+
+
+def test_training_and_scores_are_written(tmp_path: Path) -> None:
+    plot_training(LOG, tmp_path / "training.png")
+    plot_scores([_evaluation("m"), _evaluation("n")], "AP", tmp_path / "scores.png")
+    assert _is_a_picture(tmp_path / "training.png") and _is_a_picture(tmp_path / "scores.png")
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
@@ -58,6 +140,13 @@ def test_losses_are_drawn(tmp_path: Path) -> None:
         (lambda p: plot_expert_usage({"x": np.ones((2, 1, 3))}, DOMAINS, p), r"with 3 domains"),
         (lambda p: plot_losses({}, p), "curves: nothing to draw"),
         (lambda p: plot_losses({"x": []}, p), r"nothing to draw for \['x'\]"),
+        (lambda p: plot_training([{"step": 1, "train_loss": 2.0}], p), "none of loss"),
+        (lambda p: plot_scores([], "AP", p), "evaluations is empty"),
+        (lambda p: plot_scores([_evaluation("m")], "F1", p), "metric='F1'; m has AP"),
+        (
+            lambda p: plot_scores([_evaluation("m"), _evaluation("n", ["numpy"])], "AP", p),
+            r"same domains; got \['numpy', 'scipy', 'stdlib', 'all'\] and \['numpy', 'all'\]",
+        ),
     ],
 )
 def test_nothing_to_draw_is_an_error(tmp_path: Path, draw, message: str) -> None:

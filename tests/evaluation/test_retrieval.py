@@ -1,82 +1,37 @@
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
 
+import ir_measures
 import numpy as np
 import pytest
-
-pytest.importorskip("ir_measures")
-pytest.importorskip("scipy")
-pytest.importorskip("sklearn")
-
-import scipy.sparse
 import sklearn.metrics
 
+from moe_fast.data import Retrieval
 from moe_fast.evaluation import (
+    Bootstrap,
+    EncodeOptions,
+    TfidfEncoder,
     bootstrap_interval,
+    compare,
+    evaluate_retrieval,
+    evaluate_run,
     mean_scores,
     paired_difference,
+    read_run,
     retrieval_scores,
-    search,
+    retrieve,
+    write_run,
 )
+from tests.evaluation.fakes import TableEncoder
+
+NONE = Bootstrap(resamples=0)
 
 
 def _vectors(rows: int, seed: int, width: int = 6) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
-
-
-# --- search -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 1000])
-@pytest.mark.parametrize("k", [1, 5, 50])
-def test_search_equals_a_full_sort(chunk_size: int, k: int) -> None:
-    queries, documents = _vectors(11, 0), _vectors(23, 1)
-    all_scores = queries @ documents.T
-    expected = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]
-    scores, hits = search(queries, documents, k=k, chunk_size=chunk_size)
-    assert hits.shape == (11, min(k, 23))
-    np.testing.assert_array_equal(hits, expected)
-    np.testing.assert_allclose(scores, np.take_along_axis(all_scores, expected, 1), rtol=1e-5)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 100])
-def test_equal_scores_come_by_index(chunk_size: int) -> None:
-    documents = np.ones((5, 2), np.float32)
-    documents[3] *= 2
-    _, hits = search(np.ones((2, 2), np.float32), documents, k=4, chunk_size=chunk_size)
-    assert hits.tolist() == [[3, 0, 1, 2]] * 2
-
-
-def test_sparse_matrices_give_what_dense_ones_give() -> None:
-    queries, documents = _vectors(4, 2), _vectors(9, 3)
-    sparse = search(
-        scipy.sparse.csr_matrix(queries), scipy.sparse.csr_matrix(documents), k=3, chunk_size=2
-    )
-    np.testing.assert_array_equal(sparse[1], search(queries, documents, k=3)[1])
-
-
-def test_no_queries_give_no_hits() -> None:
-    scores, hits = search(np.zeros((0, 3)), np.ones((2, 3)), k=5)
-    assert scores.shape == hits.shape == (0, 2)
-
-
-@pytest.mark.parametrize(
-    ("queries", "documents", "options", "message"),
-    [
-        ((2, 3), (4, 5), {}, r"got \(2, 3\) and \(4, 5\)"),
-        ((3,), (4, 3), {}, "must be matrices"),
-        ((2, 3), (0, 3), {}, "documents is empty"),
-        ((2, 3), (4, 3), {"k": 0}, "k=0"),
-        ((2, 3), (4, 3), {"chunk_size": 0}, "chunk_size=0"),
-    ],
-)
-def test_search_says_what_is_wrong(queries, documents, options, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        search(np.ones(queries), np.ones(documents), **options)
-
-
-# --- metrics ------------------------------------------------------------------------------------
 
 
 def _ranked_at(*positions: int, documents: int = 20) -> tuple[np.ndarray, np.ndarray, list]:
@@ -152,45 +107,181 @@ def test_means_per_domain_and_over_all_queries() -> None:
         mean_scores(scores, ["a", "b", "c"])
 
 
-# --- intervals ----------------------------------------------------------------------------------
+# --- a model on a corpus ------------------------------------------------------------------------
 
 
-def test_bootstrap_is_seeded_and_close_to_theory() -> None:
-    values = np.random.default_rng(0).normal(3.0, 2.0, size=400)
-    first = bootstrap_interval(values, seed=1)
-    assert first == bootstrap_interval(values, seed=1)
-    assert first != bootstrap_interval(values, seed=2)
-    half_width = 1.96 * values.std() / math.sqrt(400)
-    assert first.mean == pytest.approx(values.mean())
-    assert first.low == pytest.approx(values.mean() - half_width, abs=0.04)
-    assert first.high == pytest.approx(values.mean() + half_width, abs=0.04)
-
-
-def test_a_constant_has_an_interval_of_no_width() -> None:
-    found = bootstrap_interval(np.full(10, 0.25), resamples=50)
-    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
-
-
-def test_pairing_narrows_the_interval_of_a_difference() -> None:
+def _retrieval(queries: int = 20, documents: int = 30, domains: bool = True) -> Retrieval:
     rng = np.random.default_rng(0)
-    baseline = rng.uniform(size=300)
-    system = baseline + 0.02 + rng.normal(0, 0.01, size=300)
-    difference = paired_difference(system, baseline)
-    assert 0 < difference.low < 0.02 < difference.high + 0.002
-    assert difference.high - difference.low < 0.005
-    assert bootstrap_interval(system).high - bootstrap_interval(system).low > 0.05
-    reverse = paired_difference(baseline, system)
-    assert reverse.mean == pytest.approx(-difference.mean)
+    return Retrieval(
+        corpus={f"d{i}": f"document {i}" for i in range(documents)},
+        queries={f"q{i}": f"query {i}" for i in range(queries)},
+        qrels={f"q{i}": {f"d{j}": 1 for j in rng.choice(documents, 3)} for i in range(queries)},
+        domains={f"q{i}": "xy"[i % 2] for i in range(queries)} if domains else None,
+    )
 
 
-@pytest.mark.parametrize("values", [[1.0], [[1.0, 2.0]], []])
-def test_bootstrap_needs_a_sample(values: list) -> None:
-    with pytest.raises(ValueError, match="Q >= 2"):
-        bootstrap_interval(values)
+def _model(retrieval: Retrieval, noise: float = 1.0) -> TableEncoder:
+    """Queries lie near the documents they ask for."""
+    model, rng = TableEncoder(width=12), np.random.default_rng(1)
+    for query, judged in retrieval.qrels.items():
+        near = np.sum([model.vector(retrieval.corpus[d]) for d in judged], axis=0)
+        model.table[retrieval.queries[query]] = near + noise * rng.normal(size=model.width)
+    return model
 
 
-def test_paired_difference_needs_pairs() -> None:
-    with pytest.raises(ValueError, match="one shape"):
-        paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match="confidence"):
-        paired_difference([1.0, 2.0], [1.0, 2.0], confidence=95)
+MEASURES = ("nDCG@5", "MRR@10", "Recall@7", "MAP")
+
+
+def test_the_numbers_are_those_of_ir_measures_on_all_cosines() -> None:
+    data = _retrieval()
+    model = _model(data)
+    found = evaluate_retrieval(model, data, measures=MEASURES, bootstrap=NONE)
+    run = {
+        query: {d: model.cosine(text, other) for d, other in data.corpus.items()}
+        for query, text in data.queries.items()
+    }
+    for ours, theirs in zip(MEASURES, ("nDCG@5", "RR@10", "R@7", "AP"), strict=True):
+        measure = ir_measures.parse_measure(theirs)
+        values = {m.query_id: m.value for m in measure.iter_calc(data.qrels, run)}
+        for group in ("x", "y", "all"):
+            of_group = [v for q, v in values.items() if group in ("all", data.domains[q])]
+            assert found.scores[group][ours].value == pytest.approx(np.mean(of_group))
+    assert found.details == {"x": {"queries": 10}, "y": {"queries": 10}, "all": {"queries": 20}}
+    assert found.settings["documents"] == 30 and found.settings["depth"] == 1000
+
+
+def test_the_numbers_of_sentence_transformers_evaluator(tmp_path) -> None:
+    evaluation = pytest.importorskip("sentence_transformers.sentence_transformer.evaluation")
+    from sentence_transformers import SentenceTransformer
+
+    from tests.models.tiny import save_sentence_transformer
+
+    model = SentenceTransformer(save_sentence_transformer(tmp_path), device="cpu")
+    rng = random.Random(0)
+    data = _retrieval(domains=False)
+    for texts in (data.corpus, data.queries):
+        for key in texts:
+            texts[key] = " ".join(f"w{rng.randrange(54)}" for _ in range(6))
+    relevant = {query: set(judged) for query, judged in data.qrels.items()}
+    theirs = evaluation.InformationRetrievalEvaluator(
+        data.queries, data.corpus, relevant, score_functions={"cosine": model.similarity},
+        mrr_at_k=[10], ndcg_at_k=[5], precision_recall_at_k=[7], map_at_k=[100],
+    )(model)  # fmt: skip
+    measures = {
+        "nDCG@5": "cosine_ndcg@5", "MRR@10": "cosine_mrr@10", "Recall@7": "cosine_recall@7",
+        "MAP@100": "cosine_map@100",
+    }  # fmt: skip
+    found = evaluate_retrieval(model, data, measures=list(measures), bootstrap=NONE)
+    assert found.settings["encode"]["roles"] is True  # they use the model's prompts, too
+    for ours, name in measures.items():
+        assert found.scores["all"][ours].value == pytest.approx(theirs[name], abs=1e-6), ours
+
+
+def test_the_run_gives_the_same_numbers_after_a_trip_through_a_file(tmp_path) -> None:
+    data = _retrieval()
+    model = _model(data)
+    run = retrieve(model, data, depth=25)
+    assert all(len(hits) == 25 for hits in run.values())
+    write_run(run, tmp_path / "x.run")
+    measures = MEASURES[:3]
+    direct = evaluate_retrieval(model, data, measures=measures, bootstrap=NONE)
+    from_file = evaluate_run(read_run(tmp_path / "x.run"), data, measures=measures, bootstrap=NONE)
+    for name, values in direct.items.scores.items():
+        np.testing.assert_array_equal(from_file.items.scores[name], values)
+    by_library = ir_measures.calc_aggregate(
+        [ir_measures.nDCG @ 5],
+        [ir_measures.Qrel(q, d, r) for q, judged in data.qrels.items() for d, r in judged.items()],
+        ir_measures.read_trec_run(str(tmp_path / "x.run")),
+    )
+    assert by_library[ir_measures.nDCG @ 5] == pytest.approx(direct.scores["all"]["nDCG@5"].value)
+
+
+def test_equal_documents_are_ranked_in_the_corpus_order_by_every_program() -> None:
+    data = Retrieval(
+        corpus={f"d{i}": "same" for i in range(12)} | {"best": "q"},
+        queries={"1": "q"},
+        qrels={"1": {"d1": 1}},
+    )
+    run = retrieve(TableEncoder(), data)["1"]
+    assert list(run) == ["best", *(f"d{i}" for i in range(12))]
+    single = np.array(list(run.values()), dtype=np.float32)
+    assert (np.diff(single) < 0).all()  # trec_eval compares float32
+    np.testing.assert_allclose(single[1:], single[1], rtol=1e-5)
+    found = evaluate_run({"1": run}, data, measures=["MRR@10"], bootstrap=NONE)
+    assert found.scores["all"]["MRR@10"].value == pytest.approx(1 / 3)
+
+
+def test_intervals_are_of_queries_and_pairs_of_models_are_compared() -> None:
+    data = _retrieval(80, domains=False)
+    bootstrap = Bootstrap(resamples=200, seed=5)
+    first = evaluate_retrieval(_model(data, 0.3), data, name="first", bootstrap=bootstrap)
+    second = evaluate_retrieval(_model(data, 4.0), data, name="second", bootstrap=bootstrap)
+    score, values = first.scores["all"]["nDCG@10"], first.items.scores["nDCG@10"]
+    expected = bootstrap_interval(values, resamples=200, seed=5)
+    assert (score.value, score.low, score.high) == pytest.approx(
+        (expected.mean, expected.low, expected.high)
+    )
+    other = second.items.scores["nDCG@10"]
+    expected = paired_difference(values, other, resamples=200, seed=5)
+    difference = compare(first, second).differences["all"]["nDCG@10"]
+    assert (difference.value, difference.low, difference.high) == pytest.approx(
+        (expected.mean, expected.low, expected.high)
+    )
+    assert difference.low > 0
+
+
+def test_a_domain_of_one_query_has_no_interval() -> None:
+    data = _retrieval()
+    data.domains.update(dict.fromkeys(data.queries, "x") | {"q0": "y"})
+    found = evaluate_retrieval(_model(data), data, bootstrap=Bootstrap(resamples=20))
+    alone, rest = found.scores["y"]["MRR@10"], found.scores["all"]["MRR@10"]
+    assert np.isnan(alone.low) and np.isfinite(alone.value)
+    assert rest.low < rest.high
+
+
+def test_domains_and_prompts_go_to_the_model() -> None:
+    data, model = _retrieval(4, 5), TableEncoder()
+    data = replace(data, corpus_domains={f"d{i}": "z" for i in range(5)})
+    options = EncodeOptions(pass_domain=True, document_prompt="D: ")
+    evaluate_retrieval(model, data, encode=options, bootstrap=NONE)
+    assert [call["domain"] for call in model.calls] == [["x", "y", "x", "y"], ["z"] * 5]
+    assert [call.get("prompt") for call in model.calls] == [None, "D: "]
+    with pytest.raises(ValueError, match="this data has none"):
+        evaluate_retrieval(model, _retrieval(), encode=options)
+
+
+def test_tfidf_searches_a_corpus() -> None:
+    corpus = {"1": "a stent keeps an artery open", "2": "a tort is a civil wrong"}
+    data = Retrieval(
+        corpus, {"q": "which artery", "r": "civil law"}, {"q": {"1": 1}, "r": {"2": 1}}
+    )
+    found = evaluate_retrieval(TfidfEncoder(corpus.values()), data, bootstrap=NONE)
+    assert found.scores["all"]["MRR@10"].value == 1.0
+
+
+_GOOD = {"corpus": {"d": "text"}, "queries": {"q": "text"}, "qrels": {"q": {"d": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qrels": {"q": {"d": 0}}}, "1 of 1 queries have no relevant document, as 'q'"),
+        ({"qrels": {}}, "1 of 1 queries have no relevant document"),
+        ({"qrels": {"q": {"d": 1, "e": 1}}}, "qrels: query 'q': unknown document 'e'"),
+        ({"qrels": {"q": {"d": 1}, "r": {"d": 1}}}, "query 'r' is not among the queries"),
+        ({"domains": {}}, "domains: 1 queries have none, as 'q'"),
+        ({"queries": {}, "qrels": {}}, "got 0, 1 and 10"),
+    ],
+)
+def test_what_cannot_be_scored_is_found_before_encoding(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_retrieval(None, Retrieval(**_GOOD | changes))
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [({"r": {"d": 1.0}}, "query 'r'"), ({"q": {"e": 1.0}}, "unknown document 'e'")],
+)
+def test_a_run_of_other_data_is_refused(run: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(run, Retrieval(**_GOOD))

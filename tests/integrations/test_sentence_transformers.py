@@ -1,5 +1,6 @@
 """MoESentenceTransformer: one domain or one per text, saved so that the stock class loads it."""
 
+import copy
 import logging
 
 import numpy as np
@@ -225,3 +226,123 @@ def test_enforced_routing_needs_domains(dense):
 def test_a_dense_encoder_is_refused(folder):
     with pytest.raises(TypeError, match="needs a mixture of experts; got BertModel"):
         moe_fast.MoESentenceTransformer(folder, device="cpu")
+
+
+def _changed(model, seed):
+    """A copy whose encoder has other weights."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_joined_models_and_back(dense):
+    models = [_changed(dense, seed) for seed in range(3)]
+    joined = moe_fast.from_experts(models, domains=DOMAINS)
+    assert type(joined) is moe_fast.MoESentenceTransformer
+    assert joined.prompts == dense.prompts and joined.max_seq_length == 32
+    assert np.array_equal(
+        moe_fast.extract_expert(joined, "a").encode(TEXTS), models[0].encode(TEXTS)
+    ), "everything comes from the first model"
+    mlp = moe_fast.extract_expert(joined, "c").transformers_model.encoder.layer[1].output.dense
+    own = models[2].transformers_model.encoder.layer[1].output.dense
+    assert torch.equal(mlp.weight, own.weight)
+
+
+def test_joined_from_folders(folder, dense, tmp_path):
+    other = _changed(dense, 1)
+    other.save_pretrained(str(tmp_path))
+    joined = moe_fast.from_experts([folder, str(tmp_path)], domains=["a", "b"], shared="mean")
+    same = moe_fast.from_experts([dense, other], domains=["a", "b"], shared="mean")
+    assert np.array_equal(joined.encode(TEXTS, domain="b"), same.encode(TEXTS, domain="b"))
+    equal = moe_fast.from_experts([folder, folder], domains=["a", "b"], shared="mean")
+    assert _relative_error(equal.encode(TEXTS, domain="b"), dense.encode(TEXTS)) <= 1e-6
+
+
+@pytest.mark.parametrize("shared", ["first", "mean"])
+def test_modules_behind_the_encoder_follow_shared(dense, shared):
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    dense.append(Dense(32, 8))
+    models = [_changed(dense, seed) for seed in range(2)]
+    joined = moe_fast.from_experts(models, domains=["a", "b"], shared=shared)
+    weights = [model[2].linear.weight for model in models]
+    want = weights[0] if shared == "first" else torch.stack(weights).double().mean(0).float()
+    assert torch.allclose(joined[2].linear.weight, want, rtol=0, atol=1e-7)
+
+
+def _other_pooling(model):
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    model[1] = Pooling(32, pooling_mode="cls")
+
+
+def _other_vocabulary(model):
+    model.tokenizer.add_tokens(["w99"])
+
+
+def _other_rules(model):
+    from tokenizers.normalizers import Lowercase
+
+    model.tokenizer.backend_tokenizer.normalizer = Lowercase()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_pooling, "module 1's pooling_mode: 'cls' instead of 'mean'"),
+        (lambda m: m.prompts.update(query="other "), "prompts: .*'other '"),
+        (lambda m: setattr(m, "max_seq_length", 16), "max_seq_length: 16 instead of 32"),
+        (lambda m: setattr(m, "truncate_dim", 8), "truncate_dim: 8 instead of None"),
+        (_other_vocabulary, "share one tokenizer; the vocabulary of model 1's differs"),
+        (_other_rules, "share one tokenizer; the rules of model 1's differs"),
+    ],
+)
+def test_models_that_do_not_fit_together(dense, change, message):
+    other = copy.deepcopy(dense)
+    moe_fast.from_experts([dense, other], domains=["a", "b"])
+    change(other)
+    with pytest.raises(ValueError, match=message):
+        moe_fast.from_experts([dense, other], domains=["a", "b"])
+
+
+def test_joining_needs_domains_and_one_kind(dense):
+    with pytest.raises(ValueError, match="domains must be given"):
+        moe_fast.from_experts([dense, dense])
+    with pytest.raises(TypeError, match="all be encoders or all SentenceTransformers"):
+        moe_fast.from_experts([dense, dense.transformers_model], domains=["a", "b"])
+
+
+def test_an_expert_more_and_one_fewer(enforced):
+    enforced.truncate = True
+    grown = moe_fast.add_expert(enforced, "d", from_expert="b")
+    assert type(grown) is moe_fast.MoESentenceTransformer and grown.truncate
+    want = enforced.encode(TEXTS, domain=PER_TEXT)
+    assert np.array_equal(grown.encode(TEXTS, domain=PER_TEXT), want)
+    assert np.array_equal(grown.encode(TEXTS, domain="d"), enforced.encode(TEXTS, domain="b"))
+    again = moe_fast.remove_expert(grown, "d")
+    assert np.array_equal(again.encode(TEXTS, domain=PER_TEXT), want)
+    with pytest.raises(ValueError, match="one of the model's domains"):
+        again.encode(TEXTS, domain="d")
+
+
+def test_an_imported_checkpoint(enforced, dense):
+    like = moe_fast.upcycle(dense, num_experts=3, routing="enforced", domains=DOMAINS)
+    rules = [moe_fast.models.KeyRule("(?P<rest>.*)", "{rest}")]
+    state = enforced.transformers_model.state_dict()
+    got = moe_fast.import_checkpoint(state, like, style=rules)
+    assert type(got) is moe_fast.MoESentenceTransformer
+    want = enforced.encode(TEXTS, domain=PER_TEXT)
+    assert np.array_equal(got.encode(TEXTS, domain=PER_TEXT), want)
+
+
+def test_saving_over_another_model_keeps_what_is_not_its_own(enforced, dense, tmp_path):
+    dense.save_pretrained(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("mine")
+    enforced.save_pretrained(str(tmp_path), create_model_card=False)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    assert np.array_equal(again.encode(TEXTS, domain="a"), enforced.encode(TEXTS, domain="a"))
+    assert enforced.save(None) is None

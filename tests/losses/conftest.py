@@ -1,8 +1,9 @@
-"""Makes the training tests' ``tiny_models`` importable."""
+"""Makes ``toy_encoder``, ``loss_checks`` and the training tests' ``tiny_models`` importable."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent / "training"))
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent / "training")]

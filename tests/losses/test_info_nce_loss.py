@@ -7,49 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from toy_encoder import ANCHORS, HARD, POSITIVES, BagEncoder, column, embed
 
 from moe_fast import ops
 from moe_fast.losses import InfoNCELoss, functional
-
-
-class BagEncoder(nn.Module):
-    """Mean of the real tokens' embeddings; remembers the features it was given."""
-
-    def __init__(self, config: object = None) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.embedding = nn.Parameter(torch.randn(50, 6, generator=generator, dtype=torch.float64))
-        self.config = config
-        self.seen: list[set[str]] = []
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.seen.append(set(features))
-        mask = features["attention_mask"][..., None].to(self.embedding.dtype)
-        tokens = self.embedding[features["input_ids"]]
-        return {"sentence_embedding": (tokens * mask).sum(1) / mask.sum(1)}
-
-
-def column(*texts: list[int], left: bool = False, width: int | None = None, **extra: list[int]):
-    """Token lists, padded with token 7 (a real token's id) and an attention mask."""
-    width = width or max(map(len, texts))
-    pads = [[7] * (width - len(text)) for text in texts]
-    ids = [p + t if left else t + p for t, p in zip(texts, pads, strict=True)]
-    ones = [[1] * len(text) for text in texts]
-    zeros = [[0] * len(pad) for pad in pads]
-    mask = [z + o if left else o + z for o, z in zip(ones, zeros, strict=True)]
-    features = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    return features | {name: torch.tensor(value) for name, value in extra.items()}
-
-
-ANCHORS = [[1, 2], [3], [4, 5, 6]]
-POSITIVES = [[2, 1, 8], [9, 3], [6, 4]]
-HARD = [[[11], [12, 13], [14]], [[15, 16], [17], [18]]]
-
-
-def embed(encoder: BagEncoder, *columns) -> list[Tensor]:
-    return [encoder(c)["sentence_embedding"] for c in columns]
-
 
 # --- what it computes ----------------------------------------------------------------------------
 
@@ -282,3 +244,36 @@ def test_bad_settings_are_named(settings, message):
 def test_bad_batches_are_named(columns, settings, message):
     with pytest.raises(ValueError, match=message):
         InfoNCELoss(BagEncoder(), **settings)(columns, None)
+
+
+# --- groups, halves, precision -------------------------------------------------------------------
+
+
+def test_rows_of_one_group_are_each_others_positives():
+    encoder = BagEncoder()
+    columns = [column(*ANCHORS, group_ids=[5, 6, 5]), column(*POSITIVES)]
+    a, b = embed(encoder, *columns)
+    expected = ops.info_nce(a, b, scale=20.0, symmetric=False, group_ids=torch.tensor([5, 6, 5]))
+    torch.testing.assert_close(InfoNCELoss(encoder)(columns), expected, rtol=1e-12, atol=0)
+    assert not torch.isclose(expected, ops.info_nce(a, b, scale=20.0, symmetric=False))
+    assert "group_ids" not in encoder.seen[-1]
+
+
+def test_the_second_half_alone_is_the_loss():
+    encoder = BagEncoder()
+    columns = [column(*ANCHORS), column(*POSITIVES), column(*HARD[0])]
+    loss = InfoNCELoss(encoder)
+    embeddings = loss.embed_columns(columns)
+    assert torch.equal(loss.from_embeddings(embeddings, columns, None), loss(columns))
+    assert len(encoder.seen) == 6
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_low_precision_embeddings_have_float32_logits(autocast):
+    embeddings = [e.bfloat16() for e in embed(BagEncoder(), column(*ANCHORS), column(*POSITIVES))]
+    loss = InfoNCELoss(BagEncoder(), mask_duplicates=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        value = loss.from_embeddings(embeddings, [{}, {}], None)
+    assert value.dtype == torch.float32
+    exact = ops.info_nce(*(e.double() for e in embeddings), scale=20.0, symmetric=False)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-6)

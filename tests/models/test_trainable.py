@@ -4,6 +4,7 @@ import pytest
 
 import moe_fast
 from moe_fast.models import set_trainable
+from tests.models.tiny import CLS, NAMES, build
 
 EXPERTS = {"up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}
 
@@ -31,6 +32,24 @@ def test_experts_and_router(bert, target, names):
     assert _trainable(moe) == names | {"router.weight"}
     set_trainable(moe, "all")
     assert all(p.requires_grad for p in moe.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_embeddings(name):
+    moe = moe_fast.upcycle(build(name), num_experts=2, domains=["a", "b"], cls_token_id=CLS)
+    set_trainable(moe, freeze_embeddings=True)
+    frozen = {name for name, p in moe.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in moe.named_parameters() if name.startswith("embeddings.")}
+    assert not moe.get_input_embeddings().weight.requires_grad
+    set_trainable(moe)
+    assert all(p.requires_grad for p in moe.parameters())
+
+
+@pytest.mark.parametrize("freeze_embeddings", [False, True])
+def test_experts_never_include_the_embeddings(bert, freeze_embeddings):
+    moe = moe_fast.upcycle(bert, num_experts=2)
+    set_trainable(moe, "experts", freeze_embeddings=freeze_embeddings)
+    assert _trainable(moe) == EXPERTS
 
 
 def test_only_trainable_parameters_get_gradients(bert, batch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_fast.ops import native
 
 # float64 rounds at 1.1e-16, and the tests' sums have at most a few hundred terms of unit scale:
 # 1e-10 is far above any rounding and far below the effect of any term left out or counted twice.
@@ -137,3 +141,23 @@ def assert_says(error: pytest.ExceptionInfo, *fragments: object) -> None:
     message = str(error.value)
     missing = [str(f) for f in fragments if str(f) not in message]
     assert not missing, f"{message!r} does not mention {missing}"
+
+
+def need_native_library() -> None:
+    """Skip the module where the library does not load; with ``CI=true`` that is a failure."""
+    reason = native.why_unavailable("cpu")
+    if reason is not None and os.environ.get("CI") == "true":
+        pytest.fail(f"CI needs the native library: {reason}", pytrace=False)
+    elif reason is not None:
+        pytest.skip(f"{reason}: make setup", allow_module_level=True)
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Run a block with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -5,9 +5,7 @@ Skipped where the library is not built, but with ``CI=true`` a missing library i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import moe_fast
+from .helpers import need_native_library, num_threads
 
-LIBRARY = Path(moe_fast.__file__).parent / "_native.so"
-if LIBRARY.exists():
-    torch.ops.load_library(str(LIBRARY))
-elif os.environ.get("CI") == "true":
-    pytest.fail(f"CI needs the native library, and {LIBRARY.name} is not built", pytrace=False)
-else:
-    pytest.skip(f"{LIBRARY.name} is not built: make setup", allow_module_level=True)
+need_native_library()
 
 # From here on a large input is several chunks: see kMinSlotsPerChunk in plan.cpp.
 LARGE = 3 * 16384
@@ -32,10 +24,8 @@ LARGE = 3 * 16384
 @pytest.fixture(params=[1, 3])
 def threads(request) -> Iterator[int]:
     """Run a test with one thread and with several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with num_threads(request.param):
+        yield request.param
 
 
 def expected(top_k_index: Tensor, num_experts: int) -> list[Tensor]:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from tiny_models import DOMAINS, MAX_LENGTH, make_dense, make_moe, make_pairs
+from tiny_models import DOMAINS, MAX_LENGTH, make_dense, make_flag_rows, make_moe, make_pairs
+from torch.utils.data import DataLoader
 
 from moe_fast.training import DomainDataCollator, hashing
+from moe_fast.training.draws import draw_passages, flag_row_columns, is_swapped
 from moe_fast.training.hashing import stable_hash
 
 
@@ -128,6 +130,151 @@ def test_prompts_do_not_change_the_hash(dense):
     assert torch.equal(prompted["anchor_text_hash"], plain["anchor_text_hash"])
 
 
+def test_data_without_domains(dense):
+    pairs = [{"anchor": "apple", "positive": "pear fig"}]
+    batch = DomainDataCollator.from_model(dense, domain_column=None)(pairs)
+    assert set(batch) == set(SentenceTransformerDataCollator(dense.preprocess)(pairs)) | {
+        "anchor_text_hash",
+        "positive_text_hash",
+    }
+
+
+# --- draws by epoch ------------------------------------------------------------------------------
+
+
+def texts(model, batch, column) -> list[str]:
+    return model.tokenizer.batch_decode(batch[f"{column}_input_ids"], skip_special_tokens=True)
+
+
+def test_flag_rows_become_columns_of_texts(dense):
+    data = list(make_flag_rows(6, neg_q=True, scores=True))
+    collator = collator_of(dense, num_negatives=2, seed=5).for_training()
+    collator.set_epoch(3)
+    batch = collator(data)
+    drawn = [draw_passages(row, 2, seed=5, epoch=3) for row in data]
+    columns = flag_row_columns(2, negative_queries=True)
+    assert [k.removesuffix("_input_ids") for k in batch if k.endswith("_input_ids")] == columns
+    for column in columns:
+        assert texts(dense, batch, column) == [row[column] for row in drawn]
+        assert batch[f"{column}_domain_ids"].tolist() == [0, 1, 2, 0, 1, 2]
+        assert batch[f"{column}_text_hash"].tolist() == [stable_hash(r[column]) for r in drawn]
+    assert batch["label"].dtype == torch.float32
+    assert torch.equal(batch["label"], torch.tensor([row["label"] for row in drawn]))
+    assert batch["label"].shape == (6, 3)
+
+
+def test_evaluation_takes_the_first_and_swaps_nothing(dense):
+    data = list(make_flag_rows(6))
+    collator = collator_of(dense, num_negatives=2)
+    collator.set_epoch(3)
+    batch = collator(data)
+    assert texts(dense, batch, "positive") == [row["pos"][0] for row in data]
+    assert texts(dense, batch, "negative_2") == [row["neg"][1] for row in data]
+    pairs = list(make_pairs(24))
+    batch = collator_of(dense, swap_pairs=True)(pairs)
+    assert texts(dense, batch, "anchor") == [row["anchor"] for row in pairs]
+
+
+def test_swapped_pairs_are_those_of_the_epoch(dense):
+    pairs = list(make_pairs(24))
+    collator = collator_of(dense, swap_pairs=True, seed=5).for_training()
+    swapped = {}
+    for epoch in (0, 1):
+        collator.set_epoch(epoch)
+        batch = collator(pairs)
+        swapped[epoch] = [
+            is_swapped(row["anchor"], row["positive"], seed=5, epoch=epoch) for row in pairs
+        ]
+        for column, other in (("anchor", "positive"), ("positive", "anchor")):
+            expected = [
+                row[other if swap else column]
+                for row, swap in zip(pairs, swapped[epoch], strict=True)
+            ]
+            assert texts(dense, batch, column) == expected
+    assert swapped[0] != swapped[1]
+    assert 0 < sum(swapped[0]) < 24
+
+
+def test_labels_do_not_stand_in_the_way_of_swaps(dense):
+    collator = collator_of(dense, swap_pairs=True).for_training()
+    batch = collator([row | {"label": 1} for row in make_pairs(6)])
+    assert batch["label"].tolist() == [1] * 6
+    with pytest.raises(ValueError, match=r"two texts; got the columns \['anchor', .*'negative_0'"):
+        collator(list(make_pairs(6, negatives=1)))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_order_and_the_workers_change_no_draw(dense, workers):
+    """Workers that persist over epochs too: each row's draws are those of the row alone."""
+    data = make_flag_rows(12, scores=True)
+    collator = collator_of(dense, num_negatives=2, seed=1).for_training()
+    order = list(range(12))
+    loader = DataLoader(
+        data.select(order[::-1] if workers else order),
+        batch_size=5 if workers else 4,
+        collate_fn=collator,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    for epoch in range(3):
+        collator.set_epoch(epoch)
+        drawn = {}
+        for batch in loader:
+            queries = texts(dense, batch, "query")
+            columns = [texts(dense, batch, c) for c in ("positive", "negative_1", "negative_2")]
+            drawn |= dict(zip(queries, zip(*columns, strict=True), strict=True))
+        for row in data:
+            expected = draw_passages(row, 2, seed=1, epoch=epoch)
+            assert drawn[row["query"]] == (
+                expected["positive"],
+                expected["negative_1"],
+                expected["negative_2"],
+            )
+
+
+# --- lengths and prompts -------------------------------------------------------------------------
+
+
+def test_lengths_by_column(dense):
+    """Tokens counted, the two special ones among them; a name covers its numbered columns."""
+    lengths = {"query": 4, "positive": 6, "negative": 7, "negative_2": 5}
+    collator = collator_of(dense, num_negatives=2, max_length=lengths)
+    with pytest.warns(UserWarning, match="column 'query' reach the limit of 4 tokens"):
+        batch = collator(list(make_flag_rows(6)))  # of 4, 5 and 6 words
+    widths = [batch[f"{c}_attention_mask"].sum(1).unique().tolist() for c in flag_row_columns(2, 0)]
+    assert widths == [[4], [6], [7], [5]]
+    assert (collator.truncated, collator.collated) == (24, 24)
+    with pytest.warns(UserWarning, match="limit of 3 tokens"):
+        batch = collator_of(dense, max_length=3)(list(make_pairs(6)))
+    assert [batch[f"{c}_input_ids"].shape[1] for c in ("anchor", "positive")] == [3, 3]
+
+
+def test_prompts_by_column_count_towards_the_length(dense):
+    prompts = {"query": "iron zinc ", "negative": "tin "}
+    data = list(make_flag_rows(6))
+    batch = collator_of(dense, num_negatives=2, prompts=prompts)(data)
+    widths = [batch[f"{c}_input_ids"].shape[1] for c in flag_row_columns(2, 0)]
+    assert widths == [4 + 2 + 2, 5 + 2, 6 + 1 + 2, 6 + 1 + 2]
+    assert texts(dense, batch, "query") == ["iron zinc " + row["query"] for row in data]
+    limited = collator_of(dense, num_negatives=2, prompts=prompts, max_length={"query": 5})
+    with pytest.warns(UserWarning, match="limit of 5 tokens"):
+        assert limited(data)["query_input_ids"].shape[1] == 5
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (17, r"max_length=17 goes beyond the model's max_seq_length, 16 tokens"),
+        ({"anchor": 4, "positive": 99}, r"'positive': 99.* goes beyond"),
+        (0, r"a positive integer, or one per column; got 0"),
+        ({"anchor": 4.5}, r"a positive integer, or one per column; got \{'anchor': 4.5\}"),
+    ],
+)
+def test_lengths_that_the_model_does_not_allow(dense, length, message):
+    with pytest.raises(ValueError, match=message):
+        collator_of(dense, max_length=length)
+
+
 # --- hashes --------------------------------------------------------------------------------------
 
 
@@ -189,6 +336,11 @@ def test_a_missing_column_is_named_with_those_present(dense):
 def test_bad_lists_of_domains(dense, domains, error, message):
     with pytest.raises(error, match=message):
         DomainDataCollator.from_model(dense, domains=domains)
+
+
+def test_a_negative_number_of_negatives(dense):
+    with pytest.raises(ValueError, match="num_negatives must be at least 0; got -1"):
+        collator_of(dense, num_negatives=-1)
 
 
 def test_a_dense_model_needs_to_be_told_the_domains(dense):

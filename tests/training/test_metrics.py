@@ -30,14 +30,12 @@ def test_keeps_no_graph_and_no_reference():
     assert means.pop() == {"x": 3.0}
 
 
-def test_reduce_sees_all_means_at_once():
+def test_processes_may_have_seen_other_metrics_and_other_numbers_of_them():
     means = RunningMeans()
     means.add({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
-    seen = []
-
-    def reduce(values: torch.Tensor) -> torch.Tensor:
-        seen.append(values.tolist())
-        return values + 1
-
-    assert means.pop(reduce) == pytest.approx({"a": 2.0, "b": 3.0})
-    assert seen == [[1.0, 2.0]]
+    other = {"b": (9.0, 2), "c": (0.25, 1)}
+    assert means.pop(lambda own: [*own, other]) == {
+        "a": 1.0,
+        "b": pytest.approx(11 / 3, abs=1e-4),
+        "c": 0.25,
+    }

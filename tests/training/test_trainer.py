@@ -14,7 +14,6 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from tiny_models import DOMAINS, make_dense, make_moe, make_pairs
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from moe_fast.training import (
     MoESentenceTransformerTrainer,
 )
 from moe_fast.training.loss_state import LOSS_STATE_NAME
-from moe_fast.training.trainer import _SetSamplerEpoch
+from moe_fast.training.trainer import _SetEpoch
 
 
 def make_args(folder: Path, **kwargs) -> SentenceTransformerTrainingArguments:
@@ -114,10 +113,13 @@ def test_a_dense_models_domains_are_the_datasets(tmp_path):
     trainer.train()
 
 
-def test_without_a_domain_column_the_stock_collator(tmp_path):
+def test_without_a_domain_column_no_ids(tmp_path):
     dataset = make_pairs().remove_columns("domain")
-    trainer = make_trainer(tmp_path, make_dense(), dataset=dataset)
-    assert type(trainer.data_collator) is SentenceTransformerDataCollator
+    model = make_dense()
+    spy = SpyLoss(model)
+    args = {"batch_sampler": "batch_sampler", "max_steps": 1}
+    make_trainer(tmp_path, model, loss=spy, dataset=dataset, args=args).train()
+    assert [set(column) & {"domain_ids", "expert_ids"} for column in spy.batches[0]] == [set()] * 2
 
 
 def test_the_arguments_prompts_reach_the_collator(tmp_path):
@@ -357,11 +359,12 @@ RESUMABLE = {
 }
 
 
-def run(folder: Path, *, resume: str | None = None, seed: int = 7, **args):
+def run(folder: Path, *, resume: str | None = None, seed: int = 7, eval_dataset=None, **args):
     """A MoE with dropout and a learned temperature, trained for 8 steps of 2 epochs."""
     model = make_moe(dropout=0.2)
     loss = InfoNCELoss(model, learn_temperature=True)
-    trainer = make_trainer(folder, model, loss=loss, args=RESUMABLE | {"seed": seed} | args)
+    settings = RESUMABLE | {"seed": seed} | args
+    trainer = make_trainer(folder, model, loss=loss, args=settings, eval_dataset=eval_dataset)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -383,6 +386,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, tmp_path, 
     assert ours["param_groups"] == theirs["param_groups"]
     for index, state in theirs["state"].items():
         assert equal_states(ours["state"][index], state)
+
+
+def test_a_resumed_run_with_persistent_workers_equals_an_uninterrupted_one(tmp_path):
+    """Starting workers draws random numbers, which a resumed run does at other times."""
+    args = {
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    evaluation = make_pairs(6, seed=1)
+    expected = run(tmp_path / "whole", eval_dataset=evaluation, **args)
+    for step in (3, 5):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        resumed = run(tmp_path / "run", resume=checkpoint, eval_dataset=evaluation, **args)
+        assert equal_states(resumed.loss.state_dict(), expected.loss.state_dict())
 
 
 @pytest.mark.parametrize("mode", ["mixed", "single"])
@@ -484,26 +503,20 @@ def test_a_saved_model_is_complete_and_loads(tmp_path):
     assert all(module["type"].startswith("sentence_transformers.") for module in modules)
 
 
-# --- several processes ---------------------------------------------------------------------------
-
-
-def test_a_learned_temperature_under_several_processes_is_refused(tmp_path, monkeypatch):
-    arguments = SentenceTransformerTrainingArguments
-    model = make_moe()
-    trainer = make_trainer(tmp_path, model)
-    monkeypatch.setattr(arguments, "world_size", property(lambda self: 2))
-    with pytest.raises(ValueError, match=r"\['log_temperature'\].* got 2 processes"):
-        make_trainer(tmp_path, model, loss=InfoNCELoss(model, learn_temperature=True))
-    assert make_trainer(tmp_path, model).loss is not trainer.loss
+# --- epochs --------------------------------------------------------------------------------------
 
 
 def test_the_epoch_reaches_the_sampler_through_every_wrapper():
     sampler = DomainBatchSampler(make_pairs(), batch_size=4, drop_last=False)
     shard = BatchSamplerShard(sampler, 2, 0, even_batches=False)
+    collator = DomainDataCollator.from_model(make_dense(), domain_column=None)
 
     class Loader:
         batch_sampler = SkipBatchSampler(shard, 1)
 
     state = TrainerState(epoch=3.25)
-    _SetSamplerEpoch().on_epoch_begin(None, state, None, train_dataloader=Loader())
-    assert sampler.epoch == 3
+    callback = _SetEpoch(collator)
+    callback.on_train_begin(None, state, None)
+    for epoch in (3, 4):
+        callback.on_epoch_begin(None, state, None, train_dataloader=Loader())
+        assert sampler.epoch == int(collator._epoch) == epoch

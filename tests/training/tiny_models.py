@@ -106,6 +106,27 @@ def make_pairs(rows: int = 24, seed: int = 0, negatives: int = 0) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def make_flag_rows(rows: int = 12, negatives: int = 4, seed: int = 0, **columns: bool) -> Dataset:
+    """FlagEmbedding rows of three positives; ``scores=True``, ``neg_q=True`` for more columns."""
+    rng = random.Random(seed)
+    data = []
+    for number in range(rows):
+        domain = DOMAINS[number % len(DOMAINS)]
+        row = {
+            "query": sentence(domain, rng),
+            "pos": [sentence(domain, rng, 5) for _ in range(3)],
+            "neg": [sentence(domain, rng, 6) for _ in range(negatives)],
+            "domain": domain,
+        }
+        if columns.get("neg_q"):
+            row["neg_q"] = [sentence(domain, rng, 3) for _ in range(negatives)]
+        if columns.get("scores"):
+            row["pos_scores"] = [rng.random() for _ in range(3)]
+            row["neg_scores"] = [-rng.random() for _ in range(negatives)]
+        data.append(row)
+    return Dataset.from_list(data)
+
+
 def features_of(model: SentenceTransformer, *columns: list[str]) -> list[dict[str, torch.Tensor]]:
     return [model.preprocess(column) for column in columns]
 

@@ -18,7 +18,7 @@ TABLE = {"up/n3072/k768/rows8192/bfloat16": c.Config(64, 256, 64, 8, 3, 4)}
 
 @pytest.mark.parametrize("target", [*c.SHARED_MEMORY, "sm_86", "sm_120", "interpreter"])
 @pytest.mark.parametrize("n", [768, 1019])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_heuristic_fits_every_target(target, dtype, n):
     limit = c.SHARED_MEMORY.get(target, 101_376)
     for kernel in c.KERNELS:

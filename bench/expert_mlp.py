@@ -1,0 +1,277 @@
+"""ops.expert_mlp against one dense MLP over as many rows, and against transformers' experts.
+
+- ``dense``: the MLP that was upcycled, over S = T*K rows, with its biases: the same products, no
+  routing. Few rows cannot reach it, since E experts' weights must be read where dense reads one:
+  their floor is dense's time plus the other hit experts' bytes over the read bandwidth, which is
+  measured in the same run.
+- ``eager``, ``batched_mm``, ``grouped_mm``: transformers' ungated experts (NemotronHExperts) under
+  each of its implementations; no biases, for any of the candidates. ``batched_mm`` copies the
+  weights for every row and is left out where that takes more than a gigabyte.
+
+The plan is made beforehand, as one plan serves all layers where routing is enforced. Outputs, and
+in the backward all gradients, are compared with the reference in float64 before any timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import Result, compare, environment, table, write_json
+from moe_fast import available_backends, ops
+from moe_fast.ops import native
+
+EXPERTS = 8
+OURS = "moe_fast"
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+NAMES = ("x", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias", "top_k_weights")
+
+Run = Callable[[Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One case: T tokens, width D (H = 4D), K experts per token of E = 8."""
+
+    tokens: int
+    dim: int
+    k: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"T={self.tokens} D={self.dim} K={self.k} {dtype}"
+
+
+class Problem:
+    """Tensors of one case; the last gradient goes to the routing weights."""
+
+    def __init__(self, shape: Shape, bias: bool) -> None:
+        torch.manual_seed(0)
+        tokens, dim, hidden, dtype = shape.tokens, shape.dim, 4 * shape.dim, shape.dtype
+        self.shape = shape
+        self.tensors: dict[str, Any] = dict(
+            x=torch.randn(tokens, dim).to(dtype),
+            up_proj=(torch.randn(EXPERTS, hidden, dim) / dim**0.5).to(dtype),
+            down_proj=(torch.randn(EXPERTS, dim, hidden) / hidden**0.5).to(dtype),
+            up_proj_bias=torch.randn(EXPERTS, hidden).to(dtype) if bias else None,
+            down_proj_bias=torch.randn(EXPERTS, dim).to(dtype) if bias else None,
+            top_k_weights=torch.rand(tokens, shape.k) + 0.1,
+        )
+        # A random route without a router: K different experts per token, as top-K would give.
+        self.top_k_index = torch.rand(tokens, EXPERTS).topk(shape.k).indices
+        self.plan = ops.plan(self.top_k_index, EXPERTS)
+        self.upstream = torch.randn(tokens, dim).to(dtype)
+
+    def ours(self, tensors: Mapping[str, Any], backend: str | None = None) -> Tensor:
+        """expert_mlp of ``tensors``."""
+        x, up, down, up_bias, down_bias, weights = (tensors[n] for n in NAMES)
+        return ops.expert_mlp(x, up, down, up_bias, down_bias, weights, self.plan, backend=backend)
+
+    def exact(self, backward: bool) -> list[Tensor]:
+        """The reference in float64: y, or y and all gradients."""
+        doubles = {n: None if t is None else t.double() for n, t in self.tensors.items()}
+        call = timed(lambda t: self.ours(t, "torch"), doubles, self.upstream.double(), backward)
+        return call()
+
+    def dense(self) -> tuple[Run, dict, Tensor]:
+        """The dense MLP over S rows: function, its tensors, and the upstream gradient."""
+        rows = self.shape.tokens * self.shape.k
+        tensors = {n: None if t is None else t[0].clone() for n, t in self.tensors.items()}
+        tensors["x"] = torch.randn(rows, self.shape.dim).to(self.shape.dtype)
+        del tensors["top_k_weights"]
+
+        def run(t: Mapping[str, Any]) -> Tensor:
+            h = F.gelu(F.linear(t["x"], t["up_proj"], t["up_proj_bias"]))
+            return F.linear(h, t["down_proj"], t["down_proj_bias"])
+
+        return run, tensors, torch.randn(rows, self.shape.dim).to(self.shape.dtype)
+
+
+def timed(
+    run: Run,
+    tensors: Mapping[str, Tensor | None],
+    upstream: Tensor,
+    backward: bool,
+) -> Callable[[], list[Tensor]]:
+    """A call that runs forward without gradients, or forward and backward to every tensor."""
+    leaves = {
+        n: None if t is None else t.detach().clone().requires_grad_(backward)
+        for n, t in tensors.items()
+    }
+    wanted = [t for t in leaves.values() if t is not None]
+
+    def call() -> list[Tensor]:
+        with torch.set_grad_enabled(backward):
+            y = run(leaves)
+        return [y.detach(), *torch.autograd.grad(y, wanted, upstream)] if backward else [y]
+
+    return call
+
+
+def check_against(exact: list[Tensor], tolerance: float) -> Callable[[dict[str, Any]], None]:
+    """A check that every candidate but dense, whose inputs differ, is near ``exact``."""
+
+    def check(outputs: dict[str, Any]) -> None:
+        for name, tensors in outputs.items():
+            if name == "dense":
+                continue
+            for position, (t, e) in enumerate(zip(tensors, exact, strict=True)):
+                error = ((t.double() - e).norm() / e.norm()).item()
+                if not error <= tolerance:
+                    raise AssertionError(f"{name}, output {position}: error {error:.1e}.")
+
+    return check
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading 256 MiB on all threads, the median of nine."""
+    buffer = torch.ones(64 << 20)
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        buffer.sum()
+        seconds.append(time.perf_counter() - start)
+    return buffer.nbytes / statistics.median(seconds)
+
+
+def against_dense(shape: Shape, backward: bool, rounds: int) -> list[Result]:
+    """moe_fast (and the reference) over dense, the baseline."""
+    problem = Problem(shape, bias=True)
+    dense, dense_tensors, dense_upstream = problem.dense()
+
+    def ours(backend: str) -> Callable[[], list[Tensor]]:
+        return timed(
+            lambda t: problem.ours(t, backend), problem.tensors, problem.upstream, backward
+        )
+
+    candidates = {
+        "dense": timed(dense, dense_tensors, dense_upstream, backward),
+        OURS: ours("auto"),
+        "reference": ours("torch"),
+    }
+    check = check_against(problem.exact(backward), TOLERANCES[shape.dtype])
+    return compare(candidates, baseline="dense", check=check, rounds=rounds, warmup=2)
+
+
+def run_peer(experts: torch.nn.Module, top_k_index: Tensor, tensors: Mapping[str, Any]) -> Tensor:
+    """transformers' experts module, called as its own models do."""
+    return experts(tensors["x"], top_k_index, tensors["top_k_weights"])
+
+
+def peers(problem: Problem) -> dict[str, Run]:
+    """transformers' experts on the problem's weights, by implementation."""
+    from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    shape = problem.shape
+    found: dict[str, Run] = {}
+    for name in ("eager", "batched_mm", "grouped_mm"):
+        copied = shape.tokens * shape.k * 4 * shape.dim**2 * shape.dtype.itemsize
+        if name == "batched_mm" and copied > 1 << 30:
+            continue
+        config = NemotronHConfig(
+            n_routed_experts=EXPERTS,
+            hidden_size=shape.dim,
+            moe_intermediate_size=4 * shape.dim,
+            mlp_hidden_act="gelu",
+        )
+        config._experts_implementation = name
+        with torch.device("meta"):
+            experts = NemotronHExperts(config)
+        experts.up_proj = torch.nn.Parameter(problem.tensors["up_proj"], requires_grad=False)
+        experts.down_proj = torch.nn.Parameter(problem.tensors["down_proj"], requires_grad=False)
+        found[name] = partial(run_peer, experts, problem.top_k_index)
+    return found
+
+
+def against_peers(shape: Shape, rounds: int) -> list[Result]:
+    """Forward of moe_fast over transformers' implementations."""
+    problem = Problem(shape, bias=False)
+    candidates = {OURS: timed(problem.ours, problem.tensors, problem.upstream, False)}
+    candidates |= {
+        name: timed(run, problem.tensors, problem.upstream, False)
+        for name, run in peers(problem).items()
+    }
+    # transformers rounds each expert's result to the dtype before the sum: twice our tolerance.
+    check = check_against(problem.exact(False), 2 * TOLERANCES[shape.dtype])
+    return compare(candidates, baseline=OURS, check=check, rounds=rounds, warmup=2)
+
+
+def verdict(shape: Shape, backward: bool, results: list[Result], bandwidth: float) -> str:
+    """The measured ratio to the floor beside its target."""
+    dense, ours = results[0], next(r for r in results if r.name == OURS)
+    if shape.tokens >= 2048:
+        large = shape.tokens >= 8192
+        target = (1.08 if large else 1.15) if backward else (1.05 if large else 1.10)
+        ratio = ours.ratio.median
+    else:
+        hit = min(EXPERTS, shape.tokens * shape.k)
+        extra = (hit - 1) * 8 * shape.dim**2 * shape.dtype.itemsize / bandwidth
+        ratio, target = ours.seconds.median / (dense.seconds.median + extra), 1.15
+    met = "met" if ratio <= target else "MISSED"
+    return f"{ratio:.2f} of the floor, target {target}: {met}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every case, print tables and verdicts, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--max-tokens", type=int, default=8192, help="leave larger cases out")
+    parser.add_argument("--dims", type=int, nargs="+", default=[384, 768])
+    parser.add_argument("--json", help="write the record to this file")
+    arguments = parser.parse_args(argv)
+
+    bandwidth = read_bandwidth()
+    record: dict[str, Any] = {
+        "environment": environment(
+            backends=available_backends("expert_mlp"), products=native.cpu_capability
+        ),
+        "read_bandwidth": bandwidth,
+        "dense": {},
+        "peers": {},
+    }
+    print(f"reading: {bandwidth / 1e9:.1f} GB/s; cpp: {native.cpu_capability or 'absent'}\n")
+    shapes = [
+        Shape(tokens, dim, k, dtype)
+        for tokens in (32, 256, 2048, 8192)
+        for dim in arguments.dims
+        for k in (1, 2)
+        for dtype in TOLERANCES
+        if tokens <= arguments.max_tokens
+    ]
+    for shape in shapes:
+        for backward in (False, True) if shape.tokens >= 2048 else (False,):
+            direction = "forward + backward" if backward else "forward"
+            results = against_dense(shape, backward, arguments.rounds)
+            text = verdict(shape, backward, results, bandwidth)
+            print(table(results, f"{direction}, {shape}"), text, sep="\n", end="\n\n")
+            record["dense"][f"{direction}, {shape}"] = {"results": results, "verdict": text}
+    best = []
+    for shape in shapes:
+        results = against_peers(shape, arguments.rounds)
+        print(table(results, f"forward, {shape}, without biases"), end="\n\n")
+        record["peers"][f"forward, {shape}"] = results
+        best.append(min(r.ratio.median for r in results if r.name != OURS))
+    mean = math.exp(sum(map(math.log, best)) / len(best))
+    print(f"the best of transformers takes {mean:.2f} times as long (geometric mean, target 1.3); "
+          f"at least {min(best):.2f}, at most {max(best):.2f}")  # fmt: skip
+    record["geometric_mean_over_best_peer"] = mean
+    if arguments.json:
+        write_json(arguments.json, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Experiments with committed results: real data, longer than a test."""

@@ -1,0 +1,320 @@
+// Compiled once per instruction set, with MOE_ISA as the name of each copy. Plain loops that the
+// compiler vectorises; intrinsics only where it cannot (16-bit floats, transposes).
+#include "vector.h"
+
+#include <cmath>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define MOE_STRING2(name) #name
+#define MOE_STRING(name) MOE_STRING2(name)
+
+namespace moe_fast {
+namespace MOE_ISA {
+namespace {
+
+float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// The bf16 nearest to a float, ties to even, in the lower half; NaN stays NaN.
+uint32_t to_bf16(float value) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded;
+}
+
+#if !defined(__F16C__)
+float from_f16(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) return from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude >= 0x0400u) return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  return from_bits(sign | to_bits(subnormal));
+}
+
+uint16_t to_f16(float value) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 1/2 rounds to multiples of 2^-24
+    const float sum = from_bits(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (to_bits(sum) - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u);
+  return static_cast<uint16_t>(sign | rounded >> 13);
+}
+#endif
+
+void load_f16(const uint16_t* source, float* out, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+  }
+  for (; i < n; ++i) out[i] = _cvtsh_ss(source[i]);
+#else
+  for (; i < n; ++i) out[i] = from_f16(source[i]);
+#endif
+}
+
+void store_f16(const float* source, uint16_t* out, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
+  }
+  for (; i < n; ++i) out[i] = _cvtss_sh(source[i], _MM_FROUND_TO_NEAREST_INT);
+#else
+  for (; i < n; ++i) out[i] = to_f16(source[i]);
+#endif
+}
+
+void load(const void* source, Dtype dtype, float* out, int64_t n) {
+  if (dtype == Dtype::f32) {
+    std::memcpy(out, source, static_cast<size_t>(n) * sizeof(float));
+  } else if (dtype == Dtype::bf16) {
+    const auto* bits = static_cast<const uint16_t*>(source);
+    for (int64_t i = 0; i < n; ++i) out[i] = from_bits(static_cast<uint32_t>(bits[i]) << 16);
+  } else {
+    load_f16(static_cast<const uint16_t*>(source), out, n);
+  }
+}
+
+void store(const float* source, Dtype dtype, void* out, int64_t n) {
+  if (dtype == Dtype::f32) {
+    std::memcpy(out, source, static_cast<size_t>(n) * sizeof(float));
+  } else if (dtype == Dtype::bf16) {
+    auto* bits = static_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < n; ++i) bits[i] = static_cast<uint16_t>(to_bf16(source[i]));
+  } else {
+    store_f16(source, static_cast<uint16_t*>(out), n);
+  }
+}
+
+#if defined(__AVX512F__)
+// 16 rows of 16 elements: four rounds, each exchanging blocks twice as large.
+void transpose_16x16(const uint32_t* const* rows, int64_t c, uint32_t* out, int64_t ld) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i] + c);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+    a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (c + i) * ld, a[i]);
+}
+#endif
+
+void transpose(const uint32_t* const* rows, int64_t num_rows, int64_t n, uint32_t* out,
+               int64_t ld) {
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  if (num_rows == 16) {
+    for (; c + 16 <= n; c += 16) transpose_16x16(rows, c, out, ld);
+  }
+#endif
+  for (; c < n; ++c) {
+    uint32_t* column = out + c * ld;
+    for (int64_t r = 0; r < num_rows; ++r) column[r] = rows[r][c];
+    for (int64_t r = num_rows; r < 16; ++r) column[r] = 0;
+  }
+}
+
+void interleave(const uint16_t* a, const uint16_t* b, uint32_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = static_cast<uint32_t>(a[i]) | static_cast<uint32_t>(b[i]) << 16;
+  }
+}
+
+void round_pairs(const float* a, const float* b, uint32_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(a[i]) | to_bf16(b[i]) << 16;
+}
+
+// exp to 2 units in the last place: 2^k times a polynomial on [-ln(2) / 2, ln(2) / 2] (Cephes).
+inline float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float k = (x * 1.44269504f + kRound) - kRound;
+  const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
+}
+
+struct ValueAndSlope {
+  float value;
+  float slope;
+};
+
+// The activation and its derivative. Where only one is used the compiler drops the other.
+template <Act act>
+inline ValueAndSlope evaluate(float z) {
+  if constexpr (act == Act::gelu) {
+    // erfc(|z| / sqrt(2)) = poly(t) exp(-z^2 / 2), Abramowitz and Stegun 7.1.26: one exponential
+    // serves the value and the derivative. The tail is taken from erfc, so it keeps its sign.
+    const float a = std::fabs(z) * 0.70710678f;
+    const float t = 1.0f / (1.0f + 0.3275911f * a);
+    const float e = fast_exp(-a * a);
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const float tail = 0.5f * p * t * e;
+    const float cdf = z < 0.0f ? tail : 1.0f - tail;
+    return {z * cdf, cdf + z * 0.39894228f * e};
+  } else if constexpr (act == Act::gelu_tanh) {
+    // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
+    const float u2 = 1.59576912f * (z + 0.044715f * z * z * z);
+    const float s = 1.0f / (1.0f + fast_exp(-u2));
+    return {z * s, s + z * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * z * z)};
+  } else if constexpr (act == Act::relu) {
+    return {z <= 0.0f ? 0.0f : z, z <= 0.0f ? 0.0f : 1.0f};
+  } else {
+    const float s = 1.0f / (1.0f + fast_exp(-z));
+    return {z * s, s + z * s * (1.0f - s)};
+  }
+}
+
+void add_bias(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r, z += n) {
+    const float b = bias == nullptr ? 0.0f : bias[r];
+    if (dtype == Dtype::bf16) {
+      for (int64_t i = 0; i < n; ++i) z[i] = from_bits(to_bf16(z[i] + b) << 16);
+    } else {
+      for (int64_t i = 0; i < n; ++i) z[i] += b;
+    }
+    for (int64_t i = 0; dtype == Dtype::f16 && i < n; i += 64) {
+      uint16_t rounded[64];
+      const int64_t m = n - i < 64 ? n - i : 64;
+      store_f16(z + i, rounded, m);
+      load_f16(rounded, z + i, m);
+    }
+  }
+}
+
+template <Act act>
+void activate_as(const float* __restrict z, const float* __restrict z2, float* __restrict h,
+                 int64_t n) {
+  if (z2 == nullptr) {
+    for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value;
+  } else {
+    for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value * z2[i];
+  }
+}
+
+template <Act act>
+float activate_backward_as(const float* __restrict dh, const float* __restrict z,
+                           const float* __restrict z2, float w, float* __restrict h,
+                           float* __restrict dz, float* __restrict dz2, int64_t n) {
+  float sum = 0.0f;
+  if (z2 == nullptr) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) {
+      const ValueAndSlope f = evaluate<act>(z[i]);
+      h[i] = f.value;
+      dz[i] = w * dh[i] * f.slope;
+      sum += dh[i] * f.value;
+    }
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) {
+      const ValueAndSlope f = evaluate<act>(z[i]);
+      h[i] = f.value * z2[i];
+      dz[i] = w * dh[i] * z2[i] * f.slope;
+      dz2[i] = w * dh[i] * f.value;
+      sum += dh[i] * h[i];
+    }
+  }
+  return sum;
+}
+
+void activate(const float* z, const float* z2, Act act, float* h, int64_t n) {
+  switch (act) {
+    case Act::gelu: return activate_as<Act::gelu>(z, z2, h, n);
+    case Act::gelu_tanh: return activate_as<Act::gelu_tanh>(z, z2, h, n);
+    case Act::relu: return activate_as<Act::relu>(z, z2, h, n);
+    case Act::silu: return activate_as<Act::silu>(z, z2, h, n);
+  }
+}
+
+float activate_backward(const float* dh, const float* z, const float* z2, float w, Act act,
+                        float* h, float* dz, float* dz2, int64_t n) {
+  switch (act) {
+    case Act::gelu: return activate_backward_as<Act::gelu>(dh, z, z2, w, h, dz, dz2, n);
+    case Act::gelu_tanh: return activate_backward_as<Act::gelu_tanh>(dh, z, z2, w, h, dz, dz2, n);
+    case Act::relu: return activate_backward_as<Act::relu>(dh, z, z2, w, h, dz, dz2, n);
+    case Act::silu: return activate_backward_as<Act::silu>(dh, z, z2, w, h, dz, dz2, n);
+  }
+  return 0.0f;
+}
+
+void add_scaled(float* __restrict acc, const float* __restrict x, float w, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) acc[i] += w * x[i];
+}
+
+void scale_add(const float* x, float w, const float* bias, float* out, int64_t n) {
+  if (bias == nullptr) {
+    for (int64_t i = 0; i < n; ++i) out[i] = w * x[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = w * (x[i] + bias[i]);
+  }
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+}  // namespace
+
+extern const VectorOps ops;
+const VectorOps ops = {
+    MOE_STRING(MOE_ISA), load,     store,    transpose,         interleave, round_pairs,
+    add_bias,            activate, activate_backward, add_scaled, scale_add,  dot,
+};
+
+}  // namespace MOE_ISA
+}  // namespace moe_fast

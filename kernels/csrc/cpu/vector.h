@@ -1,0 +1,48 @@
+// The elementwise work around the products. One source, vector.cpp, is compiled once per
+// instruction set; vector() gives the best one that this processor runs. Nothing of torch may be
+// included here: the linker keeps one copy of an inline function, and it may be an AVX-512 one.
+#pragma once
+
+#include <cstdint>
+
+namespace moe_fast {
+
+enum class Dtype { f32, bf16, f16 };
+enum class Act { gelu, gelu_tanh, relu, silu };
+
+// Lengths are in elements. Rows of 16-bit elements are passed as void*.
+struct VectorOps {
+  const char* name;
+
+  // Between rows of `dtype` and floats, rounding to nearest even.
+  void (*load)(const void* source, Dtype dtype, float* out, int64_t n);
+  void (*store)(const float* source, Dtype dtype, void* out, int64_t n);
+
+  // out[c * ld + r] = rows[r][c] for r < num_rows <= 16, and 0 for num_rows <= r < 16.
+  void (*transpose)(const uint32_t* const* rows, int64_t num_rows, int64_t n, uint32_t* out,
+                    int64_t ld);
+
+  // out[i] = the bf16 pair (a[i], b[i]), a in the lower half; from bf16, and rounding floats.
+  void (*interleave)(const uint16_t* a, const uint16_t* b, uint32_t* out, int64_t n);
+  void (*round_pairs)(const float* a, const float* b, uint32_t* out, int64_t n);
+
+  // z [rows, n] += bias[row] (null for 0), then rounded to `dtype`.
+  void (*add_bias)(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n);
+  // h = act(z), gated h = act(z) * z2; h overlaps neither.
+  void (*activate)(const float* z, const float* z2, Act act, float* h, int64_t n);
+
+  // With dh the gradient of h before the routing weight w: h, and dz = w dh act'(z) (gated: dz and
+  // dz2 from z and z2; otherwise both are null). Returns <dh, h>.
+  float (*activate_backward)(const float* dh, const float* z, const float* z2, float w, Act act,
+                             float* h, float* dz, float* dz2, int64_t n);
+
+  // acc += w x;  out = w (x + bias), bias null for 0;  <a, b>.
+  void (*add_scaled)(float* acc, const float* x, float w, int64_t n);
+  void (*scale_add)(const float* x, float w, const float* bias, float* out, int64_t n);
+  float (*dot)(const float* a, const float* b, int64_t n);
+};
+
+// MOE_FAST_CPU=portable, avx2 or avx512 in the environment holds it back (for tests).
+const VectorOps& vector();
+
+}  // namespace moe_fast

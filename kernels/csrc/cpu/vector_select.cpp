@@ -1,0 +1,48 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "vector.h"
+
+namespace moe_fast {
+
+namespace portable {
+extern const VectorOps ops;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const VectorOps ops;
+}
+namespace avx512 {
+extern const VectorOps ops;
+}
+#endif
+
+namespace {
+
+const VectorOps& select() {
+#if defined(__x86_64__)
+  const char* asked = std::getenv("MOE_FAST_CPU");
+  const auto allowed = [&](const char* name) {
+    return asked == nullptr || std::strcmp(asked, "auto") == 0 || std::strcmp(asked, name) == 0;
+  };
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return avx512::ops;
+  }
+  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return avx2::ops;
+  }
+#endif
+  return portable::ops;
+}
+
+}  // namespace
+
+const VectorOps& vector() {
+  static const VectorOps& chosen = select();
+  return chosen;
+}
+
+}  // namespace moe_fast

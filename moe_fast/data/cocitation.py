@@ -1,0 +1,249 @@
+"""Positive and negative pairs from a citation graph.
+
+Two papers that others cite together are about the same thing (Small 1973, co-citation). After
+Hallee et al. (arXiv 2401.15713), who train on pairs of co-cited abstracts; they publish the
+cleaning of their data only, the rest is from the paper's description and ours where it is silent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_fast.data.citation_graph import Ints, cocited, unlinked, without_surveys
+from moe_fast.data.papers import Papers, read_papers
+from moe_fast.data.rows import Row
+from moe_fast.data.splits import assign_groups, check_fractions
+from moe_fast.data.tables import dataset_from_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class CocitationReport:
+    """What became of the papers and their links.
+
+    Attributes:
+        rows: papers in the file.
+        papers: different abstracts among them.
+        links: citations between these papers, each once.
+        links_outside: links of which one end is not in the file; dropped.
+        self_citations: links of a paper to itself; dropped.
+        passed_over: citing papers with more than ``max_references`` references; not counted as
+            citing anything together.
+        cocited: pairs of papers cited together by at least ``min_cocitations`` others.
+        across_domains: of these, pairs of two domains; dropped.
+        across_splits: of the rest, pairs whose papers fell into two splits; dropped.
+        not_drawn: of the rest, pairs beyond ``max_pairs``; dropped.
+        papers_per_split: {split: papers}, in pairs or not.
+        positives, negatives: {split: pairs} that are left.
+        negatives_missing: negatives asked for where a paper had no further unlinked partner.
+    """
+
+    rows: int
+    papers: int
+    links: int
+    links_outside: int
+    self_citations: int
+    passed_over: int
+    cocited: int
+    across_domains: int
+    across_splits: int
+    not_drawn: int
+    papers_per_split: dict[str, int]
+    positives: dict[str, int]
+    negatives: dict[str, int]
+    negatives_missing: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CocitationPairs:
+    """The pairs of each split, and how they came about.
+
+    Attributes:
+        splits: {"train", "dev", "test": dataset}; those with a fraction above 0.
+        report: the counts.
+    """
+
+    splits: dict[str, Dataset]
+    report: CocitationReport
+
+
+def cocitation_pairs(
+    papers: str | os.PathLike[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    min_cocitations: int = 1,
+    negatives_per_positive: int = 1,
+    fractions: Sequence[float] = (0.8, 0.1, 0.1),
+    max_references: int | None = None,
+    max_pairs: int | None = None,
+    ids: bool = False,
+    seed: int = 0,
+) -> CocitationPairs:
+    """Pairs of co-cited papers, and of papers with no link, in splits that share no paper.
+
+    - *Positive*: two papers of one domain cited together by at least `min_cocitations` papers of
+      the file other than themselves.
+    - *Negative*: a paper of a positive pair (either, at random) with a paper of the same split and
+      domain, drawn uniformly among those with *no link*: neither cites the other, and no paper of
+      the file cites both, not even one passed over for `max_references`. No pair comes twice.
+    - *Splits*: the papers of each domain are divided at random by `fractions` before any pair is
+      made; pairs across splits are dropped. With the default fractions about .64 of the pairs end
+      in train and .01 each in dev and test: larger fractions keep more of them.
+
+    Time and memory: the co-citation matrix is made block by block, of which only positives are
+    kept. A paper with r references in the file makes r (r - 1) / 2 co-cited pairs: a survey of
+    5,000 makes 12 million. `max_references` leaves such papers out, `max_pairs` bounds what is
+    kept: each pair holds its two texts in memory.
+
+    Args:
+        papers: see `read_papers`.
+        columns: see `read_papers`.
+        min_cocitations: at least 1.
+        negatives_per_positive: at least 0; with 0 there is no column ``label``.
+        fractions: of the papers in train, dev and test, adding up to 1; a split may be 0.
+        max_references: citing papers with more references in the file count for no pair.
+        max_pairs: draw so many positives at random if there are more.
+        ids: add the columns ``a_id`` and ``b_id``; `read_pairs` leaves them out, a trainer must
+            not see them.
+        seed: of splits, draws and the order of the two papers in a pair.
+
+    Returns:
+        For each split a dataset with the columns ``a``, ``b`` (str, abstracts), ``domain`` (str)
+        where the file has it, and ``label`` (int64; positives, 1, come first).
+
+    Raises:
+        ValueError: an argument out of range; no positive pair in a split that was asked for; as
+            `read_papers`.
+        FileNotFoundError, ImportError: as `read_papers`.
+    """
+    _check_arguments(min_cocitations, negatives_per_positive, fractions, max_references, max_pairs)
+    graph = read_papers(papers, columns=columns)
+    for_splits, for_draws = np.random.SeedSequence(seed).spawn(2)
+    domains = _numbers(graph.domains or [""] * len(graph))
+    split_of = _split_papers(domains, fractions, for_splits)
+    citations, passed_over = without_surveys(graph.citations, max_references or len(graph))
+    rng = np.random.default_rng(for_draws)
+    found = cocited(citations, min_cocitations)
+    positives, counts = _keep(found, domains, split_of, max_pairs, rng)
+    _check_splits(split_of[positives[0]], fractions, counts, min_cocitations)
+    wanted = np.bincount(positives[0], minlength=len(graph)) * negatives_per_positive
+    negatives = unlinked(graph.citations, wanted, domains * len(SPLITS) + split_of, rng)
+    report = CocitationReport(
+        rows=graph.rows,
+        papers=len(graph),
+        links=graph.citations.nnz,
+        links_outside=graph.links_outside,
+        self_citations=graph.self_citations,
+        passed_over=passed_over,
+        **counts,
+        papers_per_split=_per_split(split_of),
+        positives=_per_split(split_of[positives[0]]),
+        negatives=_per_split(split_of[negatives[0]]),
+        negatives_missing=int(wanted.sum()) - negatives.shape[1],
+    )
+    splits = {}
+    for split in np.flatnonzero(fractions):
+        labelled = [(1, positives[:, split_of[positives[0]] == split])]
+        if negatives_per_positive:
+            labelled.append((0, negatives[:, split_of[negatives[0]] == split]))
+        splits[SPLITS[split]] = _dataset(graph, labelled, ids)
+    return CocitationPairs(splits, report)
+
+
+def _keep(
+    pairs: Ints, domains: Ints, split_of: Ints, max_pairs: int | None, rng: np.random.Generator
+) -> tuple[Ints, dict[str, int]]:
+    """The positives that count, each in random order, and how many pairs went where."""
+    counts = {"cocited": pairs.shape[1]}
+    for reason, group in (("across_domains", domains), ("across_splits", split_of)):
+        together = group[pairs[0]] == group[pairs[1]]
+        counts[reason] = int((~together).sum())
+        pairs = pairs[:, together]
+    counts["not_drawn"] = max(0, pairs.shape[1] - max_pairs) if max_pairs is not None else 0
+    if counts["not_drawn"]:
+        pairs = pairs[:, np.sort(rng.choice(pairs.shape[1], max_pairs, replace=False))]
+    return np.where(rng.random(pairs.shape[1]) < 0.5, pairs[::-1], pairs), counts
+
+
+def _split_papers(domains: Ints, fractions: Sequence[float], seed: np.random.SeedSequence) -> Ints:
+    """[N], the split of each paper, divided domain by domain."""
+    split_of = np.empty_like(domains)
+    for domain, domain_seed in enumerate(seed.spawn(int(domains.max()) + 1)):
+        chosen = domains == domain
+        split_of[chosen] = assign_groups(np.arange(chosen.sum()), fractions, domain_seed)
+    return split_of
+
+
+def _dataset(graph: Papers, labelled: Sequence[tuple[int, Ints]], ids: bool) -> Dataset:
+    """Rows of the pairs of each label, in this order; the label only where there are several."""
+
+    def row(first: int, second: int, label: int) -> Row:
+        values: Row = {"a": graph.abstracts[first], "b": graph.abstracts[second]}
+        if graph.domains is not None:
+            values["domain"] = graph.domains[first]
+        if len(labelled) > 1:
+            values["label"] = label
+        if ids:
+            values.update(a_id=graph.ids[first], b_id=graph.ids[second])
+        return values
+
+    rows = (row(a, b, label) for label, pairs in labelled for a, b in pairs.T.tolist())
+    return dataset_from_rows(rows)
+
+
+def _numbers(names: Sequence[str]) -> Ints:
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
+def _per_split(splits: Ints) -> dict[str, int]:
+    return dict(zip(SPLITS, np.bincount(splits, minlength=len(SPLITS)).tolist(), strict=True))
+
+
+def _check_splits(
+    splits: Ints, fractions: Sequence[float], counts: Mapping[str, int], min_cocitations: int
+) -> None:
+    if not counts["cocited"]:
+        raise ValueError(
+            f"no two papers are cited together by min_cocitations={min_cocitations} papers of the "
+            "file"
+        )
+    for name, pairs, fraction in zip(SPLITS, _per_split(splits).values(), fractions, strict=True):
+        if fraction > 0 and not pairs:
+            raise ValueError(
+                f"split {name!r} gets no pair: of {counts['cocited']} co-cited pairs "
+                f"{counts['across_domains']} are of two domains and {counts['across_splits']} "
+                f"across splits; raise its share in fractions={tuple(fractions)} or set it to 0"
+            )
+
+
+def _check_arguments(
+    min_cocitations: int,
+    negatives_per_positive: int,
+    fractions: Sequence[float],
+    max_references: int | None,
+    max_pairs: int | None,
+) -> None:
+    for name, value, least in (
+        ("min_cocitations", min_cocitations, 1),
+        ("negatives_per_positive", negatives_per_positive, 0),
+        ("max_references", max_references, 2),
+        ("max_pairs", max_pairs, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+    if len(fractions) != len(SPLITS):
+        raise ValueError(f"fractions must be three, of train, dev and test; got {fractions}")
+    check_fractions(fractions)

@@ -1,0 +1,157 @@
+"""Papers that cite each other: from a file to a citation graph."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_fast.data import checks
+from moe_fast.data.columns import Columns, Value
+from moe_fast.data.rows import Row
+from moe_fast.data.sources import open_source
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+_IDS = partial(checks.texts, allow_none=True)
+REQUIRED: dict[str, Value] = {"id": checks.text, "abstract": checks.text}
+OPTIONAL: dict[str, Value] = {"citing": _IDS, "cited_by": _IDS, "domain": checks.text}
+
+
+@dataclass(frozen=True)
+class Papers:
+    """The papers of a file and the links between them. N papers, numbered in the file's order.
+
+    Papers with the same abstract are one paper, with the links of all and the id and domain of the
+    first: as two, they would be near copies in two splits.
+
+    Attributes:
+        ids, abstracts: N each.
+        domains: N, or None where the file has none.
+        citations: [N, N] int32, 1 where the row's paper cites the column's.
+        rows: of the file.
+        links_outside: links of which one end is not in the file; they are not in `citations`.
+        self_citations: links of a paper to itself; likewise.
+    """
+
+    ids: list[str]
+    abstracts: list[str]
+    domains: list[str] | None
+    citations: csr_array
+    rows: int
+    links_outside: int
+    self_citations: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_papers(
+    source: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None
+) -> Papers:
+    """Read papers ``{"id", "abstract", "citing": [id, ...], "cited_by": [id, ...], "domain"}``.
+
+    A link counts where either of its ends names it, and once.
+
+    Args:
+        source: a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file, or a dataset as in `read_pairs`.
+            ``citing`` (the papers that this one cites) or ``cited_by`` may be absent, not both;
+            ``domain`` is in every row or in none.
+        columns: {our name: the source's name} where they differ.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an id given twice (both lines are named); ids that are no strings; as
+            `read_pairs` otherwise.
+        ImportError: scipy or datasets is not installed.
+    """
+    wanted = Columns(REQUIRED, OPTIONAL, columns or {})
+    reading = _Reading()
+    opened = open_source(source)
+    for where, row in opened.rows():
+        reading.add(wanted.read(row, where), where)
+    if not reading.places:
+        raise ValueError(f"{opened}: no rows")
+    return reading.finish()
+
+
+@dataclass
+class _Reading:
+    """The papers so far. Every id that is named anywhere gets a key, a small integer."""
+
+    keys: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    papers: dict[str, int] = field(default_factory=dict)  # abstract -> number
+    ids: list[str] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    paper_keys: array[int] = field(default_factory=lambda: array("q"))
+    paper_numbers: array[int] = field(default_factory=lambda: array("q"))
+    citing: array[int] = field(default_factory=lambda: array("q"))
+    cited: array[int] = field(default_factory=lambda: array("q"))
+
+    def add(self, row: Row, where: str) -> None:
+        if row["id"] in self.places:
+            raise ValueError(
+                f"{where}: id {row['id']!r} was given before, {self.places[row['id']]}"
+            )
+        if "citing" not in row and "cited_by" not in row:
+            raise ValueError(f"{where}: columns 'citing' and 'cited_by' are both missing")
+        if self.places and ("domain" in row) != bool(self.domains):
+            raise ValueError(f"{where}: domain must be in every row or in none")
+        self.places[row["id"]] = where
+        number = self.papers.setdefault(row["abstract"], len(self.papers))
+        if number == len(self.ids):
+            self.ids.append(row["id"])
+            self.domains.extend([row["domain"]] if "domain" in row else [])
+        key = self._key(row["id"])
+        self.paper_keys.append(key)
+        self.paper_numbers.append(number)
+        for other in row.get("citing", ()):
+            self._link(key, self._key(other))
+        for other in row.get("cited_by", ()):
+            self._link(self._key(other), key)
+
+    def finish(self) -> Papers:
+        from scipy.sparse import csr_array
+
+        number_of_key = np.full(len(self.keys), -1, dtype=np.int64)
+        number_of_key[self.paper_keys] = self.paper_numbers
+        links = _unique_pairs(np.asarray(self.citing), np.asarray(self.cited), len(self.keys))
+        citing, cited = number_of_key[links[0]], number_of_key[links[1]]
+        outside = (citing < 0) | (cited < 0)
+        itself = ~outside & (citing == cited)
+        kept = ~outside & ~itself
+        n = len(self.ids)
+        citing, cited = _unique_pairs(citing[kept], cited[kept], n)
+        ones = np.ones(len(citing), dtype=np.int32)
+        return Papers(
+            ids=self.ids,
+            abstracts=list(self.papers),
+            domains=self.domains or None,
+            citations=csr_array((ones, (citing, cited)), shape=(n, n)),
+            rows=len(self.places),
+            links_outside=int(outside.sum()),
+            self_citations=int(itself.sum()),
+        )
+
+    def _key(self, name: str) -> int:
+        return self.keys.setdefault(name, len(self.keys))
+
+    def _link(self, citing: int, cited: int) -> None:
+        self.citing.append(citing)
+        self.cited.append(cited)
+
+
+def _unique_pairs(
+    first: NDArray[np.int64], second: NDArray[np.int64], size: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Pairs of numbers below `size`, each once, sorted."""
+    keys = np.unique(first.astype(np.int64) * size + second)
+    return keys // size, keys % size

@@ -1,0 +1,237 @@
+"""Retrieval sets: documents, queries, and which documents answer which query."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_fast.data import checks
+from moe_fast.data.rows import open_binary, read_lines, read_rows, unique_keys
+
+Texts = dict[str, str]
+Qrels = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """A retrieval set. Every query is judged, and every id that the judgements name exists.
+
+    Attributes:
+        corpus: {document id: text}.
+        queries: {query id: text}.
+        qrels: {query id: {document id: relevance}}; relevance > 0 means relevant, and every query
+            has such a document.
+        domains: {query id: domain}, for all queries, or None.
+        corpus_domains: {document id: domain}, for all documents, or None.
+    """
+
+    corpus: Texts
+    queries: Texts
+    qrels: Qrels
+    domains: Texts | None = None
+    corpus_domains: Texts | None = None
+
+
+def read_retrieval(path: str | os.PathLike[str], *, split: str | None = None) -> Retrieval:
+    """Read a retrieval set, checked whole.
+
+    Args:
+        path: a folder in BEIR's layout: ``corpus.jsonl`` (``_id``, ``text``, optional ``title`` and
+            ``domain``), ``queries.jsonl`` (``_id``, ``text``, optional ``domain``), either also as
+            ``.gz``, and ``qrels/{split}.tsv`` (query id, document id, whole-number relevance; a
+            header line or none). Or one ``.json`` or ``.json.gz`` file ``{"corpus": {id: text},
+            "queries": {id: text}, "qrels": {id: {id: relevance}}}``, optionally with ``"domains"``
+            and ``"corpus_domains"`` ``{id: domain}``.
+        split: which file of the folder's qrels; by default the only one, or else ``test``.
+
+    Returns:
+        The set. A title is put before its document's text with a space between, as BEIR does.
+        Queries of a folder that the split does not name belong to other splits and are left out.
+
+    Raises:
+        FileNotFoundError: the folder, or a file that it must have, is not there.
+        ValueError: an id given twice (both lines are named); an empty text; judgements that name
+            unknown documents or queries (how many, and which); a query without a relevant document;
+            a relevance that is no whole number; a pair judged twice; text that is not UTF-8, or a
+            line that cannot be parsed; several qrels files and no ``split``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, split)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    if not path.name.lower().endswith((".json", ".json.gz")):
+        raise ValueError(
+            f"path={str(path)!r}: expected a folder in BEIR's layout, a .json or a .json.gz file"
+        )
+    if split is not None:
+        raise ValueError(f"split={split!r}: {path} is one file, which has no splits")
+    return _read_json(path)
+
+
+def _read_folder(folder: Path, split: str | None) -> Retrieval:
+    corpus_path, queries_path = _find(folder, "corpus.jsonl"), _find(folder, "queries.jsonl")
+    qrels_path = _find_qrels(folder / "qrels", split)
+    corpus, corpus_domains = _read_records(corpus_path)
+    queries, domains = _read_records(queries_path)
+    qrels = _read_qrels(qrels_path)
+    _check_qrels(qrels, corpus, queries, str(qrels_path))
+    judged = {query: text for query, text in queries.items() if query in qrels}
+    if domains is not None:
+        domains = {query: domains[query] for query in judged}
+    return Retrieval(corpus, judged, {q: qrels[q] for q in judged}, domains, corpus_domains)
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{folder}: no {name} or {name}.gz in this folder")
+
+
+def _find_qrels(folder: Path, split: str | None) -> Path:
+    present = sorted(path.stem for path in folder.glob("*.tsv"))
+    if split is None:
+        split = present[0] if len(present) == 1 else "test"
+    if not present:
+        raise FileNotFoundError(f"{folder}: no .tsv file in this folder")
+    if split not in present:
+        raise ValueError(f"split={split!r}: {folder} has judgements for {present}")
+    return folder / f"{split}.tsv"
+
+
+def _read_records(path: Path) -> tuple[Texts, Texts | None]:
+    """{id: text} and {id: domain} of a corpus or queries file."""
+    texts: Texts = {}
+    domains: Texts = {}
+    places: dict[str, str] = {}
+    for where, row in read_rows(path):
+        checks.present(row, ("_id", "text"), where)
+        key = checks.text(row["_id"], "_id", where)
+        if key in places:
+            raise ValueError(f"{where}: _id {key!r} was given before, {places[key]}")
+        places[key] = where
+        texts[key] = _text(row, where)
+        if "domain" in row:
+            domains[key] = checks.text(row["domain"], "domain", where)
+        if len(domains) not in (0, len(texts)):
+            raise ValueError(f"{where}: domain must be in every row of the file or in none")
+    if not texts:
+        raise ValueError(f"{path}: no rows")
+    return texts, domains or None
+
+
+def _text(row: Mapping[str, Any], where: str) -> str:
+    title = row.get("title") or ""
+    if not title:
+        return checks.text(row["text"], "text", where)
+    title = checks.text(title, "title", where)
+    if row["text"] == "":  # BEIR's sets hold documents that are their title alone
+        return title
+    return f"{title} {checks.text(row['text'], 'text', where)}"
+
+
+def _read_qrels(path: Path) -> Qrels:
+    qrels: Qrels = {}
+    lines: dict[tuple[str, str], int] = {}
+    for line, text in read_lines(path):
+        where = f"{path}, line {line}"
+        cells = text.rstrip("\r\n").split("\t")
+        if not text.strip() or (line == 1 and cells[-1].strip() == "score"):
+            continue
+        if len(cells) != 3:
+            raise ValueError(
+                f"{where}: {len(cells)} cells between tabs; expected query id, document id, "
+                "relevance"
+            )
+        query, document, relevance = cells
+        try:
+            value = int(relevance)
+        except ValueError:
+            raise ValueError(
+                f"{where}: relevance must be a whole number, got {relevance!r}"
+            ) from None
+        if (query, document) in lines:
+            raise ValueError(
+                f"{where}: query {query!r} and document {document!r} were judged before, in line "
+                f"{lines[query, document]}"
+            )
+        lines[query, document] = line
+        qrels.setdefault(query, {})[document] = value
+    return qrels
+
+
+def _read_json(path: Path) -> Retrieval:
+    try:
+        with open_binary(path) as file:
+            data = json.load(file, object_pairs_hook=unique_keys)
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(data).__name__}")
+    checks.present(data, ("corpus", "queries", "qrels"), str(path))
+    corpus = _strings(data["corpus"], f"{path}, corpus")
+    queries = _strings(data["queries"], f"{path}, queries")
+    qrels = _relevances(data["qrels"], f"{path}, qrels")
+    _check_qrels(qrels, corpus, queries, f"{path}, qrels")
+    _check_same("queries", queries, "qrels", qrels, str(path))
+    domains: dict[str, Texts | None] = {}
+    for name, owners in (("domains", queries), ("corpus_domains", corpus)):
+        domains[name] = _strings(data[name], f"{path}, {name}") if name in data else None
+        if name in data:
+            _check_same("texts", owners, name, data[name], str(path))
+    return Retrieval(corpus, queries, qrels, **domains)
+
+
+def _strings(values: Any, where: str) -> Texts:
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"{where}: expected a JSON object {{id: text}} that is not empty")
+    return {key: checks.text(value, repr(key), where) for key, value in values.items()}
+
+
+def _relevances(values: Any, where: str) -> Qrels:
+    if not isinstance(values, dict) or not all(isinstance(row, dict) for row in values.values()):
+        raise ValueError(
+            f"{where}: expected a JSON object {{query id: {{document id: relevance}}}}"
+        )
+    for query, row in values.items():
+        for document, relevance in row.items():
+            if isinstance(relevance, bool) or not isinstance(relevance, int):
+                raise ValueError(
+                    f"{where}: relevance of query {query!r} and document {document!r} must be a "
+                    f"whole number, got {relevance!r}"
+                )
+    return values
+
+
+def _check_qrels(qrels: Qrels, corpus: Texts, queries: Texts, where: str) -> None:
+    if not qrels:
+        raise ValueError(f"{where}: no judgements")
+    documents = dict.fromkeys(document for row in qrels.values() for document in row)
+    for kind, named, known in (("queries", qrels, queries), ("documents", documents, corpus)):
+        if unknown := [key for key in named if key not in known]:
+            raise ValueError(f"{where}: {len(unknown)} unknown {kind} are named: {_some(unknown)}")
+    empty = [query for query, row in qrels.items() if not any(r > 0 for r in row.values())]
+    if empty:
+        raise ValueError(f"{where}: {len(empty)} queries have no relevant document: {_some(empty)}")
+
+
+def _check_same(
+    first: str, left: Mapping[str, Any], second: str, right: Mapping[str, Any], where: str
+) -> None:
+    if different := left.keys() ^ right.keys():
+        raise ValueError(
+            f"{where}: {len(different)} ids are in only one of {first} and {second}: "
+            f"{_some(sorted(different))}"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = [repr(name) for name in names]
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

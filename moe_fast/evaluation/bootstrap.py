@@ -1,0 +1,157 @@
+"""Percentile bootstrap intervals, of one system and of the difference of two on the same items.
+
+The resampling and the percentiles are ``scipy.stats.bootstrap``'s. What is resampled are the
+*numbers* of the items, so that any statistic fits, and two systems see the same resamples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moe_fast.evaluation.optional import require
+
+_INDICES_AT_ONCE = 4_000_000  # bounds the memory: so many item numbers are drawn at a time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_bounds(
+    strata: Sequence[NDArray[np.int64]],
+    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bounds of M statistics of N items.
+
+    Args:
+        strata: the numbers of the items of each stratum; each keeps its size in every resample.
+        statistic: maps items [R, N], R resamples with the strata side by side in the order given,
+            to [M, R].
+        confidence: of the interval, between 0 and 1.
+        resamples: how many.
+        seed: the same seed gives the same resamples, whatever the statistic.
+
+    Returns:
+        (low [M], high [M]); NaN for a statistic that some resample leaves undefined (NaN).
+
+    Raises:
+        ValueError: a confidence outside (0, 1), resamples below 1, or no items.
+        ImportError: scipy is not installed.
+    """
+    size = sum(map(len, strata))
+    check_bootstrap(confidence, resamples)
+    if size == 0:
+        raise ValueError("strata must hold at least one item; got none")
+    # scipy wants two items per sample; a stratum of one is the same in every resample anyway
+    drawn = [np.asarray(rows) for rows in strata if len(rows) > 1]
+
+    def of_all_strata(*resampled: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+        parts = iter(resampled)
+        count = len(resampled[0])
+        columns = [
+            next(parts) if len(rows) > 1 else np.broadcast_to(rows, (count, len(rows)))
+            for rows in strata
+        ]
+        return statistic(np.concatenate(columns, axis=1))
+
+    if not drawn:
+        value = statistic(np.concatenate(strata)[None])[:, 0]
+        return value, value
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # undefined statistics come out as NaN
+        interval = (
+            require("scipy.stats")
+            .bootstrap(
+                drawn,
+                of_all_strata,
+                vectorized=True,
+                confidence_level=confidence,
+                n_resamples=resamples,
+                batch=int(np.clip(_INDICES_AT_ONCE // size, 1, 256)),
+                method="percentile",
+                rng=np.random.default_rng(seed),
+            )
+            .confidence_interval
+        )
+    return np.asarray(interval.low), np.asarray(interval.high)
+
+
+def check_bootstrap(confidence: float, resamples: int) -> None:
+    """Refuse settings that `bootstrap_bounds` cannot use; call it before any work starts.
+
+    Raises:
+        ValueError: a confidence outside (0, 1), or resamples below 1.
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1; got {resamples}")
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Mean over queries with its percentile bootstrap interval.
+
+    Args:
+        values: [Q], one number per query.
+        confidence: of the interval, between 0 and 1.
+        resamples: bootstrap samples.
+        seed: of the resampling; the same seed gives the same interval.
+
+    Raises:
+        ValueError: fewer than two values, or a confidence outside (0, 1).
+        ImportError: scipy is not installed.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or len(sample) < 2:
+        raise ValueError(f"values must be [Q] with Q >= 2; got shape {sample.shape}")
+    low, high = bootstrap_bounds(
+        [np.arange(len(sample))],
+        lambda rows: sample[rows].mean(-1)[None],
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+    return Estimate(float(sample.mean()), float(low[0]), float(high[0]))
+
+
+def paired_difference(
+    system: ArrayLike,
+    baseline: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of system minus baseline over the same queries, with its bootstrap interval.
+
+    Queries are resampled in pairs, so what makes a query hard for both systems cancels.
+
+    Args:
+        system, baseline: [Q] each, in the same order of queries.
+        confidence, resamples, seed: see `bootstrap_interval`.
+
+    Raises:
+        ValueError: different shapes, or as `bootstrap_interval`.
+    """
+    first, second = np.asarray(system, np.float64), np.asarray(baseline, np.float64)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"system and baseline must have one shape; got {first.shape}, {second.shape}"
+        )
+    return bootstrap_interval(first - second, confidence=confidence, resamples=resamples, seed=seed)

@@ -1,0 +1,73 @@
+"""Exact search: the nearest documents by dot product, in chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def search(
+    queries: Any, documents: Any, *, k: int = 10, chunk_size: int = 4096
+) -> tuple[NDArray[np.floating[Any]], NDArray[np.int64]]:
+    """The k documents with the largest dot product for each query; equal scores: lower index first.
+
+    Exact, in chunks: never more than ``chunk_size`` x ``chunk_size`` scores are held at once. For
+    the cosine hand in normalised vectors.
+
+    Args:
+        queries: [Q, d], an array or a SciPy sparse matrix (TF-IDF).
+        documents: [N, d], likewise.
+        k: hits per query; all N documents when there are fewer.
+        chunk_size: queries, and documents, per block of scores.
+
+    Returns:
+        (scores [Q, k], document indices [Q, k] int64), best first.
+
+    Raises:
+        ValueError: shapes that do not fit, no documents, or k or chunk_size below 1.
+    """
+    _check_search(queries, documents, k, chunk_size)
+    scores, indices = [], []
+    for start in range(0, queries.shape[0], chunk_size):
+        block = _search_block(queries[start : start + chunk_size], documents, k, chunk_size)
+        scores.append(block[0])
+        indices.append(block[1])
+    if not scores:  # no queries
+        empty = min(k, documents.shape[0])
+        return np.zeros((0, empty), np.float32), np.zeros((0, empty), np.int64)
+    return np.concatenate(scores), np.concatenate(indices)
+
+
+def _check_search(queries: Any, documents: Any, k: int, chunk_size: int) -> None:
+    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
+        raise ValueError(
+            "queries [Q, d] and documents [N, d] must be matrices of the same width; got "
+            f"{tuple(queries.shape)} and {tuple(documents.shape)}"
+        )
+    if documents.shape[0] == 0:
+        raise ValueError("documents is empty; there is nothing to search")
+    if k < 1 or chunk_size < 1:
+        raise ValueError(f"k and chunk_size must be at least 1; got k={k}, chunk_size={chunk_size}")
+
+
+def _search_block(
+    queries: Any, documents: Any, k: int, chunk_size: int
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Search for one chunk of queries: each chunk of documents is merged with the best so far."""
+    best_scores: NDArray[Any] | None = None
+    best_indices: NDArray[np.int64] = np.zeros((queries.shape[0], 0), np.int64)
+    for start in range(0, documents.shape[0], chunk_size):
+        product = queries @ documents[start : start + chunk_size].T
+        scores = product.toarray() if hasattr(product, "toarray") else np.asarray(product)
+        indices = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
+        if best_scores is not None:
+            scores = np.concatenate([best_scores, scores], axis=1)
+            indices = np.concatenate([best_indices, indices], axis=1)
+        # earlier columns have lower indices, so a stable sort settles ties as promised
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        best_scores = np.take_along_axis(scores, order, axis=1)
+        best_indices = np.take_along_axis(indices, order, axis=1)
+    assert best_scores is not None
+    return best_scores, best_indices

@@ -1,0 +1,135 @@
+"""Semantic textual similarity: how well the cosine ranks pairs that people have scored."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_fast.evaluation.columns import read_columns
+from moe_fast.evaluation.encoding import EncodeOptions, embed_pairs, pairwise_cosine
+from moe_fast.evaluation.optional import require
+from moe_fast.evaluation.result import (
+    ALL_DOMAINS,
+    Bootstrap,
+    Evaluation,
+    Metrics,
+    by_group,
+    evaluation_of,
+    fingerprint,
+)
+
+
+class StsItems:
+    """Scored pairs.
+
+    Attributes:
+        cosines, gold: [N] float64, the model's and people's similarity.
+        domains: [N] names, or ``None``.
+    """
+
+    def __init__(
+        self, cosines: NDArray[np.float64], columns: dict[str, list[Any]], by_domain: bool
+    ) -> None:
+        self.cosines = cosines
+        self.gold = np.asarray(columns["score"], dtype=np.float64)
+        self.domains = columns.get("domain") if by_domain else None
+        self.fingerprint = fingerprint(columns["a"], columns["b"], columns["score"], self.domains)
+        self._groups = by_group(self.domains, len(cosines))
+        self.strata = list(self._groups.values())[:-1] or [self._groups[ALL_DOMAINS]]
+        self.sizes = {group: len(rows) for group, rows in self._groups.items()}
+        # where each group stands in a resample, whose columns are the strata side by side
+        drawn = np.concatenate(self.strata)
+        self._columns = {g: np.isin(drawn, rows) for g, rows in self._groups.items()}
+
+    def metrics(self) -> Metrics:
+        """Spearman's and Pearson's correlation of every group, by SciPy; NaN for a constant."""
+        stats = require("scipy.stats")
+        found = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of constants, whose result is NaN
+            for group, rows in self._groups.items():
+                pair = self.cosines[rows], self.gold[rows]
+                enough = len(rows) > 1
+                found[group] = {
+                    "Spearman": float(stats.spearmanr(*pair).statistic) if enough else math.nan,
+                    "Pearson": float(stats.pearsonr(*pair).statistic) if enough else math.nan,
+                }
+        return found
+
+    def resampled(self, rows: NDArray[np.int64]) -> Metrics:
+        """The correlations of resamples: items [R, N] -> [R] each."""
+        stats = require("scipy.stats")
+        found = {}
+        for group, columns in self._columns.items():
+            pair = self.cosines[rows[:, columns]], self.gold[rows[:, columns]]
+            ranks = [stats.rankdata(values, axis=-1) for values in pair]
+            found[group] = {
+                "Spearman": _correlation(*ranks),
+                "Pearson": _correlation(*pair),
+            }
+        return found
+
+
+def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson's r along the last axis; NaN where too few or constant."""
+    if x.shape[-1] < 2:
+        return np.full(x.shape[0], np.nan)
+    return np.asarray(require("scipy.stats").pearsonr(x, y, axis=-1).statistic)
+
+
+def evaluate_sts(
+    model: Any,
+    dataset: Any,
+    *,
+    name: str | None = None,
+    by_domain: bool = True,
+    encode: EncodeOptions | None = None,
+    bootstrap: Bootstrap | None = None,
+) -> Evaluation:
+    """Spearman's and Pearson's correlation of the cosine with people's scores.
+
+    Args:
+        model: anything with ``encode``, see `moe_fast.evaluation.embed`.
+        dataset: columns ``a``, ``b``, ``score`` and, optionally, ``domain``; see
+            `moe_fast.data.read_sts`.
+        name: of the model in the result; by default that of its class.
+        by_domain: also give each domain's correlations.
+        encode: how texts are encoded.
+        bootstrap: settings of the intervals; pairs are resampled within their domain.
+
+    Returns:
+        An `Evaluation` with the metrics ``"Spearman"`` and ``"Pearson"``, NaN (and no interval)
+        where the cosines or the scores of a domain, or of a resample of it, are all the same.
+
+    Raises:
+        ValueError: a missing column, fewer than two pairs, a score that is no finite number,
+            scores that are all the same, or as `moe_fast.evaluation.embed`.
+        ImportError: scipy or scikit-learn is not installed.
+    """
+    bootstrap = bootstrap or Bootstrap()
+    columns = read_columns(dataset, ("a", "b", "score"), ("domain",))
+    _check_gold(columns["score"])
+    a, b, settings = embed_pairs(model, columns, encode)
+    items = StsItems(pairwise_cosine(a, b), columns, by_domain)
+    return evaluation_of(
+        "sts",
+        name or type(model).__name__,
+        items,
+        details={group: {"pairs": size} for group, size in items.sizes.items()},
+        settings=settings,
+        bootstrap=bootstrap,
+    )
+
+
+def _check_gold(scores: list[Any]) -> None:
+    for row, score in enumerate(scores):
+        if isinstance(score, (bool, str)) or score is None or not math.isfinite(score):
+            raise ValueError(f"dataset, row {row}: score must be a finite number; got {score!r}")
+    if len(set(scores)) < 2:
+        raise ValueError(
+            f"dataset: a correlation needs different scores; all {len(scores)} are {scores[0]!r}"
+        )

@@ -1,0 +1,37 @@
+"""The baseline that knows words only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from moe_fast.evaluation.optional import require
+
+
+class TfidfEncoder:
+    """TF-IDF vectors, with the ``encode`` of a model: words in common, weighted by rarity.
+
+    Args:
+        texts: what the vocabulary and the rarities are taken from, such as the training texts or
+            the corpus searched.
+        **options: of scikit-learn's ``TfidfVectorizer``; term frequencies are logarithmic
+            (``sublinear_tf=True``) unless they say otherwise.
+
+    Raises:
+        ValueError: no texts, or texts without a word.
+        ImportError: scikit-learn is not installed.
+    """
+
+    def __init__(self, texts: Iterable[str], **options: Any) -> None:
+        vectorizer = require("sklearn.feature_extraction.text").TfidfVectorizer
+        self.vectorizer = vectorizer(**{"sublinear_tf": True, **options}).fit(texts)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> Any:
+        """Unit vectors [N, words], a SciPy CSR matrix; both options are for show."""
+        return self.vectorizer.transform(texts)

@@ -1,0 +1,90 @@
+"""Run files in TREC's format: ``query Q0 document rank score tag``, one hit per line."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_fast.files import atomic_write
+
+Run = dict[str, dict[str, float]]  # {query: {document: score}}, best first
+
+
+def write_run(
+    run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, tag: str = "moe_fast"
+) -> None:
+    """Write a run file.
+
+    Args:
+        run: {query: {document: score}}, best first, scores not rising.
+        path: file to write, whole or not at all.
+        tag: the run's name, its last column.
+
+    Raises:
+        ValueError: an id or a tag that is empty or has white space in it, which the format has no
+            way to quote; a score that is not finite; scores that rise.
+    """
+    _check_word(tag, "tag")
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for query, scores in run.items():
+            _check_word(query, "query id")
+            last = math.inf
+            for rank, (document, score) in enumerate(scores.items(), start=1):
+                _check_word(document, "document id")
+                if not math.isfinite(score) or score > last:
+                    raise ValueError(
+                        f"run: query {query!r}, document {document!r}: scores must be finite and "
+                        f"must not rise; got {score!r} after {last!r}"
+                    )
+                last = score
+                file.write(f"{query} Q0 {document} {rank} {float(score)!r} {tag}\n")
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read a run file; within a query the hits are put in the order of their scores.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line without six columns, a score that is no finite number, a document twice
+            for one query (each with file and line), or no lines.
+    """
+    run: Run = {}
+    with Path(path).open(encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            query, document, score = _parse(text.split(), f"{path}, line {line}")
+            if document in run.setdefault(query, {}):
+                raise ValueError(
+                    f"{path}, line {line}: document {document!r} is there twice for query {query!r}"
+                )
+            run[query][document] = score
+    if not run:
+        raise ValueError(f"{path}: no hits in this file")
+    return {query: dict(sorted(hits.items(), key=_falling)) for query, hits in run.items()}
+
+
+def _falling(hit: tuple[str, float]) -> float:
+    return -hit[1]
+
+
+def _parse(columns: list[str], where: str) -> tuple[str, str, float]:
+    if len(columns) != 6:
+        raise ValueError(
+            f"{where}: expected 6 columns (query Q0 document rank score tag), got {len(columns)}"
+        )
+    query, _, document, _, text, _ = columns
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"{where}: the score must be a finite number, got {text!r}")
+    return query, document, score
+
+
+def _check_word(word: str, name: str) -> None:
+    if len(word.split()) != 1 or word != word.strip():
+        raise ValueError(f"{name} {word!r} must not be empty or have white space in a run file")

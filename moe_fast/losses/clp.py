@@ -1,0 +1,123 @@
+"""Contrastive learning penalty: InfoNCE, and negatives kept near the queries they do answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_fast.losses.base import Columns, check_num_columns
+from moe_fast.losses.functional import contrastive_learning_penalty
+from moe_fast.losses.info_nce import InfoNCELoss
+from moe_fast.losses.masks import check_masks
+from moe_fast.ops.checks import check_count
+
+
+class ContrastiveLearningPenaltyLoss(InfoNCELoss):
+    """``(1 - l) * InfoNCE + l * mean of 1 - cos(h', h*)`` over negatives h' and their queries h*.
+
+    See :func:`moe_fast.losses.functional.contrastive_learning_penalty` for the penalty, which has
+    no temperature.
+
+    Columns: anchor, positive, G hard negatives, then M queries for each of them: those of
+    negative_1 first. With no column behind the positive the negatives are the other rows'
+    positives, each with its own anchor as the query it answers; a batch of one row then has no
+    negative and no penalty. Labels are ignored.
+
+    Args:
+        model: the encoder, as in :class:`moe_fast.losses.InfoNCELoss`.
+        queries_per_negative: M. It must be said where columns follow the positive, for nothing
+            else tells a fourth column that is a second negative from one that is the first's
+            query. 0: all of them are negatives; the penalty is over the in-batch pairs.
+        penalty_weight: l, in [0, 1].
+        temperature, symmetric, **info_nce: as in :class:`moe_fast.losses.InfoNCELoss`.
+
+    Attributes:
+        last_metrics: InfoNCE's, and the detached ``info_nce`` and ``penalty``, not weighted.
+
+    Raises:
+        ValueError: for a value out of range, naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        queries_per_negative: int | None = None,
+        penalty_weight: float = 0.1,
+        temperature: float = 0.02,
+        **info_nce: Any,
+    ) -> None:
+        super().__init__(model, temperature=temperature, **info_nce)
+        if queries_per_negative is not None:
+            check_count("queries_per_negative", queries_per_negative, at_least=0)
+        if not 0.0 <= penalty_weight <= 1.0:
+            raise ValueError(f"penalty_weight must lie in [0, 1]; got {penalty_weight!r}.")
+        self.queries_per_negative = queries_per_negative
+        self.penalty_weight = penalty_weight
+
+    def check_columns(self, columns: Columns, labels: Any) -> None:
+        """Anchor, positive, and 1 + M columns for each hard negative."""
+        check_num_columns(
+            self, columns, 2, "anchor, positive, then hard negatives, then their queries"
+        )
+        check_masks(columns, self.negatives_from)
+        rest = len(columns) - 2
+        if rest and self.queries_per_negative is None:
+            raise ValueError(
+                f"queries_per_negative must be given where columns follow the positive; got {rest} "
+                "of them and None. Say 0 if all are hard negatives, 1 if the second half are the "
+                "queries that they answer."
+            )
+        if rest % (1 + (self.queries_per_negative or 0)):
+            raise ValueError(
+                f"queries_per_negative={self.queries_per_negative} needs a multiple of "
+                f"{1 + (self.queries_per_negative or 0)} columns behind the positive (each "
+                f"negative and its queries); got {rest}."
+            )
+
+    def num_negatives(self, num_columns: int) -> int:
+        """G of 2 + G * (1 + M) columns."""
+        return (num_columns - 2) // (1 + (self.queries_per_negative or 0))
+
+    def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
+        """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
+        candidates = 2 + self.num_negatives(len(columns))
+        contrastive = super().from_embeddings(embeddings[:candidates], columns[:candidates], labels)
+        penalty = self._penalty(embeddings, candidates)
+        self.last_metrics |= {"info_nce": contrastive.detach(), "penalty": penalty.detach()}
+        return (1 - self.penalty_weight) * contrastive + self.penalty_weight * penalty
+
+    def _penalty(self, embeddings: list[Tensor], candidates: int) -> Tensor:
+        """The mean over each hard negative's queries, or over the in-batch pairs."""
+        anchors, positives = embeddings[:2]
+        negatives, queries = embeddings[2:candidates], embeddings[candidates:]
+        if queries:
+            repeated = [n for n in negatives for _ in range(len(queries) // len(negatives))]
+            return contrastive_learning_penalty(torch.cat(repeated), torch.cat(queries))
+        if len(anchors) < 2:
+            return anchors.new_zeros(())
+        return contrastive_learning_penalty(positives, anchors)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings, for the model card; ``temperature`` is the one in use."""
+        return super().get_config_dict() | {
+            "queries_per_negative": self.queries_per_negative,
+            "penalty_weight": self.penalty_weight,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the loss's source, for the model card."""
+        return """
+@misc{yu2024clp,
+    title = {Efficient Fine-tuning Methodology of Text Embedding Models for Information Retrieval:
+             Contrastive Learning Penalty (CLP)},
+    author = {Yu, Jeongsu},
+    year = {2024},
+    eprint = {2412.17364},
+    archivePrefix = {arXiv},
+    primaryClass = {cs.IR},
+}
+"""

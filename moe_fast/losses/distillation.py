@@ -1,0 +1,151 @@
+"""Learning a teacher's ranking of each query's own candidates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_fast.losses.base import (
+    Columns,
+    EmbeddingLoss,
+    TemperatureLoss,
+    check_num_columns,
+    check_weight,
+)
+from moe_fast.losses.functional import distillation
+from moe_fast.ops.checks import compute_dtype
+
+
+class DistillationLoss(TemperatureLoss):
+    """KL(teacher || student) over each row's positive and own hard negatives.
+
+    The student's logits are its similarities over ``temperature``, the teacher's its scores over
+    ``teacher_temperature``; see :func:`moe_fast.losses.functional.distillation`. Around a
+    contrastive loss it is that loss plus ``coefficient`` times the divergence, of one encoding.
+
+    sentence-transformers' ``DistillKLDivLoss`` multiplies the divergence by the student's
+    temperature squared, which at .05 leaves next to nothing: ``coefficient=temperature**2`` gives
+    its numbers.
+
+    Columns: anchor, positive, at least one hard negative, and what else the wrapped loss wants.
+    Labels: [B, 1 + G] float teacher scores, the positive's first.
+
+    Args:
+        model_or_loss: an encoder, as in :class:`moe_fast.losses.InfoNCELoss`, or a loss of this
+            package over embeddings that has one.
+        coefficient: of the divergence, >= 0.
+        temperature, learn_temperature, min_temperature, max_temperature: the student's; it is not
+            the wrapped loss's.
+        teacher_temperature: > 0; what the teacher's scores are divided by.
+        similarity: "cosine" or "dot".
+
+    Attributes:
+        last_metrics: the wrapped loss's, and the detached ``distillation``, not weighted, and
+            where learned the ``distillation_temperature``.
+
+    Raises:
+        ValueError: for a value out of range, naming the argument.
+    """
+
+    def __init__(
+        self,
+        model_or_loss: nn.Module,
+        *,
+        coefficient: float = 1.0,
+        temperature: float = 0.05,
+        learn_temperature: bool = False,
+        min_temperature: float = 0.01,
+        max_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+        similarity: str = "cosine",
+    ) -> None:
+        loss = model_or_loss if isinstance(model_or_loss, EmbeddingLoss) else None
+        super().__init__(
+            model_or_loss if loss is None else loss.model,
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            min_temperature=min_temperature,
+            max_temperature=max_temperature,
+            similarity=similarity,
+        )
+        check_weight("coefficient", coefficient)
+        if not 0.0 < teacher_temperature < math.inf:
+            raise ValueError(
+                f"teacher_temperature must be a positive, finite number; "
+                f"got {teacher_temperature!r}."
+            )
+        self.loss = loss
+        self.coefficient = coefficient
+        self.teacher_temperature = teacher_temperature
+
+    def check_columns(self, columns: Columns, labels: Any) -> None:
+        """At least one hard negative, and a score for each row's positive and negatives."""
+        check_num_columns(self, columns, 3, "anchor, positive, then hard negatives")
+        if self.loss is not None:
+            self.loss.check_columns(columns, labels)
+        candidates = 1 + self.num_negatives(len(columns))
+        if not isinstance(labels, Tensor) or not labels.is_floating_point():
+            given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"labels must be float teacher scores [B, 1 + G]; got {given}.")
+        if labels.dim() != 2 or labels.shape[1] != candidates:
+            raise ValueError(
+                f"labels must be [B, {candidates}], teacher scores of the positive and "
+                f"{candidates - 1} hard negatives; got {list(labels.shape)}."
+            )
+
+    def num_negatives(self, num_columns: int) -> int:
+        """As the wrapped loss's; without one, every column behind the positive."""
+        if self.loss is None:
+            return super().num_negatives(num_columns)
+        return self.loss.num_negatives(num_columns)
+
+    def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
+        """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
+        scale = self.current_scale()
+        candidates = embeddings[1 : 2 + self.num_negatives(len(embeddings))]
+        student = scale * own_similarities(embeddings[0], candidates, self.similarity)
+        divergence = distillation(student, labels / self.teacher_temperature)
+        metrics = {"distillation": divergence.detach()}
+        if isinstance(scale, Tensor):
+            metrics["distillation_temperature"] = 1 / scale.detach()
+        total = self.coefficient * divergence
+        if self.loss is not None:
+            total = total + self.loss.from_embeddings(embeddings, columns, labels)
+            metrics = self.loss.last_metrics | metrics
+        self.last_metrics = metrics
+        return total
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings, for the model card; ``temperature`` is the one in use."""
+        return super().get_config_dict() | {
+            "loss": None if self.loss is None else type(self.loss).__name__,
+            "coefficient": self.coefficient,
+            "teacher_temperature": self.teacher_temperature,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the loss's source, for the model card."""
+        return """
+@misc{lin2020distilling,
+    title = {Distilling Dense Representations for Ranking using Tightly-Coupled Teachers},
+    author = {Lin, Sheng-Chieh and Yang, Jheng-Hong and Lin, Jimmy},
+    year = {2020},
+    eprint = {2010.11386},
+    archivePrefix = {arXiv},
+    primaryClass = {cs.IR},
+}
+"""
+
+
+def own_similarities(anchors: Tensor, candidates: list[Tensor], similarity: str) -> Tensor:
+    """[B, C] similarities of each anchor [B, d] with its own row of every candidate column."""
+    dtype = compute_dtype(anchors.dtype)
+    query, keys = anchors.to(dtype), torch.stack(candidates, dim=1).to(dtype)
+    if similarity == "cosine":
+        query, keys = F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
+    return (query[:, None] * keys).sum(-1)

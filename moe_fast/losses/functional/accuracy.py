@@ -1,0 +1,20 @@
+"""How often an anchor's own positive is its best candidate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def in_batch_accuracy(logits: Tensor, positive: Tensor, candidate: Tensor) -> Tensor:
+    """[] float, the share of rows whose own positive has the largest logit; ties count against it.
+
+    Args:
+        logits: [B, N], row i's own positive in column i.
+        positive, candidate: [B, N] bool, as
+            :func:`moe_fast.ops.info_nce.positives_and_candidates` gives them.
+    """
+    # "not smaller", so that NaN counts against the row as a tie does
+    beats = candidate & ~positive & ~(logits < logits.diagonal()[:, None])
+    return (~beats.any(1)).to(logits.dtype).mean()

@@ -1,0 +1,78 @@
+"""mnr_plus: multiple negatives ranking whose targets come from the batch itself.
+
+With ``L = scale * a b^T`` and ``S = (a a^T + b b^T) / (2 scale)``, both [B, B]:
+
+    target of row i     argmax_j S_ij
+    target of column j  argmax_i (S_ij - logsumexp_k S_ik)
+    loss = (mean_i cross_entropy(L_i. , row target) + mean_j cross_entropy(L_.j, column target)) / 2
+
+The embeddings are not normalised, so a row's target may be another row, one of a larger norm. The
+log-sum is over *row* i also where a column chooses: the two directions have different targets.
+
+On unit-length embeddings ``S_ij <= S_ii``: every row's target is its own positive. So is every
+column's, unless its row j lies in a crowd that some row i stands apart from, such that
+``logsumexp_j - logsumexp_i > S_jj - S_ij``. But for that this is the symmetric
+:func:`moe_fast.ops.info_nce` with dot products.
+
+Source: Hallee et al., arXiv 2401.15713, and its code; the older form learns ``1 / scale``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_fast.losses.functional.accuracy import in_batch_accuracy
+from moe_fast.ops.checks import check_choice
+from moe_fast.ops.info_nce import SIMILARITIES, as_scale, check_pairs, queries_and_keys
+
+
+def mnr_plus(
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    similarity: str = "dot",
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """The loss of B pairs; see the module's docstring for the mathematics.
+
+    Args:
+        a, b: [B, d], B >= 1, row i of one belonging to row i of the other.
+        scale: 1 / temperature, > 0; a float, or a tensor of one element that wants a gradient.
+            It reaches the gradient through the logits, not through the targets.
+        similarity: "dot", or "cosine" to normalise ``a`` and ``b`` first.
+        return_metrics: also return, detached and [], ``in_batch_accuracy`` and ``own_targets``,
+            the share of rows and columns whose target is their own row.
+
+    Returns:
+        The loss, [] float32 (float64 for float64 inputs), or ``(loss, metrics)``.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+    """
+    check_choice("similarity", similarity, SIMILARITIES)
+    check_pairs(a, b, None, None, None)
+    q, k = queries_and_keys(a, b, None, similarity)
+    scale = as_scale(scale, q.device, q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        row_target, column_target = _targets(q, k, scale)
+        logits = scale * (q @ k.t())
+        rows = F.cross_entropy(logits, row_target)
+        columns = F.cross_entropy(logits.t(), column_target)
+    loss = (rows + columns) / 2
+    if not return_metrics:
+        return loss
+    own = torch.arange(len(q), device=q.device)
+    diagonal = own == own[:, None]
+    accuracy = in_batch_accuracy(logits.detach(), diagonal, torch.ones_like(diagonal))
+    own_targets = torch.stack([row_target == own, column_target == own]).to(q.dtype).mean()
+    return loss, {"in_batch_accuracy": accuracy, "own_targets": own_targets}
+
+
+@torch.no_grad()
+def _targets(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] int64 each: the rows' targets among the columns, and the columns' among the rows."""
+    similarity = (q @ q.t() + k @ k.t()) / (2 * scale)
+    return similarity.argmax(1), similarity.log_softmax(1).argmax(0)

@@ -1,0 +1,150 @@
+"""Losses over router logits: load_balance, z_loss, expert_supervision.
+
+Each takes the logits of one layer, [T, E], or of several layers that saw the same tokens,
+[layers, T, E]. Padding is never counted. Everything is a sum over tokens, divided once at the end:
+``reduce`` turns a process's sums into those over all processes, and the loss is that of the global
+batch, which the mean of the processes' losses would not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_fast.ops.checks import INTEGER_DTYPES, check_dtype, check_shape, compute_dtype
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def one_process(sums: Tensor) -> Tensor:
+    """The ``reduce`` of a single process: its sums are all there is."""
+    return sums
+
+
+def load_balance(
+    router_logits: Tensor, top_k_index: Tensor, *, reduce: Reduce = one_process
+) -> Tensor:
+    """``E * sum_e f_e * P_e``, summed over layers: 1 for a layer in balance, E where it collapsed.
+
+    f_e is the share of routed slots that went to expert e (sums to 1 over e; no gradient), P_e the
+    mean of the tokens' softmax probabilities of e.
+
+    Args:
+        router_logits: [T, E] or [layers, T, E].
+        top_k_index: int64 [T, K] or [layers, T, K]; an id >= E is padding.
+        reduce: sums a tensor over processes; see the module's docstring.
+
+    Returns:
+        [] float32 (float64 for float64 logits); 0 where no token is real.
+
+    Raises:
+        ValueError, TypeError: for shapes or dtypes that do not fit.
+
+    Source: Fedus et al. (Switch Transformer), arXiv 2101.03961, eq. 4, for any K.
+    """
+    logits = check_logits(router_logits)
+    check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
+    check_shape("top_k_index", top_k_index, (*router_logits.shape[:-1], None), "[..., T, K]")
+    num_experts = logits.shape[-1]
+    real = top_k_index[..., :1] < num_experts
+    probabilities = (logits.softmax(-1) * real).sum(-2)  # [..., E]
+    ids = top_k_index.to(torch.int64).clamp(max=num_experts).flatten(-2)
+    counts = ids.new_zeros(*ids.shape[:-1], num_experts + 1)  # int64: float32 stops at 2^24
+    slots = counts.scatter_add(-1, ids, torch.ones_like(ids))[..., :num_experts].to(logits.dtype)
+    slots, probabilities = reduce(torch.stack((slots, probabilities)))
+    num_slots = slots.sum(-1, keepdim=True).detach().clamp(min=1)
+    num_tokens = num_slots / top_k_index.shape[-1]
+    return num_experts * ((slots.detach() / num_slots) * (probabilities / num_tokens)).sum()
+
+
+def z_loss(
+    router_logits: Tensor, token_mask: Tensor | None = None, *, reduce: Reduce = one_process
+) -> Tensor:
+    """The mean over tokens of ``logsumexp(logits)^2``, summed over layers.
+
+    Args:
+        router_logits: [T, E] or [layers, T, E].
+        token_mask: bool [T], True for real tokens; ``None``: all are.
+        reduce: sums a tensor over processes; see the module's docstring.
+
+    Returns:
+        [] float32 (float64 for float64 logits); 0 where no token is real.
+
+    Raises:
+        ValueError, TypeError: for shapes or dtypes that do not fit.
+
+    Source: Zoph et al. (ST-MoE), arXiv 2202.08906, eq. 5.
+    """
+    logits = check_logits(router_logits)
+    real = real_tokens(logits, token_mask)
+    squares = (logits.logsumexp(-1).square() * real).sum()
+    total, num_tokens = reduce(torch.stack((squares, real.sum())))
+    return total / num_tokens.detach().clamp(min=1)
+
+
+def expert_supervision(
+    router_logits: Tensor,
+    sentence_ids: Tensor,
+    expert_ids: Tensor,
+    token_mask: Tensor | None = None,
+    *,
+    reduce: Reduce = one_process,
+) -> Tensor:
+    """Cross entropy of each sentence's mean logits against the expert that its domain is given.
+
+    The mean is over the sentence's real tokens and over the layers, the loss the mean over
+    sentences; one without a real token is left out.
+
+    Args:
+        router_logits: [T, E] or [layers, T, E].
+        sentence_ids: int64 [T], each token's sentence in [0, B); any value for padding within it.
+        expert_ids: int64 [B] in [0, E).
+        token_mask: bool [T], True for real tokens; ``None``: all are.
+        reduce: sums a tensor over processes; see the module's docstring.
+
+    Returns:
+        [] float32 (float64 for float64 logits); 0 where no token is real.
+
+    Raises:
+        ValueError, TypeError: for shapes or dtypes that do not fit.
+
+    Source: Hallee et al., arXiv 2401.15713.
+    """
+    logits = check_logits(router_logits)
+    check_dtype("sentence_ids", sentence_ids, INTEGER_DTYPES)
+    check_shape("sentence_ids", sentence_ids, (logits.shape[-2],), "[T]")
+    check_dtype("expert_ids", expert_ids, INTEGER_DTYPES)
+    check_shape("expert_ids", expert_ids, (None,), "[B]")
+    real = real_tokens(logits, token_mask)
+    of_token = (logits if logits.dim() == 2 else logits.mean(0)) * real[:, None]
+    num_sentences = len(expert_ids)
+    sums = of_token.new_zeros(num_sentences, logits.shape[-1]).index_add(0, sentence_ids, of_token)
+    num_tokens = real.new_zeros(num_sentences).index_add(0, sentence_ids, real)
+    mean_logits = sums / num_tokens.clamp(min=1)[:, None]
+    losses = F.cross_entropy(mean_logits, expert_ids.to(torch.int64), reduction="none")
+    counted = (num_tokens > 0).to(losses.dtype)
+    total, count = reduce(torch.stack(((losses * counted).sum(), counted.sum())))
+    return total / count.detach().clamp(min=1)
+
+
+def check_logits(router_logits: Tensor) -> Tensor:
+    """[..., T, E] in at least float32; raises for another rank or dtype."""
+    if router_logits.dim() not in (2, 3):
+        raise ValueError(
+            f"router_logits must be [T, E] or [layers, T, E]; got {list(router_logits.shape)}."
+        )
+    if not router_logits.is_floating_point():
+        raise TypeError(f"router_logits must be floating-point; got {router_logits.dtype}.")
+    return router_logits.to(compute_dtype(router_logits.dtype))
+
+
+def real_tokens(logits: Tensor, token_mask: Tensor | None) -> Tensor:
+    """[T] in the dtype of ``logits``: 1 for real tokens, 0 for padding."""
+    if token_mask is None:
+        return logits.new_ones(logits.shape[-2])
+    check_dtype("token_mask", token_mask, (torch.bool,))
+    check_shape("token_mask", token_mask, (logits.shape[-2],), "[T]")
+    return token_mask.to(logits.dtype)

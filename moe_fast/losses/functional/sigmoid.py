@@ -1,0 +1,74 @@
+"""sigmoid_loss: each pair of an anchor and a candidate is a yes or a no of its own.
+
+With the candidates k = [b; negatives], N = B + B * G, and z_ij = 1 where j is a positive of i, else
+-1:
+
+    loss = -1/B sum_i sum_j log sigmoid(z_ij * (scale * <q_i, k_j> + bias))
+
+No softmax, hence no other candidates in a pair's gradient. Nearly all pairs are negative, which is
+why the bias starts at -10. Masked pairs, as in :mod:`moe_fast.ops.info_nce`, are left out of the
+sum; it is over rows only, there is no second direction.
+
+Source: Zhai et al. (SigLIP), arXiv 2303.15343, whose values to start from are scale = 10, learned
+as its logarithm, and bias = -10.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_fast.losses.functional.accuracy import in_batch_accuracy
+from moe_fast.ops.checks import check_choice
+from moe_fast.ops.info_nce import (
+    SIMILARITIES,
+    as_scale,
+    check_pairs,
+    positives_and_candidates,
+    queries_and_keys,
+)
+
+
+def sigmoid_loss(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    similarity: str = "cosine",
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    domain_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """The sigmoid loss of B pairs; see the module's docstring for the mathematics.
+
+    Args:
+        a, b, negatives: [B, d], [B, d], [B * G, d] as in :func:`moe_fast.ops.info_nce`.
+        scale: > 0; a float, or a tensor of one element that wants a gradient.
+        bias: likewise, of any sign.
+        similarity, row_ids, col_ids, domain_ids, group_ids: as in :func:`moe_fast.ops.info_nce`.
+        return_metrics: also return, detached and [], ``in_batch_accuracy``.
+
+    Returns:
+        The loss, [] float32 (float64 for float64 inputs), or ``(loss, metrics)``.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+    """
+    check_choice("similarity", similarity, SIMILARITIES)
+    ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
+    check_pairs(a, b, negatives, None, col_ids, **ids)
+    q, k = queries_and_keys(a, b, negatives, similarity)
+    scale = as_scale(scale, q.device, q.dtype)
+    positive, candidate = positives_and_candidates(len(q), len(k), q.device, col_ids=col_ids, **ids)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = scale * (q @ k.t()) + bias
+        terms = -F.logsigmoid(torch.where(positive, logits, -logits))
+        loss = torch.where(candidate, terms, 0).sum() / len(q)
+    if not return_metrics:
+        return loss
+    return loss, {"in_batch_accuracy": in_batch_accuracy(logits, positive, candidate)}

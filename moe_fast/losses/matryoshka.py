@@ -1,0 +1,126 @@
+"""Matryoshka: one encoding, the loss at several lengths of the embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_fast.losses.base import Columns, EmbeddingLoss, check_weight
+from moe_fast.ops.checks import check_count
+
+
+class MatryoshkaLoss(EmbeddingLoss):
+    """The weighted sum of a loss over the first d' dimensions, for several d'.
+
+    The texts are encoded once. With a loss of cosines it is sentence-transformers'
+    ``MatryoshkaLoss`` around that loss. With one of dot products the truncated embeddings stay as
+    they are, as in ``encode(truncate_dim=...)``; sentence-transformers would normalise them.
+
+    Columns and labels: the wrapped loss's.
+
+    Args:
+        loss: any loss of this package over embeddings, :class:`moe_fast.losses.RouterLoss` aside,
+            which goes around this one.
+        dims: the lengths, each at least 1 and at most the encoder's dimension. Embeddings at a
+            length that is not named, the full one included, are not trained.
+        weights: one per length, >= 0; by default all 1.
+
+    Attributes:
+        last_metrics: the wrapped loss's at the largest length, and each length's loss, not
+            weighted, as ``loss_{d'}``.
+
+    Raises:
+        TypeError: for a loss that has no ``from_embeddings``.
+        ValueError: for lengths or weights that do not fit, naming the argument.
+
+    Source: Kusupati et al., arXiv 2205.13147.
+    """
+
+    def __init__(
+        self,
+        loss: EmbeddingLoss,
+        dims: Sequence[int],
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_embedding_loss(loss)
+        dims = list(dims)
+        if not dims or len(set(dims)) < len(dims):
+            raise ValueError(f"dims must name at least one length, and none twice; got {dims}.")
+        for dim in dims:
+            check_count("dims", dim)
+        weights = [1.0] * len(dims) if weights is None else list(weights)
+        if len(weights) != len(dims):
+            raise ValueError(f"weights must be one per dim; got {len(weights)} for {len(dims)}.")
+        for weight in weights:
+            check_weight("weights", weight)
+        self.loss = loss
+        by_length = sorted(zip(dims, weights, strict=True))
+        self.dims = [dim for dim, _ in by_length]
+        self.weights = [weight for _, weight in by_length]
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]
+        """The wrapped loss's encoder."""
+        return self.loss.model
+
+    def check_columns(self, columns: Columns, labels: Any) -> None:
+        """As the wrapped loss's; lengths against the encoder's dimension where it tells it."""
+        self.loss.check_columns(columns, labels)
+        get_dimension = getattr(self.model, "get_embedding_dimension", None)
+        if get_dimension is not None:
+            self._check_dimension(get_dimension())
+
+    def num_negatives(self, num_columns: int) -> int:
+        """As the wrapped loss's."""
+        return self.loss.num_negatives(num_columns)
+
+    def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
+        """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
+        self._check_dimension(embeddings[0].shape[-1])
+        losses = []
+        for dim in self.dims:  # the largest last: its metrics stay in self.loss.last_metrics
+            truncated = [embedding[:, :dim] for embedding in embeddings]
+            losses.append(self.loss.from_embeddings(truncated, columns, labels))
+        self.last_metrics = dict(self.loss.last_metrics)
+        named = zip(self.dims, losses, strict=True)
+        self.last_metrics |= {f"loss_{dim}": loss.detach() for dim, loss in named}
+        return sum(w * loss for w, loss in zip(self.weights, losses, strict=True))  # type: ignore
+
+    def _check_dimension(self, dimension: int | None) -> None:
+        if dimension is not None and self.dims[-1] > dimension:
+            raise ValueError(
+                f"dims must be at most the encoder's dimension, {dimension}; got {self.dims}."
+            )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings, for the model card."""
+        return {"loss": type(self.loss).__name__, "dims": self.dims, "weights": self.weights}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the loss's source, for the model card."""
+        return """
+@misc{kusupati2024matryoshka,
+    title = {Matryoshka Representation Learning},
+    author = {Aditya Kusupati and Gantavya Bhatt and Aniket Rege and Matthew Wallingford and
+              Aditya Sinha and Vivek Ramanujan and William Howard-Snyder and Kaifeng Chen and
+              Sham Kakade and Prateek Jain and Ali Farhadi},
+    year = {2024},
+    eprint = {2205.13147},
+    archivePrefix = {arXiv},
+    primaryClass = {cs.LG},
+}
+"""
+
+
+def check_embedding_loss(loss: Any) -> None:
+    """Raise ``TypeError`` unless ``loss`` comes in the two halves of an ``EmbeddingLoss``."""
+    if not isinstance(loss, EmbeddingLoss):
+        raise TypeError(
+            "loss must be a loss of moe_fast over embeddings (InfoNCELoss, SigmoidLoss, ...), "
+            f"whose second half can be called alone; got {type(loss).__name__}. Around a loss of "
+            "sentence-transformers use the wrapper of sentence-transformers."
+        )

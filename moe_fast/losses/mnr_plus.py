@@ -1,0 +1,84 @@
+"""Multiple negatives ranking with targets from the batch's own similarities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_fast.losses.base import Columns, TemperatureLoss, temperature_metric
+from moe_fast.losses.functional import mnr_plus
+
+
+class MultipleNegativesRankingPlusLoss(TemperatureLoss):
+    """Cross entropy both ways, against the rows that the batch's similarities point to.
+
+    See :func:`moe_fast.losses.functional.mnr_plus` for the mathematics. The defaults are its newer
+    form, without a temperature; the older one is ``learn_temperature=True``.
+
+    Columns: anchor and positive, no others. Labels are ignored.
+
+    Args:
+        model: the encoder, as in :class:`moe_fast.losses.InfoNCELoss`.
+        temperature, learn_temperature, min_temperature, max_temperature: logits are divided by
+            it, and the similarities that choose the targets multiplied.
+        similarity: "dot", or "cosine" to normalise first.
+
+    Attributes:
+        last_metrics: after a call, the detached ``in_batch_accuracy``, ``own_targets`` (the share
+            of targets that are the row's own pair) and, where learned, the ``temperature``.
+
+    Raises:
+        ValueError: for a value out of range, naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        min_temperature: float = 0.01,
+        max_temperature: float = 100.0,
+        similarity: str = "dot",
+    ) -> None:
+        super().__init__(
+            model,
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            min_temperature=min_temperature,
+            max_temperature=max_temperature,
+            similarity=similarity,
+        )
+
+    def check_columns(self, columns: Columns, labels: Any) -> None:
+        """Anchor and positive."""
+        if len(columns) != 2:
+            raise ValueError(
+                f"{type(self).__name__} needs two text columns (anchor, positive; it has no hard "
+                f"negatives); got {len(columns)}."
+            )
+
+    def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
+        """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
+        scale = self.current_scale()
+        loss, metrics = mnr_plus(
+            *embeddings, scale=scale, similarity=self.similarity, return_metrics=True
+        )
+        self.last_metrics = metrics | temperature_metric(scale)
+        return loss
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the loss's source, for the model card."""
+        return """
+@misc{hallee2024contrastive,
+    title = {Contrastive Learning and Mixture of Experts Enables Precise Vector Embeddings},
+    author = {Hallee, Logan and Kapur, Rohan and Patel, Arjun and Gleghorn, Jason P. and
+              Khomtchouk, Bohdan},
+    year = {2024},
+    eprint = {2401.15713},
+    archivePrefix = {arXiv},
+    primaryClass = {cs.LG},
+}
+"""

@@ -1,0 +1,158 @@
+"""Recording what every router decided while a loss encodes a batch.
+
+A forward hook on each :class:`moe_fast.layers.MoERouter` writes to a record, when one is open. The
+hooks stay on the routers (``torch.compile`` ignores hooks that come after its first trace) and do
+nothing outside a record: not in the second forward of gradient checkpointing, which runs in the
+backward pass, and not in evaluation. The hook holds no state, so that models are copied as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_fast.layers import MoERouter
+from moe_fast.ops.route import sentence_of_token
+
+
+@dataclass(frozen=True)
+class RouterCall:
+    """One router's decisions for one batch of texts; padding has ids >= E.
+
+    Attributes:
+        logits: [T, E], with their graph.
+        top_k_index: [T, K] int64.
+        num_sentences: of the batch, by its shape; ``None`` where it has no sentences (a bare layer
+            given [T, D]).
+        sentence_ids: [T] int64 in [0, num_sentences), or ``None``.
+    """
+
+    logits: Tensor
+    top_k_index: Tensor
+    num_sentences: int | None
+    sentence_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """Everything that was routed in one forward of a loss: L layers, T tokens of S sentences.
+
+    Attributes:
+        logits: [layers, T, E], with their graph.
+        top_k_index: [layers, T, K] int64; padding has ids >= E.
+        token_mask: [T] bool, True for real tokens.
+        num_sentences: S, or ``None`` where a batch had no sentences.
+        sentence_ids: [T] int64 in [0, S), in the order of encoding, or ``None``.
+    """
+
+    logits: Tensor
+    top_k_index: Tensor
+    token_mask: Tensor
+    num_sentences: int | None
+    sentence_ids: Tensor | None
+
+
+class Recorder:
+    """Collects the calls of some routers; see :func:`record_routing`."""
+
+    def __init__(self, routers: list[MoERouter]) -> None:
+        self._calls: dict[MoERouter, list[RouterCall]] = {router: [] for router in routers}
+        self._with_grad = torch.is_grad_enabled()
+
+    def add(self, router: MoERouter, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keeps one call; other models' routers (a guide's) are none of ours."""
+        if router not in self._calls:
+            return
+        if self._with_grad and not torch.is_grad_enabled():
+            raise ValueError(
+                "the router losses need the encoder's graph, but it ran without gradients inside "
+                "the loss. Use a loss without a gradient cache, and gradient checkpointing with "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        hidden_states, info = inputs
+        num_tokens = output.top_k_index.shape[0]
+        starts = info.cu_seqlens
+        if starts is None and hidden_states.dim() == 3:
+            batch, length = hidden_states.shape[:2]
+            starts = torch.arange(batch + 1, device=hidden_states.device) * length
+        sentences = None
+        if starts is not None:
+            sentences = sentence_of_token(starts.to(torch.int64), num_tokens)
+        self._calls[router].append(
+            RouterCall(
+                output.router_logits,
+                output.top_k_index,
+                None if starts is None else starts.shape[0] - 1,
+                sentences,
+            )
+        )
+
+    def result(self) -> RoutingRecord:
+        """All calls as one batch, in the order of encoding.
+
+        Raises:
+            RuntimeError: nothing was recorded, or not every router ran equally often.
+        """
+        layers = list(self._calls.values())
+        if not layers[0] or len({len(calls) for calls in layers}) > 1:
+            raise RuntimeError(
+                "the model's routers were not seen running (calls per router: "
+                f"{[len(calls) for calls in layers]}). Make the RouterLoss before the model's "
+                "first run under torch.compile; nn.DataParallel is not supported "
+                "(DistributedDataParallel is)."
+            )
+        index = torch.stack([torch.cat([c.top_k_index for c in calls]) for calls in layers])
+        logits = torch.stack([torch.cat([c.logits for c in calls]) for calls in layers])
+        num_sentences, sentence_ids = _join_sentences(layers[0])
+        token_mask = index[0, :, 0] < logits.shape[-1]
+        return RoutingRecord(logits, index, token_mask, num_sentences, sentence_ids)
+
+
+def _join_sentences(calls: list[RouterCall]) -> tuple[int | None, Tensor | None]:
+    """The sentences of all calls, numbered through."""
+    total, parts = 0, []
+    for call in calls:
+        if call.num_sentences is None or call.sentence_ids is None:
+            return None, None
+        parts.append(call.sentence_ids + total)
+        total += call.num_sentences
+    return total, torch.cat(parts)
+
+
+_RECORDER: ContextVar[Recorder | None] = ContextVar("moe_fast_routing_recorder", default=None)
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[Recorder]:
+    """Record every router of ``model`` (wrappers are looked through) within the block.
+
+    A record opened inside another takes its place until it closes.
+    """
+    recorder = Recorder(hook_routers(model))
+    token = _RECORDER.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _RECORDER.reset(token)
+
+
+def hook_routers(model: nn.Module) -> list[MoERouter]:
+    """The model's routers, in the order of its layers, each with the recording hook on it."""
+    routers = [module for module in model.modules() if isinstance(module, MoERouter)]
+    for router in routers:
+        if _record_call not in router._forward_hooks.values():
+            router.register_forward_hook(_record_call)
+    return routers
+
+
+@torch.compiler.disable  # a break in the graph per router, in place of a hook that is never run
+def _record_call(router: MoERouter, inputs: tuple[Any, ...], output: Any) -> None:
+    recorder = _RECORDER.get()
+    if recorder is not None:
+        recorder.add(router, inputs, output)

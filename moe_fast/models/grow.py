@@ -1,0 +1,181 @@
+"""add_expert and remove_expert: a mixture with one expert more, or one fewer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fast.models.architectures import architecture_of
+from moe_fast.models.extract import expert_index
+from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.weights import check_no_adapter, embedding_name, load_exactly, mean_of
+
+
+def add_expert(
+    model: Any, domain: str | None = None, *, from_expert: int | str | None = None
+) -> Any:
+    """A mixture with one expert more, the last.
+
+    With enforced routing the old domains give what they gave, bit for bit, and the new one what
+    ``from_expert`` gives. A learned router gets the row of ``from_expert`` once more: with K = 1
+    and weight 1 (modes "straight_through" and "one") outputs stay the same too, since equal logits
+    go to the lower id, until training moves the row. No row keeps the outputs of the other modes:
+    there the new expert takes a share of the tokens of ``from_expert``.
+
+    Args:
+        model: a mixture, or a ``MoESentenceTransformer``.
+        domain: the new domain's name; must be given where a model with enforced routing has
+            domains, and only there. Its token, if the model has domain tokens, is a copy of that
+            of ``from_expert``, behind the vocabulary's last.
+        from_expert: the expert to copy, an index or (enforced routing) a domain's name. ``None``:
+            the mean of all experts (of their router rows and domain tokens too).
+
+    Returns:
+        A new model of the same class; ``model`` is untouched.
+
+    Raises:
+        TypeError: for a model that is no mixture.
+        ValueError: for a domain that is known already, missing or without use, and an unknown
+            ``from_expert``.
+    """
+    if _is_sentence_transformer(model):
+        from moe_fast.integrations.sentence_transformers import with_mapped_encoder
+
+        return with_mapped_encoder(model, lambda m: add_expert(m, domain, from_expert=from_expert))
+    config = _config_of(model)
+    everyone = [[expert] for expert in range(config.num_experts)]
+    source = (
+        list(range(config.num_experts))
+        if from_expert is None
+        else [expert_index(config, from_expert, "from_expert")]
+    )
+    _check_new_domain(config, domain)
+    domains = [*config.domains, *([] if domain is None else [domain])]
+    return _regroup(model, [*everyone, source], domains)
+
+
+def remove_expert(model: Any, expert: int | str) -> Any:
+    """A mixture without one of its experts, and with enforced routing without its domain.
+
+    The experts behind it move up by one. ``remove_expert(add_expert(model, ...), E)`` is
+    ``model``, bit for bit.
+
+    Args:
+        model: a mixture, or a ``MoESentenceTransformer``.
+        expert: its index, or (enforced routing) its domain's name.
+
+    Returns:
+        A new model of the same class; ``model`` is untouched.
+
+    Raises:
+        TypeError: for a model that is no mixture.
+        ValueError: for an unknown expert, the expert of ``default_domain``, and where fewer than
+            K experts would remain.
+    """
+    if _is_sentence_transformer(model):
+        from moe_fast.integrations.sentence_transformers import with_mapped_encoder
+
+        return with_mapped_encoder(model, lambda m: remove_expert(m, expert))
+    config = _config_of(model)
+    index = expert_index(config, expert)
+    needed = 1 if config.routing == "dense" else config.num_experts_per_tok
+    if config.num_experts <= needed:
+        raise ValueError(
+            f"expert cannot be removed: {config.num_experts - 1} experts would remain, and "
+            f"num_experts_per_tok={needed} are needed."
+        )
+    domains = list(config.domains)
+    if config.routing == "enforced" and domains:
+        gone = domains.pop(index)
+        if gone == config.default_domain:
+            raise ValueError(
+                f"expert {expert!r} is the one of default_domain={gone!r}: set "
+                "model.config.default_domain to another domain, or None, first."
+            )
+    kept = [[e] for e in range(config.num_experts) if e != index]
+    return _regroup(model, kept, domains)
+
+
+def _is_sentence_transformer(model: Any) -> bool:
+    """A SentenceTransformer holds its encoder in its first module; that floor lies above this."""
+    return not isinstance(model, MoEModelMixin) and hasattr(model, "encode")
+
+
+def _config_of(model: Any) -> Any:
+    if not isinstance(model, MoEModelMixin):
+        raise TypeError(f"model must be a mixture of experts; got {type(model).__name__}.")
+    check_no_adapter(model)
+    return model.config
+
+
+def _check_new_domain(config: Any, domain: str | None) -> None:
+    needs_one = config.routing == "enforced" and bool(config.domains)
+    if domain is None:
+        if needs_one:
+            raise ValueError(
+                "domain must name the new expert's domain: the model routes by domain "
+                f"({', '.join(config.domains)}); got None."
+            )
+        return
+    if not needs_one:
+        why = (
+            "the model has no domains, its experts go by index"
+            if config.routing == "enforced"
+            else f"with routing={config.routing!r} a domain has no expert of its own"
+        )
+        raise ValueError(f"domain must be None: {why}; got {domain!r}.")
+    if domain in config.domains:
+        raise ValueError(
+            f"domain must be a new name; the model has {', '.join(config.domains)}; got {domain!r}."
+        )
+
+
+def _regroup(
+    model: MoEModelMixin, groups: Sequence[Sequence[int]], domains: list[str]
+) -> MoEModelMixin:
+    """A model whose expert i is the mean of the experts ``groups[i]`` of ``model``."""
+    architecture = architecture_of(model)
+    mlps = model.moe_mlps()
+    weights: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        layer, inner = architecture.split(name) or (-1, "")
+        projection = inner.removeprefix("mlp.").removesuffix("_bias")
+        stacked = layer in mlps and (
+            inner == "mlp.router.weight"
+            or (inner.startswith("mlp.") and mlps[layer].is_expert(projection))
+        )
+        weights[name] = _gather(value, groups) if stacked else value.clone()
+    config = _regrouped_config(model.config, groups, domains)
+    tokens = model.config.domain_token_ids
+    if tokens and config.routing == "enforced":
+        name = embedding_name(model)
+        words, own = weights[name][: tokens[0]], weights[name][tokens[0] :]
+        weights[name] = torch.cat((words, _gather(own, groups)))
+    with torch.device("meta"):
+        new = architecture.build_moe(config, model)
+    load_exactly(new, weights, buffers_of=model)
+    for name, parameter in model.named_parameters():
+        new.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return new.train(model.training)
+
+
+def _gather(stacked: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    return torch.stack([mean_of([stacked[e] for e in group]) for group in groups])
+
+
+def _regrouped_config(config: Any, groups: Sequence[Sequence[int]], domains: list[str]) -> Any:
+    new = copy.deepcopy(config)
+    new.num_experts = len(groups)
+    if new.routing == "dense":
+        new.num_experts_per_tok = len(groups)
+    if config.domain_token_ids:
+        first = config.domain_token_ids[0]
+        new.domain_token_ids = list(range(first, first + len(domains)))
+        new.vocab_size = first + len(domains)
+    new.domains = domains
+    new.check()
+    return new

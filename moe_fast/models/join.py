@@ -1,0 +1,225 @@
+"""from_experts: several dense encoders become the experts of one mixture.
+
+The inverse of :func:`moe_fast.extract_expert`. Models fine-tuned apart from one common start, one
+per domain, are joined without training (Sukhbaatar et al., Branch-Train-MiX, arXiv 2403.07816).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_fast.models.architectures import architecture_of
+from moe_fast.models.loading import load_dense, tokenizer_beside
+from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.upcycle import upcycle
+from moe_fast.models.weights import embedding_name, mean_of
+from moe_fast.ops.checks import check_choice
+
+SHARED = ("first", "mean")
+
+# Differences in these do not change what a model computes, or only while it trains.
+_BOOKKEEPING = {
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "finetuning_task",
+    "initializer_range",
+    "initializer_cutoff_factor",
+    "gradient_checkpointing",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+
+
+def from_experts(
+    models: Sequence[Any],
+    *,
+    domains: Sequence[str] | None = None,
+    shared: str = "first",
+    routing: str = "enforced",
+    **upcycle_kwargs: Any,
+) -> Any:
+    """Join N dense encoders into a mixture whose expert e has the MLPs of model e.
+
+    Args:
+        models: N encoders of one architecture, size, dtype and tokenizer, as
+            :func:`moe_fast.upcycle` takes them: models, SentenceTransformers, folders, hub ids.
+            Either all are SentenceTransformers or none is. Bare models bring no tokenizer along:
+            that theirs is the same is yours to know.
+        domains: names of the domains; with enforced routing one per model. Then a domain's token
+            starts as the [CLS] of its own model, otherwise as that of the shared weights.
+        shared: where all other weights come from, the MLPs of layers without experts and the
+            projection that ``target`` leaves out among them: "first", the first model, or "mean",
+            the mean over the models. Dropout rates come from the first.
+        routing: "enforced", or a learned mode, whose router starts as :func:`moe_fast.upcycle`'s.
+        **upcycle_kwargs: any other argument of :func:`moe_fast.upcycle`, but ``num_experts``.
+
+    Returns:
+        A new mixture on the device of the first model; the inputs are untouched. Where the models
+        differ in their MLPs alone, expert e computes exactly what model e did.
+
+    Raises:
+        TypeError: for models of different kinds, and for unknown arguments.
+        ValueError: for models that differ in more than weights; the message says in what.
+    """
+    _check_arguments(models, shared, upcycle_kwargs)
+    paths = [os.fspath(m) if isinstance(m, (str, os.PathLike)) else None for m in models]
+    loaded = [
+        m if path is None else load_dense(path) for m, path in zip(models, paths, strict=True)
+    ]
+    settings = {"domains": domains, "routing": routing, "shared": shared, **upcycle_kwargs}
+    bare = [isinstance(model, PreTrainedModel) for model in loaded]
+    if not any(bare) and all(hasattr(model, "encode") for model in loaded):
+        # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
+        from moe_fast.integrations.sentence_transformers import join_sentence_transformers
+
+        return join_sentence_transformers(loaded, **settings)
+    if not all(bare):
+        kinds = ", ".join(type(model).__name__ for model in loaded)
+        raise TypeError(f"models must all be encoders or all SentenceTransformers; got {kinds}.")
+    tokenizers = [None if path is None else tokenizer_beside(path) for path in paths]
+    check_same_tokenizers(tokenizers)
+    if settings.get("cls_token_id") is None:
+        known = [t.cls_token_id for t in tokenizers if t is not None]
+        settings["cls_token_id"] = known[0] if known else None
+    return join_encoders(loaded, **settings)
+
+
+def _check_arguments(models: Any, shared: str, upcycle_kwargs: dict[str, Any]) -> None:
+    if isinstance(models, (str, os.PathLike)) or not isinstance(models, Sequence) or not models:
+        raise TypeError(f"models must be a sequence of models or paths, at least one; got {models}")
+    check_choice("shared", shared, SHARED)
+    allowed = set(inspect.signature(upcycle).parameters) - {"model_or_path", "num_experts"}
+    unknown = sorted(upcycle_kwargs.keys() - allowed)
+    if unknown:
+        hint = " (the number of experts is that of the models)" if "num_experts" in unknown else ""
+        raise TypeError(
+            f"from_experts takes upcycle's {', '.join(sorted(allowed))}; got "
+            f"{', '.join(unknown)}{hint}."
+        )
+
+
+def join_encoders(
+    encoders: Sequence[PreTrainedModel], *, shared: str, **settings: Any
+) -> MoEModelMixin:
+    """:func:`from_experts` of bare encoders, their tokenizers known to agree."""
+    _check_same_models(encoders)
+    base = encoders[0] if shared == "first" else _mean_model(encoders)
+    moe = upcycle(base, num_experts=len(encoders), **settings)
+    architecture = architecture_of(moe)
+    dense_names = {new: old for old, new in architecture.mlp_names.items()}
+    states = [encoder.state_dict() for encoder in encoders]
+    with torch.no_grad():
+        for layer, mlp in moe.moe_mlps().items():
+            for name, parameter in mlp.expert_parameters():
+                source = f"{architecture.layer_prefix}{layer}.{dense_names[f'mlp.{name}']}"
+                for expert, state in enumerate(states):
+                    parameter[expert] = state[source]
+        if moe.config.domain_token_ids and moe.config.routing == "enforced":
+            table = moe.get_input_embeddings().weight
+            for token, state in zip(moe.config.domain_token_ids, states, strict=True):
+                table[token] = state[embedding_name(base)][moe.config.domain_token_replaces]
+    return moe
+
+
+def _mean_model(encoders: Sequence[PreTrainedModel]) -> PreTrainedModel:
+    """A copy of the first encoder with the mean weights."""
+    mean = copy.deepcopy(encoders[0])
+    mean.load_state_dict(mean_state([encoder.state_dict() for encoder in encoders]))
+    return mean
+
+
+def mean_state(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of several state dicts with the same names, tensor by tensor."""
+    return {name: mean_of([state[name] for state in states]) for name in states[0]}
+
+
+def _check_same_models(encoders: Sequence[PreTrainedModel]) -> None:
+    first = encoders[0]
+    for i, model in enumerate(encoders):
+        architecture_of(model)
+        if isinstance(model, MoEModelMixin):
+            raise TypeError(
+                f"models must be dense; model {i} is a {type(model).__name__}, a mixture already. "
+                "Take one of its experts with extract_expert."
+            )
+        differences = (
+            [f"class: {type(model).__name__} instead of {type(first).__name__}"]
+            if type(model) is not type(first)
+            else [*_config_differences(first, model), *_weight_differences(first, model)]
+        )
+        if differences:
+            raise ValueError(
+                f"models must differ in their weights alone; model {i} differs from model 0 in "
+                f"{'; '.join(differences)}."
+            )
+
+
+def _config_differences(first: PreTrainedModel, other: PreTrainedModel) -> list[str]:
+    want, have = first.config.to_dict(), other.config.to_dict()
+    names = [
+        name
+        for name in sorted({*want, *have} - _BOOKKEEPING)
+        if not name.startswith("_") and "dropout" not in name
+    ]
+    return [
+        f"{name}: {have.get(name)!r} instead of {want.get(name)!r}"
+        for name in names
+        if want.get(name) != have.get(name)
+    ]
+
+
+def _weight_differences(first: PreTrainedModel, other: PreTrainedModel) -> list[str]:
+    want, have = first.state_dict(), other.state_dict()
+    names = sorted(want.keys() ^ have.keys())
+    differences = [
+        f"{name}: {'missing' if name in want else 'not in model 0'}" for name in names[:5]
+    ]
+    for name in want.keys() & have.keys():
+        a, b = want[name], have[name]
+        if a.shape != b.shape:
+            differences.append(f"{name}: shape {list(b.shape)} instead of {list(a.shape)}")
+        elif a.dtype != b.dtype:
+            return [*differences, f"dtype: {b.dtype} instead of {a.dtype}"]
+    return differences
+
+
+def check_same_tokenizers(tokenizers: Sequence[Any]) -> None:
+    """Raise ``ValueError`` unless all tokenizers (``None``: not known) make the same ids."""
+    known = [(i, tokenizer) for i, tokenizer in enumerate(tokenizers) if tokenizer is not None]
+    for i, tokenizer in known[1:]:
+        j, first = known[0]
+        for what, of in (("vocabulary", _vocabulary), ("rules", _rules)):
+            if of(tokenizer) != of(first):
+                raise ValueError(
+                    f"models must share one tokenizer; the {what} of model {i}'s differs from "
+                    f"that of model {j}'s."
+                )
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    return tokenizer.get_vocab(), tokenizer.all_special_tokens, tokenizer.cls_token_id
+
+
+def _rules(tokenizer: Any) -> Any:
+    """How a tokenizer splits text, without the padding and truncation of its last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return type(tokenizer)
+    rules = json.loads(backend.to_str())
+    return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}

@@ -1,0 +1,56 @@
+"""Weights of one model, put together from those of others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def embedding_name(model: PreTrainedModel) -> str:
+    """The state-dict name of the token embeddings."""
+    embeddings = model.get_input_embeddings()
+    return next(f"{n}.weight" for n, m in model.named_modules() if m is embeddings)
+
+
+def check_no_adapter(model: PreTrainedModel) -> None:
+    """Raise ``ValueError`` for a model with PEFT adapters, whose weights are not all its own."""
+    if any(hasattr(module, "get_base_layer") for module in model.modules()):
+        raise ValueError(
+            "model must have no PEFT adapters in it: merge them first, with "
+            "PeftModel.merge_and_unload()."
+        )
+
+
+def mean_of(values: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors of one shape, in the dtype and on the device of the first.
+
+    Computed in float64 from the differences to the first, so that equal tensors give exactly
+    themselves, whatever their number.
+    """
+    if len(values) == 1:
+        return values[0].clone()
+    first = values[0].double()
+    rest = torch.zeros_like(first)
+    for value in values[1:]:
+        rest += value.to(first) - first
+    return (first + rest / len(values)).to(values[0])
+
+
+def load_exactly(
+    new: PreTrainedModel, weights: dict[str, Tensor], buffers_of: PreTrainedModel
+) -> None:
+    """Give ``new``, built on the meta device, all its weights, and another model's buffers.
+
+    Every parameter must be named: nothing is left to a random initialisation.
+    """
+    new.load_state_dict(weights, strict=True, assign=True)
+    for name, buffer in buffers_of.named_buffers():
+        module_name, _, leaf = name.rpartition(".")
+        module = new.get_submodule(module_name)
+        module.register_buffer(
+            leaf, copy.deepcopy(buffer), persistent=leaf not in module._non_persistent_buffers_set
+        )

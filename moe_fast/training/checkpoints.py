@@ -1,0 +1,170 @@
+"""Checkpoints that are whole or not there, and are looked at before a run resumes from one.
+
+transformers' trainer writes a checkpoint file by file into its place: killed meanwhile, it would
+resume from half of one, and a missing optimizer state it passes over in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from sentence_transformers import SentenceTransformerTrainer
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
+
+from moe_fast.files import atomic_folder
+
+STAGING_NAME = ".checkpoint-in-progress"
+_STATE_NAME = "trainer_state.json"
+_NEEDED = (_STATE_NAME, "modules.json", "optimizer.pt", "scheduler.pt")
+
+
+class WholeCheckpointTrainer(SentenceTransformerTrainer):
+    """A ``SentenceTransformerTrainer`` whose checkpoints survive a kill or a full disk.
+
+    A checkpoint is written into a folder aside, by all processes, and takes its place
+    ``checkpoint-{step}`` in one step when it is whole and on the disk; older ones are removed after
+    that (``save_total_limit``). What a killed run left aside goes when the next one starts.
+    """
+
+    _staging: str | None = None
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in transformers, with the checkpoint looked at first: see :func:`check_checkpoint`."""
+        if self.args.should_save:
+            clear_leftovers(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            exists = os.path.isdir(self.args.output_dir)
+            checkpoint = get_last_checkpoint(self.args.output_dir) if exists else None
+            if checkpoint is None:
+                raise ValueError(
+                    "resume_from_checkpoint=True, but there is no checkpoint in "
+                    f"{self.args.output_dir!r}."
+                )
+        if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_checkpoint(checkpoint, num_processes=self.args.world_size)
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        place = os.path.join(run_dir, name)
+        self._staging = os.path.join(run_dir, STAGING_NAME)
+        staged = os.path.join(self._staging, name)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its own random state
+            if self.state.best_model_checkpoint == staged:
+                self.state.best_model_checkpoint = place
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(staged, _STATE_NAME))
+                _publish(staged, place)
+        except Exception as error:
+            last = get_last_checkpoint(run_dir) or "none"
+            error.add_note(f"{place} was not saved; the last whole checkpoint: {last}.")
+            raise
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(place)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run_dir, self.args.save_total_limit, best, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else it is not in its place yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; every process waits for the one that writes."""
+        super().save_model(output_dir, _internal_call)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:  # sentence-transformers has every process write the same files
+            super()._save(output_dir, state_dict)
+
+
+def clear_leftovers(output_dir: str | Path) -> None:
+    """Remove what a killed run was writing when it died."""
+    shutil.rmtree(Path(output_dir) / STAGING_NAME, ignore_errors=True)
+    for partial in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_checkpoint(folder: str | Path, num_processes: int = 1) -> None:
+    """Refuse a checkpoint from which training could not go on exactly.
+
+    Every file must be there and have an end: what is looked at are lengths and tables of contents.
+    A checkpoint of another number of processes draws a warning.
+
+    Raises:
+        FileNotFoundError: no such folder, or one of the files is missing, which are named.
+        ValueError: a file is cut short or no such file at all; it is named.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {str(folder)!r}.")
+    weights = sorted(folder.rglob("*.safetensors"))
+    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    missing += [] if weights else ["*.safetensors"]
+    random_states = sorted(folder.glob("rng_state*.pth"))
+    missing += [] if random_states else ["rng_state*.pth"]
+    if missing:
+        raise FileNotFoundError(
+            f"the checkpoint {str(folder)!r} lacks {missing}: it is half-written, or was saved "
+            "with save_only_model, and training cannot go on from it."
+        )
+    for path in [*weights, *folder.glob("*.pt"), *random_states, folder / _STATE_NAME]:
+        _check_readable(path)
+    if len(random_states) != num_processes:
+        warnings.warn(
+            f"the checkpoint {str(folder)!r} was saved by {len(random_states)} processes and "
+            f"goes on in {num_processes}: the run will not equal an uninterrupted one.",
+            stacklevel=2,
+        )
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        else:
+            zipfile.ZipFile(path).close()
+    except (SafetensorError, zipfile.BadZipFile, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): the checkpoint is damaged. Resume from another one."
+        ) from error
+
+
+def _publish(staged: str, place: str) -> None:
+    """Put a finished checkpoint in its place, in one step, instead of what may be there."""
+    with atomic_folder(place, replaces=("*",)) as folder:
+        for entry in Path(staged).iterdir():
+            os.rename(entry, folder / entry.name)

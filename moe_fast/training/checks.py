@@ -1,0 +1,191 @@
+"""What a trainer asks of its datasets before it starts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_fast.training.collator import of_column
+from moe_fast.training.domains import to_domain_ids
+from moe_fast.training.draws import (
+    FLAG_COLUMNS,
+    NEGATIVE_QUERIES,
+    NEGATIVES,
+    QUERY,
+    check_flag_row,
+    flag_row_columns,
+    has_flag_columns,
+)
+
+_ROWS_AT_ONCE = 10_000
+
+
+def flatten(**datasets: Any) -> dict[str, Any]:
+    """The datasets that have columns, by name; a mapping's parts as ``{name}.{part}``."""
+    flat = {}
+    for name, dataset in datasets.items():
+        parts = dataset if isinstance(dataset, Mapping) else {"": dataset}
+        for part, data in parts.items():
+            if getattr(data, "column_names", None) is not None:
+                flat[f"{name}.{part}".rstrip(".")] = data
+    return flat
+
+
+def has_domain_column(datasets: Mapping[str, Any], column: str) -> bool:
+    """Whether the datasets have the column.
+
+    Raises:
+        ValueError: some have it and some have not.
+    """
+    has = {name: column in data.column_names for name, data in datasets.items()}
+    if any(has.values()) and not all(has.values()):
+        raise ValueError(
+            f"every dataset must have the column {column!r} (domain_column), or none; "
+            f"it is missing from {[name for name, found in has.items() if not found]}."
+        )
+    return any(has.values())
+
+
+def domain_names(datasets: Mapping[str, Any], column: str) -> list[str]:
+    """Every domain name in the datasets, sorted; a streamed dataset is read through once.
+
+    Raises:
+        ValueError: the column holds something else than names.
+    """
+    values = {value for data in datasets.values() for value in _unique(data, column)}
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(
+            f"the model knows no domains and column {column!r} holds {sorted(map(repr, values))}, "
+            "not names; pass data_collator=DomainDataCollator.from_model(model, domains=[...])."
+        )
+    return sorted(values)
+
+
+def check_domains(datasets: Mapping[str, Any], column: str, domains: Sequence[str]) -> None:
+    """Refuse domains that the model does not know; streamed datasets are left to the collator.
+
+    One domain alone in the training data of a model that has several draws a warning.
+
+    Raises:
+        ValueError, TypeError: of :func:`moe_fast.training.domains.to_domain_ids`.
+    """
+    trained: set[int] = set()
+    for name, data in datasets.items():
+        if not hasattr(data, "__len__"):
+            return
+        ids = to_domain_ids(list(_unique(data, column)), domains).tolist()
+        if name.split(".")[0] == "train":
+            trained.update(ids)
+    if len(trained) == 1 and len(domains) > 1:
+        warnings.warn(
+            f"the training data hold one domain only, {domains[trained.pop()]!r}, and the model "
+            f"has {len(domains)}: it cannot learn to tell them apart, and losses over domains "
+            "(mutual information, expert supervision, negatives from the same domain) have "
+            "nothing to compare.",
+            stacklevel=2,
+        )
+
+
+def check_flag_rows(datasets: Mapping[str, Any], num_negatives: int) -> None:
+    """Refuse FlagEmbedding rows that nothing could be drawn from; rows with too few are counted.
+
+    Lists are measured, not read. Rows of a streamed dataset are left to the collator.
+
+    Raises:
+        ValueError: a column that is not of the format, or a row that
+            :func:`moe_fast.training.draws.check_flag_row` refuses, with its number.
+    """
+    for name, data in datasets.items():
+        if not has_flag_columns(data.column_names) or not hasattr(data, "__len__"):
+            continue
+        short = 0
+        for row, lengths in enumerate(_list_lengths(data)):
+            check_flag_row(lengths, num_negatives, f"row {row} of the {name} dataset")
+            short += (lengths[NEGATIVES] or 0) < num_negatives
+        if short:
+            warnings.warn(
+                f"{short} of {len(data)} rows of the {name} dataset have fewer than "
+                f"num_negatives={num_negatives} negatives: theirs are repeated.",
+                stacklevel=2,
+            )
+
+
+def text_columns(
+    columns: Iterable[str], num_negatives: int, domain_column: str | None, labels: Sequence[str]
+) -> list[str]:
+    """The text columns a batch will have, in order.
+
+    Raises:
+        ValueError: FlagEmbedding's columns and others that do not belong to them.
+    """
+    texts = [c for c in columns if c != domain_column]
+    if not has_flag_columns(texts):
+        label = next((c for c in labels if c in texts), None)  # sentence-transformers takes one
+        return [c for c in texts if c != label]
+    if others := [c for c in texts if c not in FLAG_COLUMNS]:
+        raise ValueError(
+            f"rows of {QUERY}, pos and neg may have the columns {list(FLAG_COLUMNS)} besides; "
+            f"got {others} too. Remove them: dataset.remove_columns({others})."
+        )
+    return flag_row_columns(num_negatives, NEGATIVE_QUERIES in texts)
+
+
+def check_swappable(columns: Mapping[str, Sequence[str]], *settings: Any) -> None:
+    """Refuse swapping where the two texts of a row are not of a kind.
+
+    Args:
+        columns: each training dataset's text columns.
+        *settings: prompts and lengths: one for all, or by column.
+
+    Raises:
+        ValueError: other than two text columns, or a setting that differs between them.
+    """
+    for name, texts in columns.items():
+        if len(texts) != 2:
+            raise ValueError(
+                f"swap_pairs needs rows of two texts, but the {name} dataset has {list(texts)}."
+            )
+        for setting in settings:
+            first, second = (_setting_of(setting, text) for text in texts)
+            if first != second:
+                raise ValueError(
+                    f"swap_pairs is for texts that are treated alike, but {texts[0]!r} has "
+                    f"{first!r} and {texts[1]!r} has {second!r} (prompts, max_length)."
+                )
+
+
+def _setting_of(setting: Any, column: str) -> Any:
+    return of_column(setting, column) if isinstance(setting, Mapping) else setting
+
+
+def check_settings_match(name: str, settings: Any, columns: Iterable[str]) -> None:
+    """Refuse a setting for a column that no dataset has, which would silently have no effect.
+
+    Raises:
+        ValueError: naming the columns there are.
+    """
+    columns = list(dict.fromkeys(columns))
+    if not isinstance(settings, Mapping) or any(isinstance(v, Mapping) for v in settings.values()):
+        return  # one for all, or one mapping per dataset
+    unknown = [k for k in settings if not any(of_column({k: True}, c) for c in columns)]
+    if unknown:
+        raise ValueError(f"{name} names {unknown}, but the text columns are {columns}.")
+
+
+def _unique(dataset: Any, column: str) -> Iterable[Any]:
+    if hasattr(dataset, "__len__"):
+        return dataset.unique(column)
+    return (row[column] for row in dataset)
+
+
+def _list_lengths(dataset: Any) -> Iterator[dict[str, int | None]]:
+    """Of every row, the lengths of its lists by column."""
+    import pyarrow.compute as pc
+
+    names = [n for n in FLAG_COLUMNS if n in dataset.column_names and n != QUERY]
+    table = dataset.select_columns(names).with_format("arrow")
+    for batch in table.iter(batch_size=_ROWS_AT_ONCE):
+        lengths = [pc.list_value_length(batch[n]).to_pylist() for n in names]
+        for row in zip(*lengths, strict=True):
+            yield dict(zip(names, row, strict=True))

@@ -1,0 +1,47 @@
+"""What data-parallel training does for the encoder's parameters, for those of the loss.
+
+``DistributedDataParallel`` wraps the encoder; a loss's own parameters (a temperature) lie outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes, as ``DistributedDataParallel`` does.
+
+    A process without a gradient counts as zero; a parameter without one in any process keeps
+    ``None``, so that the optimizer passes over it, as in one process. Every process must call, with
+    the same parameters. Two messages in all, whatever the number of parameters.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        return
+    present = torch.tensor([p.grad is not None for p in trainable], device=trainable[0].device)
+    used = present.to(torch.float32)
+    distributed.all_reduce(used)
+    trainable = [p for p, count in zip(trainable, used.tolist(), strict=True) if count]
+    if not trainable:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable]
+    # One dtype on the wire that holds every gradient's own: float64 stays float64.
+    wire = max((g.dtype for g in grads), key=lambda dtype: torch.finfo(dtype).bits)
+    flat = torch.cat([g.detach().flatten().to(wire) for g in grads])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    parts = flat.split([g.numel() for g in grads])
+    for parameter, part in zip(trainable, parts, strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def broadcast_from_first(tensors: Iterable[Tensor]) -> None:
+    """Copy process 0's values into the tensors of all, in place. Every process must call."""
+    with torch.no_grad():
+        for tensor in tensors:
+            value = tensor.detach().contiguous()
+            distributed.broadcast(value, src=0)
+            tensor.copy_(value)

@@ -1,0 +1,172 @@
+"""PEFT: LoRA on stacked experts by parameter targeting, beside LoRA on the attention."""
+
+import pytest
+import torch
+
+import moe_fast
+from tests.models.tiny import NAMES, build, relative_error
+
+peft = pytest.importorskip("peft", reason="needs peft")
+
+ATTENTION = {"modernbert": ["Wqkv"]}
+EXPERTS = {"modernbert": ["mlp.gate_up_proj", "mlp.down_proj"]}
+
+
+def mixture(name, **settings):
+    settings = {"num_experts_per_tok": 2, **settings}
+    return moe_fast.upcycle(build(name).double(), num_experts=3, layers="alternate", **settings)
+
+
+def config(name, attention=True):
+    return peft.LoraConfig(
+        r=2,
+        target_modules=ATTENTION.get(name, ["query", "value"]) if attention else [],
+        target_parameters=EXPERTS.get(name, ["mlp.up_proj", "mlp.down_proj"]),
+    )
+
+
+def randomize(model):
+    """LoRA's B starts at 0, where adapters do nothing."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += torch.randn(parameter.shape, generator=generator).to(parameter)
+    return model
+
+
+def output(model, batch, **options):
+    return model(**batch, **options).last_hidden_state[batch["attention_mask"].bool()]
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(5, 60, (3, 9), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 5:] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_and_changes_the_adapters_alone(name, batch):
+    moe = mixture(name)
+    before = output(moe, batch)
+    model = peft.get_peft_model(moe, config(name))
+    assert torch.equal(output(model, batch), before), "adapters start as nothing"
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    target = torch.randn(before.shape, generator=torch.Generator().manual_seed(2)).double()
+    losses = []
+    for _ in range(4):
+        loss = (output(model, batch) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    for parameter_name, parameter in model.named_parameters():
+        changed = not torch.equal(parameter, start[parameter_name])
+        assert changed == ("lora_" in parameter_name), parameter_name
+    assert any(".mlp." in n and "lora_B" in n for n in start), "the experts have adapters"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_equals_unmerged_and_is_a_plain_mixture(name, batch, tmp_path):
+    model = randomize(peft.get_peft_model(mixture(name), config(name)))
+    want = output(model, batch)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(mixture(name))
+    assert relative_error(output(merged, batch), want) <= 1e-12
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path, dtype=torch.float64).state_dict()
+    assert again.keys() == mixture(name).state_dict().keys()
+    assert all(torch.equal(again[n], value) for n, value in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_a_saved_adapter_is_loaded_onto_the_same_mixture(name, batch, tmp_path):
+    model = randomize(peft.get_peft_model(mixture(name), config(name)))
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(mixture(name), tmp_path)
+    assert torch.equal(output(again, batch), output(model, batch))
+
+
+def test_an_expert_that_no_text_visits_gets_no_gradient(batch):
+    """So the low-rank pairs are one per expert: theirs is the change that each merge makes."""
+    moe = mixture("bert", routing="enforced", num_experts_per_tok=1)
+    model = peft.get_peft_model(moe, config("bert", attention=False))
+    old = {i: mlp.up_proj.detach().clone() for i, mlp in moe.moe_mlps().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # B starts at 0: A has a gradient from the second step on
+        optimizer.zero_grad()
+        output(model, batch, expert_ids=torch.tensor([0, 2, 2])).pow(3).sum().backward()
+        optimizer.step()
+    merged = model.merge_and_unload()
+    for layer, mlp in merged.moe_mlps().items():
+        change = (mlp.up_proj - old[layer]).abs().amax(dim=(1, 2))
+        assert change[1] == 0 and change[0] > 0 and change[2] > 0
+
+
+def test_routing_outputs_and_counts_stay(batch):
+    moe = mixture("bert")
+    total, active = moe.num_parameters(), moe.num_parameters(only_active=True)
+    model = peft.get_peft_model(moe, config("bert"))
+    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert moe.num_parameters() == total + lora
+    assert moe.num_parameters(only_active=True) == active + lora
+    outputs = model(**batch, output_router_logits=True)
+    assert len(outputs.router_logits) == len(outputs.tokens_per_expert) == 1
+
+
+def test_gradient_checkpointing(batch):
+    def gradients(checkpointing):
+        torch.manual_seed(0)
+        model = randomize(peft.get_peft_model(mixture("bert"), config("bert"))).train()
+        if checkpointing:
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        output(model, batch).square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    for name, gradient in plain.items():
+        assert torch.allclose(checkpointed[name], gradient, rtol=1e-10, atol=1e-12), name
+
+
+def test_experts_cannot_be_taken_out_before_merging():
+    moe = mixture("bert")
+    peft.get_peft_model(moe, config("bert"))
+    for change in (
+        lambda: moe_fast.extract_expert(moe, 0),
+        lambda: moe_fast.add_expert(moe),
+        lambda: moe_fast.remove_expert(moe, 0),
+    ):
+        with pytest.raises(ValueError, match=r"no PEFT adapters in it.*merge_and_unload"):
+            change()
+
+
+def test_target_modules_do_not_find_stacked_parameters():
+    with pytest.raises(ValueError, match="up_proj"):
+        peft.get_peft_model(mixture("bert"), peft.LoraConfig(target_modules=["up_proj"]))
+
+
+def test_sentence_transformer_with_an_adapter(folder, tmp_path):
+    """The base is saved, the adapter beside it refers to it, the stock class loads both."""
+    from sentence_transformers import SentenceTransformer
+
+    names = ["a", "b", "c"]
+    base = moe_fast.upcycle(folder, num_experts=3, routing="enforced", domains=names)
+    base.save_pretrained(str(tmp_path / "base"))
+    model = moe_fast.MoESentenceTransformer(str(tmp_path / "base"), device="cpu")
+    model.add_adapter(config("bert"))
+    randomize(model)
+    want = model.encode(["w3 w4 w5"], domain="b")
+    assert abs(want - base.encode(["w3 w4 w5"], domain="b")).max() > 1e-3
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    for cls in (moe_fast.MoESentenceTransformer, SentenceTransformer):
+        again = cls(str(tmp_path / "adapter"), device="cpu")
+        assert (again.encode(["w3 w4 w5"], domain="b") == want).all()
+    model.save_pretrained(str(tmp_path / "base"))
+    assert (tmp_path / "base" / "model.safetensors").exists(), "beside the base, which it needs"
