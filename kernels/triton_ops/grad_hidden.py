@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, config_for
+from .config import Config
 from .launch import COLUMNS, accumulator, expert_block, precision, row_major, triton_dtype
+from .lookup import config_for
 from .numerics import activate, cast, dot
 from .tiles import find_tile, swizzle, tile_bound
 

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, config_for
+from .config import Config
 from .launch import accumulator, precision, row_major, triton_dtype
+from .lookup import config_for
 from .numerics import cast, dot
 from .split_sum import split_sum
 from .tiles import swizzle

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, config_for
+from .config import Config
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
+from .lookup import config_for
 from .numerics import cast, dot
 from .tiles import find_tile, swizzle, tile_bound
 from .zero_tail import zero_tail
@@ -120,7 +121,8 @@ def linear(
     out = a.new_empty(num_rows, n)
     if not out.numel():
         return out
-    config = config or config_for("linear", a, n, k, num_rows // num_experts)
+    kernel = "linear" if weight.stride(-1) == 1 else "linear_transposed"
+    config = config or config_for(kernel, a, n, k, num_rows // num_experts)
     a, bias = row_major(a), None if bias is None else bias.contiguous()
     num_tiles = tile_bound(num_rows, num_experts, config.block_m)
     linear_kernel[(num_tiles * triton.cdiv(n, config.block_n),)](

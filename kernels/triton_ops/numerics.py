@@ -1,8 +1,8 @@
 """What every kernel needs: products, casts and activations that are right on every target.
 
-The accumulator is float32, or float64 for float64 inputs. Triton's interpreter (``TRITON_INTERPRET``)
-reads bfloat16 correctly but multiplies and rounds it wrongly, so there products run on float32
-copies and the rounding to nearest even is written out.
+The accumulator is float32, or float64 for float64 inputs. Triton's interpreter reads bfloat16
+correctly but multiplies and rounds it wrongly, so there products run on float32 copies and the
+rounding to nearest even is written out.
 """
 
 from __future__ import annotations

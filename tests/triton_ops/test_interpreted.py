@@ -18,7 +18,7 @@ def run_pytest(*arguments: str, **environment: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("file", ["test_grouped_products", "test_sums"])
+@pytest.mark.parametrize("file", ["test_grouped_products", "test_sums", "test_tune_kernels"])
 def test_kernels(file):
     run_pytest(f"tests/triton_ops/interpreted/{file}.py")
 

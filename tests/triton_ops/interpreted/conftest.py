@@ -1,4 +1,4 @@
-"""Collected only where Triton interprets; tests/triton_ops/test_interpreted.py starts such a run."""
+"""Collected only where Triton interprets: tests/triton_ops/test_interpreted.py starts such runs."""
 
 from __future__ import annotations
 
