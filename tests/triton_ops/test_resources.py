@@ -8,6 +8,7 @@ import pytest
 
 from .processes import ROOT, needs_triton, run
 
+PRODUCTS = "^(up|linear|grad_hidden|grad_weight)_kernel"
 TABLE = ROOT / "docs" / "kernels-resources.json"
 
 
@@ -25,7 +26,7 @@ def compile_kernels(tmp_path, *arguments: str) -> dict:
 def test_bert_base_in_bfloat16(tmp_path, target):
     """Exit code 0 says that nothing spills and every product uses the tensor cores."""
     table = compile_kernels(
-        tmp_path, "--targets", target, "--dtypes", "bfloat16", "--shapes", "base"
+        tmp_path, "--targets", target, "--problems", "bfloat16", "--only", PRODUCTS
     )
     kernels = table["resources"][target]
     products = [k for k in kernels if k.startswith(("up", "linear", "grad_hidden", "grad_weight"))]
@@ -42,7 +43,7 @@ x, w = r._new(4096, 768, dtype=torch.bfloat16), r._new(8, 3072, 768, dtype=torch
 with r.recorded("sm_90") as launches:
     up.up(x, w, None, r._new(9, dtype=torch.int64), r._new(4096, dtype=torch.int64), act="gelu",
           gated=False, want_z=True, want_h=True, config=Config(128, 256, 128, 4, 3))
-print(r.problems(launches[0], "sm_90", r.compile_launch(launches[0], "sm_90")))
+print(r.faults(launches[0], "sm_90", r.compile_launch(launches[0], "sm_90")))
 """
 
 
