@@ -113,6 +113,11 @@ def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> C
         config = Config(64, columns, 32, num_warps=8, num_stages=3)
     elif target.startswith("gfx"):
         config = Config(128, columns, 32, num_warps=8, num_stages=2)
+    elif target in ("sm_90", "sm_100") and not kernel.endswith("grad_hidden"):
+        # Wider tiles read less through the cache, which 128 columns would be bound by.
+        # A pipeline whose addresses are themselves loaded is a stage shallower than it says.
+        stages = 4 if kernel == "grad_weight" else 3
+        config = Config(128, 2 * columns, 64, num_warps=8, num_stages=stages)
     else:
         config = Config(128, columns, 64, num_warps=8, num_stages=3)
     limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)

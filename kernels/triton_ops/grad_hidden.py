@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import Config
 from .launch import COLUMNS, accumulator, expert_block, precision, row_major, triton_dtype
 from .lookup import config_for
-from .numerics import activate, cast, dot
+from .numerics import activate, cast, dot, halves
 from .tiles import find_tile, swizzle, tile_bound
 
 
@@ -123,15 +123,13 @@ def grad_hidden_kernel(
 
     slot = tl.load(row_to_slot_ptr + row, mask=valid, other=0)
     weight = tl.load(row_weight_ptr + slot, mask=valid, other=0).to(ACC)[:, None]
-    # 64-bit bases, 32-bit offsets within the tile, and half the columns at a time: whole tiles of
-    # dh, z, h, dz and of their addresses would not fit the registers.
+    # 64-bit bases, 32-bit offsets within the tile: fewer registers.
     width = 2 * H if GATED else H
     z_ptr += first * width
     grad_z_ptr += first * width
     weighted_h_ptr += first * H
     sum_ptr += tile.to(tl.int64) * width
-    halves = tl.permute(tl.reshape(grad_h, (BM, 2, BN // 2)), (0, 2, 1))
-    left, right = tl.split(halves)
+    left, right = halves(grad_h)
     n = column * BN + tl.arange(0, BN // 2)
     dots = _finish(
         left,

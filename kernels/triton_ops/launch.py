@@ -39,5 +39,5 @@ def row_major(tensor: Tensor) -> Tensor:
 
 
 def expert_block(num_experts: int) -> int:
-    """E rounded up to what a vector of expert ids can hold."""
-    return max(2, triton.next_power_of_2(num_experts))
+    """E rounded up to what a vector of expert ids can hold; one kernel serves all E up to 16."""
+    return max(16, triton.next_power_of_2(num_experts))

@@ -26,6 +26,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def halves(tile):
+    """The left and the right columns of a tile [M, N]: epilogues take them in turn.
+
+    A whole tile beside what is computed from it, and all their addresses, would not fit the
+    registers.
+    """
+    N: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, N)), (0, 2, 1)))
+
+
+@triton.jit
 def cast(value, DTYPE: tl.constexpr):
     """``value`` rounded to nearest even."""
     if _INTERPRETED and tl.bfloat16 == DTYPE and value.dtype != tl.bfloat16:

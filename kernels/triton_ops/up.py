@@ -15,9 +15,50 @@ from torch import Tensor
 from .config import Config
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
 from .lookup import config_for
-from .numerics import activate, cast, dot
+from .numerics import activate, cast, dot, halves
 from .tiles import find_tile, swizzle, tile_bound
 from .zero_tail import zero_tail
+
+
+@triton.jit
+def _finish(
+    z1,  # [BM, N] without bias
+    z2,  # [BM, N], for the gate
+    n,  # [N] columns
+    valid,  # [BM]
+    bias_ptr,  # the expert's
+    z_ptr,  # from here on at the tile's first row
+    h_ptr,
+    H,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_Z: tl.constexpr,
+    STORE_H: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Add the bias, store z and h."""
+    ACC: tl.constexpr = z1.dtype
+    OUT: tl.constexpr = h_ptr.dtype.element_ty
+    row = tl.arange(0, z1.shape[0])[:, None]
+    mask = valid[:, None] & (n < H)[None, :]
+    at = row * (2 * H if GATED else H) + n[None, :]
+    if HAS_BIAS:
+        z1 += tl.load(bias_ptr + n, mask=n < H, other=0).to(ACC)[None, :]
+    z1 = cast(z1, OUT)
+    if STORE_Z:
+        tl.store(z_ptr + at, z1, mask=mask)
+    if GATED:
+        if HAS_BIAS:
+            z2 += tl.load(bias_ptr + H + n, mask=n < H, other=0).to(ACC)[None, :]
+        z2 = cast(z2, OUT)
+        if STORE_Z:
+            tl.store(z_ptr + at + H, z2, mask=mask)
+    if STORE_H:
+        h, _ = activate(z1.to(ACC), ACT, FAST)
+        if GATED:
+            h *= z2.to(ACC)
+        tl.store(h_ptr + (row * H + n[None, :]), cast(h, OUT), mask=mask)
 
 
 @triton.jit
@@ -81,29 +122,26 @@ def up_kernel(
         x += BK
         w += BK * stride_wk
 
-    Z: tl.constexpr = h_ptr.dtype.element_ty
-    width = 2 * H if GATED else H
-    mask = valid[:, None] & (n < H)[None, :]
     # 64-bit bases, 32-bit offsets within the tile: fewer registers.
-    z_tile = z_ptr + first * width + (tl.arange(0, BM)[:, None] * width + n[None, :])
-    h_tile = h_ptr + first * H + (tl.arange(0, BM)[:, None] * H + n[None, :])
+    width = 2 * H if GATED else H
+    z_ptr += first * width
+    h_ptr += first * H
     if HAS_BIAS:
-        bias = bias_ptr + expert.to(tl.int64) * width + n
-        acc += tl.load(bias, mask=n < H, other=0).to(ACC)[None, :]
-    z1 = cast(acc, Z)
-    if STORE_Z:
-        tl.store(z_tile, z1, mask=mask)
+        bias_ptr += expert.to(tl.int64) * width
+    left, right = halves(acc)
     if GATED:
-        if HAS_BIAS:
-            acc2 += tl.load(bias + H, mask=n < H, other=0).to(ACC)[None, :]
-        z2 = cast(acc2, Z)
-        if STORE_Z:
-            tl.store(z_tile + H, z2, mask=mask)
-    if STORE_H:
-        h, _ = activate(z1.to(ACC), ACT, FAST)
-        if GATED:
-            h *= z2.to(ACC)
-        tl.store(h_tile, cast(h, Z), mask=mask)
+        left2, right2 = halves(acc2)
+    else:
+        left2, right2 = left, right
+    n = column * BN + tl.arange(0, BN // 2)
+    _finish(
+        left, left2, n, valid, bias_ptr, z_ptr, h_ptr, H,
+        ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, FAST,
+    )  # fmt: skip
+    _finish(
+        right, right2, n + BN // 2, valid, bias_ptr, z_ptr, h_ptr, H,
+        ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, FAST,
+    )  # fmt: skip
 
 
 def up(
