@@ -75,7 +75,12 @@ def check_grid(
             break
         count += 1
         poison(device)
-        for name, share in check(settings, device).items():
+        try:
+            shares = check(settings, device)
+        except Exception as error:  # the other cases are worth checking
+            failures.append(f"{settings}: {type(error).__name__}: {error}")
+            continue
+        for name, share in shares.items():
             worst[name] = max(worst.get(name, 0.0), share)
             if not share <= 1:
                 failures.append(f"{settings}: {name} {share:.3g} times its bound")
