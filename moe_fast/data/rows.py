@@ -93,7 +93,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         where = f"{path}, line {line}"
         try:
             row = json.loads(text, object_pairs_hook=unique_keys)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested too deeply
             raise ValueError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, got {text[:60].strip()!r}")

@@ -25,6 +25,7 @@ def plot_expert_usage(
     path: str | os.PathLike[str],
     *,
     columns: int = 4,
+    layers: Sequence[int] | None = None,
 ) -> None:
     """Heat maps of the share of each domain's tokens that each expert got.
 
@@ -35,12 +36,14 @@ def plot_expert_usage(
         domains: names of the rows.
         path: file to write, e.g. ``usage.png``; the suffix gives the format.
         columns: panels side by side.
+        layers: their numbers in the model, where not all of its layers have experts; by default
+            they are counted.
 
     Raises:
-        ValueError: no usages, or an array that does not fit the domains.
+        ValueError: no usages, or an array that does not fit the domains or layers.
         ImportError: matplotlib is not installed.
     """
-    panels = _usage_panels(usages, len(domains))
+    panels = _usage_panels(usages, len(domains), layers)
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     experts = max(shares.shape[1] for _, shares in panels)
@@ -151,6 +154,7 @@ def plot_training(
             axis.legend(frameon=False)
     figure.suptitle(f"Training: {', '.join(title for title, _ in panels)}", fontsize=12)
     axes[-1].set_xlabel("step")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     steps_per_epoch = _steps_per_epoch(log_history)
     if steps_per_epoch:
         top = axes[0].secondary_xaxis(
@@ -279,7 +283,7 @@ def running_mean(values: ArrayLike, window: int) -> NDArray[np.float64]:
 
 
 def _usage_panels(
-    usages: Mapping[str, ArrayLike], num_domains: int
+    usages: Mapping[str, ArrayLike], num_domains: int, numbers: Sequence[int] | None = None
 ) -> list[tuple[str, NDArray[np.float64]]]:
     panels = []
     for name, usage in usages.items():
@@ -290,13 +294,24 @@ def _usage_panels(
                 f"shape {shares.shape}"
             )
         layers = shares.shape[1]
+        if numbers is not None and len(numbers) != layers:
+            raise ValueError(f"layers={list(numbers)}: usages[{name!r}] has {layers} layers")
         if layers > 1 and np.allclose(shares, shares[:, :1]):
-            panels.append((f"{name}\nall {layers} layers alike", shares[:, 0]))
-        else:
-            panels += [(f"{name}\nlayer {i + 1} of {layers}", shares[:, i]) for i in range(layers)]
+            panels.append((f"{name}\n{_alike(layers, numbers)}", shares[:, 0]))
+            continue
+        for i in range(layers):
+            title = f"layer {i + 1} of {layers}" if numbers is None else f"layer {numbers[i]}"
+            panels.append((f"{name}\n{title}", shares[:, i]))
     if not panels:
         raise ValueError("usages is empty; nothing to draw")
     return panels
+
+
+def _alike(layers: int, numbers: Sequence[int] | None) -> str:
+    """The title of the one panel of layers that agree."""
+    if numbers is None or len(numbers) > 6:
+        return f"all {layers} layers alike"
+    return f"layers {', '.join(map(str, numbers))} alike"
 
 
 def _write_cells(axis: Any, shares: NDArray[np.float64]) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moe_fast.evaluation.bootstrap import bootstrap_bounds, check_bootstrap
 
 ALL_DOMAINS = "all"
+_SAME_SETTINGS = ("f1_threshold",)  # that give one metric two meanings
 
 Metrics = dict[str, dict[str, Any]]  # {domain or "all": {metric: ...}}
 
@@ -161,13 +162,19 @@ def compare(
         bootstrap: settings of the intervals; by default those of `first`.
 
     Raises:
-        ValueError: another task, other items, or other metrics.
+        ValueError: another task, other items, other metrics, or F1 at thresholds of another kind.
     """
     if first.task != second.task or first.items.fingerprint != second.items.fingerprint:
         raise ValueError(
             f"first ({first.model}: {first.task}) and second ({second.model}: {second.task}) were "
             "not measured on the same items"
         )
+    for name in _SAME_SETTINGS:
+        if first.settings.get(name) != second.settings.get(name):
+            raise ValueError(
+                f"first and second must have the same {name}; got {first.settings.get(name)!r} "
+                f"and {second.settings.get(name)!r}"
+            )
     names = {group: list(scores) for group, scores in first.scores.items()}
     if names != {group: list(scores) for group, scores in second.scores.items()}:
         raise ValueError("first and second have different metrics: use the same settings for both")

@@ -17,8 +17,7 @@ from moe_fast.losses.functional import (
     mutual_information,
     z_loss,
 )
-from moe_fast.losses.functional.mutual_information import check_domain_ids
-from moe_fast.losses.functional.router import Reduce, one_process
+from moe_fast.losses.functional.router import Reduce, check_ids, one_process
 from moe_fast.losses.global_sum import global_sum
 from moe_fast.losses.routing_record import RoutingRecord, hook_routers, record_routing
 from moe_fast.ops.checks import check_count
@@ -167,7 +166,7 @@ class RouterLoss(nn.Module):
                     "moe_fast.training.DomainDataCollator and a dataset that has a domain column."
                 )
         domain_ids = torch.cat([column["domain_ids"] for column in columns])
-        check_domain_ids(domain_ids, self.num_domains or 0)
+        check_ids("domain_ids", domain_ids, "num_domains", self.num_domains or 0)
         return domain_ids
 
     def _router_terms(self, record: RoutingRecord, domain_ids: Tensor | None) -> Tensor:

@@ -198,6 +198,19 @@ class MoEModelMixin(PreTrainedModel):
             if not has_foreign_card(save_directory):
                 write_model_card(self, temporary)
 
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', but refused on a mixture that has not been saved and loaded.
+
+        An adapter is saved alone, with the place of its base, from which loading it starts.
+        """
+        if not self.name_or_path:
+            raise ValueError(
+                "add_adapter needs a mixture loaded from where it was saved, since an adapter is "
+                "saved as a reference to its base; this one was made in memory. Save it with "
+                "save_pretrained, load it, and add the adapter to that."
+            )
+        super().add_adapter(*args, **kwargs)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but refused where domain tokens are the vocabulary's last rows."""
         if self.config.domain_token_ids and (args or kwargs):

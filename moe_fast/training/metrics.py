@@ -22,7 +22,7 @@ class RunningMeans:
             self._calls[name] = self._calls.get(name, 0) + 1
 
     def pop(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
-        """The means by name, and starts afresh.
+        """The means by name, to six significant digits, and starts afresh.
 
         Args:
             gather: takes this process's one-element list and gives that of all processes, such as
@@ -32,7 +32,8 @@ class RunningMeans:
         self._sums, self._calls = {}, {}
         parts = gather([own])
         names = dict.fromkeys(name for part in parts for name in part)
-        return {name: round(_mean([p[name] for p in parts if name in p]), 4) for name in names}
+        means = {name: _mean([p[name] for p in parts if name in p]) for name in names}
+        return {name: float(f"{mean:.6g}") for name, mean in means.items()}
 
 
 def _mean(parts: list[tuple[float, int]]) -> float:

@@ -54,8 +54,9 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
     - A loss's parameters of one element (a temperature) get no weight decay, which would pull a
       ``log_temperature`` towards a temperature of 1.
     - The loss's ``last_metrics`` (for :class:`moe_fast.losses.InfoNCELoss` the in-batch accuracy
-      and a learned temperature) are averaged into the logs and into evaluation's metrics, and
-      the shares of an :class:`ExpertUsageCallback` reach every logger.
+      and a learned temperature) are averaged into the logs and into evaluation's metrics, under
+      ``{dataset}_{metric}`` where each dataset has a loss of its own; the shares of an
+      :class:`ExpertUsageCallback` reach every logger.
     - Checkpoints are whole or not there, see :class:`WholeCheckpointTrainer`.
 
     Args:
@@ -74,6 +75,9 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             can be drawn from; a setting of a column that is not there, or of a collator that is
             given as well.
     """
+
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -137,6 +141,16 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         )
         self._check_columns(collator)
         return collator
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """As in sentence-transformers; the card counts and quotes texts, which domains are not."""
+        kept = self.train_dataset, self.eval_dataset
+        if has_domain_column(self._datasets, self._domain_column):
+            self.train_dataset, self.eval_dataset = (
+                data if data is None else data.remove_columns(self._domain_column) for data in kept
+            )
+        super().add_model_card_callback(default_args_dict)
+        self.train_dataset, self.eval_dataset = kept
 
     def _check_columns(self, collator: DomainDataCollator) -> None:
         columns = {
@@ -206,12 +220,18 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one batch; its ``last_metrics`` are kept for the logs."""
-        loss = self.loss[inputs["dataset_name"]] if isinstance(self.loss, dict) else self.loss
+        name = inputs.get("dataset_name")
+        loss = self.loss[name] if isinstance(self.loss, dict) else self.loss
         if self.model.training:
             self._wrap_encoders(loss, model)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        kind = "train" if self.model.training else "eval"
-        self._metrics[kind].add(getattr(loss, "last_metrics", {}))
+        metrics = getattr(loss, "last_metrics", {})
+        if not self.model.training:
+            self._metrics["eval"].add(metrics)  # whose dataset is in the metrics' prefix
+        elif isinstance(self.loss, dict):  # the mean of two losses' temperatures is nobody's
+            self._metrics["train"].add({f"{name}_{key}": value for key, value in metrics.items()})
+        else:
+            self._metrics["train"].add(metrics)
         return result
 
     def _wrap_encoders(self, loss: nn.Module, model: nn.Module) -> None:

@@ -43,6 +43,7 @@ def test_a_long_cell_is_read(tmp_path: Path):
     [
         ("r.jsonl", '{"a": 1}\n{"a": ', "line 2: not valid JSON"),
         ("r.jsonl", '["x", "y"]', r"line 1: expected a JSON object, got '\[\"x\", \"y\"\]'"),
+        ("r.jsonl", '{"a": 1}\n' + "[" * 100_000, "line 2: not valid JSON .*recursion"),
         ("r.jsonl", '{"a": 1, "b": 2, "a": 3}', "line 1: not valid JSON .*'a' is given twice"),
         ("r.csv", "a,b\nx,y\nx\n", "line 3: 1 cells, but the header names 2"),
         ("r.csv", "a,b\nx,y,z,w\n", "line 2: 4 cells, but the header names 2"),

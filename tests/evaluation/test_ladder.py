@@ -57,6 +57,15 @@ def test_labelled_pairs_are_scored_as_by_scikit_learn(pairs: list[tuple[float, b
     assert f1_of(true, false, positives) == pytest.approx(f1)
 
 
+def test_of_equal_f1_the_highest_threshold_counts_in_resamples_too() -> None:
+    """2/3 with the best pair alone, 1 of 1, and with all four, 2 of 4."""
+    scores, labels = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, False, True])
+    ladder = labelled_ladder(scores, labels, np.arange(4))
+    assert best_f1(ladder.totals) == (pytest.approx(2 / 3), 0.9)
+    f1, threshold = Resampled.of(ladder, np.ones((1, 4), np.float32)).best_f1()
+    assert (f1[0], threshold[0]) == (pytest.approx(2 / 3), 0.9)
+
+
 @given(PAIRS)
 def test_the_most_accurate_threshold_by_trying_all(pairs: list[tuple[float, bool]]) -> None:
     scores, labels = np.array([s for s, _ in pairs]), np.array([label for _, label in pairs])

@@ -218,6 +218,22 @@ def test_a_resample_of_every_pair_once_gives_the_metrics(threshold: str) -> None
         assert found == pytest.approx(metrics), group
 
 
+def test_every_resample_has_both_labels() -> None:
+    """Of two positives among twelve pairs, one in nine resamples would have none, and no AUC."""
+    data = _pairs(12, domains=False) | {"label": [1, 1] + 10 * [0]}
+    found = evaluate_pairs(_model(data), data, bootstrap=Bootstrap(resamples=200))
+    for name, score in found.scores["all"].items():
+        assert score.low <= score.value <= score.high, name
+
+
+def test_thresholds_of_another_kind_cannot_be_compared() -> None:
+    data = _pairs()
+    first = evaluate_pairs(_model(data), data, bootstrap=NONE)
+    second = evaluate_pairs(_model(data), data, threshold="per_domain", bootstrap=NONE)
+    with pytest.raises(ValueError, match="same f1_threshold; got 'shared' and 'per_domain'"):
+        compare(first, second)
+
+
 def test_two_models_are_compared_on_the_same_resamples() -> None:
     data = _pairs(200)
     good, bad = _model(data, noise=0.7), _model(data, noise=1.5)

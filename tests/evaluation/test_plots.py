@@ -49,6 +49,15 @@ def test_layers_that_agree_share_a_panel() -> None:
     np.testing.assert_array_equal(panels[0][1], np.eye(3))
 
 
+def test_layers_are_named_by_their_numbers_in_the_model() -> None:
+    panels = plots._usage_panels({"learned": _usage(2)}, 3, [0, 3])
+    assert [title for title, _ in panels] == ["learned\nlayer 0", "learned\nlayer 3"]
+    same = np.repeat(np.eye(3)[:, None], 2, axis=1)
+    assert plots._usage_panels({"x": same}, 3, [1, 3])[0][0] == "x\nlayers 1, 3 alike"
+    many = np.repeat(np.eye(3)[:, None], 12, axis=1)
+    assert plots._usage_panels({"x": many}, 3, range(12))[0][0] == "x\nall 12 layers alike"
+
+
 def test_losses_are_drawn(tmp_path: Path) -> None:
     curves = {name: [(32 * i, 1 / i) for i in range(1, 40)] for name in ("dense", "a", "b", "c")}
     plot_losses(curves, tmp_path / "losses.png")
@@ -138,6 +147,10 @@ def test_training_and_scores_are_written(tmp_path: Path) -> None:
     [
         (lambda p: plot_expert_usage({}, DOMAINS, p), "usages is empty"),
         (lambda p: plot_expert_usage({"x": np.ones((2, 1, 3))}, DOMAINS, p), r"with 3 domains"),
+        (
+            lambda p: plot_expert_usage({"x": np.ones((3, 2, 3))}, DOMAINS, p, layers=[1]),
+            r"layers=\[1\]: usages\['x'\] has 2 layers",
+        ),
         (lambda p: plot_losses({}, p), "curves: nothing to draw"),
         (lambda p: plot_losses({"x": []}, p), r"nothing to draw for \['x'\]"),
         (lambda p: plot_training([{"step": 1, "train_loss": 2.0}], p), "none of loss"),

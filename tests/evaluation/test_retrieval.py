@@ -25,6 +25,7 @@ from moe_fast.evaluation import (
     retrieve,
     write_run,
 )
+from moe_fast.evaluation.retrieval import QueryItems
 from tests.evaluation.fakes import TableEncoder
 
 NONE = Bootstrap(resamples=0)
@@ -228,6 +229,17 @@ def test_intervals_are_of_queries_and_pairs_of_models_are_compared() -> None:
         (expected.mean, expected.low, expected.high)
     )
     assert difference.low > 0
+
+
+def test_a_resample_of_every_query_once_gives_the_metrics() -> None:
+    """A resample holds the domains side by side, the data here in turns."""
+    domains = ["y", "x", "y", "x", "z"]
+    scores = {"MRR@10": np.random.default_rng(0).random(5), "nDCG@10": np.arange(5.0)}
+    items = QueryItems([f"q{i}" for i in range(5)], scores, domains, "")
+    found = items.resampled(np.concatenate(items.strata)[None])
+    for group, metrics in items.metrics().items():
+        for name, value in metrics.items():
+            assert found[group][name] == pytest.approx([value]), (group, name)
 
 
 def test_a_domain_of_one_query_has_no_interval() -> None:

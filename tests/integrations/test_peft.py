@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moe_fast
-from tests.models.tiny import NAMES, build, relative_error
+from tests.models.tiny import CLS, NAMES, build, relative_error
 
 peft = pytest.importorskip("peft", reason="needs peft")
 
@@ -170,3 +170,30 @@ def test_sentence_transformer_with_an_adapter(folder, tmp_path):
         assert (again.encode(["w3 w4 w5"], domain="b") == want).all()
     model.save_pretrained(str(tmp_path / "base"))
     assert (tmp_path / "base" / "model.safetensors").exists(), "beside the base, which it needs"
+
+
+def test_an_adapter_needs_a_base_that_was_saved(folder):
+    """Not the dense model that the mixture came from, which the adapter does not fit."""
+    names = ["a", "b", "c"]
+    fresh = moe_fast.upcycle(folder, num_experts=3, routing="enforced", domains=names)
+    for model in (fresh, moe_fast.models.add_expert(fresh, "d")):
+        with pytest.raises(
+            ValueError, match="add_adapter needs a mixture loaded from where it was"
+        ):
+            model.add_adapter(config("bert"))
+
+
+def test_an_adapter_on_a_fresh_mixture_is_saved_without_a_base(tmp_path, batch):
+    """PEFT compares vocabularies with the base's, which would be the dense model's."""
+    build("bert").save_pretrained(tmp_path / "dense")
+    batch["input_ids"][:, 0] = CLS
+
+    def fresh():
+        settings = {"num_experts": 2, "routing": "enforced", "domains": ["a", "b"]}
+        return moe_fast.upcycle(str(tmp_path / "dense"), **settings, cls_token_id=CLS)
+
+    model = randomize(peft.get_peft_model(fresh(), config("bert")))
+    want = output(model, batch, domain="b")
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(fresh(), tmp_path / "adapter")
+    assert torch.equal(output(again.eval(), batch, domain="b"), want)

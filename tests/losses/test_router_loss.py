@@ -280,6 +280,20 @@ def test_without_gradients_and_in_evaluation():
     assert torch.equal(value, with_graph)
 
 
+def test_without_gradients_no_process_waits_for_another(monkeypatch):
+    """In evaluation the processes' numbers of batches differ: a message would hang the last."""
+    model = learned()
+    columns = pairs_batch(model)
+    loss = RouterLoss(InfoNCELoss(model), **COEFFICIENTS, num_domains=3)
+    sums = []
+    monkeypatch.setattr("moe_fast.losses.router.global_sum", lambda t: sums.append(t) or t)
+    with torch.no_grad():
+        loss(columns)
+    assert not sums
+    loss(columns)
+    assert len(sums) == len(COEFFICIENTS), "every term is the global batch's in training"
+
+
 def test_autocast_leaves_the_terms_in_float32():
     model = learned().float()
     columns = pairs_batch(model)

@@ -223,6 +223,10 @@ class TestRules:
                 {"pooler.dense.bias": torch.ones(D, dtype=torch.float64)},
                 r"dtype cannot hold: pooler\.dense\.bias \(torch\.float64 -> torch\.float32\)",
             ),
+            (
+                {"pooler.dense.bias": torch.ones(D, dtype=torch.int8)},
+                r"dtype cannot hold: pooler\.dense\.bias \(torch\.int8 -> torch\.float32\)",
+            ),
         ],
     )
     def test_what_does_not_fit_is_listed(self, state, like, changes, message):

@@ -20,6 +20,13 @@ def test_means_since_the_last_pop():
     assert means.pop() == {}
 
 
+def test_small_numbers_keep_their_digits():
+    """A temperature of 0.02 moves by less than 1e-4 between logs."""
+    means = RunningMeans()
+    means.add({"temperature": torch.tensor(0.019987654), "accuracy": torch.tensor(2 / 3)})
+    assert means.pop() == {"temperature": 0.0199877, "accuracy": 0.666667}
+
+
 def test_keeps_no_graph_and_no_reference():
     means = RunningMeans()
     value = torch.tensor(1.0, requires_grad=True)

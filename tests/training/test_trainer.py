@@ -167,6 +167,16 @@ def test_the_domain_is_never_a_text_and_ids_stay_with_their_rows(
     assert sorted(seen) == sorted(2 * list(dataset["anchor"]))  # two epochs, each row once in each
 
 
+@pytest.mark.parametrize("make_eval", [lambda: None, lambda: DatasetDict(x=make_pairs())])
+def test_the_model_card_takes_no_domain_for_a_text(tmp_path, make_eval):
+    trainer = make_trainer(tmp_path, make_moe(), eval_dataset=make_eval())
+    card = trainer.model.model_card_data
+    texts = [f"<code>{name}</code>" for name in make_pairs().column_names if name != "domain"]
+    assert [data["columns"] for data in card.train_datasets] == [texts]
+    assert not set(DOMAINS) & {text for example in card.widget for text in example["sentences"]}
+    assert "domain" in trainer.train_dataset.column_names
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_single_domain_batches_really_are(tmp_path, drop_last):
     model = make_dense()
@@ -267,12 +277,17 @@ def test_evaluation_has_its_own_metrics(tmp_path):
 def test_a_loss_per_dataset(tmp_path):
     model = make_moe()
     dataset = DatasetDict(a=make_pairs(12), b=make_pairs(12, seed=1))
-    losses = {"a": InfoNCELoss(model, learn_temperature=True), "b": InfoNCELoss(model)}
-    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    losses = {
+        "a": InfoNCELoss(model, learn_temperature=True),
+        "b": InfoNCELoss(model, learn_temperature=True, temperature=0.5),
+    }
+    args = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4, "logging_steps": 4}
     trainer = make_trainer(tmp_path, model, loss=losses, dataset=dataset, args=args)
     trainer.train()
-    assert (tmp_path / "checkpoint-2" / LOSS_STATE_NAME).is_file()
-    assert logged(trainer, "in_batch_accuracy")
+    assert (tmp_path / "checkpoint-4" / LOSS_STATE_NAME).is_file()
+    for name, temperature in (("a", 0.05), ("b", 0.5)):
+        assert logged(trainer, f"{name}_in_batch_accuracy")
+        assert logged(trainer, f"{name}_temperature") == [pytest.approx(temperature, rel=0.1)]
     assert trainer.get_decay_parameter_names(nn.ModuleDict(losses))
 
 

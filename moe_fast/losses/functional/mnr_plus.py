@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast.losses.functional.accuracy import in_batch_accuracy
+from moe_fast.losses.functional.scalars import checked_scale
 from moe_fast.ops.checks import check_choice
-from moe_fast.ops.info_nce import SIMILARITIES, as_scale, check_pairs, queries_and_keys
+from moe_fast.ops.info_nce import SIMILARITIES, check_pairs, queries_and_keys
 
 
 def mnr_plus(
@@ -55,7 +56,7 @@ def mnr_plus(
     check_choice("similarity", similarity, SIMILARITIES)
     check_pairs(a, b, None, None, None)
     q, k = queries_and_keys(a, b, None, similarity)
-    scale = as_scale(scale, q.device, q.dtype)
+    scale = checked_scale(scale, q)
     with torch.autocast(q.device.type, enabled=False):
         row_target, column_target = _targets(q, k, scale)
         logits = scale * (q @ k.t())

@@ -18,8 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_fast.losses.functional.router import Reduce, check_logits, one_process, real_tokens
-from moe_fast.ops.checks import INTEGER_DTYPES, check_dtype, check_shape, checks_values
+from moe_fast.losses.functional.router import (
+    Reduce,
+    check_ids,
+    check_logits,
+    one_process,
+    zero_padding,
+)
+from moe_fast.ops.checks import INTEGER_DTYPES, check_dtype, check_shape
 
 
 def domain_expert_joint(
@@ -50,8 +56,8 @@ def domain_expert_joint(
     logits = check_logits(router_logits)
     check_dtype("domain_ids", domain_ids, INTEGER_DTYPES)
     check_shape("domain_ids", domain_ids, (logits.shape[-2],), "[T]")
-    check_domain_ids(domain_ids, num_domains)
-    real = real_tokens(logits, token_mask)
+    check_ids("domain_ids", domain_ids, "num_domains", num_domains)
+    logits, real = zero_padding(logits, token_mask)
     domains = torch.arange(num_domains, device=logits.device)
     belongs = (domain_ids == domains[:, None]).to(logits.dtype) * real  # [domains, T]
     with torch.autocast(logits.device.type, enabled=False):
@@ -76,14 +82,3 @@ def mutual_information(joint: Tensor) -> Tensor:
 def _entropy(p: Tensor) -> Tensor:
     """-sum p log p over the last dimension, with a finite gradient at p = 0 (an absent domain)."""
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
-
-
-def check_domain_ids(domain_ids: Tensor, num_domains: int) -> None:
-    """Raise ``ValueError`` for an id outside [0, num_domains), where values are checked."""
-    if not checks_values(domain_ids.device):
-        return
-    wrong = domain_ids[(domain_ids < 0) | (domain_ids >= num_domains)]
-    if wrong.numel():
-        raise ValueError(
-            f"domain_ids must lie in [0, num_domains) = [0, {num_domains}); got {int(wrong[0])}."
-        )

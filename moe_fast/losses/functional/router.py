@@ -1,9 +1,9 @@
 """Losses over router logits: load_balance, z_loss, expert_supervision.
 
 Each takes the logits of one layer, [T, E], or of several layers that saw the same tokens,
-[layers, T, E]. Padding is never counted. Everything is a sum over tokens, divided once at the end:
-``reduce`` turns a process's sums into those over all processes, and the loss is that of the global
-batch, which the mean of the processes' losses would not be.
+[layers, T, E]. Padding is never counted, whatever its logits are. Everything is a sum over tokens,
+divided once at the end: ``reduce`` turns a process's sums into those over all processes, and the
+loss is that of the global batch, which the mean of the processes' losses would not be.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fast.ops.checks import INTEGER_DTYPES, check_dtype, check_shape, compute_dtype
+from moe_fast.ops.checks import (
+    INTEGER_DTYPES,
+    check_dtype,
+    check_shape,
+    checks_values,
+    compute_dtype,
+)
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -34,23 +40,25 @@ def load_balance(
 
     Args:
         router_logits: [T, E] or [layers, T, E].
-        top_k_index: int64 [T, K] or [layers, T, K]; an id >= E is padding.
+        top_k_index: int64 [T, K] or [layers, T, K], >= 0; an id >= E is padding.
         reduce: sums a tensor over processes; see the module's docstring.
 
     Returns:
         [] float32 (float64 for float64 logits); 0 where no token is real.
 
     Raises:
-        ValueError, TypeError: for shapes or dtypes that do not fit.
+        ValueError, TypeError: for shapes or dtypes that do not fit or, where values are checked,
+            a negative id.
 
     Source: Fedus et al. (Switch Transformer), arXiv 2101.03961, eq. 4, for any K.
     """
     logits = check_logits(router_logits)
     check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
     check_shape("top_k_index", top_k_index, (*router_logits.shape[:-1], None), "[..., T, K]")
+    check_ids("top_k_index", top_k_index)
     num_experts = logits.shape[-1]
     real = top_k_index[..., :1] < num_experts
-    probabilities = (logits.softmax(-1) * real).sum(-2)  # [..., E]
+    probabilities = (logits.masked_fill(~real, 0).softmax(-1) * real).sum(-2)  # [..., E]
     ids = top_k_index.to(torch.int64).clamp(max=num_experts).flatten(-2)
     counts = ids.new_zeros(*ids.shape[:-1], num_experts + 1)  # int64: float32 stops at 2^24
     slots = counts.scatter_add(-1, ids, torch.ones_like(ids))[..., :num_experts].to(logits.dtype)
@@ -78,8 +86,7 @@ def z_loss(
 
     Source: Zoph et al. (ST-MoE), arXiv 2202.08906, eq. 5.
     """
-    logits = check_logits(router_logits)
-    real = real_tokens(logits, token_mask)
+    logits, real = zero_padding(check_logits(router_logits), token_mask)
     squares = (logits.logsumexp(-1).square() * real).sum()
     total, num_tokens = reduce(torch.stack((squares, real.sum())))
     return total / num_tokens.detach().clamp(min=1)
@@ -100,7 +107,7 @@ def expert_supervision(
 
     Args:
         router_logits: [T, E] or [layers, T, E].
-        sentence_ids: int64 [T], each token's sentence in [0, B); any value for padding within it.
+        sentence_ids: int64 [T], each token's sentence in [0, B), padding's too.
         expert_ids: int64 [B] in [0, E).
         token_mask: bool [T], True for real tokens; ``None``: all are.
         reduce: sums a tensor over processes; see the module's docstring.
@@ -109,7 +116,8 @@ def expert_supervision(
         [] float32 (float64 for float64 logits); 0 where no token is real.
 
     Raises:
-        ValueError, TypeError: for shapes or dtypes that do not fit.
+        ValueError, TypeError: for shapes or dtypes that do not fit or, where values are checked,
+            an id out of range.
 
     Source: Hallee et al., arXiv 2401.15713.
     """
@@ -118,8 +126,10 @@ def expert_supervision(
     check_shape("sentence_ids", sentence_ids, (logits.shape[-2],), "[T]")
     check_dtype("expert_ids", expert_ids, INTEGER_DTYPES)
     check_shape("expert_ids", expert_ids, (None,), "[B]")
-    real = real_tokens(logits, token_mask)
-    of_token = (logits if logits.dim() == 2 else logits.mean(0)) * real[:, None]
+    check_ids("sentence_ids", sentence_ids, "B", len(expert_ids))
+    check_ids("expert_ids", expert_ids, "E", logits.shape[-1])  # or -100 would mean "left out"
+    logits, real = zero_padding(logits, token_mask)
+    of_token = logits if logits.dim() == 2 else logits.mean(0)
     num_sentences = len(expert_ids)
     sums = of_token.new_zeros(num_sentences, logits.shape[-1]).index_add(0, sentence_ids, of_token)
     num_tokens = real.new_zeros(num_sentences).index_add(0, sentence_ids, real)
@@ -141,10 +151,23 @@ def check_logits(router_logits: Tensor) -> Tensor:
     return router_logits.to(compute_dtype(router_logits.dtype))
 
 
-def real_tokens(logits: Tensor, token_mask: Tensor | None) -> Tensor:
-    """[T] in the dtype of ``logits``: 1 for real tokens, 0 for padding."""
+def check_ids(name: str, ids: Tensor, bound_name: str = "", bound: int | None = None) -> None:
+    """Raise ``ValueError`` for an id outside [0, bound), where values are checked."""
+    if not checks_values(ids.device):
+        return
+    wrong = ids[(ids < 0) if bound is None else (ids < 0) | (ids >= bound)]
+    if wrong.numel():
+        allowed = "be at least 0" if bound is None else f"lie in [0, {bound_name}) = [0, {bound})"
+        raise ValueError(f"{name} must {allowed}; got {int(wrong[0])}.")
+
+
+def zero_padding(logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logits with 0 in place of padding's, and [T] in their dtype: 1 for real tokens, else 0.
+
+    A factor of 0 alone would let padding's NaN through, into the gradient as well.
+    """
     if token_mask is None:
-        return logits.new_ones(logits.shape[-2])
+        return logits, logits.new_ones(logits.shape[-2])
     check_dtype("token_mask", token_mask, (torch.bool,))
     check_shape("token_mask", token_mask, (logits.shape[-2],), "[T]")
-    return token_mask.to(logits.dtype)
+    return logits.masked_fill(~token_mask[:, None], 0), token_mask.to(logits.dtype)

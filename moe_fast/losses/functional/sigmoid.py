@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast.losses.functional.accuracy import in_batch_accuracy
+from moe_fast.losses.functional.scalars import checked_bias, checked_scale
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce import (
     SIMILARITIES,
-    as_scale,
     check_pairs,
     positives_and_candidates,
     queries_and_keys,
@@ -63,7 +63,7 @@ def sigmoid_loss(
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
     check_pairs(a, b, negatives, None, col_ids, **ids)
     q, k = queries_and_keys(a, b, negatives, similarity)
-    scale = as_scale(scale, q.device, q.dtype)
+    scale, bias = checked_scale(scale, q), checked_bias(bias, q)
     positive, candidate = positives_and_candidates(len(q), len(k), q.device, col_ids=col_ids, **ids)
     with torch.autocast(q.device.type, enabled=False):
         logits = scale * (q @ k.t()) + bias

@@ -119,6 +119,8 @@ def test_low_precision_inputs_have_float32_logits_under_autocast_too():
         (randn(2, 3), randn(3, 3), {}, r"b must have shape \[B, d\] = \[2, 3\]; got \[3, 3\]"),
         (randn(0, 3), randn(0, 3), {}, "a must hold at least one row"),
         (randn(2, 3), randn(2, 3), {"scale": 0.0}, "scale must be greater than 0"),
+        (randn(2, 3), randn(2, 3), {"scale": torch.tensor(-1.0)}, "scale must be greater than 0"),
+        (randn(2, 3), randn(2, 3), {"scale": torch.tensor(torch.nan)}, "and finite; got nan"),
         (randn(2, 3), randn(2, 3), {"similarity": "l2"}, "similarity must be one of"),
     ],
 )

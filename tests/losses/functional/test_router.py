@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from loss_checks import F64, assert_close, assert_same, property_test, randn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moe_fast.losses.functional import expert_supervision, load_balance, z_loss
+from moe_fast.losses.functional import (
+    domain_expert_joint,
+    expert_supervision,
+    load_balance,
+    z_loss,
+)
 
 
 def softmax(logits) -> torch.Tensor:
@@ -168,6 +173,28 @@ def test_nothing_but_padding_has_no_loss():
         assert torch.autograd.grad(loss, logits)[0].abs().max() == 0.0
 
 
+def test_what_stands_in_padding_reaches_neither_value_nor_gradient():
+    """Not even NaN, which a factor of 0 would let through."""
+    logits, index, mask = problem(2, 8, 3, 2, 3)
+    sentences, targets = torch.arange(8) // 2, torch.tensor([0, 2, 1, 1])
+    assert 0 < mask.sum() < 8
+
+    def losses(x):
+        return {
+            "balance": load_balance(x, index),
+            "z": z_loss(x, mask),
+            "supervision": expert_supervision(x, sentences, targets, mask),
+            "joint": domain_expert_joint(x, sentences, 4, mask).square().sum(),
+        }
+
+    dirty = torch.where(mask[:, None], logits.detach(), torch.nan).requires_grad_()
+    for name, expected in losses(logits).items():
+        loss = losses(dirty)[name]
+        assert_close(loss, expected)
+        ours, theirs = torch.autograd.grad(loss, dirty)[0], torch.autograd.grad(expected, logits)[0]
+        assert_close(ours, theirs)
+
+
 def test_large_logits_do_not_overflow():
     logits = torch.tensor([[1000.0, -1000.0]], requires_grad=True)
     loss = z_loss(logits) + load_balance(logits, torch.tensor([[0]]))
@@ -214,6 +241,26 @@ LOGITS = torch.zeros(3, 4)
             lambda: expert_supervision(LOGITS, torch.arange(3), torch.ones(3)),
             TypeError,
             "expert_ids must have dtype",
+        ),
+        (
+            lambda: expert_supervision(LOGITS, torch.arange(3), torch.tensor([0, -100, 1])),
+            ValueError,
+            r"expert_ids must lie in \[0, E\) = \[0, 4\); got -100",
+        ),
+        (
+            lambda: expert_supervision(LOGITS, torch.arange(3), torch.tensor([0, 4, 1])),
+            ValueError,
+            "got 4",
+        ),
+        (
+            lambda: expert_supervision(LOGITS, torch.arange(3), torch.tensor([0, 1])),
+            ValueError,
+            r"sentence_ids must lie in \[0, B\) = \[0, 2\); got 2",
+        ),
+        (
+            lambda: load_balance(LOGITS, torch.tensor([[0], [-1], [1]])),
+            ValueError,
+            "top_k_index must be at least 0; got -1",
         ),
     ],
 )

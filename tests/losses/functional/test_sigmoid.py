@@ -137,6 +137,10 @@ def test_low_precision_inputs_have_float32_logits_under_autocast_too():
     ("kwargs", "message"),
     [
         ({"scale": -1.0}, "scale must be greater than 0"),
+        ({"scale": torch.tensor(-1.0)}, "scale must be greater than 0"),
+        ({"bias": float("nan")}, "bias must be finite; got nan"),
+        ({"bias": torch.tensor(torch.inf)}, "bias must be finite; got inf"),
+        ({"bias": torch.zeros(2)}, r"bias must have one element; got shape \[2\]"),
         ({"similarity": "l2"}, "similarity must be one of"),
         ({"row_ids": torch.arange(2)}, "row_ids and col_ids go together"),
         ({"negatives": randn(3, 3)}, "negatives must hold G rows"),

@@ -1,0 +1,228 @@
+"""What every command shares: the global options, the configuration file, errors and exit codes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from moe_fast.cli.config import read_config, write_config
+from moe_fast.cli.outputs import check_inputs_survive
+
+Backend = Literal["auto", "torch", "cpp", "triton"]
+_NOT_SETTINGS = ("config", "quiet", "debug")
+_NOT_SAVED = ("overwrite", "resume")  # consent to this once, which no other run inherits
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a command: what its global options ask for.
+
+    Attributes:
+        command: the command's name.
+        settings: every parameter of the command with its resolved value.
+        seed: of every random draw.
+        quiet: no progress bars and no notes; results and errors are still printed.
+    """
+
+    command: str
+    settings: Mapping[str, Any]
+    seed: int
+    quiet: bool
+
+    def say(self, text: str) -> None:
+        """Print a note, unless quiet; of several processes the first one does."""
+        if not self.quiet and is_first_process():
+            print(text, flush=True)
+
+    def save_settings(self, result: str | Path) -> None:
+        """Write the resolved settings beside a result file, or into a result folder."""
+        from moe_fast.version import __version__
+
+        result = Path(result)
+        folder = result.is_dir()
+        path = result / f"{self.command}.yaml" if folder else Path(f"{result}.yaml")
+        title = f"moe-fast {self.command}, version {__version__}; run it again with --config"
+        settings = {name: v for name, v in self.settings.items() if name not in _NOT_SAVED}
+        write_config(path, settings, title)
+
+
+def is_first_process() -> bool:
+    """Whether this process writes the results: of those that torchrun started, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable], Callable]:
+    """Make a function a command of ``app``.
+
+    The function's parameters are the command's, and its ``run`` is a :class:`Run`. The global
+    options are added; an error ends the process with exit code 1 and one line on stderr.
+
+    Args:
+        example: a command line that works, shown at the end of the help.
+    """
+
+    def register(function: Callable) -> Callable:
+        hints = get_type_hints(function, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints[key])
+            for key, parameter in inspect.signature(function).parameters.items()
+            if key != "run"
+        ]
+        allowed: dict[str, Any] = {}
+        parameters = [*own, *_global_parameters(allowed)]
+
+        @functools.wraps(function)
+        def run(ctx: typer.Context, **values: Any) -> None:
+            _check_finite(values)
+            settings = {k: v for k, v in values.items() if k not in _NOT_SETTINGS}
+            arguments = {parameter.name: values[parameter.name] for parameter in own}
+            state = Run(name, settings, values["seed"], values["quiet"])
+            with _errors(name, values["debug"]), _environment(values["backend"], state):
+                check_inputs_survive(settings)
+                function(**arguments, run=state)
+
+        context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [context, *parameters]}
+        plain = {p.name: _without_metadata(p.annotation) for p in parameters}
+        allowed |= {key: kind for key, kind in plain.items() if key not in _NOT_SETTINGS}
+        needs_some = any(p.default is inspect.Parameter.empty for p in own)
+        app.command(name, epilog=f"Example:  {example}", no_args_is_help=needs_some)(run)
+        return function
+
+    return register
+
+
+def _global_parameters(allowed: Mapping[str, Any]) -> list[inspect.Parameter]:
+    """The options that every command has; ``allowed``: what a configuration file may hold."""
+
+    def load(ctx: typer.Context, path: Path | None) -> Path | None:
+        if path is not None and not ctx.resilient_parsing:
+            try:
+                ctx.default_map = read_config(path, allowed)
+            except (OSError, ValueError) as error:
+                raise typer.BadParameter(str(error)) from error
+        return path
+
+    panel = "Global options"
+    options = {
+        "config": (
+            Path | None,
+            typer.Option(
+                help="YAML file of settings, by the names of the flags; flags go before it.",
+                is_eager=True,
+                callback=load,
+                rich_help_panel=panel,
+            ),
+            None,
+        ),
+        "backend": (
+            Backend,
+            typer.Option(help="Implementation of the MoE operations.", rich_help_panel=panel),
+            "auto",
+        ),
+        "seed": (
+            int,
+            typer.Option(help="Of every random draw.", min=0, max=2**32 - 1, rich_help_panel=panel),
+            0,
+        ),
+        "quiet": (
+            bool,
+            typer.Option("--quiet", help="No progress, no notes.", rich_help_panel=panel),
+            False,
+        ),
+        "debug": (
+            bool,
+            typer.Option("--debug", help="On failure, show the traceback.", rich_help_panel=panel),
+            False,
+        ),
+    }
+    return [
+        inspect.Parameter(
+            key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+        for key, (kind, option, default) in options.items()
+    ]
+
+
+def _check_finite(values: Mapping[str, Any]) -> None:
+    """No setting means anything as NaN or infinity."""
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            flag = key.replace("_", "-")
+            raise typer.BadParameter(f"--{flag} must be a finite number; got {value}")
+
+
+def _without_metadata(annotation: Any) -> Any:
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
+@contextmanager
+def _errors(name: str, debug: bool) -> Iterator[None]:
+    """Exit code 1 and one line on stderr for whatever goes wrong."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        _close_progress_bars()
+        message = " ".join(str(error).split()) or "no message"
+        expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+        kind = "" if isinstance(error, expected) else f"{type(error).__name__}: "
+        print(f"moe-fast {name}: error: {kind}{message}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _close_progress_bars() -> None:
+    """End the line of a bar that was running, or the error would stand behind it."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.leave = True
+        bar.close()
+
+
+@contextmanager
+def _environment(backend: str, run: Run) -> Iterator[None]:
+    """The backend, the global random state and the libraries' talk, for one command."""
+    from transformers import set_seed
+
+    from moe_fast.ops import use_backend
+
+    set_seed(run.seed)
+    with _talk(run.quiet), use_backend(backend):
+        yield
+
+
+@contextmanager
+def _talk(quiet: bool) -> Iterator[None]:
+    """The libraries say what concerns the user, and less if quiet; afterwards as before."""
+    from transformers.utils import logging as library
+
+    ours = logging.getLogger("moe_fast")
+    verbosity, level, bars = library.get_verbosity(), ours.level, library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()  # those of loading and saving; training's stays
+    if quiet:
+        ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        ours.setLevel(level)
+        if bars:
+            library.enable_progress_bar()

@@ -1,0 +1,159 @@
+"""Settings from a YAML file, and the settings of a run written as one.
+
+A file's keys are the names of the command's flags and arguments, with dashes or underscores. Flags
+go before the file, the file before the defaults. The file is checked as a whole before anything
+runs: nothing in it is ignored, and no value is cast to another type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from moe_fast.files import atomic_write
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loading that refuses a key given twice, and reads 2e-5 as a number (as YAML 1.2)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, Hashable) or key in seen:
+                problem = "is there twice" if isinstance(key, Hashable) else "is no name"
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} {problem}", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a YAML file, checked.
+
+    Args:
+        path: the file, a mapping of names to values.
+        allowed: {name of a parameter, with underscores: its type}. Types are ``str``, ``int``,
+            ``float``, ``bool``, ``Path``, ``Literal``, lists of them, and unions with ``None``.
+
+    Returns:
+        {name with underscores: value}; keys whose value is null are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no YAML mapping; a key twice, an unknown key (with the nearest known ones), or
+            a value of a wrong type.
+    """
+    settings = {}
+    for key, value in _load_mapping(path).items():
+        name = str(key).replace("-", "_")
+        if name not in allowed:
+            raise ValueError(f"{path}: {_unknown(str(key), allowed)}")
+        if name in settings:
+            raise ValueError(f"{path}: the key {name.replace('_', '-')!r} is there twice")
+        if not _fits(value, allowed[name]):
+            raise ValueError(
+                f"{path}: {key} must be {_describe(allowed[name])}; got {value!r} "
+                f"({type(value).__name__})"
+            )
+        settings[name] = value
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def write_config(path: Path, settings: Mapping[str, Any], title: str) -> None:
+    """Write settings as YAML that ``--config`` reads back; a comment line holds ``title``."""
+    plain = {
+        name.replace("_", "-"): _plain(value)
+        for name, value in settings.items()
+        if value is not None
+    }
+    body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if yaml.load(body, _Loader) != plain:  # rare characters that YAML takes for line ends
+        body = yaml.safe_dump(plain, sort_keys=False)
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"# {title}\n{body}", encoding="utf-8")
+
+
+def _load_mapping(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: there is no file {path}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: must be a mapping of settings (name: value); got {type(content).__name__}"
+        )
+    return content
+
+
+def _unknown(key: str, allowed: Mapping[str, Any]) -> str:
+    known = sorted(name.replace("_", "-") for name in allowed)
+    nearest = difflib.get_close_matches(key.replace("_", "-"), known, n=3, cutoff=0.5)
+    if nearest:
+        return f"unknown key {key!r}; the nearest known are {', '.join(nearest)}"
+    return f"unknown key {key!r}; known are {', '.join(known)}"
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types that a union is made of; any other type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    for member in _members(kind):
+        origin = get_origin(member)
+        if origin is list:
+            items = get_args(member)[0]
+            found = isinstance(value, list) and all(_fits(item, items) for item in value)
+        elif origin is Literal:
+            found = value in get_args(member) and isinstance(value, str)
+        elif member is float:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            found = is_number and math.isfinite(value)
+        elif member is int:
+            found = isinstance(value, int) and not isinstance(value, bool)
+        elif member is Path:
+            found = isinstance(value, str)
+        else:  # str, bool, NoneType
+            found = isinstance(value, member)
+        if found:
+            return True
+    return value is None
+
+
+def _describe(kind: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+    parts = []
+    for member in _members(kind):
+        if get_origin(member) is list:
+            parts.append(f"a list, each {_describe(get_args(member)[0])}")
+        elif get_origin(member) is Literal:
+            parts.append("one of " + ", ".join(get_args(member)))
+        elif member is Path:
+            parts.append("a path")
+        elif member is not type(None):
+            parts.append(names[member])
+    return " or ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

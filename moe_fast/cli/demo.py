@@ -1,0 +1,35 @@
+"""``moe-fast demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_fast.cli.command import Run
+
+EXAMPLE = "moe-fast demo --quick --output demo-output"
+
+
+def run_command(
+    *,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Little data: minutes, numbers that mean little.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path(
+        "demo-output"
+    ),
+    train_pairs: Annotated[
+        int | None, typer.Option(min=1, help="Training pairs of each variant.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    run: Run,
+) -> None:
+    """Train and compare a dense model and two mixtures on documentation, offline."""
+    from moe_fast.demo.__main__ import main
+
+    arguments = ["--output", str(output), "--seed", str(run.seed), "--device", device]
+    arguments += ["--quick"] if quick else []
+    arguments += ["--train-pairs", str(train_pairs)] if train_pairs is not None else []
+    raise typer.Exit(main(arguments))

@@ -1,0 +1,69 @@
+"""``moe-fast join``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from moe_fast.cli.command import Run
+from moe_fast.cli.options import Output, Overwrite, named_paths
+from moe_fast.cli.upcycle import (
+    ALL_LAYERS,
+    DomainTokens,
+    ExpertsPerToken,
+    Layers,
+    Routing,
+    Target,
+    WeightMode,
+    parse_layers,
+)
+
+EXAMPLE = "moe-fast join law=law-model medicine=medicine-model -o joined"
+
+
+def run_command(
+    models: Annotated[
+        list[str], typer.Argument(metavar="DOMAIN=MODEL...", help="One dense model per domain.")
+    ],
+    *,
+    output: Output,
+    shared: Annotated[
+        Literal["first", "mean"],
+        typer.Option(help="All but the experts: the first model's weights, or the mean."),
+    ] = "first",
+    routing: Routing = None,
+    num_experts_per_tok: ExpertsPerToken = 1,
+    weight_mode: WeightMode = "auto",
+    layers: Layers = ALL_LAYERS,
+    target: Target = "mlp",
+    domain_tokens: DomainTokens = True,
+    overwrite: Overwrite = False,
+    run: Run,
+) -> None:
+    """Join dense models, one per domain, into one mixture."""
+    import moe_fast
+    from moe_fast.cli.models import describe_size, save_converted
+    from moe_fast.files import check_output
+    from moe_fast.inference.models import check_model_path
+
+    named = named_paths(models, "DOMAIN=MODEL")
+    if len(named) < 2:
+        raise typer.BadParameter(f"join needs at least 2 models; got {len(named)}")
+    check_output(output, overwrite)
+    for path in named.values():
+        check_model_path(path)
+    mixture = moe_fast.from_experts(
+        list(named.values()),
+        domains=list(named),
+        shared=shared,
+        routing=routing or "enforced",
+        num_experts_per_tok=num_experts_per_tok,
+        weight_mode=weight_mode,
+        layers=parse_layers(layers),
+        target=target,
+        domain_tokens=domain_tokens,
+        seed=run.seed,
+    )
+    save_converted(mixture, output, next(iter(named.values())), run)
+    run.say(f"{output}: {describe_size(mixture)}")

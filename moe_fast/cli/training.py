@@ -1,0 +1,331 @@
+"""What ``moe-fast train`` does with its options, step by step.
+
+``options`` is the namespace of the command's parameters, see :mod:`moe_fast.cli.train`.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from moe_fast.cli.command import Run, is_first_process
+from moe_fast.cli.models import describe_size
+from moe_fast.cli.training_checks import (
+    check_batches,
+    check_dims,
+    check_settings,
+    check_weights,
+    wants_experts,
+)
+from moe_fast.cli.training_data import (
+    check_domains,
+    columns_of,
+    domains_of,
+    for_loss,
+    read_data,
+)
+from moe_fast.cli.training_pictures import draw
+from moe_fast.files import atomic_folder, check_output
+
+CHECKPOINTS = "checkpoints"
+
+
+def train_model(options: SimpleNamespace, run: Run) -> None:
+    """Everything, from the files to the saved model."""
+    check_settings(options)
+    output = Path(options.output)
+    checkpoints = output / CHECKPOINTS
+    if is_first_process() and not options.resume:
+        check_output(output, options.overwrite)
+    last = _last_checkpoint(checkpoints)
+    if options.resume and last is None:
+        raise FileNotFoundError(f"--resume: there is no checkpoint in {checkpoints}")
+    train = for_loss(read_data(options.data, options.positives_only), options.loss, run)
+    evaluation = None
+    if options.eval_data:
+        evaluation = for_loss(
+            read_data(options.eval_data, options.positives_only), options.loss, run
+        )
+    check_batches(options, train)
+    model = prepare_model(options, domains_of(train))
+    check_domains(model, train, options.allow_one_domain)
+    trainer = build_trainer(options, run, model, train, evaluation, checkpoints)
+    if not options.resume and is_first_process():
+        shutil.rmtree(checkpoints, ignore_errors=True)  # --overwrite: those of another run
+    run.say(f"{describe_size(model)}; {len(train):,} training rows")
+    result = trainer.train(resume_from_checkpoint=last if options.resume else None)
+    check_weights(trainer.model)
+    if trainer.is_world_process_zero():
+        save_results(options, trainer, dict(result.metrics), evaluation or train, run)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def prepare_model(options: SimpleNamespace, data_domains: list[str]) -> Any:
+    """The model to train: loaded, made a mixture where that is asked for, frozen in part.
+
+    Raises:
+        ValueError: experts asked for of a model that has some; parts of a dense model to freeze.
+    """
+    import moe_fast
+    from moe_fast.inference import load_model
+    from moe_fast.models import set_trainable
+
+    model = load_model(options.model, device="cpu")  # the trainer moves it
+    wanted = wants_experts(options)
+    is_mixture = hasattr(model.transformers_model, "moe_mlps")
+    if wanted and is_mixture:
+        raise ValueError(
+            "--num-experts, --domains and --routing make a mixture of a dense model; "
+            f"{options.model} is one already"
+        )
+    if wanted:
+        names = options.domains or (data_domains if options.routing in (None, "enforced") else [])
+        if not (options.num_experts or names):
+            raise ValueError("give --num-experts: neither --domains nor the data say how many")
+        model = moe_fast.upcycle(
+            model,
+            num_experts=options.num_experts or len(names),
+            num_experts_per_tok=options.num_experts_per_tok,
+            routing=options.routing or ("enforced" if names else "token_topk"),
+            weight_mode=options.weight_mode,
+            layers=options.layers,
+            target=options.target,
+            domains=names or None,
+            seed=options.seed,
+        )
+    if options.trainable != "all" or options.freeze_embeddings:
+        if not (wanted or is_mixture):
+            raise ValueError(
+                "--trainable and --freeze-embeddings are for mixtures; the model is dense"
+            )
+        set_trainable(
+            model.transformers_model,
+            options.trainable,
+            freeze_embeddings=options.freeze_embeddings,
+        )
+    prompts = {"query": options.query_prompt, "document": options.passage_prompt}
+    model.prompts.update({name: text for name, text in prompts.items() if text is not None})
+    return model
+
+
+def build_loss(
+    options: SimpleNamespace, model: Any, column_names: list[str], data_domains: list[str]
+) -> Any:
+    """The loss, with what is wrapped around it.
+
+    Args:
+        column_names: of the training data.
+        data_domains: names of the domains in the data, of which a model may know nothing.
+
+    Raises:
+        ValueError: a setting that the loss does not have, or out of its range.
+    """
+    from moe_fast import losses
+
+    classes = {
+        "infonce": losses.InfoNCELoss,
+        "mnr_plus": losses.MultipleNegativesRankingPlusLoss,
+        "clp": losses.ContrastiveLearningPenaltyLoss,
+        "sigmoid": losses.SigmoidLoss,
+        "distillation": losses.DistillationLoss,
+    }
+    settings: dict[str, Any] = {}
+    for name in ("temperature", "learn_temperature"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    for name, default, known in (
+        ("symmetric", False, ("infonce", "clp")),
+        ("negatives_from", "all", ("infonce", "clp", "sigmoid")),
+    ):
+        value = getattr(options, name)
+        if value != default and options.loss not in known:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is for --loss {', '.join(known)}; got {options.loss}")
+        if options.loss in known:
+            settings[name] = value
+    if options.loss == "clp":
+        settings["queries_per_negative"] = int("neg_q" in column_names)
+    loss = classes[options.loss](model, **settings)
+    if options.matryoshka_dims:
+        check_dims(options.matryoshka_dims, model.get_embedding_dimension())
+        loss = losses.MatryoshkaLoss(loss, options.matryoshka_dims)
+    return _with_router_terms(options, loss, data_domains)
+
+
+def _with_router_terms(options: SimpleNamespace, loss: Any, data_domains: list[str]) -> Any:
+    """The loss plus what the routers are to learn, if anything."""
+    from moe_fast.losses import RouterLoss
+
+    terms = ("load_balance", "z_loss", "mutual_information", "expert_supervision")
+    coefficients = {name: getattr(options, name) for name in terms}
+    if not any(coefficients.values()):
+        return loss
+    # the collator numbers the model's domains or, where it names none, those of the data
+    named = getattr(loss.model.transformers_model.config, "domains", ())
+    num_domains = None if named else len(data_domains) or None
+    return RouterLoss(
+        loss, joint_decay=options.joint_decay, num_domains=num_domains, **coefficients
+    )
+
+
+def build_arguments(
+    options: SimpleNamespace, run: Run, loss: Any, column_names: list[str], checkpoints: Path
+) -> Any:
+    """The trainer's arguments."""
+    from sentence_transformers.sentence_transformer.training_args import (
+        SentenceTransformerTrainingArguments,
+    )
+
+    from moe_fast.training import DomainBatchSampler
+
+    arguments: dict[str, Any] = {}
+    if "domain" in column_names:
+        arguments["batch_sampler"] = partial(DomainBatchSampler, mode=options.batches or "mixed")
+    elif options.batches is not None:
+        raise ValueError("--batches needs data with domains; the data have none")
+    if any(name.endswith("log_temperature") for name, _ in loss.named_parameters()):
+        rates = {"log_temperature": options.temperature_learning_rate}
+        arguments["learning_rate_mapping"] = rates
+    prompts = _by_column(column_names, options.query_prompt, options.passage_prompt)
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        bf16=options.bf16,
+        logging_steps=options.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is NaN is to be seen
+        save_total_limit=options.save_total_limit,
+        report_to=[] if options.report_to == "none" else [options.report_to],
+        use_cpu=options.device == "cpu",
+        dataloader_pin_memory=options.device != "cpu" and torch.cuda.is_available(),
+        dataloader_num_workers=options.workers,
+        disable_tqdm=run.quiet,
+        seed=options.seed,
+        prompts=prompts or None,
+        **arguments,
+        **_schedule(options),
+    )
+
+
+def _schedule(options: SimpleNamespace) -> dict[str, Any]:
+    """When to evaluate and when to save."""
+    if options.early_stopping is not None and not options.eval_data:
+        raise ValueError("--early-stopping needs --eval-data")
+    if options.eval_steps is not None and not options.eval_data:
+        raise ValueError("--eval-steps needs --eval-data")
+    when = "steps" if options.eval_steps else "epoch"
+    evaluating = {"eval_strategy": when, "eval_steps": options.eval_steps}
+    if not options.eval_data:
+        evaluating = {"eval_strategy": "no"}
+    if options.early_stopping is not None:  # the best model is taken back: save it when measured
+        return evaluating | {
+            "save_strategy": when,
+            "save_steps": options.eval_steps or 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "restore_callback_states_from_checkpoint": True,  # how often it was no better
+        }
+    saving = "steps" if options.save_steps else "no"
+    return evaluating | {"save_strategy": saving, "save_steps": options.save_steps or 1}
+
+
+def build_trainer(
+    options: SimpleNamespace, run: Run, model: Any, train: Any, evaluation: Any, checkpoints: Path
+) -> Any:
+    """The trainer, its arguments and the loss checked against the data."""
+    from transformers import EarlyStoppingCallback, PrinterCallback
+
+    from moe_fast.training import ExpertUsageCallback, MoESentenceTransformerTrainer
+
+    names = list(train.column_names)
+    callbacks: list[Any] = []
+    if hasattr(model.transformers_model, "moe_mlps"):
+        callbacks.append(ExpertUsageCallback(log_shares=False))
+    if options.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping))
+    both = {name for rows in (train, evaluation) if rows is not None for name in domains_of(rows)}
+    loss = build_loss(options, model, names, sorted(both))
+    lengths = _by_column(names, options.max_length_query, options.max_length_passage)
+    trainer = MoESentenceTransformerTrainer(
+        model=model,
+        args=build_arguments(options, run, loss, names, checkpoints),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        loss=loss,
+        callbacks=callbacks,
+        swap_pairs=options.swap,
+        num_negatives=options.hard_negatives,
+        max_length=lengths or None,
+    )
+    if run.quiet:
+        trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _by_column(column_names: list[str], query: Any, passage: Any) -> dict[str, Any]:
+    """{column of texts: setting}, for those of queries and of passages that have one."""
+    queries, passages = columns_of(column_names)
+    settings = {**dict.fromkeys(queries, query), **dict.fromkeys(passages, passage)}
+    return {column: value for column, value in settings.items() if value is not None}
+
+
+def _last_checkpoint(checkpoints: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+
+
+def save_results(
+    options: SimpleNamespace, trainer: Any, metrics: dict[str, Any], texts: Any, run: Run
+) -> None:
+    """The model, the settings and the log, all at once, then the pictures; checkpoints stay."""
+    from moe_fast.training.loss_state import save_loss_state
+
+    output = Path(options.output)
+    usage = _usage_callback(trainer)
+    log = {
+        "metrics": metrics,
+        "history": trainer.state.log_history,
+        "steps": trainer.state.global_step,
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "processes": trainer.args.world_size,
+        "tokens_per_expert": usage.total_tokens() if usage is not None else None,
+    }
+    outdated = _outdated(output) if options.overwrite else []
+    with atomic_folder(output, replaces=outdated) as temporary:
+        trainer.model.save_pretrained(str(temporary))
+        save_loss_state(trainer.loss, str(temporary))
+        run.save_settings(temporary)
+        (temporary / "training_log.json").write_text(json.dumps(log, indent=2), encoding="utf-8")
+    drawn = draw(output, trainer, texts, options)
+    run.say(f"{output}: the model, train.yaml, training_log.json{', '.join(['', *drawn])}")
+
+
+def _outdated(output: Path) -> list[str]:
+    """Patterns of all that lies in a folder that is overwritten, but this run's checkpoints."""
+    there = output.iterdir() if output.is_dir() else ()
+    names = [glob.escape(path.name) for path in there if path.name != CHECKPOINTS]
+    return [pattern for name in names for pattern in (name, f"{name}/*")]
+
+
+def _usage_callback(trainer: Any) -> Any:
+    from moe_fast.training import ExpertUsageCallback
+
+    found = (c for c in trainer.callback_handler.callbacks if isinstance(c, ExpertUsageCallback))
+    return next(found, None)

@@ -1,0 +1,129 @@
+"""Training data from files with a domain each, or with a column of domains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_fast.cli.command import Run
+
+
+def read_data(sources: list[str], positives_only: bool) -> Any:
+    """One dataset of all sources.
+
+    Args:
+        sources: files or dataset ids, each maybe as DOMAIN=FILE, which gives all rows that domain.
+        positives_only: leave out pairs with label 0; otherwise they are an error, for a
+            contrastive loss would take them for positives.
+
+    Raises:
+        ValueError: sources with different columns; a domain for a file that has a column of them;
+            pairs with label 0; as the reader.
+    """
+    from datasets import concatenate_datasets
+
+    from moe_fast.data import read_training_data
+
+    parts = []
+    for source in sources:
+        domain, path = _split_domain(source)
+        rows = read_training_data(path)
+        if domain is not None:
+            if "domain" in rows.column_names:
+                raise ValueError(f"{source}: the file has a column 'domain' already")
+            rows = rows.add_column("domain", [domain] * len(rows))
+        parts.append(_positives(rows, path, positives_only))
+        if set(parts[-1].column_names) != set(parts[0].column_names):
+            raise ValueError(
+                f"{source}: columns {sorted(parts[-1].column_names)}, but {sources[0]} has "
+                f"{sorted(parts[0].column_names)}; all files must have the same"
+            )
+    return concatenate_datasets(parts)
+
+
+def _split_domain(source: str) -> tuple[str | None, str]:
+    """(domain, path) of DOMAIN=FILE; a file whose own name has a "=" is taken as it is."""
+    domain, equals, path = source.partition("=")
+    if not equals or Path(source).exists():
+        return None, source
+    return domain, path
+
+
+def _positives(rows: Any, path: str, positives_only: bool) -> Any:
+    """Pairs that belong together, without the label."""
+    if "label" not in rows.column_names:
+        return rows
+    positive = [row for row, label in enumerate(rows["label"]) if label == 1]
+    others = len(rows) - len(positive)
+    if others and not positives_only:
+        raise ValueError(
+            f"{path}: {others} of {len(rows)} pairs have label 0, and a contrastive loss takes "
+            "every pair for a positive one; pass --positives-only to leave them out"
+        )
+    if not positive:
+        raise ValueError(f"{path}: no pair has label 1")
+    return rows.select(positive).remove_columns("label")
+
+
+def for_loss(rows: Any, loss: str, run: Run) -> Any:
+    """The rows without what the loss would take for something else.
+
+    Raises:
+        ValueError: no teacher scores, for distillation.
+    """
+    if loss == "distillation" and not {"pos_scores", "neg_scores"} <= set(rows.column_names):
+        raise ValueError(
+            "--loss distillation needs FlagEmbedding rows with pos_scores and neg_scores; the "
+            f"columns are {', '.join(rows.column_names)}"
+        )
+    if loss != "clp" and "neg_q" in rows.column_names:  # they would become hard negatives
+        run.say(f"neg_q, the queries of negatives, is for --loss clp; {loss} does without")
+        return rows.remove_columns("neg_q")
+    return rows
+
+
+def passages_of(rows: Any) -> list[str]:
+    """The passage of each row, the first one where it has several."""
+    if "pos" in rows.column_names:
+        return [texts[0] for texts in rows["pos"]]
+    return list(rows["b"])
+
+
+def domains_of(rows: Any) -> list[str]:
+    """The names of the domains, sorted; none where there is no such column."""
+    return sorted(rows.unique("domain")) if "domain" in rows.column_names else []
+
+
+def check_domains(model: Any, rows: Any, allow_one: bool) -> None:
+    """Raise where the data's domains cannot be what the model should learn from.
+
+    Raises:
+        ValueError: one domain only, for a model that has several; no domains, for a model that
+            routes by them.
+    """
+    config = model.transformers_model.config
+    known, found = list(getattr(config, "domains", ())), domains_of(rows)
+    if len(known) > 1 and len(found) == 1 and not allow_one:
+        raise ValueError(
+            f"the training data hold one domain only, {found[0]!r}; the model has {len(known)} "
+            f"({', '.join(known)}). Pass --allow-one-domain if that is meant."
+        )
+    routing = getattr(config, "routing", None)
+    if routing == "enforced" and not found and config.default_domain is None:
+        raise ValueError(
+            "the model routes by domain, and the training data have no column 'domain'; add one, "
+            f"or pass --data DOMAIN=FILE. Known domains: {', '.join(known)}"
+        )
+
+
+def columns_of(names: list[str]) -> tuple[list[str], list[str]]:
+    """The columns of texts that hold queries, and those that hold passages, as the loss sees them.
+
+    FlagEmbedding rows have their columns only when they are drawn; "negative" stands for
+    negative_1, negative_2, ...
+    """
+    if "pos" in names:
+        queries, passages = ["query"], ["positive", "negative"]
+        return queries + (["negative_query"] if "neg_q" in names else []), passages
+    negatives = ["negative"] if any(name.startswith("negative_") for name in names) else []
+    return ["a"], ["b", *negatives]

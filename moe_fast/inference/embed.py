@@ -1,0 +1,257 @@
+"""embed_file: the embeddings of a file of any size, on several processes, resumable at any point.
+
+The texts are cut into chunks of equal size. Each chunk's vectors go to a file of their own in
+``OUTPUT.parts``, written whole or not at all, beside a manifest of what is being computed. A run
+that was killed is started again with the same arguments: chunks that are there are not computed
+again. Chunk i holds the same texts and is computed in the same way (same model, batches and
+threads) whichever process does it and whenever, so the result has the same bytes however often the
+run was stopped. At the end the chunks are copied into the output one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from moe_fast.files import check_output
+from moe_fast.inference.encoder import EncoderSettings, TextEncoder, torch_threads
+from moe_fast.inference.models import file_sha256, model_fingerprint
+from moe_fast.inference.parts import Parts
+from moe_fast.inference.texts import TextRow, read_text_rows
+from moe_fast.inference.vectors import check_vector_format, write_vectors
+from moe_fast.inference.workers import worker_pool
+from moe_fast.ops.checks import check_count
+
+
+@dataclass(frozen=True)
+class EmbeddedFile:
+    """What :func:`embed_file` did.
+
+    Attributes:
+        path: the output.
+        rows, dimension: its shape.
+        resumed_rows: rows that an earlier, interrupted run had computed.
+    """
+
+    path: Path
+    rows: int
+    dimension: int
+    resumed_rows: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of texts.
+
+    Attributes:
+        number: of the chunk, from 0.
+        first: row number of its first text.
+        rows: its texts.
+    """
+
+    number: int
+    first: int
+    rows: list[TextRow]
+
+
+def embed_file(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    settings: EncoderSettings,
+    *,
+    columns: tuple[str, ...] = ("text",),
+    domain_column: str | None = None,
+    chunk_size: int = 1024,
+    processes: int = 1,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> EmbeddedFile:
+    """Embed every text of a file; start it again after an interruption and it goes on.
+
+    The file is read through once before any text is embedded, so that a broken line at its end is
+    reported at once.
+
+    Args:
+        source: ``.txt``, ``.jsonl``, ``.csv`` (also ``.gz``) or ``.parquet``.
+        output: ``.npy``, an array [N, d], or ``.parquet`` with the columns ``id`` (the source's
+            ``id`` or ``_id``, else the row number from 0, as text) and ``embedding``.
+        settings: the model and how to call it.
+        columns, domain_column: see :func:`moe_fast.inference.texts.read_text_rows`.
+        chunk_size: texts per chunk: what a kill can lose, per process.
+        processes: how many embed at the same time, each with a copy of the model.
+        threads: of PyTorch in each process. ``None``: those of the interrupted run; on a new one
+            PyTorch's own number divided by `processes`. Results may differ in the last bit
+            between numbers of threads, and in nothing between numbers of processes.
+        overwrite: replace an `output` that exists, and what is left of a run with other settings.
+        progress: show a bar that counts texts.
+
+    Raises:
+        FileExistsError: `output` exists; an interrupted run with other settings left its chunks.
+            The message names what differs.
+        FileNotFoundError: no such source or model.
+        ValueError: bad settings or texts, with the file and line; no texts.
+        RuntimeError: a worker process died.
+    """
+    check_count("chunk_size", chunk_size)
+    check_count("processes", processes)
+    check_count("threads", 1 if threads is None else threads)
+    source, output = Path(source), check_output(output, overwrite)
+    check_vector_format(output)
+    if settings.domain is not None and domain_column is not None:
+        raise ValueError(
+            "give domain or domain_column, not both; got "
+            f"domain={settings.domain!r} and domain_column={domain_column!r}"
+        )
+    reading: dict[str, Any] = {"columns": columns, "domain_column": domain_column}
+    first, count, domains = _look_through(source, **reading)
+    encoder = TextEncoder(settings)
+    encoder.check_domains(sorted(domains))
+    # One text shows whether any can be embedded, before anything is written.
+    dimension = encoder.encode([first.text], _domains([first])).shape[1]
+    parts = Parts(output, dimension, settings.dtype)
+    manifest = _manifest(source, settings, reading, chunk_size, output)
+    threads = parts.open(
+        manifest,
+        threads=threads,
+        default_threads=max(1, torch.get_num_threads() // processes),
+        overwrite=overwrite,
+    )
+    chunks = _chunks(read_text_rows(source, **reading), chunk_size)
+    alone = encoder if processes == 1 else None
+    del encoder  # the workers load their own
+    with tqdm(total=count, unit=" texts", desc="embed", disable=not progress) as bar:
+        missing = _Missing(chunks, parts, bar)
+        if alone is not None:
+            sizes = _in_this_process(missing, alone, parts, threads)
+        else:
+            sizes = _in_workers(missing, settings, parts, processes, threads)
+        for size in sizes:
+            bar.update(size)
+    write_vectors(output, parts.read(chunks=-(-count // chunk_size)), (count, dimension))
+    parts.remove()
+    return EmbeddedFile(output, count, dimension, missing.found)
+
+
+def _look_through(
+    source: Path, columns: tuple[str, ...], domain_column: str | None
+) -> tuple[TextRow, int, set[str]]:
+    """The first text, the number of texts and the domains' names; every row is checked."""
+    first, count, domains = None, 0, set()
+    for row in read_text_rows(source, columns=columns, domain_column=domain_column):
+        first = first or row
+        count += 1
+        if row.domain is not None:
+            domains.add(row.domain)
+    if first is None:
+        raise ValueError(f"{source}: no texts in this file")
+    return first, count, domains
+
+
+def _manifest(
+    source: Path, settings: EncoderSettings, reading: dict[str, Any], chunk_size: int, output: Path
+) -> dict[str, Any]:
+    """All that the vectors depend on, but the number of threads; ``truncate`` only adds vectors."""
+    import sentence_transformers
+    import transformers
+
+    from moe_fast.version import __version__
+
+    chosen = asdict(settings)
+    for name in ("model", "truncate"):
+        chosen.pop(name)
+    return {
+        "source": file_sha256(source),
+        "model": model_fingerprint(settings.model),
+        "output": output.suffix,
+        "chunk_size": chunk_size,
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in reading.items()},
+        **chosen,
+        "versions": {
+            "moe_fast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "sentence_transformers": sentence_transformers.__version__,
+        },
+    }
+
+
+def _chunks(rows: Iterator[TextRow], size: int) -> Iterator[Chunk]:
+    for number in itertools.count():
+        texts = list(itertools.islice(rows, size))
+        if not texts:
+            return
+        yield Chunk(number, number * size, texts)
+
+
+@dataclass
+class _Missing:
+    """Iterates over the chunks that an earlier run did not finish; counts the others' rows."""
+
+    chunks: Iterator[Chunk]
+    parts: Parts
+    bar: Any
+    found: int = 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for chunk in self.chunks:
+            if self.parts.holds(chunk.number, len(chunk.rows)):
+                self.found += len(chunk.rows)
+                self.bar.update(len(chunk.rows))
+                self.bar.initial = self.bar.n  # the rate counts what is computed now
+            else:
+                yield chunk
+
+
+def _in_this_process(
+    chunks: Iterable[Chunk], encoder: TextEncoder, parts: Parts, threads: int
+) -> Iterator[int]:
+    """The sizes of the chunks as they get done."""
+    with torch_threads(threads):
+        for chunk in chunks:
+            yield embed_chunk(encoder, parts, chunk)
+
+
+def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> int:
+    """Compute and write one chunk; returns its number of texts."""
+    texts = [row.text for row in chunk.rows]
+    try:
+        vectors = encoder.encode(texts, _domains(chunk.rows))
+    except ValueError as error:
+        raise ValueError(
+            f"in the {len(texts)} texts from {chunk.rows[0].where}: {error}"
+        ) from error
+    parts.write(chunk.number, vectors, [row.id for row in chunk.rows])
+    return len(texts)
+
+
+def _domains(rows: list[TextRow]) -> list[str] | None:
+    """The domain of each row; ``None`` where the file was not asked for them."""
+    return [row.domain for row in rows if row.domain is not None] or None
+
+
+def _in_workers(
+    chunks: Iterable[Chunk], settings: EncoderSettings, parts: Parts, processes: int, threads: int
+) -> Iterator[int]:
+    """The sizes of the chunks as they get done; at most two per worker are held in memory."""
+    with worker_pool(processes, settings, parts, threads) as submit:
+        pending: set[Future[int]] = set()
+        try:
+            for chunk in chunks:
+                pending.add(submit(chunk))
+                if len(pending) >= 2 * processes:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            for future in list(pending):
+                yield future.result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,142 @@
+"""A model and how to call it: what one process needs to embed one chunk of texts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moe_fast.inference.models import load_model
+from moe_fast.ops.checks import check_choice, check_count
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["float32", "float16"]
+PRECISIONS = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How texts become vectors.
+
+    Attributes:
+        model: folder or hub id, as in :func:`moe_fast.inference.load_model`.
+        domain: the domain of every text, for a mixture that knows domains.
+        prompt_name: which of the model's prompts goes in front of each text.
+        batch_size: texts per forward pass.
+        dtype: of the vectors: "float32" or "float16".
+        normalize: scale every vector to length 1.
+        truncate: cut texts longer than the model's ``max_seq_length``, with a warning that says
+            how many; otherwise such a text is an error.
+        device: as in PyTorch; ``None``: a GPU where there is one, else the CPU.
+    """
+
+    model: str
+    domain: str | None = None
+    prompt_name: str | None = None
+    batch_size: int = 32
+    dtype: Precision = "float32"
+    normalize: bool = False
+    truncate: bool = False
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size)
+        check_choice("dtype", self.dtype, PRECISIONS)
+
+
+class TextEncoder:
+    """The loaded model of some :class:`EncoderSettings`.
+
+    Raises:
+        ValueError: an unknown domain or prompt; a domain for a model that knows none.
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        self.settings = settings
+        self.model = load_model(settings.model, device=settings.device)
+        if settings.prompt_name is not None:
+            check_choice("prompt_name", settings.prompt_name, sorted(self.model.prompts))
+        self.check_domains([settings.domain])
+
+    def check_domains(self, names: Sequence[str | None]) -> None:
+        """Raise for a name that is none of the model's domains."""
+        known = getattr(self.model.transformers_model.config, "domains", None)
+        for name in names:
+            if name is not None and name not in (known or ()):
+                listed = ", ".join(known or ()) or "it has none"
+                raise ValueError(f"domain must be one of the model's ({listed}); got {name!r}")
+
+    def encode(self, texts: Sequence[str], domains: Sequence[str] | None) -> NDArray[np.floating]:
+        """Vectors [N, d] of N texts, in the settings' dtype.
+
+        Args:
+            texts: N texts.
+            domains: one per text; ``None``: as the settings say.
+
+        Raises:
+            ValueError: texts that are too long; a vector with NaN or infinite numbers.
+        """
+        options: dict[str, Any] = {"prompt_name": self.settings.prompt_name}
+        domain = self.settings.domain if domains is None else list(domains)
+        if domain is not None:
+            options["domain"] = domain
+        if hasattr(self.model, "truncate"):  # a mixture measures the texts itself
+            options["truncate"] = self.settings.truncate
+        else:
+            self._check_lengths(texts)
+        vectors = self.model.encode(
+            list(texts),
+            batch_size=self.settings.batch_size,
+            normalize_embeddings=self.settings.normalize,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+            **options,
+        ).astype(self.settings.dtype)
+        wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(wrong):
+            raise ValueError(
+                f"the model gives NaN or infinite numbers (as {self.settings.dtype}) for text "
+                f"{wrong[0]}, {texts[wrong[0]][:60]!r}"
+            )
+        return vectors
+
+    def _check_lengths(self, texts: Sequence[str]) -> None:
+        """Find texts that a stock ``SentenceTransformer`` would cut without a word."""
+        limit = self.model.max_seq_length
+        if limit is None:
+            return
+        prompt = self.model._resolve_prompt(None, self.settings.prompt_name) or ""
+        prompted = [prompt + text for text in texts]
+        rows = self.model.tokenizer(prompted, truncation=False, padding=False, verbose=False)
+        long = [(i, len(ids)) for i, ids in enumerate(rows["input_ids"]) if len(ids) > limit]
+        if long and not self.settings.truncate:
+            raise ValueError(
+                f"texts must have at most max_seq_length = {limit} tokens each; text {long[0][0]} "
+                f"has {long[0][1]} ({len(long)} of {len(texts)} texts are too long). Pass truncate "
+                "to cut them."
+            )
+        if long:
+            logger.warning(
+                "%d of %d texts are longer than max_seq_length = %d tokens and were truncated.",
+                len(long),
+                len(texts),
+                limit,
+            )
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """PyTorch on this many threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,110 @@
+"""Loading a sentence encoder, dense or mixture, by its folder or hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from moe_fast.models.architectures import ARCHITECTURES
+from moe_fast.models.loading import check_checkpoint
+
+_SEPARATORS = ("/", ".", "~")
+
+
+def load_model(path: str, *, device: str | None = None) -> Any:
+    """The model in a folder or under a hub id, ready to encode.
+
+    Args:
+        path: of a ``SentenceTransformer``, or of a bare encoder, which gets mean pooling (as
+            sentence-transformers does, with a warning).
+        device: as in PyTorch; ``None``: a GPU where there is one, else the CPU.
+
+    Returns:
+        A ``MoESentenceTransformer`` for a mixture, a ``SentenceTransformer`` for a dense model.
+
+    Raises:
+        FileNotFoundError: `path` looks like a folder, and there is none.
+        OSError, ValueError: a checkpoint that is incomplete or cannot be read.
+        ImportError: sentence-transformers is not installed.
+    """
+    check_model_path(path)
+    check_checkpoint(path)
+    if is_mixture(path):
+        from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
+
+        return MoESentenceTransformer(path, device=device)
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(path, device=device)
+
+
+def check_model_path(path: str) -> None:
+    """Raise unless `path` is a folder or could be the id of a model on the hub."""
+    if path and Path(path).is_dir():
+        return
+    is_id = path.count("/") <= 1 and not path.startswith(_SEPARATORS) and not path.endswith("/")
+    if not path or Path(path).exists() or not is_id:
+        raise FileNotFoundError(f"model {path!r}: there is no such folder")
+    if not _cached(path, "config.json") and not _cached(path, "modules.json"):
+        raise FileNotFoundError(
+            f"model {path!r}: there is no such folder, and no such model on the Hugging Face hub "
+            "(or the hub cannot be reached)"
+        )
+
+
+def has_modules(path: str) -> bool:
+    """Whether there is a SentenceTransformer at `path`, not a bare encoder."""
+    return _cached(path, "modules.json") is not None
+
+
+def is_mixture(path: str) -> bool:
+    """Whether the model at `path` is one of moe_fast's, by its configuration alone."""
+    modules = _cached(path, "modules.json")
+    first = json.loads(modules.read_text(encoding="utf-8"))[0]["path"] if modules else ""
+    config = _cached(path, f"{first}/config.json" if first else "config.json")
+    if config is None:
+        return False
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    ours: list[Any] = [architecture.moe_config for architecture in ARCHITECTURES]
+    return kind in {config.model_type for config in ours}
+
+
+def model_fingerprint(path: str) -> str:
+    """What the model's weights and settings are, so that a change of either shows.
+
+    A folder: the SHA-256 of the names and contents of its files, hidden ones and cards aside. A hub
+    id: the commit that the cache holds.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        config = _cached(path, "config.json") or _cached(path, "modules.json")
+        return config.parent.name if config else path  # .../snapshots/COMMIT/config.json
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        relative = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if file.is_file() and not hidden and file.suffix != ".md":
+            digest.update(f"{relative.as_posix()}\n{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cached(path: str, name: str) -> Path | None:
+    """A file of the model, in its folder or in the hub's cache (downloaded where missing)."""
+    if Path(path).is_dir():
+        file = Path(path, name)
+        return file if file.is_file() else None
+    try:
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+    return Path(found) if found else None

@@ -1,0 +1,167 @@
+"""Every command: its help, its example; exit codes and what ends up on stderr."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from moe_fast.cli.app import COMMANDS
+
+NAMES = {
+    "upcycle",
+    "extract",
+    "join",
+    "train",
+    "evaluate",
+    "embed",
+    "search",
+    "inspect",
+    "cocite",
+    "demo",
+}
+
+
+def test_the_commands():
+    assert set(COMMANDS) == NAMES
+
+
+def test_help_lists_the_commands(moe_fast_cli):
+    result = moe_fast_cli("--help")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_help_ends_with_the_example(name, moe_fast_cli):
+    result = moe_fast_cli(name, "--help")
+    assert result.exit_code == 0
+    example = " ".join(COMMANDS[name].EXAMPLE.split())
+    assert f"Example: {example}" in " ".join(result.output.split())
+    for flag in ("--config", "--backend", "--seed", "--quiet"):
+        assert flag in result.output
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"demo"}))
+def test_the_example_runs(name, moe_fast_cli, workspace):
+    words = shlex.split(COMMANDS[name].EXAMPLE)
+    assert words[:2] == ["moe-fast", name]
+    flag = "-o" if "-o" in words else "--json"
+    output = workspace / words[words.index(flag) + 1]
+    assert not output.exists()
+
+    result = moe_fast_cli(*words[1:])
+    assert result.exit_code == 0, result.output
+    assert output.exists()
+
+    saved = output / f"{name}.yaml" if output.is_dir() else workspace / f"{output.name}.yaml"
+    settings = yaml.safe_load(saved.read_text())
+    assert settings["seed"] == 0 and settings["backend"] == "auto"
+
+    again = moe_fast_cli(*words[1:])  # what is there is kept
+    assert again.exit_code == 1
+    assert "exists already and is kept" in again.stderr
+
+    replaced = moe_fast_cli(name, "--config", saved, "--overwrite")  # the saved settings run
+    assert replaced.exit_code == 0, replaced.output
+
+
+def test_the_demo_gets_its_settings(moe_fast_cli, monkeypatch):
+    """The demo itself has its own test; here it is enough that it is asked for the right thing."""
+    from moe_fast.demo import __main__ as demo
+
+    given = []
+    monkeypatch.setattr(
+        demo, "main", lambda arguments: given.append(demo.parse_settings(arguments)) or 0
+    )
+    assert moe_fast_cli("demo").exit_code == 0  # needs no arguments
+    assert given.pop() == demo.parse_settings([])
+    example = shlex.split(COMMANDS["demo"].EXAMPLE)[1:]
+    assert moe_fast_cli(*example, "--seed", 3).exit_code == 0
+    assert (str(given[0].output), given[0].train_pairs, given[0].seed) == ("demo-output", 250, 3)
+
+
+def test_a_failing_demo_is_a_failure(moe_fast_cli, monkeypatch):
+    from moe_fast.demo import __main__ as demo
+
+    monkeypatch.setattr(demo, "main", lambda arguments: 1)
+    assert moe_fast_cli("demo", "--quick").exit_code == 1
+
+
+def test_failure_is_one_line_and_exit_code_1(moe_fast_cli):
+    result = moe_fast_cli("embed", "mixture", "no-such-file.txt", "-o", "x.npy", "--domain", "law")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "moe-fast embed: error: there is no file no-such-file.txt\n"
+
+
+def test_debug_shows_the_traceback(moe_fast_cli):
+    result = moe_fast_cli("embed", "mixture", "no-file.txt", "-o", "x.npy", "--debug")
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-command"], "no-such-command"),
+        (["embed", "mixture"], "Missing argument"),
+        (["embed", "mixture", "texts.jsonl", "-o", "x.npy", "--dtype", "int8"], "float16"),
+        (["embed", "mixture", "texts.jsonl", "-o", "x.npy", "--batch-size", "0"], "batch-size"),
+        (["upcycle", "dense-model", "-o", "x"], "--num-experts"),
+        (["train", "x", "--data", "x", "-o", "x", "--epochs", "nan"], "finite number; got nan"),
+        (["upcycle", "dense-model", "-o", "x", "--num-experts", "2", "--layers", "1,b"], "1, b"),
+        (["upcycle", "dense-model", "-o", "x", "--seed", "-1"], "'--seed'"),
+        (["train", "x", "--data", "x", "-o", "x", "--learning-rate", "-1"], "'--learning-rate'"),
+        (["join", "law=law-model", "-o", "x"], "at least 2 models; got 1"),
+        (["join", "law", "b=c", "-o", "x"], "must be NAME=PATH; got 'law'"),
+        (["join", "b=c", "b=d", "-o", "x"], "the name 'b' is there twice"),
+        (["evaluate", "mixture"], "--pairs, --retrieval or --sts"),
+        (["search", "--queries", "queries.jsonl"], "--documents or --load-index"),
+        (["search", "--documents", "texts.jsonl"], "nothing to do"),
+        (
+            ["search", "--documents", "x.npy", "--queries", "x.npy"],
+            "--queries and --output together",
+        ),
+        (["inspect", "mixture", "-o", "x.png"], "give --texts as well"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments, message, moe_fast_cli):
+    result = moe_fast_cli(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_quiet_prints_results_and_nothing_else(moe_fast_cli):
+    result = moe_fast_cli("upcycle", "dense-model", "--num-experts", 2, "-o", "x", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+
+
+def test_as_a_program():
+    """`python -m moe_fast.cli`: help without the training libraries, exit codes of the process."""
+    code = (
+        "import sys, json; before = None\n"
+        "import moe_fast; before = set(sys.modules)\n"
+        "from moe_fast.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit as end: code = end.code\n"
+        "print(json.dumps([code, sorted(set(sys.modules) - before)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    exit_code, loaded = json.loads(done.stdout.splitlines()[-1])
+    assert exit_code == 0
+    heavy = {
+        "sentence_transformers",
+        "datasets",
+        "faiss",
+        "matplotlib",
+        "sklearn",
+        "scipy",
+        "pyarrow",
+    }
+    assert not heavy & {name.partition(".")[0] for name in loaded}
+
+    run = [sys.executable, "-m", "moe_fast.cli"]
+    done = subprocess.run([*run, "train", "--no-such-flag"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no-such-flag" in done.stderr

@@ -1,0 +1,135 @@
+"""YAML files of settings: what is read, what is refused and in which words."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_fast.cli.config import read_config, write_config
+
+ALLOWED = {
+    "batch_size": int,
+    "learning_rate": float,
+    "quiet": bool,
+    "output": Path,
+    "domain": str | None,
+    "loss": Literal["infonce", "clp"],
+    "domains": list[str] | None,
+    "max_steps": int | None,
+}
+
+
+def read(tmp_path, text):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return read_config(path, ALLOWED)
+
+
+def test_names_with_dashes_or_underscores(tmp_path):
+    assert read(tmp_path, "batch-size: 4\nlearning_rate: 0.5") == {
+        "batch_size": 4,
+        "learning_rate": 0.5,
+    }
+
+
+@pytest.mark.parametrize("number", ["2e-5", "2E-05", "1.0e-5", "2.e+3", "-1e2", ".5e1", "3"])
+def test_numbers_as_people_write_them(number, tmp_path):
+    """YAML 1.1 reads 2e-5 as text."""
+    assert read(tmp_path, f"learning-rate: {number}") == {"learning_rate": float(number)}
+
+
+def test_null_is_the_default(tmp_path):
+    assert read(tmp_path, "domain: null\nbatch-size:\nloss: clp") == {"loss": "clp"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize: 4", "unknown key 'batchsize'; the nearest known are batch-size"),
+        ("learning_rat: 4", "unknown key 'learning_rat'; the nearest known are learning-rate"),
+        ("zzz: 4", "unknown key 'zzz'; known are batch-size, domain, domains"),
+        ("batch-size: 1.5", r"batch-size must be a whole number; got 1.5 \(float\)"),
+        ("batch-size: true", r"batch-size must be a whole number; got True \(bool\)"),
+        ("batch-size: '4'", r"batch-size must be a whole number; got '4' \(str\)"),
+        ("learning-rate: fast", r"learning-rate must be a finite number; got 'fast' \(str\)"),
+        ("learning-rate: .nan", "learning-rate must be a finite number; got nan"),
+        ("quiet: 1", r"quiet must be true or false; got 1 \(int\)"),
+        ("output: 3", r"output must be a path; got 3 \(int\)"),
+        ("domain: 3", r"domain must be text; got 3 \(int\)"),
+        ("loss: mse", r"loss must be one of infonce, clp; got 'mse'"),
+        ("domains: law", r"domains must be a list, each text; got 'law' \(str\)"),
+        ("domains: [law, 3]", r"domains must be a list, each text; got \['law', 3\]"),
+        ("batch-size: 1\nbatch-size: 2", "the key 'batch-size' is there twice"),
+        ("batch-size: 1\nbatch_size: 2", "the key 'batch-size' is there twice"),
+        ("- a\n- b", r"must be a mapping of settings \(name: value\); got list"),
+        ("", "must be a mapping .* got NoneType"),
+        ("a: [1", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("? [a, b]\n: 1", "not valid YAML"),
+    ],
+)
+def test_refused(text, message, tmp_path):
+    with pytest.raises(ValueError, match=f"settings.yaml: .*{message}"):
+        read(tmp_path, text)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.yaml"):
+        read_config(tmp_path / "none.yaml", ALLOWED)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "batch_size": st.integers(),
+            "learning_rate": st.floats(allow_nan=False, allow_infinity=False),
+            "quiet": st.booleans(),
+            "domain": st.text(),
+            "loss": st.sampled_from(["infonce", "clp"]),
+            "domains": st.lists(st.text()),
+        },
+    )
+)
+def test_what_is_written_is_read(tmp_path_factory, settings):
+    path = tmp_path_factory.mktemp("config") / "settings.yaml"
+    write_config(path, settings, "a title")
+    assert path.read_text().startswith("# a title\n")
+    assert read_config(path, ALLOWED) == settings
+
+
+def test_paths_and_what_is_unset(tmp_path):
+    write_config(tmp_path / "s.yaml", {"output": Path("a/b"), "domain": None}, "t")
+    assert yaml.safe_load((tmp_path / "s.yaml").read_text()) == {"output": "a/b"}
+
+
+# --- through the command line --------------------------------------------------------------------
+
+
+def test_flags_before_file_before_defaults(moe_fast_cli, workspace):
+    (workspace / "s.yaml").write_text(
+        "num-experts: 3\nnum-experts-per-tok: 2\nmodel: dense-model\n"
+    )
+    result = moe_fast_cli("upcycle", "--config", "s.yaml", "--num-experts", 4, "-o", "x")
+    assert result.exit_code == 0, result.output
+    saved = yaml.safe_load((workspace / "x" / "upcycle.yaml").read_text())
+    assert (saved["num-experts"], saved["num-experts-per-tok"], saved["target"]) == (4, 2, "mlp")
+    assert saved["model"] == "dense-model"
+
+
+def test_a_mistake_in_the_file_is_wrong_usage(moe_fast_cli, workspace):
+    (workspace / "s.yaml").write_text("num_expert: 3")
+    result = moe_fast_cli("upcycle", "dense-model", "--config", "s.yaml", "-o", "x")
+    assert result.exit_code == 2
+    message = " ".join(result.stderr.replace("│", " ").split())
+    assert "s.yaml: unknown key 'num_expert'; the nearest known are num-experts" in message
+    assert not (workspace / "x").exists()
+
+
+def test_quiet_debug_and_config_are_no_settings_of_a_file(moe_fast_cli, workspace):
+    (workspace / "s.yaml").write_text("config: other.yaml")
+    result = moe_fast_cli("upcycle", "dense-model", "--config", "s.yaml", "-o", "x")
+    assert result.exit_code == 2 and "unknown key 'config'" in result.stderr

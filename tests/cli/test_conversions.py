@@ -1,0 +1,87 @@
+"""upcycle, extract and join: what the library gives, saved with its settings."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import moe_fast
+from moe_fast.inference import load_model
+
+TEXTS = ["w1 w2 w3", "w30 w31", "w4"]
+
+
+def encode(path, **options):
+    return load_model(str(path), device="cpu").encode(TEXTS, **options)
+
+
+def run(moe_fast_cli, *arguments):
+    result = moe_fast_cli(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_upcycled_gives_the_dense_embeddings(moe_fast_cli):
+    result = run(moe_fast_cli, "upcycle", "dense-model", "--domains", "law,medicine", "-o", "x")
+    assert "parameters" in result.output and "active per token" in result.output
+    np.testing.assert_allclose(encode("x", domain="law"), encode("dense-model"), atol=1e-6)
+
+
+def test_upcycle_settings_reach_the_model(moe_fast_cli):
+    flags = ["--num-experts", 4, "--num-experts-per-tok", 2, "--routing", "sentence_topk"]
+    flags += ["--weight-mode", "probability", "--layers", "0,2", "--target", "output"]
+    run(moe_fast_cli, "upcycle", "dense-model", *flags, "--seed", 5, "-o", "x")
+    expected = moe_fast.upcycle(
+        "dense-model",
+        num_experts=4,
+        num_experts_per_tok=2,
+        routing="sentence_topk",
+        weight_mode="probability",
+        layers=[0, 2],
+        target="output",
+        seed=5,
+    )
+    mine, theirs = load_model("x", device="cpu").state_dict(), expected.state_dict()
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_bare_encoder_stays_one_and_keeps_its_tokenizer(moe_fast_cli, workspace):
+    AutoModel.from_pretrained("dense-model").save_pretrained("bare")
+    AutoTokenizer.from_pretrained("dense-model").save_pretrained("bare")
+    run(moe_fast_cli, "upcycle", "bare", "--num-experts", 2, "-o", "x")
+    run(moe_fast_cli, "extract", "x", "--expert", 1, "-o", "y")
+    assert type(AutoModel.from_pretrained("x")).__name__ == "MoEBertModel"
+    assert type(AutoModel.from_pretrained("y")).__name__ == "BertModel"
+    assert AutoTokenizer.from_pretrained("y")("w1")["input_ids"] == [4, 7, 5]
+
+
+@pytest.mark.parametrize(("expert", "domain"), [("medicine", "medicine"), ("0", "law")])
+def test_extracted_gives_the_domain_embeddings(expert, domain, moe_fast_cli):
+    run(moe_fast_cli, "extract", "mixture", "--expert", expert, "-o", "x")
+    np.testing.assert_allclose(encode("x"), encode("mixture", domain=domain), atol=1e-6)
+
+
+def test_joined_models_come_back(moe_fast_cli):
+    """They differ in their MLPs alone, so each domain gives its model's embeddings."""
+    models = ["law=law-model", "medicine=medicine-model"]
+    run(moe_fast_cli, "join", *models, "-o", "x")
+    np.testing.assert_allclose(encode("x", domain="law"), encode("law-model"), atol=1e-6)
+    np.testing.assert_allclose(encode("x", domain="medicine"), encode("medicine-model"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["upcycle", "mixture", "--num-experts", "2"], "a mixture already"),
+        (["upcycle", "no/such/model", "--num-experts", "2"], "there is no such folder"),
+        (["extract", "mixture", "--expert", "art"], "('law', 'medicine'); got 'art'"),
+        (["extract", "mixture", "--expert", "7"], "[0, 2); got 7"),
+        (["extract", "dense-model", "--expert", "0"], "mixture of experts"),
+    ],
+)
+def test_failures(arguments, message, moe_fast_cli, workspace):
+    result = moe_fast_cli(*arguments, "-o", "x")
+    assert result.exit_code == 1
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert not (workspace / "x").exists()

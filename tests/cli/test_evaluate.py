@@ -1,0 +1,152 @@
+"""evaluate: the library's numbers, in one table and one JSON file; the real data evaluate."""
+
+import csv
+import gzip
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from moe_fast.inference import load_model
+from tests.cli.conftest import DOMAINS, read_jsonl, words, write_jsonl
+
+SHARED = Path(
+    os.environ.get("MOE_FAST_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
+)
+needs_data = pytest.mark.skipif(
+    not (SHARED / "stsb-en-test.csv.gz").exists(), reason=f"the real data are not in {SHARED}"
+)
+QUICK = ["--resamples", 50, "--batch-size", 64, "--quiet"]
+
+
+@pytest.fixture
+def evaluate(moe_fast_cli, workspace):
+    def run(*arguments):
+        result = moe_fast_cli("evaluate", *arguments, *QUICK, "--json", "scores.json", "--debug")
+        assert result.exit_code == 0, result.output
+        return result.stdout, json.loads((workspace / "scores.json").read_text())
+
+    return run
+
+
+def cosines(model, rows, domain=None):
+    options = {} if domain is None else {"domain": domain}
+    a, b = (
+        model.encode([row[side] for row in rows], normalize_embeddings=True, **options)
+        for side in ("a", "b")
+    )
+    return (a.astype(np.float64) * b).sum(1)
+
+
+def test_labelled_pairs_per_domain(evaluate, workspace):
+    rows = read_jsonl("pairs.jsonl")
+    shifted = rows[2:] + rows[:2]  # two on, so that the domain stays
+    wrong = [row | {"b": other["b"]} for row, other in zip(rows, shifted, strict=True)]
+    labelled = [r | {"label": 1} for r in rows] + [r | {"label": 0} for r in wrong]
+    write_jsonl(workspace / "labelled.jsonl", labelled)
+    table, found = evaluate("mixture", "--pairs", "labelled.jsonl", "--dev", "labelled.jsonl")
+    scores = found["pairs"]["evaluations"][0]["scores"]
+    assert set(scores) == {*DOMAINS, "all"}
+    model = load_model("mixture", device="cpu")
+    domains = [row["domain"] for row in labelled]
+    expected = roc_auc_score([row["label"] for row in labelled], cosines(model, labelled, domains))
+    assert scores["all"]["ROC-AUC"]["value"] == pytest.approx(expected, abs=1e-6)
+    assert "accuracy" in scores["all"]
+    for word in ("law", "medicine", "all", "ROC-AUC", "F1max", f"{expected:.3f}"[-4:]):
+        assert word in table
+
+
+def test_against_another_model(evaluate, workspace):
+    rng = random.Random(0)
+    rows = [
+        {"a": words(rng, domain), "b": words(rng, domain), "label": i % 3 % 2, "domain": domain}
+        for i, domain in enumerate(DOMAINS * 30)
+    ]
+    write_jsonl(workspace / "hard.jsonl", rows)
+    table, found = evaluate("mixture", "--pairs", "hard.jsonl", "--against", "other-mixture")
+    first, second = found["pairs"]["evaluations"]
+    difference = found["pairs"]["comparisons"][0]["differences"]["all"]["ROC-AUC"]["value"]
+    expected = (
+        first["scores"]["all"]["ROC-AUC"]["value"] - second["scores"]["all"]["ROC-AUC"]["value"]
+    )
+    assert difference == pytest.approx(expected)
+    assert "mixture - other-mixture" in table
+
+
+def test_several_tasks_at_once_and_a_domain_for_what_names_none(evaluate, workspace):
+    (workspace / "sts.csv").write_text("w1 w2,w1 w2,5\nw3,w4 w9,1\nw5 w6,w6 w7,2.5\n")
+    texts = read_jsonl("texts.jsonl")
+    write_retrieval(workspace / "r.json", texts)
+    arguments = ["--retrieval", "r.json", "--sts", "sts.csv", "--domain", "law"]
+    table, found = evaluate("mixture", *arguments, "--measures", "nDCG@5,MAP", "--markdown")
+    assert set(found) == {"retrieval", "sts"}
+    assert set(found["retrieval"]["evaluations"][0]["scores"]["all"]) == {"nDCG@5", "MAP"}
+    assert table.count("| --") >= 2
+
+
+def write_retrieval(path, texts):
+    corpus = {row["id"]: row["text"] for row in texts}
+    queries = {f"q{i}": row["text"] for i, row in enumerate(texts[:5])}
+    qrels = {f"q{i}": {row["id"]: 1} for i, row in enumerate(texts[:5])}
+    path.write_text(json.dumps({"corpus": corpus, "queries": queries, "qrels": qrels}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mixture", "--pairs", "none.jsonl"], "none.jsonl"),
+        (["mixture", "--sts", "pairs.jsonl"], "score"),
+        (["mixture", "--retrieval", "pairs.jsonl"], "pairs.jsonl"),
+        (["mixture", "--pairs", "pairs.jsonl", "--domain", "art"], "'art'"),
+        (["none/at/all", "--pairs", "pairs.jsonl"], "there is no such folder"),
+        (["mixture", "--pairs", "pairs.jsonl", "--confidence", "2"], "confidence"),
+    ],
+)
+def test_failures(arguments, message, moe_fast_cli, workspace):
+    result = moe_fast_cli("evaluate", *arguments, "--json", "x.json", "--quiet")
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert not (workspace / "x.json").exists()
+
+
+@pytest.fixture
+def reader(workspace):
+    """A model that reads letters: to the others every English word is the same unknown one."""
+    shutil.copytree("dense-model", "reader")
+    tokenizer = Tokenizer.from_file("reader/tokenizer.json")
+    special = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "x", "y", "[CLS]", "[SEP]"])}
+    letters = {letter: 6 + i for i, letter in enumerate("abcdefghijklmnopqrstuvw .,0123456789")}
+    tokenizer.model = models.WordLevel(special | letters, unk_token="[UNK]")
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.save("reader/tokenizer.json")
+    return "reader"
+
+
+@needs_data
+def test_stsb(evaluate, reader):
+    file = SHARED / "stsb-en-test.csv.gz"
+    _, found = evaluate(reader, "--sts", file, "--truncate")
+    with gzip.open(file, "rt", encoding="utf-8", newline="") as lines:
+        rows = [{"a": a, "b": b, "score": float(s)} for a, b, s in csv.reader(lines)]
+    data = cosines(load_model(reader, device="cpu"), rows), [row["score"] for row in rows]
+    scores = found["sts"]["evaluations"][0]["scores"]["all"]
+    assert scores["Spearman"]["value"] == pytest.approx(stats.spearmanr(*data)[0], abs=1e-4)
+    assert scores["Pearson"]["value"] == pytest.approx(stats.pearsonr(*data)[0], abs=1e-5)
+
+
+@needs_data
+def test_pubmedqa(evaluate, reader):
+    pairs = SHARED / "pairs_pubmedqa_question_abstract.jsonl.gz"
+    retrieval = SHARED / "retrieval_pubmedqa.json.gz"
+    arguments = ["--pairs", pairs, "--retrieval", retrieval, "--truncate"]
+    _, found = evaluate(reader, *arguments)
+    assert found["retrieval"]["evaluations"][0]["details"]["all"]["queries"] == 1000
+    assert found["pairs"]["evaluations"][0]["details"]["all"]["pairs"] == 1000
