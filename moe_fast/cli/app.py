@@ -14,6 +14,7 @@ from moe_fast.cli import (
     join,
     search,
     train,
+    tune,
     upcycle,
 )
 from moe_fast.cli.command import command
@@ -35,6 +36,7 @@ COMMANDS = {
     "search": search,
     "inspect": inspect,
     "cocite": cocite,
+    "tune": tune,
     "demo": demo,
 }
 """The module of each command, with its function ``run_command`` and its ``EXAMPLE``."""

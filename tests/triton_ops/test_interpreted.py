@@ -18,23 +18,26 @@ def run_pytest(*arguments: str, **environment: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("file", ["test_grouped_products", "test_sums", "test_tune_kernels"])
+@pytest.mark.parametrize(
+    "file", ["test_grouped_products", "test_sums", "test_route_kernels", "test_tune_kernels"]
+)
 def test_kernels(file):
     run_pytest(f"tests/triton_ops/interpreted/{file}.py")
 
 
 @pytest.mark.parametrize(
-    "names",
+    ("op", "names"),
     [
-        "oracle and (gelu or silu) or precision or recompute or leak or autocast",
-        "opcheck or expanded or nan or bitwise or bad_input or compiles_as_one",
+        ("expert_mlp", "precision or recompute_gives or leak or autocast or nan"),
+        ("expert_mlp", "opcheck or expanded or bitwise or bad_input or compiles_as_one"),
+        ("expert_linear", "precision or leak or opcheck or bad_input or compiles_as_one"),
+        ("route", "lower_expert or opcheck or bad_input or compiles_as_one or padding_may"),
+        ("plan", "not slow"),
     ],
 )
-def test_expert_mlp_as_the_reference(names):
-    """A part of the specification of the op, with Triton as the backend."""
-    run_pytest(
-        "tests/ops/test_expert_mlp.py", "-k", names, "-m", "not slow", MOE_FAST_BACKEND="triton"
-    )
+def test_ops_as_the_reference(op, names):
+    """A part of the specification of each op, with Triton as the backend."""
+    run_pytest(f"tests/ops/test_{op}.py", "-k", names, "-m", "not slow", MOE_FAST_BACKEND="triton")
 
 
 @pytest.mark.slow
