@@ -234,7 +234,9 @@ def _expert_linear(problem: Problem, k: int, plan: tuple[Tensor, ...]) -> None:
 
 
 def _route(problem: Problem, mode: str, weight_mode: str, k: int) -> None:
-    from moe_fast.triton_ops.route import RouteSettings, route, route_backward
+    from moe_fast.triton_ops.choice import RouteSettings
+    from moe_fast.triton_ops.route import route
+    from moe_fast.triton_ops.route_grad import route_backward
 
     x = _new(problem.tokens, problem.dim, dtype=problem.dtype)
     router_weight = _new(problem.experts, problem.dim, dtype=problem.dtype)
@@ -288,7 +290,7 @@ def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", file.name]
+        command = [str(tool), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     if found is None:

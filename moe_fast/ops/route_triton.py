@@ -22,7 +22,7 @@ from moe_fast.ops.route import (
 
 
 def _settings(mode: str, weight_mode: str, k: int, num_experts: int) -> Any:
-    from moe_fast.triton_ops.route import RouteSettings
+    from moe_fast.triton_ops.choice import RouteSettings
 
     dense = mode == "dense"
     return RouteSettings(
@@ -68,10 +68,10 @@ def _route_backward_op(
     token_mask: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    from moe_fast.triton_ops import route
+    from moe_fast.triton_ops import route_grad
 
     settings = _settings(mode, weight_mode, num_experts_per_tok, router_weight.shape[0])
-    return route.route_backward(
+    return route_grad.route_backward(
         grad_weights, grad_logits, x, router_weight, logits, settings, token_mask, starts
     )
 
