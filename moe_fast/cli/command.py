@@ -180,7 +180,8 @@ def _errors(name: str, debug: bool) -> Iterator[None]:
         if debug:
             raise
         _close_progress_bars()
-        message = " ".join(str(error).split()) or "no message"
+        texts = [str(error), *getattr(error, "__notes__", ())]
+        message = " ".join(" ".join(texts).split()) or "no message"
         expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
         kind = "" if isinstance(error, expected) else f"{type(error).__name__}: "
         print(f"moe-fast {name}: error: {kind}{message}", file=sys.stderr)

@@ -60,7 +60,7 @@ def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
             a value of a wrong type.
     """
     settings = {}
-    for key, value in _load_mapping(path).items():
+    for key, value in load_mapping(path).items():
         name = str(key).replace("-", "_")
         if name not in allowed:
             raise ValueError(f"{path}: {_unknown(str(key), allowed)}")
@@ -77,11 +77,7 @@ def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(path: Path, settings: Mapping[str, Any], title: str) -> None:
     """Write settings as YAML that ``--config`` reads back; a comment line holds ``title``."""
-    plain = {
-        name.replace("_", "-"): _plain(value)
-        for name, value in settings.items()
-        if value is not None
-    }
+    plain = plain_settings(settings)
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     if yaml.load(body, _Loader) != plain:  # rare characters that YAML takes for line ends
         body = yaml.safe_dump(plain, sort_keys=False)
@@ -89,7 +85,17 @@ def write_config(path: Path, settings: Mapping[str, Any], title: str) -> None:
         temporary.write_text(f"# {title}\n{body}", encoding="utf-8")
 
 
-def _load_mapping(path: Path) -> dict[Any, Any]:
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are written: by the flags' names, paths as text, without ``None``."""
+    return {
+        name.replace("_", "-"): _plain(value)
+        for name, value in settings.items()
+        if value is not None
+    }
+
+
+def load_mapping(path: Path) -> dict[Any, Any]:
+    """What a YAML file says, unchecked but for its form; see `read_config`."""
     if not path.is_file():
         raise FileNotFoundError(f"--config: there is no file {path}")
     try:

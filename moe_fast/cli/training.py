@@ -20,6 +20,7 @@ from moe_fast.cli.models import describe_size
 from moe_fast.cli.training_checks import (
     check_batches,
     check_dims,
+    check_resumed,
     check_settings,
     check_weights,
     wants_experts,
@@ -47,6 +48,8 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
     last = _last_checkpoint(checkpoints)
     if options.resume and last is None:
         raise FileNotFoundError(f"--resume: there is no checkpoint in {checkpoints}")
+    if options.resume:
+        check_resumed(run.settings, checkpoints / "train.yaml")
     train = for_loss(read_data(options.data, options.positives_only), options.loss, run)
     evaluation = None
     if options.eval_data:
@@ -59,6 +62,8 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
     trainer = build_trainer(options, run, model, train, evaluation, checkpoints)
     if not options.resume and is_first_process():
         shutil.rmtree(checkpoints, ignore_errors=True)  # --overwrite: those of another run
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        run.save_settings(checkpoints)  # to go on with, should it be interrupted
     run.say(f"{describe_size(model)}; {len(train):,} training rows")
     result = trainer.train(resume_from_checkpoint=last if options.resume else None)
     check_weights(trainer.model)

@@ -1,12 +1,20 @@
-"""What ``moe-fast train`` refuses: settings that would have no effect, models that are none."""
+"""What ``moe-fast train`` refuses: settings that do nothing or differ, models that are none."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from moe_fast.cli.config import load_mapping, plain_settings
+
 _OF_EXPERTS = {"num_experts_per_tok": 1, "weight_mode": "auto", "layers": "all", "target": "mlp"}
 _BY_DOMAIN = ("mutual_information", "expert_supervision")
+_MAY_CHANGE = {  # when a run is resumed: where and how long it runs, what it writes
+    *("output", "overwrite", "resume", "device", "backend", "workers", "epochs", "max-steps"),
+    *("save-steps", "save-total-limit", "eval-steps", "logging-steps", "report-to"),
+}
 _COMPARING = ("infonce", "clp", "mnr_plus")  # what they learn comes from negatives alone
 
 
@@ -71,6 +79,27 @@ def check_weights(model: Any) -> None:
             raise RuntimeError(
                 f"training has diverged: {name} holds NaN or infinity, and the model is not saved. "
                 "Try a lower --learning-rate or a longer --warmup"
+            )
+
+
+def check_resumed(settings: Mapping[str, Any], saved: Path) -> None:
+    """Refuse to go on with a run under settings that would make it another one.
+
+    Args:
+        settings: of this run.
+        saved: the file of the interrupted run's.
+
+    Raises:
+        ValueError: a setting that differs and is none of those that may; the first is named.
+    """
+    if not saved.is_file():
+        return
+    before, now = load_mapping(saved), plain_settings(settings)
+    for name in sorted((before.keys() | now.keys()) - _MAY_CHANGE):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"--resume: --{name} was {before.get(name)!r} and is now {now.get(name)!r}; "
+                f"go on with --config {saved}"
             )
 
 

@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
+from moe_fast.losses import RouterLoss
 from moe_fast.training.collator import of_column
 from moe_fast.training.domains import to_domain_ids
 from moe_fast.training.draws import (
@@ -157,6 +160,30 @@ def check_swappable(columns: Mapping[str, Sequence[str]], *settings: Any) -> Non
 
 def _setting_of(setting: Any, column: str) -> Any:
     return of_column(setting, column) if isinstance(setting, Mapping) else setting
+
+
+def check_exchanges(losses: Mapping[str, nn.Module]) -> None:
+    """Refuse losses per dataset that do not exchange the same sums between processes.
+
+    At one step the processes may be at different datasets; a message that only some of them send,
+    or of another size, would hang the others or end them.
+
+    Raises:
+        ValueError: naming what each dataset's loss exchanges.
+    """
+    exchanged = {
+        name: [
+            (*(term for term, weight in router.coefficients.items() if weight), router.num_domains)
+            for router in loss.modules()
+            if isinstance(router, RouterLoss)
+        ]
+        for name, loss in losses.items()
+    }
+    if any(sums != next(iter(exchanged.values())) for sums in exchanged.values()):
+        raise ValueError(
+            "with several processes the losses of all datasets must be in RouterLosses of the same "
+            f"terms and num_domains, or none; got {exchanged}."
+        )
 
 
 def check_settings_match(name: str, settings: Any, columns: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from moe_fast.training.callbacks import ExpertUsageCallback
 from moe_fast.training.checkpoints import WholeCheckpointTrainer
 from moe_fast.training.checks import (
     check_domains,
+    check_exchanges,
     check_flag_rows,
     check_settings_match,
     check_swappable,
@@ -111,6 +112,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             loss=loss,
             **kwargs,
         )
+        self._read_streams_in_every_process()
         del self._datasets
         self.add_callback(_SetEpoch(self.data_collator))
 
@@ -196,9 +198,22 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
 
     # --- several processes -----------------------------------------------------------------------
 
+    def _read_streams_in_every_process(self) -> None:
+        """Each process reads a streamed dataset and keeps its share of every batch.
+
+        By default accelerate has process 0 read for all and send the parts, which must be tensors
+        alone; sentence-transformers' batches hold names too, and training would end in an error.
+        """
+        config = self.accelerator.dataloader_config
+        streamed = any(not hasattr(data, "__len__") for data in self._datasets.values())
+        if streamed and config.dispatch_batches is None:
+            config.dispatch_batches = False
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; see :meth:`WholeCheckpointTrainer.train` for resuming."""
         if self.accelerator.num_processes > 1:
+            if isinstance(self.loss, dict):
+                check_exchanges(self.loss)
             broadcast_from_first(own_state(self.loss).values())
         return super().train(*args, **kwargs)
 

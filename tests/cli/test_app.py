@@ -98,6 +98,20 @@ def test_failure_is_one_line_and_exit_code_1(moe_fast_cli):
     assert result.stderr == "moe-fast embed: error: there is no file no-such-file.txt\n"
 
 
+def test_failure_says_what_was_noted_on_its_way(moe_fast_cli, monkeypatch):
+    """On a full disk, which checkpoint is left."""
+    from moe_fast.inference import embed
+
+    def fail(*arguments, **settings):
+        error = OSError("no space")
+        error.add_note("the last whole one: x")
+        raise error
+
+    monkeypatch.setattr(embed, "embed_file", fail)
+    result = moe_fast_cli("embed", "mixture", "texts.jsonl", "-o", "x.npy")
+    assert result.stderr == "moe-fast embed: error: no space the last whole one: x\n"
+
+
 def test_debug_shows_the_traceback(moe_fast_cli):
     result = moe_fast_cli("embed", "mixture", "no-file.txt", "-o", "x.npy", "--debug")
     assert isinstance(result.exception, FileNotFoundError)

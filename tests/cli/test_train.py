@@ -102,11 +102,27 @@ def test_stopped_and_resumed_is_the_same_as_never_stopped(train, moe_fast_cli):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_an_interrupted_run_has_its_settings_beside_its_checkpoints(train, moe_fast_cli, workspace):
+    """And goes on with these alone."""
+    train("mixture", "--save-steps", 1, steps=2)
+    for path in [*(workspace / "out").glob("*.*"), workspace / "out/checkpoints/checkpoint-2"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = ["train", "--config", "out/checkpoints/train.yaml", "--resume"]
+    result = moe_fast_cli(*again, "--learning-rate", 1e-3)
+    assert result.exit_code == 1
+    assert "--resume: --learning-rate was 2e-05 and is now 0.001; go on with" in result.stderr
+    result = moe_fast_cli(*again, "--swap")
+    assert result.exit_code == 1 and "--swap was False and is now True" in result.stderr
+    result = moe_fast_cli(*again, "--max-steps", 3, "--logging-steps", 1)
+    assert result.exit_code == 0, result.output
+    assert log()["steps"] == 3
+
+
 def test_overwrite_forgets_the_other_run(train, workspace):
     train("mixture", "--save-steps", 1, "--learn-temperature", steps=3)
     train("dense-model", "--save-steps", 1, "--overwrite", steps=1)
     out = workspace / "out"
-    assert [p.name for p in (out / "checkpoints").iterdir()] == ["checkpoint-1"]
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"checkpoint-1", "train.yaml"}
     assert (out / "training.png").exists()
     stale = {"expert_usage.png", "loss_state.safetensors"} & {path.name for path in out.iterdir()}
     assert not stale

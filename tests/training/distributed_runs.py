@@ -61,7 +61,9 @@ class RowLoss(nn.Module):
         return nn.functional.softplus(1 - similarity / self.log_temperature.exp()).mean()
 
 
-def decomposing_run(folder: Path, batch_size: int, accumulation: int) -> None:
+def decomposing_run(
+    folder: Path, batch_size: int, accumulation: int, streamed: bool = False
+) -> None:
     """Trains with :class:`RowLoss`; its weights and logs."""
     model = make_moe(routing="enforced")
     loss = RowLoss(model)
@@ -73,7 +75,11 @@ def decomposing_run(folder: Path, batch_size: int, accumulation: int) -> None:
         learning_rate=0.1,
         max_grad_norm=0.05,
     )
-    trainer = MoESentenceTransformerTrainer(model, args, make_pairs(24), loss=loss)
+    dataset = make_pairs(24)
+    if streamed:
+        args.max_steps = 12  # two epochs, as of the other
+        dataset = dataset.to_iterable_dataset()
+    trainer = MoESentenceTransformerTrainer(model, args, dataset, loss=loss)
     trainer.train()
     state = {k.replace("model.module.", "model."): v for k, v in loss.state_dict().items()}
     save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{rank()}.safetensors")

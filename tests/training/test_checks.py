@@ -6,10 +6,12 @@ import warnings
 
 import pytest
 from datasets import Dataset
-from tiny_models import DOMAINS, make_flag_rows, make_pairs
+from tiny_models import DOMAINS, make_flag_rows, make_moe, make_pairs
 
+from moe_fast.losses import InfoNCELoss, RouterLoss, SigmoidLoss
 from moe_fast.training.checks import (
     check_domains,
+    check_exchanges,
     check_flag_rows,
     check_settings_match,
     check_swappable,
@@ -125,3 +127,15 @@ def test_only_pairs_of_a_kind_are_swapped():
         check_swappable({"train": ["a", "b", "c"]})
     with pytest.raises(ValueError, match="treated alike, but 'a' has 'query: ' and 'b' has None"):
         check_swappable({"train": ["a", "b"]}, {"a": "query: "}, None)
+
+
+def test_losses_per_dataset_exchange_the_same_sums_or_none():
+    model = make_moe(routing="token_topk")
+    plain = SigmoidLoss(model)
+    balanced, harder = (RouterLoss(InfoNCELoss(model), load_balance=c) for c in (0.1, 0.5))
+    informed = RouterLoss(InfoNCELoss(model), load_balance=0.1, mutual_information=0.1)
+    check_exchanges({"a": plain, "b": InfoNCELoss(model)})
+    check_exchanges({"a": balanced, "b": harder})
+    for other in (plain, informed):
+        with pytest.raises(ValueError, match=r"RouterLosses of the same terms.* 'b': \["):
+            check_exchanges({"a": balanced, "b": other})

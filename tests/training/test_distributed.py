@@ -28,14 +28,14 @@ def test_the_exchanges_alone(tmp_path):
         }
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_half_batches_equal_a_whole_one(tmp_path, accumulation):
+@pytest.mark.parametrize(("accumulation", "streamed"), [(1, False), (2, False), (1, True)])
+def test_two_half_batches_equal_a_whole_one(tmp_path, accumulation, streamed):
     """The loss's own parameters too, clipped, from process 0's start."""
-    whole = tmp_path / "whole"
-    (logs,) = findings_of(whole, decomposing_run, 4, accumulation, world_size=1)
+    whole, settings = tmp_path / "whole", (accumulation, streamed)
+    (logs,) = findings_of(whole, decomposing_run, 4, *settings, world_size=1)
     expected = load_file(whole / "0.safetensors")
     halves = tmp_path / "halves"
-    for rank, theirs in enumerate(findings_of(halves, decomposing_run, 2, accumulation)):
+    for rank, theirs in enumerate(findings_of(halves, decomposing_run, 2, *settings)):
         state = load_file(halves / f"{rank}.safetensors")
         assert state.keys() == expected.keys()
         for name, value in expected.items():
