@@ -346,6 +346,18 @@ def measure(
     return resources, wrong
 
 
+def format_table(version: str, resources: dict[str, dict[str, dict]]) -> str:
+    """JSON with a line per kernel, so that a difference shows one."""
+    targets = (
+        f'  "{target}": {{\n'
+        + ",\n".join(f"   {json.dumps(name)}: {json.dumps(used)}" for name, used in rows.items())
+        + "\n  }"
+        for target, rows in resources.items()
+    )
+    body = ",\n".join(targets)
+    return f'{{\n "triton": "{version}",\n "resources": {{\n{body}\n }}\n}}\n'
+
+
 def _unique(launch: Launch, rows: dict) -> str:
     """Launches of one name differ in divisibility and in arguments that are 1: number them."""
     name, number = launch.name, 2
@@ -376,8 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.write:
         import triton
 
-        record = {"triton": triton.__version__, "resources": resources}
-        arguments.write.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.write.write_text(format_table(triton.__version__, resources))
     return 1 if wrong else 0
 
 
