@@ -4,8 +4,9 @@
                              routing="enforced", domains=["a", "b", "c", "d", "e"])
     model.encode(["a text"], domain="a")
 
-Importing this registers the architectures with transformers' AutoConfig and AutoModel; it needs
-torch, transformers and numpy, and loads neither sentence-transformers nor any other extra.
+Importing this registers the architectures with transformers' AutoConfig and AutoModel, and
+``experts_implementation="moe_fast"`` for transformers' own MoE models; it needs torch, transformers
+and numpy, and loads neither sentence-transformers nor any other extra.
 """
 
 from pathlib import Path as _Path
@@ -16,6 +17,7 @@ if (_root / "kernels" / "triton_ops").is_dir():  # a checkout: kernels/triton_op
     __path__.append(str(_root / "kernels"))
 
 from moe_fast import losses, ops  # noqa: E402
+from moe_fast.integrations import transformers_experts as _transformers_experts  # noqa: E402, F401
 from moe_fast.layers import MoEBertLayer, MoEMLP  # noqa: E402
 from moe_fast.models import (  # noqa: E402
     add_expert,

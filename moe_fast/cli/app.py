@@ -15,6 +15,7 @@ from moe_fast.cli import (
     mine,
     search,
     train,
+    tune,
     upcycle,
 )
 from moe_fast.cli.command import command
@@ -37,6 +38,7 @@ COMMANDS = {
     "inspect": inspect,
     "cocite": cocite,
     "mine": mine,
+    "tune": tune,
     "demo": demo,
 }
 """The module of each command, with its function ``run_command`` and its ``EXAMPLE``."""

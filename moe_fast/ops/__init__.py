@@ -4,8 +4,14 @@ One operation per file, each with a reference in plain PyTorch registered as a `
 op of the namespace ``moe_fast``. Every function takes ``backend=`` as its last argument.
 """
 
+from moe_fast.ops import (  # noqa: F401 - each offers its backend
+    expert_linear_triton,
+    expert_mlp_triton,
+    info_nce_tiled,
+    plan_triton,
+    route_triton,
+)
 from moe_fast.ops.attention import varlen_attention
-from moe_fast.ops import info_nce_tiled as _info_nce_tiled  # noqa: F401, offers its backend
 from moe_fast.ops.backends import available_backends, show_backends, use_backend
 from moe_fast.ops.combine_rows import combine_rows
 from moe_fast.ops.expert_linear import expert_linear

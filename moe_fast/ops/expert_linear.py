@@ -14,6 +14,8 @@ Source: Yu, arXiv 2412.17364.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -119,7 +121,8 @@ def _expert_linear_cpp_op(
 
 @_expert_linear_op.register_fake
 @_expert_linear_cpp_op.register_fake
-def _(x, weight, *rest):
+def fake(x, weight, *rest):
+    """Shape of the forward op's result, on every backend."""
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
@@ -137,7 +140,7 @@ def _expert_linear_backward_op(
     slot_to_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Experts without rows keep the zeros; an absent bias gets a gradient nobody reads.
-    grad_weight, grad_bias = torch.zeros_like(weight), x.new_zeros(weight.shape[:2])
+    grad_weight, grad_bias = weight.new_zeros(weight.shape), x.new_zeros(weight.shape[:2])
     grad_rows = new_rows(x, row_to_token.shape[0], x.shape[1])
     grad_row_weights = top_k_weights.new_empty(row_to_token.shape[0])
     offsets = expert_offsets.tolist()
@@ -180,34 +183,35 @@ def _expert_linear_cpp_backward_op(
 
 @_expert_linear_backward_op.register_fake
 @_expert_linear_cpp_backward_op.register_fake
-def _(grad_y, x, weight, bias, top_k_weights, *rest):
+def fake_backward(grad_y, x, weight, bias, top_k_weights, *rest):
+    """Shapes of the backward op's results, on every backend."""
     return (
         x.new_empty(x.shape),
-        torch.empty_like(weight),
+        weight.new_empty(weight.shape),
         x.new_empty(weight.shape[:2]),
         top_k_weights.new_empty(top_k_weights.shape),
     )
 
 
-def _save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
+    """Keep the op's tensors."""
     ctx.save_for_backward(*inputs)
 
 
-def _backward_by(op):
-    def backward(ctx, grad_y):
-        tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-        bias = tensors[2]
-        grad_x, grad_weight, grad_bias, grad_weights = op(grad_y, *tensors)
-        return grad_x, grad_weight, None if bias is None else grad_bias, grad_weights, *[None] * 4
-
-    return backward
+def backward(op, ctx, grad_y):
+    """The gradients of the forward op's inputs, by the backward op ``op``."""
+    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
+    bias = tensors[2]
+    grads = op(grad_y, *tensors)
+    grad_x, grad_weight, grad_bias, grad_weights = grads
+    return grad_x, grad_weight, None if bias is None else grad_bias, grad_weights, *[None] * 4
 
 
 _expert_linear_op.register_autograd(
-    _backward_by(_expert_linear_backward_op), setup_context=_save_for_backward
+    functools.partial(backward, _expert_linear_backward_op), setup_context=save_for_backward
 )
 _expert_linear_cpp_op.register_autograd(
-    _backward_by(_expert_linear_cpp_backward_op), setup_context=_save_for_backward
+    functools.partial(backward, _expert_linear_cpp_backward_op), setup_context=save_for_backward
 )
 backends.register("expert_linear", "torch", _expert_linear_op)
 backends.register(

@@ -18,6 +18,8 @@ Source: the expert of Hallee et al., arXiv 2401.15713; saving x and z as in Soni
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -182,7 +184,8 @@ def _expert_mlp_cpp_op(
 
 @_expert_mlp_op.register_fake
 @_expert_mlp_cpp_op.register_fake
-def _(x, up_proj, *rest):
+def fake(x, up_proj, *rest):
+    """Shapes of the forward op's results, on every backend."""
     row_to_token, save = rest[5], rest[-1]
     saved_rows = row_to_token.shape[0] if save else 0
     return x.new_empty(x.shape), x.new_empty((saved_rows, up_proj.shape[1]))
@@ -207,7 +210,7 @@ def _expert_mlp_backward_op(
     gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # Experts without rows keep the zeros; absent biases get an empty gradient nobody reads.
-    grad_up, grad_down = torch.zeros_like(up_proj), torch.zeros_like(down_proj)
+    grad_up, grad_down = up_proj.new_zeros(up_proj.shape), down_proj.new_zeros(down_proj.shape)
     grad_up_bias = x.new_zeros(up_proj.shape[:2])
     grad_down_bias = x.new_zeros(down_proj.shape[:2])
     grad_rows = new_rows(x, row_to_token.shape[0], x.shape[1])
@@ -262,18 +265,22 @@ def _expert_mlp_cpp_backward_op(
 
 @_expert_mlp_backward_op.register_fake
 @_expert_mlp_cpp_backward_op.register_fake
-def _(grad_y, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *rest):
+def fake_backward(
+    grad_y, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *rest
+):
+    """Shapes of the backward op's results, on every backend."""
     return (
         x.new_empty(x.shape),
-        torch.empty_like(up_proj),
-        torch.empty_like(down_proj),
+        up_proj.new_empty(up_proj.shape),
+        down_proj.new_empty(down_proj.shape),
         x.new_empty(up_proj.shape[:2]),
         x.new_empty(down_proj.shape[:2]),
         top_k_weights.new_empty(top_k_weights.shape),
     )
 
 
-def _save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
+    """Keep the op's tensors, and z where it was saved."""
     *tensors, act, gated, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.settings = (act, gated)
@@ -281,32 +288,30 @@ def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # or autograd makes zeros as large as z for its gradient
 
 
-def _backward_by(op):
-    def backward(ctx, grad_y, _):
-        if grad_y is None:  # only z was asked for, which has no gradient
-            return (None,) * 13
-        tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-        up_bias, down_bias = tensors[3:5]
-        grads = op(grad_y, *tensors, *ctx.settings)
-        grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights = grads
-        return (
-            grad_x,
-            grad_up,
-            grad_down,
-            None if up_bias is None else grad_up_bias,
-            None if down_bias is None else grad_down_bias,
-            grad_weights,
-            *[None] * 7,
-        )
-
-    return backward
+def backward(op, ctx, grad_y, _):
+    """The gradients of the forward op's inputs, by the backward op ``op``."""
+    if grad_y is None:  # only z was asked for, which has no gradient
+        return (None,) * 13
+    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
+    up_bias, down_bias = tensors[3:5]
+    grads = op(grad_y, *tensors, *ctx.settings)
+    grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights = grads
+    return (
+        grad_x,
+        grad_up,
+        grad_down,
+        None if up_bias is None else grad_up_bias,
+        None if down_bias is None else grad_down_bias,
+        grad_weights,
+        *[None] * 7,
+    )
 
 
 _expert_mlp_op.register_autograd(
-    _backward_by(_expert_mlp_backward_op), setup_context=_save_for_backward
+    functools.partial(backward, _expert_mlp_backward_op), setup_context=save_for_backward
 )
 _expert_mlp_cpp_op.register_autograd(
-    _backward_by(_expert_mlp_cpp_backward_op), setup_context=_save_for_backward
+    functools.partial(backward, _expert_mlp_cpp_backward_op), setup_context=save_for_backward
 )
 backends.register("expert_mlp", "torch", _expert_mlp_op)
 backends.register(

@@ -131,7 +131,9 @@ def _plan_cpp_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 
 @_plan_op.register_fake
 @_plan_cpp_op.register_fake
-def _(top_k_index, num_experts):
+def fake(top_k_index, num_experts):
+    """Shapes of the op's results, on every backend."""
+
     def empty(size):
         return top_k_index.new_empty((size,), dtype=torch.int64)
 

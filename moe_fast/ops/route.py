@@ -28,6 +28,7 @@ arXiv 2412.17364 (renormalize).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -174,7 +175,8 @@ def route(
             f"mode={mode!r} needs sentences: give x as [B, L, D], or cu_seqlens beside [T, D]; "
             f"got x {list(x.shape)} and no cu_seqlens."
         )
-    run = backends.select("route", backend, x.device)
+    computed_in = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
+    run = backends.select("route", backend, x.device, computed_in)
     weights, logits, index, counts = run(
         tokens, router_weight, num_experts_per_tok, mode, weight_mode, mask, starts
     )
@@ -309,6 +311,16 @@ def sentence_of_token(starts: Tensor, num_tokens: int) -> Tensor:
     return sentence.clamp(max=starts.shape[0] - 2)
 
 
+def check_logits(logits: Tensor) -> None:
+    """Raise ``ValueError`` for logits that are not finite, where values are checked."""
+    if checks_values(logits.device) and not logits.isfinite().all():
+        row = int((~logits.isfinite()).any(-1).nonzero()[0])
+        raise ValueError(
+            f"router logits must not be NaN or infinite; got {logits[row].tolist()} for token "
+            f"{row}: x or router_weight holds such values."
+        )
+
+
 class _Choice:
     """What the choice is made on: token logits, or sentence means, and the way back to tokens."""
 
@@ -409,12 +421,7 @@ def _route_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_starts(starts, x.shape[0])
     logits = _router_logits(x, router_weight, token_mask)
-    if checks_values(x.device) and not logits.isfinite().all():
-        row = int((~logits.isfinite()).any(-1).nonzero()[0])
-        raise ValueError(
-            f"router logits must not be NaN or infinite; got {logits[row].tolist()} for token "
-            f"{row}: x or router_weight holds such values."
-        )
+    check_logits(logits)
     choice = _Choice(logits, mode, token_mask, starts)
     index = _chosen(choice.logits, num_experts_per_tok, mode)
     weights = _weights(choice.logits, index, weight_mode)
@@ -425,7 +432,8 @@ def _route_op(
 
 
 @_route_op.register_fake
-def _(x, router_weight, num_experts_per_tok, mode, weight_mode, token_mask, starts):
+def fake(x, router_weight, num_experts_per_tok, mode, weight_mode, token_mask, starts):
+    """Shapes of the forward op's results, on every backend."""
     num_tokens, num_experts = x.shape[0], router_weight.shape[0]
     k = num_experts if mode == "dense" else num_experts_per_tok
     dtype = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
@@ -466,13 +474,15 @@ def _route_backward_op(
 
 
 @_route_backward_op.register_fake
-def _(grad_weights, grad_logits, x, router_weight, *rest):
+def fake_backward(grad_weights, grad_logits, x, router_weight, *rest):
+    """Shapes of the backward op's results, on every backend."""
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(
         router_weight, memory_format=torch.contiguous_format
     )
 
 
-def _save_for_route_backward(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
+    """Keep the op's tensors and the logits."""
     x, router_weight, k, mode, weight_mode, token_mask, starts = inputs
     _, logits, index, counts = output
     ctx.save_for_backward(x, router_weight, logits, token_mask, starts)
@@ -480,15 +490,18 @@ def _save_for_route_backward(ctx, inputs, output):
     ctx.mark_non_differentiable(index, counts)
 
 
-def _route_backward(ctx, grad_weights, grad_logits, _index, _counts):
+def backward(op, ctx, grad_weights, grad_logits, _index, _counts):
+    """The gradients of the forward op's inputs, by the backward op ``op``."""
     x, router_weight, logits, token_mask, starts = ctx.saved_tensors
-    grads = _route_backward_op(
+    grads = op(
         grad_weights, grad_logits, x, router_weight, logits, *ctx.settings, token_mask, starts
     )
     return *grads, None, None, None, None, None
 
 
-_route_op.register_autograd(_route_backward, setup_context=_save_for_route_backward)
+_route_op.register_autograd(
+    functools.partial(backward, _route_backward_op), setup_context=save_for_backward
+)
 
 
 @torch.library.custom_op("moe_fast::route_enforced", mutates_args=())

@@ -93,6 +93,8 @@ def test_embedding_refuses_vectors_that_differ(tiny_encoder):
     check({"moe_fast": y, "eager, padded": y.clone(), "dense": y * 2})
     with pytest.raises(AssertionError, match="vectors differ by"):
         check({"moe_fast": y, "eager, padded": y * 1.001, "dense": y})
+
+
 def test_contrastive_loss_writes_every_figure(tmp_path, capsys):
     path = tmp_path / "contrastive_loss.json"
     sizes = ["--batch", "64", "--dim", "8", "--chunks", "16", "--rounds", "1", "--large", "128"]

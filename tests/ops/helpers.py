@@ -111,11 +111,12 @@ def opcheck_calls(function: Callable[[], Any], expected: set[str]) -> None:
     """Run ``function``, then ``torch.library.opcheck`` on every moe_fast op it called.
 
     Recording the calls instead of writing the arguments down keeps the ops' registered
-    signatures, which are private, out of the tests.
+    signatures, which are private, out of the tests. A backend's name in an op's does not count.
     """
     with RecordOps() as recorded:
         function()
-    assert set(recorded.calls) == {f"moe_fast::{name}" for name in expected}
+    called = {name.replace("_triton", "") for name in recorded.calls}
+    assert called == {f"moe_fast::{name}" for name in expected}
     for name, (op, args, kwargs) in recorded.calls.items():
         # Backward ops have no backward of their own.
         differentiable = not name.endswith("_backward")

@@ -1,0 +1,293 @@
+"""The correctness half of ``bench/gpu.py``: errors against float64, and what only a GPU shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_cases import BOUNDS, LOADS, Case, Problem, covering, relative_error
+from moe_fast import ops
+
+# Section 4 of the kernels' notes, and widths that are no multiple of 16.
+GRID = dict(
+    tokens=(0, 1, 257, 4099),
+    experts=(1, 2, 3, 5, 6, 7, 8, 16),
+    k=(1, 2, "E"),
+    dim=(64, 384, 389, 512, 768, 1024),
+    dtype=tuple(BOUNDS),
+    gated=(False, True),
+    bias=(True, False),
+    load=LOADS,
+    recompute=(None, "up"),
+)
+DRY_GRID = dict(
+    tokens=(0, 1, 37),
+    experts=(1, 3),
+    k=(1, "E"),
+    dim=(13, 16),
+    dtype=(torch.float32, torch.bfloat16),
+    gated=(False, True),
+    bias=(True, False),
+    load=LOADS,
+    recompute=(None, "up"),
+)
+ROUTES = dict(
+    tokens=(1, 257, 4099),
+    experts=(2, 3, 8, 16),
+    k=(1, 2, "E"),
+    dim=(64, 389, 768),
+    dtype=tuple(BOUNDS),
+    mode=("token_topk", "sentence_topk", "dense"),
+    weight_mode=("renormalize", "probability", "straight_through"),
+)
+DRY_ROUTES = {**ROUTES, "tokens": (1, 37), "experts": (2, 5), "dim": (13,)}
+# Logits are float32 sums: choices closer than this may differ from float64's.
+_MARGIN = 1e-4
+
+
+def poison(device: torch.device) -> None:
+    """Leave NaN in the memory that the allocator hands out next."""
+    if device.type == "cuda":
+        torch.full((1 << 28,), float("nan"), device=device)
+
+
+def check_grid(
+    grid: Iterable[dict[str, Any]],
+    check: Callable[[dict[str, Any], torch.device], dict[str, float]],
+    device: torch.device,
+    seconds: float,
+) -> dict[str, Any]:
+    """Check cases until the time is up.
+
+    Returns:
+        How many of how many were checked, the largest error of each tensor over its bound, and
+        the failures.
+    """
+    grid, start, count = list(grid), time.monotonic(), 0
+    worst: dict[str, float] = {}
+    failures: list[str] = []
+    for settings in grid:
+        if time.monotonic() - start > seconds:
+            break
+        count += 1
+        poison(device)
+        try:
+            shares = check(settings, device)
+        except Exception as error:  # the other cases are worth checking
+            failures.append(f"{settings}: {type(error).__name__}: {error}")
+            continue
+        for name, share in shares.items():
+            worst[name] = max(worst.get(name, 0.0), share)
+            if not share <= 1:
+                failures.append(f"{settings}: {name} {share:.3g} times its bound")
+    return {"checked": count, "of": len(grid), "error_over_bound": worst, "failures": failures}
+
+
+def check_experts(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Errors of y and of every gradient over their bound."""
+    settings = dict(settings)
+    recompute = settings.pop("recompute")
+    experts, dim = settings["experts"], settings["dim"]
+    k = experts if settings["k"] == "E" else min(settings["k"], experts)
+    case = Case(**{**settings, "k": k, "hidden": 4 * dim if dim % 2 == 0 else 2 * dim + 1})
+    torch.manual_seed(0)
+    problem = Problem(case, device)
+    expected = problem.results("torch", torch.float64)
+    actual = problem.results("triton", recompute=recompute)
+    errors = {n: relative_error(actual[n], e) / BOUNDS[case.dtype] for n, e in expected.items()}
+    plans = [ops.plan(problem.top_k_index, experts, backend=b) for b in ("torch", "triton")]
+    fields = ("expert_offsets", "row_to_token", "row_to_slot", "slot_to_row")
+    plan = max(_differ(*(getattr(plan, field) for plan in plans)) for field in fields)
+    return {**errors, "plan": plan}
+
+
+def _differ(actual: Tensor, expected: Tensor) -> float:
+    """0, or more than the bound allows."""
+    return 0.0 if torch.equal(actual, expected) else float("inf")
+
+
+def check_route(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Errors of weights, logits and gradients over their bound; ids and counts must be equal."""
+    s = settings
+    experts, mode = s["experts"], s["mode"]
+    k = experts if s["k"] == "E" or mode == "dense" else s["k"]
+    torch.manual_seed(0)
+    x = torch.randn(s["tokens"], s["dim"], device=device).to(s["dtype"])
+    weight = (torch.randn(experts, s["dim"], device=device) / s["dim"] ** 0.5).to(s["dtype"])
+    starts = torch.linspace(0, s["tokens"], 4, device=device).long()
+    mask = torch.rand(s["tokens"], device=device) < 0.9
+    if mode == "token_topk" and k < experts:
+        top = (x.double() @ weight.double().t()).sort(descending=True).values
+        mask &= top[:, k - 1] - top[:, k] > _MARGIN
+    expected, *grads = _routed(x.double(), weight.double(), k, mask, starts, s, "torch")
+    actual, *own = _routed(x, weight, k, mask, starts, s, "triton")
+    assert expected.router_logits is not None and actual.router_logits is not None  # learned
+    bound, exact = BOUNDS[s["dtype"]], BOUNDS[torch.float32]
+    return {
+        "ids": _differ(actual.top_k_index, expected.top_k_index),
+        "counts": _differ(actual.tokens_per_expert, expected.tokens_per_expert),
+        "weights": relative_error(actual.top_k_weights, expected.top_k_weights) / exact,
+        "logits": relative_error(actual.router_logits, expected.router_logits) / exact,
+        "grad of x": relative_error(own[0], grads[0]) / bound,
+        "grad of router_weight": relative_error(own[1], grads[1]) / bound,
+    }
+
+
+def _routed(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    mask: Tensor,
+    starts: Tensor,
+    settings: dict[str, Any],
+    backend: str,
+) -> tuple[ops.Routing, Tensor, Tensor]:
+    """The route of what learns it, and the gradients of x and of the router's weight."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    routing = ops.route(
+        leaves[0],
+        leaves[1],
+        k,
+        mode=settings["mode"],
+        weight_mode=settings["weight_mode"],
+        token_mask=mask,
+        cu_seqlens=starts,
+        backend=backend,
+    )
+    torch.manual_seed(1)
+    outputs = [t for t in (routing.top_k_weights, routing.router_logits) if t is not None]
+    upstream = [torch.randn(t.shape, device=t.device).to(t.dtype) for t in outputs]
+    grad_x, grad_weight = torch.autograd.grad(outputs, leaves, upstream)
+    return routing, grad_x, grad_weight
+
+
+def routes(grid: dict[str, Any]) -> list[dict[str, Any]]:
+    """The combinations that exist: renormalize alone needs more than one expert."""
+    return [
+        s
+        for s in covering(grid)
+        if (s["mode"] == "dense") == (s["weight_mode"] == "probability" and s["k"] == "E")
+        and not (s["weight_mode"] == "straight_through" and s["k"] != 1)
+        and not (s["weight_mode"] == "renormalize" and s["k"] == 1)
+    ]
+
+
+# --- what is neither an error nor a time ---------------------------------------------------------
+
+
+def whole_layer(case: Case, device: torch.device) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Route, plan and experts, forward and backward, as a function of x."""
+    problem = Problem(case, device)
+    leaves = problem.leaves()
+    router = torch.randn(case.experts, case.dim, device=device, dtype=case.dtype)
+    router = (router * case.dim**-0.5).requires_grad_()
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        routing = ops.route(x, router, case.k, backend="triton")
+        plan = ops.plan(routing.top_k_index, case.experts, backend="triton")
+        y = problem.forward({**leaves, "x": x, "top_k_weights": routing.top_k_weights}, plan)
+        weights = [leaves[n] for n in ("up_proj", "down_proj", "up_proj_bias", "down_proj_bias")]
+        wanted = [x, router, *(w for w in weights if w is not None)]
+        return y.detach(), *torch.autograd.grad(y, wanted, problem.upstream)
+
+    return run
+
+
+def check_repeats(case: Case, device: torch.device) -> str:
+    """Two runs must agree to the last bit."""
+    run, x = whole_layer(case, device), _x(case, device)
+    _equal(run(x), run(x), "a second run")
+    return "bitwise equal"
+
+
+def check_no_sync(case: Case, device: torch.device) -> str:
+    """Forward and backward must not wait for the GPU; torch raises where something does."""
+    run, x = whole_layer(case, device), _x(case, device)
+    run(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "0 synchronisations"
+
+
+def check_graph(case: Case, device: torch.device) -> str:
+    """A captured CUDA graph must give on new tokens, routed elsewhere, what a plain run gives."""
+    run, x = whole_layer(case, device), _x(case, device)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(x)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(x)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        _equal(captured, run(x), "a replayed graph")
+    return "bitwise equal on new tokens"
+
+
+def check_far_offsets(case: Case, device: torch.device) -> str:
+    """More than 2^31 elements of z: the last tokens must come out as they do alone."""
+    assert case.tokens * case.k * case.width > 1 << 31, case
+    torch.manual_seed(0)
+    problem, last = Problem(case, device), slice(-64, None)
+    alone = Problem(Case(**{**vars(case), "tokens": 64}), device)
+    for name in ("x", "top_k_weights"):
+        tensor = problem.tensors[name]
+        assert tensor is not None
+        alone.tensors[name] = tensor[last].clone()
+    alone.tensors |= {
+        n: problem.tensors[n] for n in problem.tensors if n not in ("x", "top_k_weights")
+    }
+    alone.plan = ops.plan(problem.top_k_index[last], case.experts)
+    alone.upstream = problem.upstream[last].clone()
+    many, few = problem.results("triton"), alone.results("torch", torch.float64)
+    errors = {n: relative_error(many[n][last], few[n]) for n in ("y", "x", "top_k_weights")}
+    if not max(errors.values()) <= BOUNDS[case.dtype]:
+        raise AssertionError(f"{case}: {errors}")
+    return f"{case.tokens * case.k * case.width:,} elements of z; errors {errors}"
+
+
+def saved_bytes(case: Case, device: torch.device) -> dict[str, int]:
+    """Bytes that the forward keeps for the backward, parameters and plan aside."""
+    problem = Problem(case, device)
+    leaves = problem.leaves()
+    known = [t for n, t in leaves.items() if n not in ("x",) and t is not None]
+    plan = problem.plan
+    known += [plan.expert_offsets, plan.row_to_token, plan.row_to_slot, plan.slot_to_row]
+    ignored = {t.untyped_storage().data_ptr() for t in known}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = problem.forward(leaves)
+    del y
+    size = case.dtype.itemsize
+    rows = case.tokens * case.k
+    return {
+        "saved": sum(found.values()),
+        "x_and_z": size * (case.tokens * case.dim + rows * case.width),
+    }
+
+
+def _x(case: Case, device: torch.device) -> Tensor:
+    return torch.randn(case.tokens, case.dim, device=device).to(case.dtype)
+
+
+def _equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: str) -> None:
+    for position, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        if not torch.equal(a, e):
+            raise AssertionError(f"output {position} of {what} differs.")

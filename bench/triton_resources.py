@@ -1,0 +1,396 @@
+"""Compile every Triton kernel ahead of time, as it would be launched, and read what it uses.
+
+    python -m bench.triton_resources --write docs/kernels-resources.json
+
+No GPU is needed. The ops' backward and forward run on "meta" tensors of real sizes; each kernel
+launch is recorded with the types and the divisibility that Triton's launcher would find, and
+compiled for every target: registers, spills and shared memory come from the compiled code. A
+change of the table shows in review what a change of a kernel costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# How a product on tensor cores shows in the code, for 16-bit operands.
+TENSOR_CORES = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
+    "gfx942": r"v_mfma",
+}
+PRODUCTS = ("up_kernel", "linear_kernel", "grad_hidden_kernel", "grad_weight_kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is compiled for: T tokens, E experts, D, H, a dtype, float32 products as TF32 or not."""
+
+    tokens: int
+    experts: int
+    dim: int
+    hidden: int
+    dtype: torch.dtype
+    tf32: bool = False
+
+
+# BERT-base, and an odd shape that takes the masked paths. Left out: float16, which differs from
+# bfloat16 in a type alone, and the odd shape in TF32, which differs from float32 in a flag.
+_BASE, _ODD = (65_536, 8, 768, 3072), (1_001, 3, 389, 1019)
+PROBLEMS = {
+    "bfloat16": Problem(*_BASE, torch.bfloat16),
+    "float32": Problem(*_BASE, torch.float32),
+    "tf32": Problem(*_BASE, torch.float32, tf32=True),
+    "bfloat16-odd": Problem(*_ODD, torch.bfloat16),
+    "float32-odd": Problem(*_ODD, torch.float32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel as launched: enough to compile it again."""
+
+    kernel: Any  # triton.JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name and the settings that tell its variants apart."""
+        shown = [f"{n}={v}" for n, v in self.constants if n.isupper() and v is not None]
+        pointers = sorted({t for _, t in self.signature if t.startswith("*")} - {"*i64", "*i1"})
+        options = [f"{n}={v}" for n, v in self.options]
+        return " ".join([self.kernel.__name__, *shown, *options, *pointers])
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses.
+
+    Attributes:
+        registers: per thread.
+        spills: per thread; bytes, on gfx942 registers.
+        shared_memory: bytes per program.
+        tensor_cores: whether products run on them.
+    """
+
+    registers: int
+    spills: int
+    shared_memory: int
+    tensor_cores: bool
+
+
+# --- recording launches --------------------------------------------------------------------------
+
+
+def as_launch(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
+    """What Triton's launcher would make of the arguments."""
+    names = [p.name for p in kernel.params]
+    given = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
+    signature, constants, divisible = [], [], []
+    for position, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if isinstance(value, Tensor):
+            signature.append((parameter.name, _pointer(value.dtype)))
+            divisible.append(position)  # torch's allocator aligns to far more than 16 bytes
+        elif parameter.is_constexpr or value is None or value == 1:
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        else:
+            signature.append((parameter.name, "i32" if value < 1 << 31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(position)
+    options = tuple((n, v) for n, v in sorted(kwargs.items()) if n not in names)
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), options)
+
+
+def _pointer(dtype: torch.dtype) -> str:
+    names = {
+        torch.float32: "fp32",
+        torch.float16: "fp16",
+        torch.bfloat16: "bf16",
+        torch.int64: "i64",
+        torch.bool: "i1",
+    }
+    return "*" + names[dtype]
+
+
+@contextlib.contextmanager
+def recorded(target: str) -> Iterator[list[Launch]]:
+    """Collect kernel launches within the block instead of running them, as if on ``target``."""
+    from moe_fast.triton_ops import lookup
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = as_launch(self, args, kwargs)
+        if launch not in launches:
+            launches.append(launch)
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(lookup, "target_of", lambda index: target),
+        # The heuristic's configurations: no table goes by this name.
+        mock.patch.object(lookup, "gpu_name", lambda device: target),
+    ):
+        yield launches
+
+
+@contextlib.contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """float32 products rounded to TF32, as a user can allow them."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if wanted else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def launch_everything(problem: Problem) -> None:
+    """Every op's forward and backward, in every form that has kernels of its own."""
+    for k in (1, 2):
+        plan = _plan(problem, k)
+        for gated, act, bias in ((False, "gelu", True), (True, "gelu", False)):
+            _expert_mlp(problem, k, plan, gated=gated, act=act, bias=bias)
+        _expert_linear(problem, k, plan)
+    for mode, weight_mode, k in (
+        ("token_topk", "straight_through", 1),
+        ("token_topk", "renormalize", 2),
+        ("token_topk", "probability", 2),
+        ("sentence_topk", "renormalize", 2),
+        ("dense", "probability", problem.experts),
+    ):
+        _route(problem, mode, weight_mode, k)
+
+
+def _new(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _plan(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from moe_fast.triton_ops.plan import plan
+
+    return plan(_new(problem.tokens, k, dtype=torch.int64), problem.experts)
+
+
+def _expert_mlp(
+    problem: Problem, k: int, plan: tuple[Tensor, ...], *, gated: bool, act: str, bias: bool
+) -> None:
+    from moe_fast.ops import expert_mlp_triton
+
+    p, dtype = problem, problem.dtype
+    width = 2 * p.hidden if gated else p.hidden
+    tensors: tuple[Any, ...] = (
+        _new(p.tokens, p.dim, dtype=dtype),
+        _new(p.experts, width, p.dim, dtype=dtype),
+        _new(p.experts, p.dim, p.hidden, dtype=dtype),
+        _new(p.experts, width, dtype=dtype) if bias else None,
+        _new(p.experts, p.dim, dtype=dtype) if bias else None,
+        _new(p.tokens, k, dtype=torch.float32),
+        *plan,
+    )
+    forward: Callable[..., Any] = expert_mlp_triton.forward
+    gradients: Callable[..., Any] = expert_mlp_triton.gradients
+    for save in (True, False):
+        y, z = forward(*tensors, act, gated, save)
+        gradients(y, *tensors, z, act, gated)
+
+
+def _expert_linear(problem: Problem, k: int, plan: tuple[Tensor, ...]) -> None:
+    from moe_fast.ops import expert_linear_triton
+
+    p, dtype = problem, problem.dtype
+    tensors: tuple[Any, ...] = (
+        _new(p.tokens, p.dim, dtype=dtype),
+        _new(p.experts, p.hidden, p.dim, dtype=dtype),
+        _new(p.experts, p.hidden, dtype=dtype),
+        _new(p.tokens, k, dtype=torch.float32),
+        *plan,
+    )
+    y = expert_linear_triton.forward(*tensors)
+    expert_linear_triton.gradients(y, *tensors)
+
+
+def _route(problem: Problem, mode: str, weight_mode: str, k: int) -> None:
+    from moe_fast.triton_ops.choice import RouteSettings
+    from moe_fast.triton_ops.route import route
+    from moe_fast.triton_ops.route_grad import route_backward
+
+    x = _new(problem.tokens, problem.dim, dtype=problem.dtype)
+    router_weight = _new(problem.experts, problem.dim, dtype=problem.dtype)
+    mask = _new(problem.tokens, dtype=torch.bool)
+    starts = _new(129, dtype=torch.int64)
+    settings = RouteSettings(k, weight_mode, mode == "sentence_topk", mode == "dense")
+    weights, logits, _, _ = route(x, router_weight, settings, mask, starts, torch.float32)
+    route_backward(weights, logits, x, router_weight, logits, settings, mask, starts)
+
+
+# --- compiling -----------------------------------------------------------------------------------
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile for ``target`` and read what the code uses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(position,): [["tt.divisibility", 16]] for position in launch.divisible},
+    )
+    hip = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)
+    compiled = triton.compile(source, target=gpu, options=dict(launch.options))
+    if hip:
+        code = compiled.asm["amdgcn"]
+        registers, spills = (_amd_count(code, n) for n in ("vgpr_count", "vgpr_spill_count"))
+    else:
+        code = compiled.asm["ptx"]
+        registers, spills = _nvidia_counts(compiled.asm["cubin"])
+    cores = re.search(TENSOR_CORES[target], code) is not None
+    return Resources(registers, spills, compiled.metadata.shared, cores)
+
+
+def _amd_count(code: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s+(\d+)", code)
+    if found is None:
+        raise RuntimeError(f"no {name} in the compiled code")
+    return int(found[1])
+
+
+def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack: the kernels have no arrays, so that only spills take any."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump gives no registers: {usage.stdout}{usage.stderr}")
+    return int(found[1]), int(found[2])
+
+
+def faults(launch: Launch, target: str, used: Resources) -> list[str]:
+    """Why a kernel must not ship for ``target``; empty where nothing is wrong."""
+    from moe_fast.triton_ops.config import SHARED_MEMORY
+
+    found = []
+    if used.spills:
+        found.append(f"{used.spills} spills")
+    if used.shared_memory > SHARED_MEMORY[target]:
+        found.append(f"{used.shared_memory} bytes of shared memory > {SHARED_MEMORY[target]}")
+    narrow = any(t in ("*bf16", "*fp16") for _, t in launch.signature)
+    if narrow and launch.kernel.__name__ in PRODUCTS and not used.tensor_cores:
+        found.append(f"no {TENSOR_CORES[target]}")
+    return found
+
+
+def measure(
+    targets: Sequence[str],
+    names: Sequence[str],
+    only: str = "",
+    workers: int = 1,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, dict[str, dict]], list[str]]:
+    """Compile what the problems launch: the table target -> kernel -> resources, and what is wrong.
+
+    Args:
+        targets, names: of ``TARGETS`` and ``PROBLEMS``.
+        only: a regular expression on the kernels' names.
+        workers: kernels to compile at a time.
+        report: gets a line per kernel.
+    """
+    resources: dict[str, dict[str, dict]] = {}
+    wrong: list[str] = []
+    for target in targets:
+        with recorded(target) as launches:
+            for name in names:
+                with tf32(PROBLEMS[name].tf32):
+                    launch_everything(PROBLEMS[name])
+        launches = [launch for launch in launches if re.search(only, launch.name)]
+        rows = resources.setdefault(target, {})
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            compiled = pool.map(functools.partial(compile_launch, target=target), launches)
+            for launch, used in zip(launches, compiled, strict=True):
+                rows[_unique(launch, rows)] = dataclasses.asdict(used)
+                wrong += [f"{target} {launch.name}: {p}" for p in faults(launch, target, used)]
+                report(f"{target} {launch.name}: {used}")
+    return resources, wrong
+
+
+def format_table(version: str, resources: dict[str, dict[str, dict]]) -> str:
+    """JSON with a line per kernel, so that a difference shows one."""
+    targets = (
+        f'  "{target}": {{\n'
+        + ",\n".join(f"   {json.dumps(name)}: {json.dumps(used)}" for name, used in rows.items())
+        + "\n  }"
+        for target, rows in resources.items()
+    )
+    body = ",\n".join(targets)
+    return f'{{\n "triton": "{version}",\n "resources": {{\n{body}\n }}\n}}\n'
+
+
+def _unique(launch: Launch, rows: dict) -> str:
+    """Launches of one name differ in divisibility and in arguments that are 1: number them."""
+    name, number = launch.name, 2
+    while name in rows:
+        name = f"{launch.name} #{number}"
+        number += 1
+    return name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print, write the table. Exit code 1 if a kernel must not ship."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--only", default="", help="regular expression on the kernels' names")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="compile so many at once"
+    )
+    parser.add_argument("--write", type=Path, help="write the table to this JSON file")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("TRITON_INTERPRET must not be set: interpreted kernels are not compiled.")
+    resources, wrong = measure(
+        arguments.targets, arguments.problems, arguments.only, arguments.workers, print
+    )
+    for line in wrong:
+        print(f"PROBLEM {line}", file=sys.stderr)
+    if arguments.write:
+        import triton
+
+        arguments.write.write_text(format_table(triton.__version__, resources))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Backward through the down projection and the activation, in one grouped product.
+
+    dh = W2[e]^T . dO[token]                     dO: the gradient of y, before the routing weight w
+    dz = w * dh * act'(z)                        gated: [w dh act'(z1) z2,  w dh act(z1)]
+    wh = w * h,  h = act(z) computed again       so that dW2 = dO^T wh needs no weighting
+    dw = <dh, h>  (+ <dO, b2>, router_grad.py)   partial sums, one per column tile
+    db1[e] = sum of dz over e's rows             partial sums, one per row tile
+
+The partial sums are added in a fixed order: two runs agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Config
+from .launch import COLUMNS, accumulator, expert_block, precision, row_major, triton_dtype
+from .lookup import config_for
+from .numerics import activate, cast, dot, halves
+from .tiles import find_tile, swizzle, tile_bound
+
+
+@triton.jit
+def _finish(
+    grad_h,  # [BM, N]
+    n,  # [N] columns
+    weight,  # [BM, 1]
+    valid,  # [BM]
+    z_ptr,  # from here on at the tile's first row
+    grad_z_ptr,
+    weighted_h_ptr,
+    sum_ptr,
+    H,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    WANT_SUM: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Store dz, w * h and the columns' sums of dz; return the rows' <dh, h>."""
+    ACC: tl.constexpr = grad_h.dtype
+    OUT: tl.constexpr = grad_z_ptr.dtype.element_ty
+    row = tl.arange(0, grad_h.shape[0])[:, None]
+    mask = valid[:, None] & (n < H)[None, :]
+    at = row * (2 * H if GATED else H) + n[None, :]
+    h, slope = activate(tl.load(z_ptr + at, mask=mask, other=0).to(ACC), ACT, FAST)
+    weighted = grad_h * weight
+    if GATED:
+        z2 = tl.load(z_ptr + at + H, mask=mask, other=0).to(ACC)
+        grad_z2 = weighted * h
+        tl.store(grad_z_ptr + at + H, cast(grad_z2, OUT), mask=mask)
+        if WANT_SUM:
+            tl.store(sum_ptr + n + H, tl.sum(grad_z2, 0), mask=n < H)
+        slope *= z2
+        h *= z2
+    tl.store(weighted_h_ptr + (row * H + n[None, :]), cast(h * weight, OUT), mask=mask)
+    grad_z = weighted * slope
+    tl.store(grad_z_ptr + at, cast(grad_z, OUT), mask=mask)
+    if WANT_SUM:
+        tl.store(sum_ptr + n, tl.sum(grad_z, 0), mask=n < H)
+    return tl.sum(grad_h * h, 1)
+
+
+@triton.jit
+def grad_hidden_kernel(
+    grad_ptr,  # [T, K] dO
+    w_ptr,  # [E, K, H], any strides
+    z_ptr,  # [S, H], gated [S, 2H]
+    row_weight_ptr,  # [S] by slot
+    grad_z_ptr,  # as z
+    weighted_h_ptr,  # [S, H]
+    dot_ptr,  # [column tiles, S]
+    sum_ptr,  # [row tiles, width of z]
+    offsets_ptr,  # [E + 1]
+    row_to_token_ptr,  # [S]
+    row_to_slot_ptr,  # [S]
+    S,
+    E,
+    H,
+    K,
+    num_tiles,
+    stride_grad,
+    stride_we,
+    stride_wk,
+    stride_wn,
+    E_BLOCK: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    WANT_SUM: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of BM rows by BN columns of dh."""
+    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(H, BN), GROUP)
+    expert, first, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BM)
+    if expert >= E:
+        return
+    row = first + tl.arange(0, BM)
+    valid = row < end
+    n = column * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    token = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+    grad = grad_ptr + token[:, None] * stride_grad + k[None, :]
+    w = w_ptr + expert.to(tl.int64) * stride_we
+    w = w + n.to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
+    grad_h = tl.zeros((BM, BN), ACC)
+    for start in range(0, K, BK):
+        grad_mask, w_mask = valid[:, None], (n < H)[None, :]
+        if not EVEN_K:
+            grad_mask = grad_mask & (k < K - start)[None, :]
+            w_mask = w_mask & (k < K - start)[:, None]
+        grad_tile = tl.load(grad, mask=grad_mask, other=0)
+        grad_h = dot(grad_tile, tl.load(w, mask=w_mask, other=0), grad_h, PRECISION)
+        grad += BK
+        w += BK * stride_wk
+
+    slot = tl.load(row_to_slot_ptr + row, mask=valid, other=0)
+    weight = tl.load(row_weight_ptr + slot, mask=valid, other=0).to(ACC)[:, None]
+    # 64-bit bases, 32-bit offsets within the tile: fewer registers.
+    width = 2 * H if GATED else H
+    z_ptr += first * width
+    grad_z_ptr += first * width
+    weighted_h_ptr += first * H
+    sum_ptr += tile.to(tl.int64) * width
+    left, right = halves(grad_h)
+    n = column * BN + tl.arange(0, BN // 2)
+    dots = _finish(
+        left,
+        n,
+        weight,
+        valid,
+        z_ptr,
+        grad_z_ptr,
+        weighted_h_ptr,
+        sum_ptr,
+        H,
+        ACT,
+        GATED,
+        WANT_SUM,
+        FAST,
+    )
+    dots += _finish(
+        right,
+        n + BN // 2,
+        weight,
+        valid,
+        z_ptr,
+        grad_z_ptr,
+        weighted_h_ptr,
+        sum_ptr,
+        H,
+        ACT,
+        GATED,
+        WANT_SUM,
+        FAST,
+    )
+    tl.store(dot_ptr + column.to(tl.int64) * S + row, dots, mask=valid)
+
+
+@triton.jit
+def sum_tiles_kernel(
+    partial_ptr,  # [row tiles, N]
+    out_ptr,  # [E, N]
+    offsets_ptr,
+    N,
+    BLOCK_M: tl.constexpr,  # rows per tile
+    COLUMNS: tl.constexpr,
+):
+    """Sums of the row tiles of one expert, in their order."""
+    expert = tl.program_id(0)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    tile = tl.zeros((), tl.int64)  # the expert's first tile: those of the experts before it
+    for before in range(0, expert):
+        rows = tl.load(offsets_ptr + before + 1) - tl.load(offsets_ptr + before)
+        tile += (rows + BLOCK_M - 1) // BLOCK_M
+    rows = tl.load(offsets_ptr + expert + 1) - tl.load(offsets_ptr + expert)
+    total = tl.zeros((COLUMNS,), partial_ptr.dtype.element_ty)
+    for _ in range(0, rows, BLOCK_M):
+        total += tl.load(partial_ptr + tile * N + n, mask=n < N, other=0)
+        tile += 1
+    out = out_ptr + expert.to(tl.int64) * N + n
+    tl.store(out, cast(total, out_ptr.dtype.element_ty), mask=n < N)
+
+
+def grad_hidden(
+    grad: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    row_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    *,
+    act: str,
+    gated: bool,
+    want_bias: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dz, w * h, the parts of <dh, h> and db1; rows behind ``expert_offsets[E]`` are not written.
+
+    Args:
+        grad: [T, K], the gradient of y.
+        weight: [E, K, H], the down projection, any strides.
+        z: [S, H], gated [S, 2H], of :func:`up`.
+        row_weights: [S] by slot, float32 or float64.
+        want_bias: whether db1 is wanted; else it comes back empty.
+        config: tile sizes; ``None``: the table's or the heuristic's.
+
+    Returns:
+        dz, as z; w * h [S, H]; partial dots [column tiles, S] in the accumulator's dtype;
+        db1 [E, H], gated [E, 2H], or [E, 0].
+    """
+    num_rows, (num_experts, k, hidden) = row_to_token.shape[0], weight.shape
+    kernel = "gated_grad_hidden" if gated else "grad_hidden"
+    config = config or config_for(kernel, grad, hidden, k, num_rows // num_experts)
+    acc = accumulator(grad.dtype)
+    num_tiles = tile_bound(num_rows, num_experts, config.block_m)
+    columns = triton.cdiv(hidden, config.block_n)
+    grad_z, weighted_h = z.new_empty(z.shape), z.new_empty(num_rows, hidden)
+    dots = z.new_empty(columns, num_rows, dtype=acc)
+    width = z.shape[1] if want_bias else 0
+    partial_sums = z.new_empty(num_tiles, width, dtype=acc)
+    bias_grad = z.new_empty(num_experts, width)
+    grad = row_major(grad)
+    if num_rows and hidden:
+        grad_hidden_kernel[(num_tiles * columns,)](
+            grad,
+            weight,
+            z,
+            row_weights,
+            grad_z,
+            weighted_h,
+            dots,
+            partial_sums,
+            expert_offsets,
+            row_to_token,
+            row_to_slot,
+            num_rows,
+            num_experts,
+            hidden,
+            k,
+            num_tiles,
+            grad.stride(0),
+            *weight.stride(),
+            E_BLOCK=expert_block(num_experts),
+            ACT=act,
+            GATED=gated,
+            WANT_SUM=want_bias,
+            EVEN_K=k % config.block_k == 0,
+            FAST=grad.dtype.itemsize == 2,
+            PRECISION=precision(grad.dtype),
+            ACC=triton_dtype(acc),
+            **config.meta(),
+        )
+    if bias_grad.numel():
+        sum_tiles_kernel[(num_experts, triton.cdiv(width, COLUMNS))](
+            partial_sums,
+            bias_grad,
+            expert_offsets,
+            width,
+            BLOCK_M=config.block_m,
+            COLUMNS=COLUMNS,
+        )
+    return grad_z, weighted_h, dots, bias_grad

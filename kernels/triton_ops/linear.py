@@ -1,0 +1,153 @@
+"""Grouped product: every row through the linear map of its expert.
+
+    out[r] = weight[r] * (W[e] . a[r] + bias[e])        for the rows r of expert e
+
+``a`` is read by row, or gathered by token; ``out`` is written by row, or straight in token order.
+Down projection, input gradients and ``expert_linear`` are all this product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Config
+from .launch import accumulator, expert_block, precision, row_major, triton_dtype
+from .lookup import config_for
+from .numerics import cast, dot
+from .tiles import find_tile, swizzle, tile_bound
+from .zero_tail import zero_tail
+
+
+@triton.jit
+def linear_kernel(
+    a_ptr,  # [T or S, K]
+    w_ptr,  # [E, N, K], any strides
+    bias_ptr,  # [E, N]
+    row_weight_ptr,  # [S] by slot
+    out_ptr,  # [T or S, N]
+    offsets_ptr,  # [E + 1]
+    row_to_token_ptr,  # [S]
+    row_to_slot_ptr,  # [S]
+    E,
+    N,
+    K,
+    num_tiles,
+    stride_a,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    E_BLOCK: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of BM rows by BN columns."""
+    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(N, BN), GROUP)
+    expert, first, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BM)
+    if expert >= E:
+        return
+    row = first + tl.arange(0, BM)
+    valid = row < end
+    n = column * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    source = row
+    if GATHER:
+        source = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+    a = a_ptr + source[:, None] * stride_a + k[None, :]
+    w = w_ptr + expert.to(tl.int64) * stride_we
+    w = w + n.to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
+    acc = tl.zeros((BM, BN), ACC)
+    for start in range(0, K, BK):
+        a_mask, w_mask = valid[:, None], (n < N)[None, :]
+        if not EVEN_K:
+            a_mask = a_mask & (k < K - start)[None, :]
+            w_mask = w_mask & (k < K - start)[:, None]
+        acc = dot(
+            tl.load(a, mask=a_mask, other=0), tl.load(w, mask=w_mask, other=0), acc, PRECISION
+        )
+        a += BK
+        w += BK * stride_wk
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0).to(ACC)[None, :]
+    if WEIGHTED:
+        slot = tl.load(row_to_slot_ptr + row, mask=valid, other=0)
+        acc *= tl.load(row_weight_ptr + slot, mask=valid, other=0).to(ACC)[:, None]
+    target = row
+    if SCATTER:
+        target = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+    out = out_ptr + target[:, None] * N + n[None, :]
+    tl.store(out, cast(acc, out_ptr.dtype.element_ty), mask=valid[:, None] & (n < N)[None, :])
+
+
+def linear(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_weights: Tensor | None,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    *,
+    gather: bool,
+    scatter: bool,
+    config: Config | None = None,
+) -> Tensor:
+    """The grouped product; rows behind ``expert_offsets[E]`` are not written, unless ``scatter``.
+
+    Args:
+        a: [S, K]; with ``gather`` [T, K].
+        weight: [E, N, K] in a's dtype, any strides.
+        bias: [E, N] or ``None``.
+        row_weights: [S] by slot, float32 or float64, or ``None`` for 1.
+        expert_offsets, row_to_token, row_to_slot: [E + 1], [S], [S] int64.
+        scatter: write row r at its token, and zeros at the tokens of skipped rows. Right only
+            where every token has one row.
+        config: tile sizes; ``None``: the table's or the heuristic's.
+
+    Returns:
+        [S, N] in a's dtype; with ``scatter`` [S, N] by token.
+    """
+    num_rows, (num_experts, n, k) = row_to_token.shape[0], weight.shape
+    out = a.new_empty(num_rows, n)
+    if not out.numel():
+        return out
+    kernel = "linear" if weight.stride(-1) == 1 else "linear_transposed"
+    config = config or config_for(kernel, a, n, k, num_rows // num_experts)
+    a, bias = row_major(a), None if bias is None else bias.contiguous()
+    num_tiles = tile_bound(num_rows, num_experts, config.block_m)
+    linear_kernel[(num_tiles * triton.cdiv(n, config.block_n),)](
+        a,
+        weight,
+        bias,
+        row_weights,
+        out,
+        expert_offsets,
+        row_to_token,
+        row_to_slot,
+        num_experts,
+        n,
+        k,
+        num_tiles,
+        a.stride(0),
+        *weight.stride(),
+        E_BLOCK=expert_block(num_experts),
+        GATHER=gather,
+        SCATTER=scatter,
+        HAS_BIAS=bias is not None,
+        WEIGHTED=row_weights is not None,
+        EVEN_K=k % config.block_k == 0,
+        PRECISION=precision(a.dtype),
+        ACC=triton_dtype(accumulator(a.dtype)),
+        **config.meta(),
+    )
+    return zero_tail(out, expert_offsets, row_to_token, by_token=True) if scatter else out

@@ -1,0 +1,98 @@
+"""What every kernel needs: products, casts and activations that are right on every target.
+
+The accumulator is float32, or float64 for float64 inputs. Triton's interpreter reads bfloat16
+correctly but multiplies and rounds it wrongly, so there products run on float32 copies and the
+rounding to nearest even is written out.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_INTERPRETED = tl.constexpr(INTERPRETED)
+# Shapes below this are padded with zeros: the smallest operand that tl.dot takes.
+SMALLEST_DOT = 16
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` for tiles [M, K] and [K, N], in ``acc``'s dtype."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right columns of a tile [M, N]: epilogues take them in turn.
+
+    A whole tile beside what is computed from it, and all their addresses, would not fit the
+    registers.
+    """
+    N: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, N)), (0, 2, 1)))
+
+
+@triton.jit
+def cast(value, DTYPE: tl.constexpr):
+    """``value`` rounded to nearest even."""
+    if _INTERPRETED and tl.bfloat16 == DTYPE and value.dtype != tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(value == value, rounded, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def _half_erfc_pair(z):
+    """Phi(z), the normal distribution function, and exp(-z^2 / 2), with one exponential.
+
+    Abramowitz and Stegun 7.1.26: erfc(u) = poly(t) exp(-u^2), t = 1 / (1 + p u), u = |z|/sqrt(2);
+    absolute error of erf below 1.5e-7, below half a unit in the last place of 16-bit results.
+    """
+    u = tl.abs(z) * 0.7071067811865476
+    gauss = tl.exp(-u * u)
+    t = 1.0 / (1.0 + 0.3275911 * u)
+    poly = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
+    poly = t * (0.254829592 + t * (-0.284496736 + t * poly))
+    half_erfc = 0.5 * poly * gauss
+    return tl.where(z > 0, 1.0 - half_erfc, half_erfc), gauss
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def activate(z, ACT: tl.constexpr, FAST: tl.constexpr):
+    """``act(z)`` and ``act'(z)`` for z in the accumulator's dtype.
+
+    ``FAST`` takes the one-exponential erf for "gelu": enough for 16-bit results.
+    """
+    if ACT == "gelu":
+        if FAST:
+            phi, gauss = _half_erfc_pair(z)
+        else:
+            phi = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+            gauss = tl.exp(-0.5 * z * z)
+        value = z * phi
+        slope = phi + z * gauss * 0.3989422804014327
+    elif ACT == "gelu_tanh":
+        # 0.5 (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3)
+        s = _sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        value = z * s
+        slope = s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif ACT == "silu":
+        s = _sigmoid(z)
+        value = z * s
+        slope = s * (1.0 + z * (1.0 - s))
+    else:
+        tl.static_assert(ACT == "relu")
+        value = tl.maximum(z, 0.0)
+        slope = tl.where(z > 0, 1.0, 0.0).to(z.dtype)
+    return value, slope

@@ -1,0 +1,90 @@
+"""Tuning tables: tile sizes that a search found, a JSON file per GPU.
+
+    {"gpu": "NVIDIA H200", "configs": {"up/n3072/k768/rows8192/bfloat16": {"block_m": 128, ...}}}
+
+Tables that ship lie in ``tuning/``; a user's own in the folder that ``MOE_FAST_TUNING`` names.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+
+from .config import Config
+
+SHIPPED_TABLES = Path(__file__).parent / "tuning"
+OWN_TABLES = "MOE_FAST_TUNING"
+
+
+def table_key(kernel: str, n: int, k: int, rows_per_expert: int, dtype: torch.dtype) -> str:
+    """The key of a shape: ``up/n3072/k768/rows8192/bfloat16``; rows rounded to a power of two."""
+    bucket = triton.next_power_of_2(max(rows_per_expert, 1))
+    return f"{kernel}/n{n}/k{k}/rows{bucket}/{str(dtype).removeprefix('torch.')}"
+
+
+def table_paths(gpu: str) -> list[Path]:
+    """Where the tables of a GPU can lie; entries of a later one take precedence.
+
+    The last folder, which a search writes to, is ``MOE_FAST_TUNING``, if that is set.
+    """
+    own = os.environ.get(OWN_TABLES)
+    name = f"{gpu.replace(' ', '_').replace('/', '_')}.json"
+    return [folder / name for folder in (SHIPPED_TABLES, *([Path(own)] if own else []))]
+
+
+@functools.cache
+def load_table(gpu: str) -> Mapping[str, Config]:
+    """The tuning table of a GPU, read once; empty where there is none.
+
+    Raises:
+        ValueError: for a file that is not one: names the file, the entry and what is wrong.
+    """
+    table: dict[str, Config] = {}
+    for path in table_paths(gpu):
+        if path.exists():
+            table |= parse_table(path.read_text(), str(path))
+    return table
+
+
+def add_to_table(gpu: str, found: Mapping[str, Config]) -> Path:
+    """Write ``found`` over the entries of the GPU's last table, for later processes and this one.
+
+    The file holds either its old content or all of the new.
+    """
+    path = table_paths(gpu)[-1]
+    before = parse_table(path.read_text(), str(path)) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(format_table(gpu, {**before, **found}))
+    os.replace(part, path)
+    load_table.cache_clear()
+    return path
+
+
+def parse_table(text: str, source: str) -> dict[str, Config]:
+    """The table in ``text``, JSON ``{"gpu": name, "configs": {key: {block_m: ..., ...}}}``."""
+    try:
+        entries = json.loads(text)["configs"]
+        items = entries.items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{source} must be JSON with an object "configs": {error!r}.') from None
+    table = {}
+    for key, fields in items:
+        try:
+            table[key] = Config(**fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}, entry {key!r}: {error}") from None
+    return table
+
+
+def format_table(gpu: str, table: Mapping[str, Config]) -> str:
+    """The JSON that :func:`parse_table` reads, entries in order of their keys."""
+    configs = {key: asdict(table[key]) for key in sorted(table)}
+    return json.dumps({"gpu": gpu, "configs": configs}, indent=1) + "\n"

@@ -1,0 +1,242 @@
+"""A search for tile sizes: the products of one expert MLP, timed on this GPU.
+
+Nothing starts it but a caller. Each product is tuned by coordinate descent: from what it would be
+launched with, one setting at a time is moved to its next value up or down, and kept where that is
+faster. A configuration that does not fit the GPU, or whose results differ, is never chosen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from .config import Config, products_of
+from .grad_hidden import grad_hidden
+from .grad_weight import grad_weight
+from .linear import linear
+from .lookup import config_for, limit_of
+from .numerics import INTERPRETED
+from .plan import plan
+from .tables import table_key
+from .up import up
+
+# What each setting can be moved to.
+AXES: Mapping[str, tuple[int, ...]] = dict(
+    block_m=(16, 32, 64, 128, 256),
+    block_n=(16, 32, 64, 128, 256),
+    block_k=(16, 32, 64, 128),
+    num_warps=(4, 8),
+    num_stages=(1, 2, 3, 4, 5),
+    group_m=(1, 4, 8, 16),
+)
+# A difference smaller than this is noise.
+_GAIN = 0.98
+# Two configurations add the same terms in another order; anything wrong is far beyond this.
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+# Milliseconds of a launch with a configuration.
+Timer = Callable[[Callable[[Config], object], Config], float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An expert MLP and its load: T tokens, K experts each, spread evenly over E."""
+
+    tokens: int
+    experts: int
+    k: int
+    dim: int
+    hidden: int
+    dtype: torch.dtype
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "experts", "k", "dim", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.k > self.experts:
+            raise ValueError(f"k must be at most experts = {self.experts}; got {self.k}.")
+        if self.dtype not in _TOLERANCES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in _TOLERANCES)
+            raise ValueError(f"dtype must be one of {names}; got {self.dtype}.")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One grouped product: what its configuration is looked up by, and how it is launched."""
+
+    name: str
+    kernel: str
+    n: int
+    k: int
+    launch: Callable[[Config], Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search found for a product; milliseconds of both, and how many it tried."""
+
+    product: str
+    before: Config
+    after: Config
+    before_ms: float
+    after_ms: float
+    tried: int
+
+
+def products(problem: Problem, device: torch.device) -> Iterator[Product]:
+    """The six products of the MLP's forward and backward, on random data."""
+    p, dtype = problem, problem.dtype
+    width = 2 * p.hidden if p.gated else p.hidden
+
+    def new(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    x, grad = new(p.tokens, p.dim), new(p.tokens, p.dim)
+    w1, b1 = new(p.experts, width, p.dim, scale=p.dim**-0.5), new(p.experts, width)
+    w2, b2 = new(p.experts, p.dim, p.hidden, scale=p.hidden**-0.5), new(p.experts, p.dim)
+    ids = torch.rand(p.tokens, p.experts, device=device).topk(p.k).indices
+    weights = torch.rand(p.tokens * p.k, device=device)
+    rows = plan(ids, p.experts)[:3]
+    form = dict(act="silu" if p.gated else "gelu", gated=p.gated)
+    z, h = up(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True)
+    dz, wh, _, _ = grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True)
+    one = p.k == 1  # rows are written where their tokens are
+
+    yield Product(
+        "up", "gated_up" if p.gated else "up", p.hidden, p.dim,
+        lambda c: up(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True, config=c)[1],
+    )  # fmt: skip
+    yield Product(
+        "down", "linear", p.dim, p.hidden,
+        lambda c: linear(h, w2, b2, weights, *rows, gather=False, scatter=one, config=c),
+    )  # fmt: skip
+    yield Product(
+        "grad_hidden", "gated_grad_hidden" if p.gated else "grad_hidden", p.hidden, p.dim,
+        lambda c: grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True, config=c)[0],
+    )  # fmt: skip
+    yield Product(
+        "grad_x", "linear_transposed", p.dim, width,
+        lambda c: linear(dz, w1.mT, None, None, *rows, gather=False, scatter=one, config=c),
+    )  # fmt: skip
+    yield Product(
+        "grad_down", "grad_weight", p.hidden, p.dim,
+        lambda c: grad_weight(grad, wh, None, *rows, gather_a=True, gather_b=False, config=c),
+    )  # fmt: skip
+    yield Product(
+        "grad_up", "grad_weight", p.dim, width,
+        lambda c: grad_weight(dz, x, None, *rows, gather_a=False, gather_b=True, config=c),
+    )  # fmt: skip
+
+
+def neighbours(config: Config) -> Iterator[Config]:
+    """Configurations that differ from ``config`` in one setting, by one step of :data:`AXES`."""
+    for name, values in AXES.items():
+        here = getattr(config, name)
+        below, above = [v for v in values if v < here], [v for v in values if v > here]
+        for value in (*above[:1], *below[-1:]):
+            yield replace(config, **{name: value})
+
+
+def descend(
+    start: Config, cost: Callable[[Config], float], out_of_time: Callable[[], bool]
+) -> dict[Config, float]:
+    """Coordinate descent; all configurations tried, with their costs, the start's first.
+
+    Stops where no neighbour is better, or when ``out_of_time`` says so.
+    """
+    tried = {start: cost(start)}
+    best, moved = start, True
+    while moved:
+        moved = False
+        for candidate in neighbours(best):
+            if candidate in tried:
+                continue
+            if out_of_time():
+                return tried
+            tried[candidate] = cost(candidate)
+            if tried[candidate] < _GAIN * tried[best]:
+                best, moved = candidate, True
+                break
+    return tried
+
+
+def milliseconds(launch: Callable[[Config], object], config: Config) -> float:
+    """The median time of a launch; interpreted, of one."""
+    if INTERPRETED:
+        start = time.perf_counter()
+        launch(config)
+        return 1e3 * (time.perf_counter() - start)
+    return triton.testing.do_bench(lambda: launch(config), warmup=10, rep=50, return_mode="median")
+
+
+def search(
+    problem: Problem, device: torch.device, *, seconds: float, timer: Timer = milliseconds
+) -> dict[str, Choice]:
+    """Tile sizes for the products of ``problem``, by the keys of the tuning table.
+
+    Args:
+        problem: the sizes to tune for.
+        device: a GPU, or the CPU where kernels are interpreted.
+        seconds: how long to search, divided evenly among the products; at least one
+            configuration of each is timed.
+        timer: how launches are timed.
+
+    Raises:
+        ValueError: for ``seconds`` that are not positive.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive; got {seconds}.")
+    start = time.monotonic()
+    found, todo = {}, list(products(problem, device))
+    for number, product in enumerate(todo, 1):
+        deadline = start + seconds * number / len(todo)
+        choice = _tune(problem, product, device, deadline, timer)
+        key = table_key(product.kernel, product.n, product.k, _rows(problem), problem.dtype)
+        found[key] = choice
+    return found
+
+
+def _rows(problem: Problem) -> int:
+    """Rows per expert, as launchers count them."""
+    return problem.tokens * problem.k // problem.experts
+
+
+def _tune(
+    problem: Problem, product: Product, device: torch.device, deadline: float, timer: Timer
+) -> Choice:
+    """The fastest configuration found until ``deadline`` that gives the same result."""
+    like = torch.empty(0, dtype=problem.dtype, device=device)
+    before = config_for(product.kernel, like, product.n, product.k, _rows(problem))
+    limit, itemsize = limit_of(device), problem.dtype.itemsize
+
+    def cost(config: Config) -> float:
+        if config.shared_memory(itemsize, products_of(product.kernel)) > limit:
+            return float("inf")
+        try:
+            return timer(product.launch, config)
+        except (OutOfResources, PTXASError):
+            return float("inf")
+
+    tried = descend(before, cost, lambda: time.monotonic() > deadline)
+    expected = product.launch(before)
+    for after in sorted(tried, key=lambda c: tried[c]):
+        if after == before:
+            break
+        # Timed once more, next to each other: the search itself took long.
+        times = [timer(product.launch, config) for config in (before, after)]
+        if times[1] < _GAIN * times[0] and _agree(product.launch(after), expected):
+            return Choice(product.name, before, after, *times, len(tried))
+    return Choice(product.name, before, before, tried[before], tried[before], len(tried))
+
+
+def _agree(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by rounding alone; the whole-tensor norm judges."""
+    difference = (actual.float() - expected.float()).norm()
+    return bool(difference <= _TOLERANCES[expected.dtype] * expected.float().norm())

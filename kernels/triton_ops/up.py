@@ -1,0 +1,209 @@
+"""Up projection of the expert MLP, fused with its bias and activation.
+
+    z = W1[e] . x[token] + b1[e];  h = act(z);  gated: z = [z1, z2], h = act(z1) * z2
+
+x is gathered in the loads. z is rounded before it is activated, so that a backward pass that
+reads z finds the very same h.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Config
+from .launch import accumulator, expert_block, precision, row_major, triton_dtype
+from .lookup import config_for
+from .numerics import activate, cast, dot, halves
+from .tiles import find_tile, swizzle, tile_bound
+from .zero_tail import zero_tail
+
+
+@triton.jit
+def _finish(
+    z1,  # [BM, N] without bias
+    z2,  # [BM, N], for the gate
+    n,  # [N] columns
+    valid,  # [BM]
+    bias_ptr,  # the expert's
+    z_ptr,  # from here on at the tile's first row
+    h_ptr,
+    H,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_Z: tl.constexpr,
+    STORE_H: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Add the bias, store z and h."""
+    ACC: tl.constexpr = z1.dtype
+    OUT: tl.constexpr = h_ptr.dtype.element_ty
+    row = tl.arange(0, z1.shape[0])[:, None]
+    mask = valid[:, None] & (n < H)[None, :]
+    at = row * (2 * H if GATED else H) + n[None, :]
+    if HAS_BIAS:
+        z1 += tl.load(bias_ptr + n, mask=n < H, other=0).to(ACC)[None, :]
+    z1 = cast(z1, OUT)
+    if STORE_Z:
+        tl.store(z_ptr + at, z1, mask=mask)
+    if GATED:
+        if HAS_BIAS:
+            z2 += tl.load(bias_ptr + H + n, mask=n < H, other=0).to(ACC)[None, :]
+        z2 = cast(z2, OUT)
+        if STORE_Z:
+            tl.store(z_ptr + at + H, z2, mask=mask)
+    if STORE_H:
+        h, _ = activate(z1.to(ACC), ACT, FAST)
+        if GATED:
+            h *= z2.to(ACC)
+        tl.store(h_ptr + (row * H + n[None, :]), cast(h, OUT), mask=mask)
+
+
+@triton.jit
+def up_kernel(
+    x_ptr,  # [T, K]
+    w_ptr,  # [E, H, K], gated [E, 2H, K], any strides
+    bias_ptr,  # [E, H], gated [E, 2H]
+    z_ptr,  # [S, H], gated [S, 2H]
+    h_ptr,  # [S, H]
+    offsets_ptr,  # [E + 1]
+    row_to_token_ptr,  # [S]
+    E,
+    H,
+    K,
+    num_tiles,
+    stride_x,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    E_BLOCK: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_Z: tl.constexpr,
+    STORE_H: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of BM rows by BN columns of h; gated, both halves of z."""
+    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(H, BN), GROUP)
+    expert, first, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BM)
+    if expert >= E:
+        return
+    row = first + tl.arange(0, BM)
+    valid = row < end
+    n = column * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    token = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+    x = x_ptr + token[:, None] * stride_x + k[None, :]
+    w = w_ptr + expert.to(tl.int64) * stride_we
+    w = w + n.to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
+    second = tl.cast(H, tl.int64) * stride_wn
+    acc = tl.zeros((BM, BN), ACC)
+    if GATED:
+        acc2 = tl.zeros((BM, BN), ACC)
+    for start in range(0, K, BK):
+        x_mask, w_mask = valid[:, None], (n < H)[None, :]
+        if not EVEN_K:
+            x_mask = x_mask & (k < K - start)[None, :]
+            w_mask = w_mask & (k < K - start)[:, None]
+        x_tile = tl.load(x, mask=x_mask, other=0)
+        acc = dot(x_tile, tl.load(w, mask=w_mask, other=0), acc, PRECISION)
+        if GATED:
+            acc2 = dot(x_tile, tl.load(w + second, mask=w_mask, other=0), acc2, PRECISION)
+        x += BK
+        w += BK * stride_wk
+
+    # 64-bit bases, 32-bit offsets within the tile: fewer registers.
+    width = 2 * H if GATED else H
+    z_ptr += first * width
+    h_ptr += first * H
+    if HAS_BIAS:
+        bias_ptr += expert.to(tl.int64) * width
+    left, right = halves(acc)
+    if GATED:
+        left2, right2 = halves(acc2)
+    else:
+        left2, right2 = left, right
+    n = column * BN + tl.arange(0, BN // 2)
+    _finish(
+        left, left2, n, valid, bias_ptr, z_ptr, h_ptr, H,
+        ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, FAST,
+    )  # fmt: skip
+    _finish(
+        right, right2, n + BN // 2, valid, bias_ptr, z_ptr, h_ptr, H,
+        ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, FAST,
+    )  # fmt: skip
+
+
+def up(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    *,
+    act: str,
+    gated: bool,
+    want_z: bool,
+    want_h: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """z and h of all rows; behind ``expert_offsets[E]``, z is 0 and h is not written.
+
+    Args:
+        x: [T, K].
+        weight: [E, H, K], gated [E, 2H, K], in x's dtype, any strides.
+        bias: [E, H], gated [E, 2H], or ``None``.
+        act: "gelu", "gelu_tanh", "silu" or "relu".
+        want_z, want_h: which of the two to compute; the other comes back with no rows.
+        config: tile sizes; ``None``: the table's or the heuristic's.
+
+    Returns:
+        z [S, H], gated [S, 2H], and h [S, H], in x's dtype.
+    """
+    num_rows, (num_experts, width, k) = row_to_token.shape[0], weight.shape
+    hidden = width // 2 if gated else width
+    z = x.new_empty(num_rows if want_z else 0, width)
+    h = x.new_empty(num_rows if want_h else 0, hidden)
+    kernel = "gated_up" if gated else "up"
+    config = config or config_for(kernel, x, hidden, k, num_rows // num_experts)
+    num_tiles = tile_bound(num_rows, num_experts, config.block_m)
+    if not num_rows or not hidden:
+        return z, h
+    x, bias = row_major(x), None if bias is None else bias.contiguous()
+    up_kernel[(num_tiles * triton.cdiv(hidden, config.block_n),)](
+        x,
+        weight,
+        bias,
+        z,
+        h,
+        expert_offsets,
+        row_to_token,
+        num_experts,
+        hidden,
+        k,
+        num_tiles,
+        x.stride(0),
+        *weight.stride(),
+        E_BLOCK=expert_block(num_experts),
+        ACT=act,
+        GATED=gated,
+        HAS_BIAS=bias is not None,
+        STORE_Z=want_z,
+        STORE_H=want_h,
+        EVEN_K=k % config.block_k == 0,
+        FAST=x.dtype.itemsize == 2,
+        PRECISION=precision(x.dtype),
+        ACC=triton_dtype(accumulator(x.dtype)),
+        **config.meta(),
+    )
+    return zero_tail(z, expert_offsets, row_to_token, by_token=False) if want_z else z, h

@@ -1,0 +1,78 @@
+"""``moe-fast tune``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from moe_fast.cli.command import Run
+from moe_fast.cli.options import Device, ModelArgument
+
+EXAMPLE = "moe-fast tune mixture --tokens 65536"
+
+
+def run_command(
+    model: ModelArgument,
+    *,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a typical batch, padding left out.")
+    ] = 65_536,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option(help="What the model computes in, autocast included."),
+    ] = "bfloat16",
+    seconds: Annotated[float, typer.Option(min=1, help="How long to search, about.")] = 120.0,
+    device: Device = None,
+    run: Run,
+) -> None:
+    """Search tile sizes of the Triton kernels for a mixture on this GPU, for later runs to use.
+
+    They are written to the GPU's table, in the folder MOE_FAST_TUNING if that is set.
+    """
+    import torch
+
+    from moe_fast.ops.tuning import tune
+
+    mlp = _first_mixture(model)
+    tuned = tune(
+        mlp.hidden_size,
+        mlp.intermediate_size,
+        mlp.num_experts,
+        mlp.num_experts_per_tok,
+        tokens=tokens,
+        dtype=getattr(torch, dtype),
+        gated=mlp.gated,
+        seconds=seconds,
+        device=device,
+    )
+    for key, choice in tuned.choices.items():
+        print(f"{choice.product:12s} {key}: {_describe(choice)}")
+    run.say(f"{tuned.path}: {len(tuned.choices)} entries written")
+
+
+def _first_mixture(model: str) -> Any:
+    """The model's first mixture; all of its layers have the same sizes.
+
+    Raises:
+        ValueError: for a dense model, and for mixtures of single projections.
+    """
+    from moe_fast.cli.models import load_converted
+
+    loaded = load_converted(model)
+    encoder = getattr(loaded, "transformers_model", loaded)
+    mlps = encoder.moe_mlps() if hasattr(encoder, "moe_mlps") else {}
+    if not mlps:
+        raise ValueError(f"MODEL must have experts; {model} is dense")
+    mlp = next(iter(mlps.values()))
+    if mlp.target != "mlp":
+        raise ValueError(f"only mixtures of whole MLPs are tuned; {model} has target {mlp.target}")
+    return mlp
+
+
+def _describe(choice: Any) -> str:
+    """What changed, setting by setting."""
+    before, after = vars(choice.before), vars(choice.after)
+    changed = [f"{n} {before[n]} -> {after[n]}" for n in after if after[n] != before[n]]
+    times = f"{choice.before_ms:.3f} -> {choice.after_ms:.3f} ms" if changed else "unchanged"
+    return ", ".join([times, *changed, f"{choice.tried} tried"])

@@ -1,0 +1,107 @@
+"""transformers' MoE models on moe_fast's ops: ``experts_implementation="moe_fast"``.
+
+    model = AutoModel.from_pretrained(path, experts_implementation="moe_fast")
+    model.set_experts_implementation("moe_fast")
+
+``import moe_fast`` registers it. The model keeps its router and its parameters; the experts run on
+:func:`moe_fast.ops.expert_mlp`, whichever backend that has on the tensors' device. A gate function
+of the model's own (GPT-OSS), interleaved halves, an activation that the ops do not know or a norm
+behind each expert stay as the model has them, between two :func:`moe_fast.ops.expert_linear`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+from transformers.integrations import moe
+
+from moe_fast import ops
+from moe_fast.ops.activations import ACTIVATIONS
+from moe_fast.ops.checks import compute_dtype
+
+NAME = "moe_fast"
+# The ops' names of activations, by transformers' classes.
+_ACTS = {type(ACT2FN[name]): name for name in ACTIVATIONS if name in ACT2FN}
+
+
+def experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The experts of one layer; transformers' signature.
+
+    Args:
+        self: the layer's experts module, as ``use_experts_implementation`` describes it.
+        hidden_states: [T, D].
+        top_k_index: [T, K] int64; ids >= ``self.num_experts`` (expert parallelism) are skipped.
+        top_k_weights: [T, K].
+
+    Returns:
+        [T, D] in the dtype of ``hidden_states``.
+    """
+    up, up_bias = _projection(self, "gate_up_proj" if self.has_gate else "up_proj")
+    down, down_bias = _projection(self, "down_proj")
+    # At least float32, and as wide as the rows: the ops sum in the weights' dtype.
+    weights = top_k_weights.to(compute_dtype(hidden_states.dtype))
+    act = _fused_act(self)
+    if act is None:
+        y = _unfused(self, hidden_states, top_k_index, weights, (up, up_bias), (down, down_bias))
+    else:
+        plan = ops.plan(top_k_index, self.num_experts)
+        y = ops.expert_mlp(
+            hidden_states,
+            up,
+            down,
+            up_bias,
+            down_bias,
+            weights,
+            plan,
+            act=act,
+            gated=self.has_gate,
+        )
+    return y.to(hidden_states.dtype)
+
+
+def _projection(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight as [E, out, in] (a view) and bias [E, out] or ``None``."""
+    weight = getattr(experts, name)
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    return (weight.mT if experts.is_transposed else weight), bias
+
+
+def _fused_act(experts: Any) -> str | None:
+    """The activation's name if ``expert_mlp`` computes these experts; else ``None``."""
+    own_gate = type(experts)._apply_gate is not moe._default_apply_gate
+    if experts.has_gate and (own_gate or not experts.is_concatenated):
+        return None
+    if getattr(experts, "has_post_expert_norm", False):
+        return None
+    return _ACTS.get(type(getattr(experts, "act_fn", None)))
+
+
+def _unfused(
+    experts: Any,
+    x: Tensor,
+    top_k_index: Tensor,
+    weights: Tensor,
+    up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    """Every (token, slot) as a token of its own, so that the model's gate sees plain rows."""
+    num_tokens, k = top_k_index.shape
+    plan = ops.plan(top_k_index.reshape(-1, 1), experts.num_experts)
+    weights = weights.reshape(-1, 1)
+    one = torch.ones_like(weights)
+    z = ops.expert_linear(x.repeat_interleave(k, dim=0), *up, one, plan)
+    h = experts._apply_gate(z) if experts.has_gate else experts.act_fn(z)
+    if getattr(experts, "has_post_expert_norm", False):
+        rows = experts.post_expert_norm(ops.expert_linear(h, *down, one, plan))
+        rows = rows * torch.where(top_k_index.reshape(-1, 1) < experts.num_experts, weights, 0)
+    else:
+        rows = ops.expert_linear(h, *down, weights, plan)
+    return rows.view(num_tokens, k, -1).to(weights.dtype).sum(1)
+
+
+moe.ExpertsInterface.register(NAME, experts_forward)

@@ -1,0 +1,84 @@
+"""route on a GPU: logits, choice, weights and counts in one pass over x, by Triton."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import triton_backend
+from moe_fast.ops.checks import compute_dtype
+from moe_fast.ops.route import (
+    SENTENCE_MODES,
+    backward,
+    check_logits,
+    check_starts,
+    fake,
+    fake_backward,
+    save_for_backward,
+)
+
+
+def _settings(mode: str, weight_mode: str, k: int, num_experts: int) -> Any:
+    from moe_fast.triton_ops.choice import RouteSettings
+
+    dense = mode == "dense"
+    return RouteSettings(
+        k=num_experts if dense else k,
+        weight_mode=weight_mode,
+        sentences=mode in SENTENCE_MODES,
+        dense=dense,
+    )
+
+
+@torch.library.custom_op("moe_fast::route_triton", mutates_args=())
+@triton_backend.on_device
+def _route_op(
+    x: Tensor,
+    router_weight: Tensor,
+    num_experts_per_tok: int,
+    mode: str,
+    weight_mode: str,
+    token_mask: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from moe_fast.triton_ops import route
+
+    check_starts(starts, x.shape[0])
+    settings = _settings(mode, weight_mode, num_experts_per_tok, router_weight.shape[0])
+    dtype = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
+    results = route.route(x, router_weight, settings, token_mask, starts, dtype)
+    check_logits(results[1])
+    return results
+
+
+@torch.library.custom_op("moe_fast::route_triton_backward", mutates_args=())
+@triton_backend.on_device
+def _route_backward_op(
+    grad_weights: Tensor,
+    grad_logits: Tensor,
+    x: Tensor,
+    router_weight: Tensor,
+    logits: Tensor,
+    num_experts_per_tok: int,
+    mode: str,
+    weight_mode: str,
+    token_mask: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from moe_fast.triton_ops import route_grad
+
+    settings = _settings(mode, weight_mode, num_experts_per_tok, router_weight.shape[0])
+    return route_grad.route_backward(
+        grad_weights, grad_logits, x, router_weight, logits, settings, token_mask, starts
+    )
+
+
+_route_op.register_fake(fake)
+_route_backward_op.register_fake(fake_backward)
+_route_op.register_autograd(
+    functools.partial(backward, _route_backward_op), setup_context=save_for_backward
+)
+triton_backend.offer("route", _route_op)

@@ -1,0 +1,70 @@
+"""Where Triton's kernels can run, and running them on their tensors' GPU.
+
+The kernels (``kernels/triton_ops``) are imported at the first call: ``import moe_fast`` needs no
+Triton and no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+# As Triton reads it, when the kernels are imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+_OLDEST = (8, 0)  # bfloat16 and asynchronous copies
+
+
+def why_unavailable(device_type: str) -> str | None:
+    """Why Triton's kernels cannot run on ``device_type``; ``None`` if they can.
+
+    With ``TRITON_INTERPRET=1`` they run on the CPU, slowly: for tests, and only asked for by name.
+    """
+    if not _INSTALLED:
+        return "triton is not installed"
+    if device_type == "cpu":
+        return None if _INTERPRETED else "Triton kernels run on GPUs (tests: TRITON_INTERPRET=1)"
+    if device_type != "cuda":  # ROCm calls itself cuda too
+        return f"Triton kernels are written for CUDA and ROCm, not for {device_type}"
+    if _INTERPRETED:
+        return "TRITON_INTERPRET is set: kernels are interpreted, on the CPU only"
+    return _gpu_too_old()
+
+
+@torch.compiler.assume_constant_result
+def _gpu_too_old() -> str | None:
+    if torch.version.hip is not None or torch.cuda.get_device_capability() >= _OLDEST:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+
+
+def offer(op: str, run: Callable) -> None:
+    """Register ``run`` as the triton backend of ``op``.
+
+    float64 is for oracles: on a GPU the reference computes it, and no kernel is compiled for it.
+    The interpreter runs it, so that tests can compare the kernels' arithmetic to 1e-10.
+    """
+    left = () if _INTERPRETED else (torch.float64,)
+    backends.register(op, "triton", run, why_unavailable, leaves_to_torch=left)
+
+
+def on_device(kernels: Callable) -> Callable:
+    """Launch on the GPU of the first tensor, which need not be the current one."""
+
+    @functools.wraps(kernels)
+    def run(first: Tensor, *args: Any) -> Any:
+        if first.device.type != "cuda":
+            return kernels(first, *args)
+        with torch.cuda.device(first.device):
+            return kernels(first, *args)
+
+    return run

@@ -1,0 +1,79 @@
+"""Tile sizes of the Triton kernels for one GPU: searched when asked for, then looked up.
+
+A search writes the GPU's tuning table: into the folder that the environment variable
+``MOE_FAST_TUNING`` names, else beside the kernels. Later processes read it there. What no table
+has is launched as a heuristic says; no search starts by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_fast.ops import backends
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found.
+
+    Attributes:
+        path: the table that was written.
+        choices: for each entry of the table: ``product``, the configurations ``before`` and
+            ``after``, ``before_ms`` and ``after_ms`` on this GPU, and how many were ``tried``.
+    """
+
+    path: Path
+    choices: Mapping[str, Any]
+
+
+def tune(
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    num_experts_per_tok: int = 1,
+    *,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    gated: bool = False,
+    seconds: float = 120.0,
+    device: torch.device | str | None = None,
+) -> Tuned:
+    """Search tile sizes for an expert MLP's forward and backward, and write the GPU's table.
+
+    Args:
+        hidden_size, intermediate_size, num_experts, num_experts_per_tok: D, H, E, K.
+        tokens: T of a typical batch, padding left out. Tables are looked up by rows per expert,
+            T * K / E, rounded to a power of two.
+        dtype: float32, bfloat16 or float16; what the kernels will be given, autocast included.
+        gated: whether experts are gated.
+        seconds: how long to search, about.
+        device: a GPU; ``None``: the current one.
+
+    Raises:
+        RuntimeError: where the kernels cannot run; says why.
+        ValueError: for sizes and dtypes that make no problem.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    reason = backends.why_unavailable("expert_mlp", "triton", device.type)
+    if reason is not None:
+        raise RuntimeError(f"there is nothing to tune on {device.type}: {reason}.")
+    from moe_fast.triton_ops import lookup, tables
+    from moe_fast.triton_ops import tune as search
+
+    problem = search.Problem(
+        tokens=tokens,
+        experts=num_experts,
+        k=num_experts_per_tok,
+        dim=hidden_size,
+        hidden=intermediate_size,
+        dtype=dtype,
+        gated=gated,
+    )
+    choices = search.search(problem, device, seconds=seconds)
+    found = {key: choice.after for key, choice in choices.items()}
+    return Tuned(tables.add_to_table(lookup.gpu_name(device), found), choices)

@@ -1,0 +1,1 @@
+"""Tests of the Triton kernels; relative imports need the package."""

@@ -1,0 +1,114 @@
+"""The search on the kernels themselves, which are interpreted: what it finds is what is used."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from moe_fast.triton_ops import lookup, tables, tune
+from moe_fast.triton_ops.config import Config
+from triton.runtime.errors import OutOfResources
+
+from moe_fast import ops
+
+PROBLEM = tune.Problem(tokens=24, experts=3, k=2, dim=16, hidden=32, dtype=torch.float32)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_table(tmp_path, monkeypatch):
+    monkeypatch.setenv(tables.OWN_TABLES, str(tmp_path))
+    tables.load_table.cache_clear()
+    yield
+    tables.load_table.cache_clear()
+
+
+def by_size(launch, config: Config) -> float:
+    """A timer by which small tiles are fast, and which launches nothing."""
+    return float(config.block_m * config.block_n * config.block_k)
+
+
+def run_backward(problem: tune.Problem) -> None:
+    """An expert MLP of the problem's shape, forward and backward."""
+    width = 2 * problem.hidden if problem.gated else problem.hidden
+    sizes = dict(x=(problem.tokens, problem.dim), w1=(problem.experts, width, problem.dim))
+    x, w1 = (torch.randn(s, requires_grad=True) for s in sizes.values())
+    w2 = torch.randn(problem.experts, problem.dim, problem.hidden, requires_grad=True)
+    weights = torch.rand(problem.tokens, problem.k)
+    ids = torch.randint(problem.experts, weights.shape)
+    plan = ops.plan(ids, problem.experts)
+    act = "silu" if problem.gated else "gelu"
+    ops.expert_mlp(
+        x, w1, w2, None, None, weights, plan, act=act, gated=problem.gated, backend="triton"
+    ).sum().backward()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_is_found_is_what_every_product_is_launched_with(gated, monkeypatch):
+    problem = dataclasses.replace(PROBLEM, gated=gated)
+    found = tune.search(problem, CPU, seconds=1e-9, timer=by_size)
+    assert [c.product for c in found.values()] == [
+        "up", "down", "grad_hidden", "grad_x", "grad_down", "grad_up",
+    ]  # fmt: skip
+    # The time was up at once: what is in use is kept.
+    assert all(c.before == c.after and c.tried == 1 for c in found.values())
+    configs = {key: Config(16, 16, 16, group_m=number) for number, key in enumerate(found, 1)}
+    path = tables.add_to_table(lookup.gpu_name(CPU), configs)
+    assert path.name == "interpreter.json"
+    used = []
+    parse = dict(tables.load_table("interpreter"))
+    monkeypatch.setattr(lookup, "load_table", lambda gpu: Recorded(parse, used))
+    run_backward(problem)
+    assert set(used) == set(found)
+
+
+class Recorded(dict):
+    """A table that remembers which entries were asked for."""
+
+    def __init__(self, table, used):
+        super().__init__(table)
+        self.used = used
+
+    def get(self, key):
+        assert key in self, key
+        self.used.append(key)
+        return super().get(key)
+
+
+def test_a_faster_configuration_is_chosen_and_gives_the_same():
+    found = tune.search(PROBLEM, CPU, seconds=60, timer=by_size)
+    for choice in found.values():
+        assert choice.before == Config(32, 32, 32, 4, 1)
+        assert choice.after == Config(16, 16, 16, 4, 1)
+        assert (choice.before_ms, choice.after_ms) == (32.0**3, 16.0**3)
+
+
+def test_results_that_differ_are_not_chosen(monkeypatch):
+    up = next(tune.products(PROBLEM, CPU))
+    monkeypatch.setattr(tune, "products", lambda *_: [up])
+    monkeypatch.setattr(tune, "_agree", lambda actual, expected: False)
+    found = tune.search(PROBLEM, CPU, seconds=60, timer=by_size)
+    assert all(choice.after == choice.before for choice in found.values())
+    assert all(choice.tried > 10 for choice in found.values())
+
+
+def test_a_configuration_that_the_gpu_refuses_is_not_chosen():
+    def timer(launch, config):
+        if config.block_m == 16:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return by_size(launch, config)
+
+    found = tune.search(PROBLEM, CPU, seconds=60, timer=timer)
+    assert all(choice.after == Config(32, 16, 16, 4, 1) for choice in found.values())
+
+
+def test_times_are_of_launches():
+    launched = []
+    assert tune.milliseconds(launched.append, Config()) > 0
+    assert launched == [Config()]
+
+
+def test_seconds_must_be_positive():
+    with pytest.raises(ValueError, match="seconds must be positive; got 0"):
+        tune.search(PROBLEM, CPU, seconds=0)

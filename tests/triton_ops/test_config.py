@@ -1,0 +1,56 @@
+"""Tile sizes: the heuristic, and what fits shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.helpers import assert_says
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from moe_fast.triton_ops import config as c
+
+
+@pytest.mark.parametrize("target", [*c.SHARED_MEMORY, "sm_86", "sm_120", "interpreter"])
+@pytest.mark.parametrize("n", [768, 1019])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_heuristic_fits_every_target(target, dtype, n):
+    limit = c.SHARED_MEMORY.get(target, 101_376)
+    for kernel in c.KERNELS:
+        found = c.heuristic(kernel, dtype, target, n, 768)
+        assert found.shared_memory(dtype.itemsize, c.products_of(kernel)) <= limit
+
+
+def test_fit_makes_the_pipeline_shallower_then_the_tile_thinner():
+    big = c.Config(128, 128, 64, num_stages=4)
+    stage = 64 * 256 * 2
+    assert big.shared_memory(2) == 4 * stage
+    assert c.fit(big, 2, 1, 4 * stage) == big
+    assert c.fit(big, 2, 1, 4 * stage - 1).num_stages == 3
+    thin = c.fit(big, 2, 1, 2 * stage - 1)
+    assert (thin.num_stages, thin.block_k) == (2, 32)
+    with pytest.raises(ValueError) as error:
+        c.fit(big, 2, 1, 1000)
+    assert_says(error, "shared memory", 1000)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(block_m=24), ["block_m", "power of two", 24]),
+        (dict(block_k=8), ["block_k", 16, 8]),
+        (dict(num_warps=3), ["num_warps", 3]),
+        (dict(num_stages=0), ["num_stages", 0]),
+    ],
+)
+def test_bad_configurations(change, says):
+    with pytest.raises(ValueError) as error:
+        c.Config(**change)
+    assert_says(error, *says)
+
+
+def test_an_unknown_kernel_is_named():
+    with pytest.raises(ValueError) as error:
+        c.heuristic("down", torch.float32, "sm_90", 16, 16)
+    assert_says(error, "down", *c.KERNELS)
