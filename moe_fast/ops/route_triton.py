@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import triton_backend
-from moe_fast.ops.checks import compute_dtype
+from moe_fast.ops.checks import check_starts, compute_dtype
 from moe_fast.ops.route import (
     SENTENCE_MODES,
     backward,
     check_logits,
-    check_starts,
     fake,
     fake_backward,
     save_for_backward,
