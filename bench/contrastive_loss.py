@@ -30,6 +30,7 @@ from torch import Tensor
 from bench.harness import Result, compare, environment, table, write_json
 from moe_fast import ops
 from moe_fast.ops.logit_tiles import tile_size
+from moe_fast.ops.products import add_product, multiply
 
 SCALE = 20.0
 DEFAULT_CHUNK = 32
@@ -84,10 +85,10 @@ def products(size: int, a: Tensor, b: Tensor) -> None:
         grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
         for q, dq in zip(a.split(size), grad_a.split(size), strict=True):
             for k, dk in zip(b.split(size), grad_b.split(size), strict=True):
-                q @ k.t()  # the forward's
-                s = q @ k.t()
-                dq.addmm_(s, k)
-                dk.addmm_(s.t(), q)
+                multiply(q, k.t())  # the forward's
+                s = multiply(q, k.t())
+                add_product(dq, s, k)
+                add_product(dk, s.t(), q)
 
 
 def measured(run: Callable[[Tensor, Tensor], Any], a: Tensor, b: Tensor) -> Callable[[], list]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops.checks import checks_values, compute_dtype
+from moe_fast.ops.products import add_product, multiply
 
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 _SHORTEST = 1e-12  # as torch.nn.functional.normalize: a shorter vector has no direction
@@ -124,9 +125,9 @@ def scaled_rows(rows: Side, scale: Tensor) -> Tensor:
 
 
 def logits_tile(scaled_q: Tensor, columns: Side, space: Workspace) -> Tensor:
-    """s / ln 2, [m, n], in the workspace's "logits"."""
-    s = space.tile("logits", len(scaled_q), len(columns))
-    torch.mm(scaled_q, columns.x.to(scaled_q.dtype).t(), out=s)
+    """s / ln 2, [m, n], to be overwritten."""
+    out = space.tile("logits", len(scaled_q), len(columns))
+    s = multiply(scaled_q, columns.x.to(scaled_q.dtype).t(), out=out)
     return s if columns.inverse_norm is None else s.mul_(columns.inverse_norm)
 
 
@@ -140,8 +141,8 @@ def add_products(
     """
     if columns.inverse_norm is not None:
         grad.mul_(columns.inverse_norm)
-    grad_rows.addmm_(grad, columns.x.to(grad.dtype))
-    grad_columns.addmm_(grad.t(), scaled_q)
+    add_product(grad_rows, grad, columns.x.to(grad.dtype))
+    add_product(grad_columns, grad.t(), scaled_q)
 
 
 def finish_rows(rows: Side, grad: Tensor, scale: Tensor, factor: Tensor) -> Tensor:

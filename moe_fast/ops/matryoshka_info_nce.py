@@ -52,6 +52,7 @@ from moe_fast.ops.logit_tiles import (
     inverse_norm,
     tile_masks,
 )
+from moe_fast.ops.products import add_product
 
 
 def matryoshka_info_nce(
@@ -130,9 +131,9 @@ class _Lengths:
         """s_l / ln 2 of a tile for each length in turn, [m, n], in the workspace's "logits"."""
         products = space.tile("products", len(q), len(k))
         for level, segment in enumerate(self.segments()):
-            torch.addmm(
-                products, q[:, segment], k[:, segment].t(), beta=min(level, 1), out=products
-            )
+            if level == 0:
+                products.zero_()
+            add_product(products, q[:, segment], k[:, segment].t())
             s = torch.mul(products, k_norms[level], out=space.tile("logits", len(q), len(k)))
             yield s.mul_((self.factor * q_norms[level])[:, None])
 
@@ -239,8 +240,8 @@ def _add_gradients(
             for level, segment in reversed(list(enumerate(lengths.segments()))):
                 if level < len(lengths.dims) - 1:
                     total.add_(space.tile(f"gradient {level}", *total.shape))
-                grad_rows.x[first:last, segment].addmm_(total, k[:, segment])
-                grad_columns.x[low:high, segment].addmm_(total.t(), q[:, segment])
+                add_product(grad_rows.x[first:last, segment], total, k[:, segment])
+                add_product(grad_columns.x[low:high, segment], total.t(), q[:, segment])
 
 
 # --- the op --------------------------------------------------------------------------------------
