@@ -3,7 +3,7 @@
 The BLAS that torch ships reaches half of an AMD processor's peak (MKL: 110 of 250 GFLOP/s, one
 thread of a Zen 5); oneDNN, which torch ships too, reaches all of it, and as much as MKL on Intel's.
 The way to it is the op behind ``torch.compile``'s linear layers: private, so it is used only after
-it has computed a product correctly.
+it has computed a product correctly. Dtypes are the caller's choice: autocast is off.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ _SMALLEST = 2**22
 
 def multiply(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """x [m, k] . y [k, n], in ``out`` where that is given and of use."""
-    if not _suits(x, y):
+    if _suits(x, y):
+        return _linear(x, y.t())
+    with torch.autocast(x.device.type, enabled=False):
         return torch.mm(x, y, out=out)
-    return _linear(x, y.t())
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
     """Adds x [m, k] . y [k, n] to ``total`` [m, n] in place."""
     if _suits(x, y):
         total += _linear(x, y.t())
-    else:
+        return
+    with torch.autocast(x.device.type, enabled=False):
         total.addmm_(x, y)
 
 
@@ -43,7 +45,8 @@ def _suits(x: Tensor, y: Tensor) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), None, "none", [], None)
+    with torch.autocast("cpu", enabled=False):
+        return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), None, "none", [], None)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -95,7 +95,12 @@ def results(rank: int, world_size: int) -> dict[str, Tensor]:
             found |= {f"{key}: {n}": t.grad for n, t in leaves.items() if t.grad is not None}
             found |= {f"{key}: loss": loss.detach(), f"{key}: scale": scale.grad}
             found |= {f"{key}: rank": stats.rank, f"{key}: row_loss": stats.row_loss}
-    return found
+    singles = [batch(world_size)[name][: 2 + rank].float() for name in ("a", "b")]
+    losses = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(global_info_nce(*singles, scale=20.0))
+    return found | {"autocast": torch.stack(losses)}
 
 
 TEXTS = torch.arange(24).reshape(8, 3) % 11  # 8 rows of 3 tokens, some texts equal

@@ -34,6 +34,16 @@ def test_is_the_product(shape, transposed):
     assert_close(total, expected, 1e-5)
 
 
+def test_autocast_changes_nothing():
+    x, y = torch.randn(30, 40), torch.randn(40, 20)
+    expected = products.multiply(x, y)
+    total = torch.zeros(30, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(products.multiply(x, y), expected)
+        products.add_product(total, x, y)
+    assert_close(total, expected, 1e-6)
+
+
 def test_slices_of_larger_matrices():
     x, y = torch.randn(40, 90)[3:20, 10:50], torch.randn(60, 70)[5:45, 1:31]
     assert_close(products.multiply(x, y), x.double() @ y.double(), 1e-5)

@@ -175,7 +175,6 @@ class _GlobalInfoNCE(torch.autograd.Function):
         hard = b[:0] if negatives is None else negatives
         exchange = make_exchange(Shard(b, hard, each, *ids), sizes)
         settings = Settings(scale, label_smoothing)
-        row_ids, col_ids, domain_ids, group_ids = ids
         rows = pair_side(a, row_ids, col_ids, domain_ids, group_ids, cosine)
         row_sums = new_sums(len(a), scale)
         own_logit = torch.empty_like(each)
@@ -195,14 +194,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
         loss = (each * row_loss).sum()
         dist.all_reduce(loss)
         ctx.save_for_backward(a, scale, row_sums, column_sums, *ids)
-        ctx.rest = (
-            exchange,
-            settings,
-            symmetric,
-            cosine,
-            each,
-            None if negatives is None else len(negatives),
-        )
+        ctx.rest = (exchange, settings, symmetric, cosine, each, negatives is not None)
         ctx.mark_non_differentiable(row_loss, rank)
         return loss, row_loss, rank
 

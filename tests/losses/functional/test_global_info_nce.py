@@ -105,6 +105,12 @@ def test_losses_under_data_parallel_training_too(several):
             assert_close(one[f"trained, {name}"], value)
 
 
+def test_autocast_does_not_touch_the_loss(several):
+    for one in several:
+        assert one["autocast"].dtype == torch.float32
+        assert one["autocast"][0] == one["autocast"][1]
+
+
 def test_each_process_alone_would_give_something_else():
     """So that the test above cannot pass without the exchange."""
     whole = batch(2)
