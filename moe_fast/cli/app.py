@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from moe_fast.cli import (
+    bench,
     cocite,
     demo,
     embed,
@@ -35,6 +36,7 @@ COMMANDS = {
     "search": search,
     "inspect": inspect,
     "cocite": cocite,
+    "bench": bench,
     "demo": demo,
 }
 """The module of each command, with its function ``run_command`` and its ``EXAMPLE``."""

@@ -20,6 +20,7 @@ NAMES = {
     "search",
     "inspect",
     "cocite",
+    "bench",
     "demo",
 }
 
