@@ -35,11 +35,13 @@ class Candidates:
         runs: by name; each does the work once and returns its outputs.
         check: gets the outputs by name, raises :class:`WrongResult` where they are wrong.
         absent: peers that cannot run here, with the reason.
+        works: of candidates that have less or more to do than the case says.
     """
 
     runs: dict[str, Callable[[], Any]]
     check: Callable[[dict[str, Any]], None]
     absent: dict[str, str] = field(default_factory=dict)
+    works: dict[str, Work] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def measure(
         min_sample_seconds=min_sample_seconds,
         max_seconds=seconds,
     )
-    return [*(_row(case, r, machine) for r in results), *_absent_rows(case, absent)]
+    works = {r.name: candidates.works.get(r.name, case.work) for r in results}
+    ran = [_row(case, r, works[r.name], machine) for r in results]
+    return [*ran, *_absent_rows(case, absent)]
 
 
 def _runnable(
@@ -116,10 +120,10 @@ def _runnable(
     return runs, absent
 
 
-def _row(case: Case, result: Result, machine: Machine | None) -> Row:
+def _row(case: Case, result: Result, work: Work | None, machine: Machine | None) -> Row:
     least = share = None
-    if machine and case.work:
-        least = machine.floor_seconds(case.work.flop, case.work.moved, case.dtype)
+    if machine and work:
+        least = machine.floor_seconds(work.flop, work.moved, case.dtype)
         share = least and least / result.seconds.median
     return Row(
         case.operation,
@@ -129,7 +133,7 @@ def _row(case: Case, result: Result, machine: Machine | None) -> Row:
         case.baseline,
         result.ratio,
         result.seconds,
-        case.work,
+        work,
         least,
         share,
         case.sweep,

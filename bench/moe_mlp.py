@@ -145,17 +145,24 @@ def cases(size: str) -> Iterator[Case]:
 
 def case_of(tokens: int, dim: int, k: int, backward: bool) -> Case:
     """One shape in one direction, in float32."""
-    flop = 2 * tokens * k * 2 * dim * 4 * dim + 2 * tokens * dim * EXPERTS
-    weights = EXPERTS * (2 * 4 * dim**2 + 5 * dim + dim)
-    io = 2 * tokens * dim
-    moved = 2.5 * io + 3 * weights if backward else io + weights
     return Case(
         f"MoE layer, {'forward + backward' if backward else 'forward'}",
         {"T": tokens, "D": dim, "H": 4 * dim, "E": EXPERTS, "K": k},
         "float32",
         lambda: candidates(tokens, dim, k, backward),
-        Work(flop * (3 if backward else 1), 4 * moved),
+        work(tokens, dim, k, backward),
     )
+
+
+def work(tokens: int, dim: int, k: int, backward: bool, experts: int = EXPERTS) -> Work:
+    """The experts' products and the router's, none where there is but one expert; biases too."""
+    router = experts * dim if experts > 1 else 0
+    flop = 2 * tokens * k * 2 * dim * 4 * dim + 2 * tokens * router
+    weights = experts * (2 * 4 * dim**2 + 5 * dim) + router
+    io = 2 * tokens * dim
+    if backward:  # read x, y's gradient; write x's. Read the weights again; write theirs.
+        return Work(3 * flop, 4 * (2.5 * io + 3 * weights))
+    return Work(flop, 4 * (io + weights))
 
 
 def candidates(tokens: int, dim: int, k: int, backward: bool) -> Candidates:
@@ -180,7 +187,9 @@ def candidates(tokens: int, dim: int, k: int, backward: bool) -> Candidates:
     exact = _exact(moe, x, grad, backward)
     runs["dense"] = run(plain, plain, rows, grad_rows)
     runs["dense, compiled"] = run(compiled, plain, rows, grad_rows)
-    return Candidates(runs, near(exact, 1e-5, ("dense", "dense, compiled")))
+    apart = ("dense", "dense, compiled")
+    works = dict.fromkeys(apart, work(tokens * k, dim, 1, backward, experts=1))
+    return Candidates(runs, near(exact, 1e-5, apart), works=works)
 
 
 def _with_our_router(moe: MoEMLP) -> dict[str, Callable[[Tensor], Tensor]]:

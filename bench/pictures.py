@@ -90,7 +90,10 @@ def draw_best(best: Mapping[str, tuple[float, float, float]], path: Path) -> Non
         )
     axis.set_yticks(range(len(best)), list(best))
     axis.invert_yaxis()
-    _ratio_axis(axis, "time of the fastest alternative over moe_fast's (log scale)")
+    _ratio_axis(
+        axis,
+        "time of the fastest alternative over moe_fast's (log scale); left of 1 (red): it is faster",
+    )
     axis.set_title("How much longer the best of the others takes", fontsize=11)
     _save(figure, path)
 

@@ -31,6 +31,15 @@ machine's matrix rate and the bytes over its bandwidth, both measured in the sam
 `make bench` repeats everything here (`make bench-full` with more shapes); one operation alone:
 `python -m bench expert_mlp`. `make bench-compare` holds your run against the committed one.
 """
+FILES = {
+    "route": "route",
+    "plan": "plan",
+    "expert MLP": "expert_mlp",
+    "MoE layer": "moe_mlp",
+    "contrastive loss": "info_nce",
+    "training step": "training_step",
+}
+"""The operation file of each operation's name."""
 DENSE = ("dense", "dense, compiled")
 PEERS = """
 | candidate | what it is |
@@ -87,7 +96,7 @@ def section(name: str, record: Record, images: Path) -> str:
         )
         parts.append(picture("best", sentence))
     for number, (title, rows) in enumerate(groups(single).items()):
-        parts.append(f"### {title}\n")
+        parts.append(f"### {title}\n\nRepeat: `{command(rows[0].operation)}`\n")
         if any(row.ratio and row.who != row.baseline for row in rows):
             pictures.draw_ratios(rows, title, path(str(number)))
             sentence = f"How long each candidate takes, moe_fast being 1: {title}."
@@ -95,6 +104,12 @@ def section(name: str, record: Record, images: Path) -> str:
         parts.append(table(rows))
     parts += growth_parts(record, path, picture)
     return "\n".join(parts)
+
+
+def command(operation: str) -> str:
+    """How to measure it again."""
+    name = operation.partition(",")[0]
+    return f"python -m bench {FILES[name]}" if name in FILES else f"python -m bench.{name}"
 
 
 def growth_parts(
@@ -110,12 +125,20 @@ def growth_parts(
     if curves:
         pictures.draw_growth(curves, path("growth"))
         sentence = "How time grows with one size, the others fixed; in the legend the exponent."
-        parts += ["### Growth\n", picture("growth", sentence), growth_table(curves)]
+        parts += [
+            "### Growth\n\nRepeat: `python -m bench growth`\n",
+            picture("growth", sentence),
+            growth_table(curves),
+        ]
     memory = [row for row in record.rows if row.operation == MEMORY]
     if any(row.peak_bytes for row in memory):
         pictures.draw_memory(memory, path("memory"))
         sentence = "What one forward and backward takes beyond its inputs, in fresh processes."
-        parts += ["### Memory\n", picture("memory", sentence), memory_table(memory)]
+        parts += [
+            "### Memory\n\nRepeat: `python -m bench memory`\n",
+            picture("memory", sentence),
+            memory_table(memory),
+        ]
     return parts
 
 

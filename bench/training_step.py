@@ -60,21 +60,25 @@ def cases(size: str) -> Iterator[Case]:
 
 def case_of(batch: int, length: int, dim: int, sweep: str | None = None) -> Case:
     """B pairs whose second half is three quarters padding, as sorted real batches have some."""
-    tokens = 2 * batch * length * 5 // 8
     return Case(
         "training step",
         {"B": batch, "L": length, "D": dim, "E": EXPERTS, "K": 1},
         "float32",
         lambda: candidates(batch, length, dim),
-        work(tokens, length, dim),
+        work(real_tokens(batch, length), length, dim),
         sweep,
     )
 
 
-def work(tokens: int, length: int, dim: int) -> Work:
+def real_tokens(batch: int, length: int) -> int:
+    """Of both columns: half of the batch is whole, the other a quarter of that."""
+    return 2 * batch * length * 5 // 8
+
+
+def work(tokens: int, length: int, dim: int, experts: int = EXPERTS) -> Work:
     """Products of attention and experts, thrice; AdamW reads four and writes three tensors."""
     per_token = 2 * (4 * dim**2 + 8 * dim**2) + 2 * 2 * length * dim
-    parameters = LAYERS * (4 * dim**2 + EXPERTS * 8 * dim**2)
+    parameters = LAYERS * (4 * dim**2 + experts * 8 * dim**2)
     return Work(3.0 * LAYERS * tokens * per_token, 4.0 * 7 * parameters)
 
 
@@ -107,7 +111,8 @@ def candidates(batch: int, length: int, dim: int) -> Candidates:
         ):
             runs[name] = step(Encoder(model), loss, pairs)
     exact = step(Encoder(copy.deepcopy(moe).double()), InfoNCELoss, pairs)()
-    return Candidates(runs, near(exact, TOLERANCE, ("dense",)), absent)
+    works = {"dense": work(real_tokens(batch, length), length, dim, experts=1)}
+    return Candidates(runs, near(exact, TOLERANCE, ("dense",)), absent, works)
 
 
 def step(

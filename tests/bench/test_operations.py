@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +14,8 @@ import torch
 from bench import expert_mlp, growth, info_nce, memory, moe_mlp, peers, plan, route, training_step
 from bench.__main__ import OPERATIONS, main
 from bench.cases import OURS, SIZES, WrongResult, measure
-from bench.record import read_record
+from bench.harness import ROOT
+from bench.record import Row, read_record
 
 FILES = {
     "route": route,
@@ -155,3 +160,25 @@ def test_bad_arguments_are_usage_errors(words, capsys):
 
 def test_every_operation_has_a_file():
     assert set(OPERATIONS) == {*FILES, "growth", "memory"}
+
+
+def test_dense_has_a_floor_of_its_own():
+    """One expert's weights; the case's floor counts those of all experts hit."""
+    case = next(iter(expert_mlp.cases("tiny")))
+    rows = measure(case, seconds=0, rounds=1, min_sample_seconds=0)
+    dense, ours = (next(r for r in rows if r.who == who) for who in ("dense", OURS))
+    assert dense.work.flop == ours.work.flop and dense.work.moved < ours.work.moved
+
+
+def test_the_pytest_suite_records_the_comparison(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="needs the extra moe-fast[bench]")
+    out = tmp_path / "run.json"
+    command = [sys.executable, "-m", "pytest", "-q", "bench/suites.py", "-k", "plan and K=1"]
+    command += [f"--benchmark-json={out}", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = {**os.environ, "MOE_FAST_BENCH_SIZE": "tiny"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())["benchmarks"]
+    rows = [Row.of(row) for row in found[0]["extra_info"]["rows"]]
+    assert {row.who for row in rows} > {OURS, "stable sort"}
+    assert found[0]["group"] == "plan" and found[0]["stats"]["rounds"] == 10

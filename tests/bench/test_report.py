@@ -60,6 +60,9 @@ def test_a_page_of_everything(tmp_path):
     assert "| T=8 D=4 | eager | 2.00 [1.80, 2.20] | 16 | 50% |" in text
     assert "| expert MLP | T | 8 .. 32 | moe_fast | 1.00 ± 0.00 |" in text
     assert "| 8 | 8 MiB | 8 MiB |" in text
+    for words in ("expert_mlp", "growth", "memory"):
+        assert f"Repeat: `python -m bench {words}`" in text
+    assert "Repeat: `python -m bench.own-form`" in text
     assert "100 GFLOP/s in float32" in text
 
 
