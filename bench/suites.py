@@ -1,4 +1,4 @@
-"""The same cases for pytest-benchmark: ``pytest bench/suites.py -k plan --benchmark-json=run.json``.
+"""The same cases for pytest-benchmark: ``pytest bench/suites.py -k plan``, in a checkout.
 
 pytest-benchmark times one candidate at a time, all of its rounds in a row: a machine that changes
 its speed between two candidates changes their ratio. So its statistics here are of ours alone, and
@@ -29,7 +29,7 @@ def all_cases() -> Iterator[Case]:
         yield from import_module(f"bench.{name}").cases(SIZE)
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=str)
+@pytest.mark.parametrize("case", list(all_cases()), ids=str)
 def test_case(case: Case, benchmark: Any) -> None:
     """Check and compare, then let pytest-benchmark time the baseline."""
     rows = measure(case, seconds=2.0)
