@@ -22,11 +22,11 @@ from moe_fast.ops import native
 from .cases import SIZES, measure, show
 from .harness import ROOT
 from .machine import Machine, measure_machine
-from .memory import OPERATION
+from .peak_memory import OPERATION
 from .record import Recorder, Row
 
 TIMED = ("route", "plan", "expert_mlp", "moe_mlp", "info_nce", "training_step", "growth")
-OPERATIONS = (*TIMED, "memory")
+OPERATIONS = (*TIMED, "peak_memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def measured(arguments: argparse.Namespace, machine: Machine) -> Iterator[list[R
     tiny = arguments.size == "tiny"
     for name in arguments.operations:
         module = import_module(f"{__package__}.{name}")
-        if name == "memory":
+        if name == "peak_memory":
             yield print_memory(module.rows(arguments.size))
             continue
         for case in module.cases(arguments.size):

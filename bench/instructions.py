@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from moe_fast.ops import native
 
 from .cases import OURS
@@ -63,13 +65,14 @@ def count() -> dict[str, int]:
     reason = native.why_unavailable("cpu")
     if reason is not None:
         raise RuntimeError(reason)
+    library = next(p for p in torch.ops.loaded_libraries if Path(p).name == "_native.so")
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out"]
         for name in FUNCTIONS:
             symbol = f"moe_fast::{name}_cpu(*"
             command += [f"--toggle-collect={symbol}", f"--dump-after={symbol}"]
         sizes = map(str, SHAPE.values())
-        command += [sys.executable, "-c", PROGRAM, str(native.LIBRARY), *sizes]
+        command += [sys.executable, "-c", PROGRAM, library, *sizes]
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -15,7 +15,7 @@ from .cases import OURS
 from .growth import Curve, exponents
 from .harness import ROOT
 from .machine import Machine
-from .memory import OPERATION as MEMORY
+from .peak_memory import OPERATION as MEMORY
 from .record import Record, Row, read_record
 
 INTRODUCTION = """# Benchmarks
@@ -65,14 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = INTRODUCTION + PEERS
     images = arguments.output.parent / "images"
     try:
-        records = {file.stem: read_record(file) for file in files}
+        every = {file.stem: read_record(file) for file in files}
     except ValueError as error:
         parser.error(str(error))
+    records = {name: record for name, record in every.items() if record.rows}
     for name, record in records.items():
         text += "\n" + section(name, record, images)
     with atomic_write(arguments.output) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"{arguments.output}: {len(files)} runs")
+    print(f"{arguments.output}: {len(records)} runs")
     return 0
 
 
@@ -135,7 +136,7 @@ def growth_parts(
         pictures.draw_memory(memory, path("memory"))
         sentence = "What one forward and backward takes beyond its inputs, in fresh processes."
         parts += [
-            "### Memory\n\nRepeat: `python -m bench memory`\n",
+            "### Memory\n\nRepeat: `python -m bench peak_memory`\n",
             picture("memory", sentence),
             memory_table(memory),
         ]

@@ -21,8 +21,8 @@ def run_command(
     operations: Annotated[
         list[str] | None,
         typer.Argument(
-            help="route, plan, expert_mlp, moe_mlp, info_nce, training_step, growth, memory; "
-            "by default all."
+            help="route, plan, expert_mlp, moe_mlp, info_nce, training_step, growth, "
+            "peak_memory; by default all."
         ),
     ] = None,
     *,

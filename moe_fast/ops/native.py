@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 # The environment names another one for tests, such as a build with sanitizers.
-LIBRARY = Path(
-    os.environ.get("MOE_FAST_NATIVELIBRARY")
+_LIBRARY = Path(
+    os.environ.get("MOE_FAST_NATIVE_LIBRARY")
     or Path(__file__).resolve().parent.parent / "_native.so"
 )
 _OPS = (
@@ -27,10 +27,10 @@ _OPS = (
 
 def _load() -> str | None:
     """Load the library; the reason why not, or ``None``."""
-    if not LIBRARY.exists():
+    if not _LIBRARY.exists():
         return "the native library is not built (MOE_FAST_NATIVE=1 pip install says why)"
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"the native library does not load: {error}"
     if not all(hasattr(torch.ops.moe_fast_cpp, op) for op in _OPS):

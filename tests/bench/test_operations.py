@@ -11,7 +11,17 @@ import sys
 import pytest
 import torch
 
-from bench import expert_mlp, growth, info_nce, memory, moe_mlp, peers, plan, route, training_step
+from bench import (
+    expert_mlp,
+    growth,
+    info_nce,
+    moe_mlp,
+    peak_memory,
+    peers,
+    plan,
+    route,
+    training_step,
+)
 from bench.__main__ import OPERATIONS, main
 from bench.cases import OURS, SIZES, WrongResult, measure
 from bench.harness import ROOT
@@ -121,23 +131,23 @@ def test_sweeps_vary_one_size():
 
 
 def test_peak_memory_of_a_known_allocation():
-    if not memory.Path("/proc/self/clear_refs").exists():
+    if not peak_memory.Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux")
     size = 64 << 20
-    found = memory.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8))
+    found = peak_memory.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8))
     assert size <= found + (1 << 20) and found < 1.2 * size
 
 
 @pytest.mark.slow
 def test_memory_in_a_fresh_process():
-    rows = [memory.row(who, 64) for who in memory.CANDIDATES]
-    weights = 2 * memory.EXPERTS * 4 * memory.DIM**2 * 4
+    rows = [peak_memory.row(who, 64) for who in peak_memory.CANDIDATES]
+    weights = 2 * peak_memory.EXPERTS * 4 * peak_memory.DIM**2 * 4
     for row in rows:
         if row.reason is None:  # the gradients of the weights are the least that it takes
-            least = weights / memory.EXPERTS if row.who == "dense" else weights
+            least = weights / peak_memory.EXPERTS if row.who == "dense" else weights
             assert row.peak_bytes > 0.95 * least, row
     with pytest.raises(RuntimeError, match="the measuring process for nobody failed"):
-        memory.in_fresh_process("nobody", 1)
+        peak_memory.in_fresh_process("nobody", 1)
 
 
 def test_a_run_writes_one_file(tmp_path, capsys):
@@ -159,7 +169,7 @@ def test_bad_arguments_are_usage_errors(words, capsys):
 
 
 def test_every_operation_has_a_file():
-    assert set(OPERATIONS) == {*FILES, "growth", "memory"}
+    assert set(OPERATIONS) == {*FILES, "growth", "peak_memory"}
 
 
 def test_dense_has_a_floor_of_its_own():

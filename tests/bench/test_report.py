@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="needs the extra moe-fast[eval]")
 from bench.cases import OURS
 from bench.harness import Result, Summary, write_json
 from bench.machine import Machine
-from bench.memory import OPERATION
+from bench.peak_memory import OPERATION
 from bench.record import Record, Row, Work
 from bench.report import best_of_others, main, table
 
@@ -47,6 +47,7 @@ def test_a_page_of_everything(tmp_path):
     pair = [Result(OURS, Summary.of([1.0]), Summary.of([0.1])),
             Result("dense", Summary.of([0.5]), Summary.of([0.05]))]  # fmt: skip
     write_json(results / "own-form.json", {"environment": ENVIRONMENT, "results": {"bf16": pair}})
+    write_json(results / "other.json", {"environment": ENVIRONMENT, "units": 3})  # no comparison
     assert main(["--results", str(results), "--output", str(page)]) == 0
     text = page.read_text()
     linked = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
@@ -60,7 +61,7 @@ def test_a_page_of_everything(tmp_path):
     assert "| T=8 D=4 | eager | 2.00 [1.80, 2.20] | 16 | 50% |" in text
     assert "| expert MLP | T | 8 .. 32 | moe_fast | 1.00 ± 0.00 |" in text
     assert "| 8 | 8 MiB | 8 MiB |" in text
-    for words in ("expert_mlp", "growth", "memory"):
+    for words in ("expert_mlp", "growth", "peak_memory"):
         assert f"Repeat: `python -m bench {words}`" in text
     assert "Repeat: `python -m bench.own-form`" in text
     assert "100 GFLOP/s in float32" in text

@@ -1,6 +1,6 @@
 """Peak memory of the expert MLP, forward and backward, each figure from a fresh process.
 
-    python -m bench.memory --who moe_fast --tokens 4096
+    python -m bench.peak_memory --who moe_fast --tokens 4096
 
 A process runs once on a tiny problem so that libraries load, makes the tensors, resets the kernel's
 high-water mark, runs once, and reports how far the mark rose above what was in use: what the
