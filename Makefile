@@ -28,8 +28,8 @@ help:
 	@echo "  test-slow    the slow tests"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
-	@echo "  bench        every operation beside its peers, with pictures, up to 15 minutes"
-	@echo "  bench-full   the same with more and larger shapes, about an hour"
+	@echo "  bench        every operation beside its peers, with pictures: bench/results/local"
+	@echo "  bench-full   the same with more and larger shapes"
 	@echo "  bench-gpu    the Triton kernels, on an NVIDIA GPU; ARGS=--dry-run needs none"
 	@echo "  bench-compare  the last run against the committed one; fails where a case became slower"
 	@echo "  bench-report the page of the docs, from the committed runs"
@@ -109,6 +109,7 @@ bench-gpu: setup
 # Exit code 1: a case became slower. AGAINST: the committed run to hold RESULT against.
 AGAINST ?= $(lastword $(sort $(wildcard bench/results/cpu-*.json)))
 bench-compare: setup
+	@test -n "$(AGAINST)" || { echo "bench-compare: no committed run; name one: AGAINST=FILE" >&2; exit 2; }
 	$(PY) -m bench.compare $(AGAINST) $(RESULT)
 
 # The page of the docs, from the committed runs.

@@ -8,6 +8,7 @@ behind ``mm`` reaches half of the float32 peak, and a floor must not be beaten b
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def best_of(run: Callable[[], Any], repeats: int) -> float:
     return min(seconds)
 
 
-def processor_share(seconds: float = 0.3) -> float:
+def processor_share(seconds: float = 0.05) -> float:
     """The share of ``seconds`` that a busy thread of ours really runs: 1 on an idle machine."""
     wall, cpu = time.perf_counter(), time.thread_time()
     while time.perf_counter() - wall < seconds:
@@ -105,7 +106,7 @@ def noise(
     Args:
         before, after: :func:`load_average` then. Beforehand half a processor's work is taken for
             rest; afterwards our own threads are in it.
-        shares: :func:`processor_share` then.
+        shares: :func:`processor_share`, several times over the run; their mean counts.
         threads: of this run.
     """
     reasons = []
@@ -113,6 +114,7 @@ def noise(
         reasons.append(f"load average {before:.1f} before the run")
     if after is not None and after > threads + 0.5:
         reasons.append(f"load average {after:.1f} after it, on {threads} threads of its own")
-    if min(shares) < 0.95:
-        reasons.append(f"a busy thread got {min(shares):.0%} of a processor")
+    share = statistics.fmean(shares)
+    if share < 0.95:
+        reasons.append(f"a busy thread got {share:.0%} of a processor")
     return reasons
