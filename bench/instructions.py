@@ -1,9 +1,9 @@
 """Instructions of the compiled library on a fixed input, counted by valgrind: no noise, no clock.
 
-    python -m bench.instructions          takes minutes: torch starts under valgrind
+    python -m bench.instructions          takes minutes: torch starts under valgrind, thrice
 
-Each operation runs twice on one thread; the second call counts, oneDNN having made its kernels by
-then. Valgrind runs AVX2 at most, so the counts say nothing about AVX-512. Peers have no counts: a
+Each operation runs once on one thread, in a process of its own, and only what happens within it
+counts; oneDNN's making of its kernels does, too. Valgrind runs AVX2 at most, so the counts say nothing about AVX-512. Peers have no counts: a
 count is held against that of an earlier build (``python -m bench.compare OLD NEW``).
 """
 
@@ -41,21 +41,16 @@ x, g = torch.randn(T, D), torch.randn(T, D)
 up, down = torch.randn(E, H, D), torch.randn(E, D, H)
 up_bias, down_bias = torch.randn(E, H), torch.randn(E, D)
 weights = torch.rand(T, K)
-for _ in range(2):
-    plan = ops.plan(ids, E)
-for _ in range(2):
-    y, saved = ops.expert_mlp(
-        x, up, down, up_bias, down_bias, weights, *plan, "gelu", False, True
-    )
-for _ in range(2):
-    ops.expert_mlp_backward(
-        g, x, up, down, up_bias, down_bias, weights, *plan, saved, "gelu", False
-    )
+plan = ops.plan(ids, E)
+y, saved = ops.expert_mlp(x, up, down, up_bias, down_bias, weights, *plan, "gelu", False, True)
+ops.expert_mlp_backward(
+    g, x, up, down, up_bias, down_bias, weights, *plan, saved, "gelu", False
+)
 """
 
 
-def count() -> dict[str, int]:
-    """Instructions of each of ``FUNCTIONS``.
+def count(name: str) -> int:
+    """Instructions of one of ``FUNCTIONS``.
 
     Raises:
         RuntimeError: without valgrind or the compiled library, or where the run fails.
@@ -67,21 +62,15 @@ def count() -> dict[str, int]:
         raise RuntimeError(reason)
     library = next(p for p in torch.ops.loaded_libraries if Path(p).name == "_native.so")
     with tempfile.TemporaryDirectory() as folder:
-        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out"]
-        for name in FUNCTIONS:
-            symbol = f"moe_fast::{name}_cpu(*"
-            command += [f"--toggle-collect={symbol}", f"--dump-after={symbol}"]
-        sizes = map(str, SHAPE.values())
-        command += [sys.executable, "-c", PROGRAM, library, *sizes]
+        out = Path(folder, "out")
+        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"]
+        command += [f"--toggle-collect=moe_fast::{name}_cpu(*"]
+        command += [sys.executable, "-c", PROGRAM, library, *map(str, SHAPE.values())]
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"the run under valgrind failed:\n{done.stderr[-2000:]}")
-        dumps = [Path(folder, f"out.{2 * n}") for n in range(1, len(FUNCTIONS) + 1)]
-        return {
-            name: instructions(dump.read_text())
-            for name, dump in zip(FUNCTIONS, dumps, strict=True)
-        }
+        return instructions(out.read_text())
 
 
 def instructions(dump: str) -> int:
@@ -103,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     recorder = Recorder(None, products=native.cpu_capability)
     try:
-        counts = count()
+        counts = {name: count(name) for name in FUNCTIONS}
     except RuntimeError as error:
         print(f"bench.instructions: error: {error}", file=sys.stderr)
         return 1
