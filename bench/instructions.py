@@ -3,8 +3,9 @@
     python -m bench.instructions          takes minutes: torch starts under valgrind, thrice
 
 Each operation runs once on one thread, in a process of its own, and only what happens within it
-counts; oneDNN's making of its kernels does, too. Valgrind runs AVX2 at most, so the counts say nothing about AVX-512. Peers have no counts: a
-count is held against that of an earlier build (``python -m bench.compare OLD NEW``).
+counts; oneDNN's making of its kernels does, too. Valgrind runs AVX2 at most, so the counts say
+nothing about AVX-512. Peers have no counts: a count is held against that of an earlier build
+(``python -m bench.compare OLD NEW``).
 """
 
 from __future__ import annotations
