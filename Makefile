@@ -16,7 +16,8 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-quick test test-slow test-install test-sanitize fuzz bench lint format clean
+.PHONY: help setup demo demo-quick test test-slow test-install test-sanitize fuzz bench bench-full bench-gpu \
+  bench-compare bench-report bench-instructions lint format clean
 
 help:
 	@echo "moe_fast: make <target>. The first one to run sets everything up in $(VENV)."
@@ -30,7 +31,12 @@ help:
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
-	@echo "  bench        import time; the MoE MLP, its op, and embedding, against dense and transformers; dispatch; memory"
+	@echo "  bench        every operation beside its peers, with pictures: bench/results/local"
+	@echo "  bench-full   the same with more and larger shapes"
+	@echo "  bench-gpu    the Triton kernels, on an NVIDIA GPU; ARGS=--dry-run needs none"
+	@echo "  bench-compare  the last run against the committed one; fails where a case became slower"
+	@echo "  bench-report the page of the docs, from the committed runs"
+	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
 	@echo "  lint         ruff (rules and format) and mypy"
 	@echo "  format       let ruff mend what it can"
 	@echo "  clean        remove what was built, $(VENV) included"
@@ -97,13 +103,35 @@ FUZZ_SECONDS ?= 600
 fuzz: setup
 	$(PY) -P -m tests.ops.fuzz --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
+# RESULT: where a run is written to; BENCH_ARGS: such as `--seconds 1`, or names of operations.
+RESULT ?= bench/results/local/bench.json
+BENCH := $(PY) -m bench --json $(RESULT) $(BENCH_ARGS)
 bench: setup
+	$(BENCH)
 	$(PY) -m bench.import_time --json bench/results/local/import_time.json
-	$(PY) -m bench.moe_mlp --json bench/results/local/moe_mlp.json
-	$(PY) -m bench.expert_mlp --json bench/results/local/expert_mlp.json
 	$(PY) -m bench.dispatch --json bench/results/local/dispatch.json
 	$(PY) -m bench.memory --json bench/results/local/memory.json
 	$(PY) -m bench.embedding $(ARGS) --json bench/results/local/embedding.json
+	$(PY) -m bench.report --results bench/results/local --output bench/results/local/benchmarks.md
+
+bench-full: setup
+	$(BENCH) --size full
+
+bench-gpu: setup
+	$(PY) -m bench.gpu $(ARGS)
+
+# Exit code 1: a case became slower. AGAINST: the committed run to hold RESULT against.
+AGAINST ?= $(lastword $(sort $(wildcard bench/results/cpu-*.json)))
+bench-compare: setup
+	@test -n "$(AGAINST)" || { echo "bench-compare: no committed run; name one: AGAINST=FILE" >&2; exit 2; }
+	$(PY) -m bench.compare $(AGAINST) $(RESULT)
+
+# The page of the docs, from the committed runs.
+bench-report: setup
+	$(PY) -m bench.report
+
+bench-instructions: setup
+	$(PY) -m bench.instructions --json bench/results/local/instructions.json $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

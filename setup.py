@@ -189,10 +189,15 @@ def main() -> None:
     setup(
         packages=[
             *find_packages(include=["moe_fast", "moe_fast.*"]),
+            "moe_fast.bench",  # `moe-fast bench`
             "moe_fast.triton_ops",
             *(f"moe_fast.triton_ops.{name}" for name in triton_ops),
         ],
-        package_dir={"moe_fast": "moe_fast", "moe_fast.triton_ops": "kernels/triton_ops"},
+        package_dir={
+            "moe_fast": "moe_fast",
+            "moe_fast.bench": "bench",
+            "moe_fast.triton_ops": "kernels/triton_ops",
+        },
         ext_modules=[Extension(LIBRARY, sources=[])] if native else [],
         cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": PlatformWheel},
     )

@@ -19,21 +19,25 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Result, compare, environment, table, write_json
 from moe_fast import available_backends, ops
 from moe_fast.ops import native
 
+from .cases import OURS, Candidates, Case, near
+from .harness import Result, compare, environment, table, write_json
+from .peers import compiled_dense, dense, gpu_only, masked_loop, sorted_products
+from .record import Work
+
 EXPERTS = 8
-OURS = "moe_fast"
+LARGEST_COPY = 1 << 30
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 NAMES = ("x", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias", "top_k_weights")
 
@@ -42,12 +46,13 @@ Run = Callable[[Mapping[str, Any]], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """One case: T tokens, width D (H = 4D), K experts per token of E = 8."""
+    """One case: T tokens, width D (H = 4D), K experts per token of E."""
 
     tokens: int
     dim: int
     k: int
     dtype: torch.dtype
+    experts: int = EXPERTS
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -60,18 +65,19 @@ class Problem:
     def __init__(self, shape: Shape, bias: bool) -> None:
         torch.manual_seed(0)
         tokens, dim, hidden, dtype = shape.tokens, shape.dim, 4 * shape.dim, shape.dtype
+        experts = shape.experts
         self.shape = shape
         self.tensors: dict[str, Any] = dict(
             x=torch.randn(tokens, dim).to(dtype),
-            up_proj=(torch.randn(EXPERTS, hidden, dim) / dim**0.5).to(dtype),
-            down_proj=(torch.randn(EXPERTS, dim, hidden) / hidden**0.5).to(dtype),
-            up_proj_bias=torch.randn(EXPERTS, hidden).to(dtype) if bias else None,
-            down_proj_bias=torch.randn(EXPERTS, dim).to(dtype) if bias else None,
+            up_proj=(torch.randn(experts, hidden, dim) / dim**0.5).to(dtype),
+            down_proj=(torch.randn(experts, dim, hidden) / hidden**0.5).to(dtype),
+            up_proj_bias=torch.randn(experts, hidden).to(dtype) if bias else None,
+            down_proj_bias=torch.randn(experts, dim).to(dtype) if bias else None,
             top_k_weights=torch.rand(tokens, shape.k) + 0.1,
         )
         # A random route without a router: K different experts per token, as top-K would give.
-        self.top_k_index = torch.rand(tokens, EXPERTS).topk(shape.k).indices
-        self.plan = ops.plan(self.top_k_index, EXPERTS)
+        self.top_k_index = torch.rand(tokens, experts).topk(shape.k).indices
+        self.plan = ops.plan(self.top_k_index, experts)
         self.upstream = torch.randn(tokens, dim).to(dtype)
 
     def ours(self, tensors: Mapping[str, Any], backend: str | None = None) -> Tensor:
@@ -91,12 +97,7 @@ class Problem:
         tensors = {n: None if t is None else t[0].clone() for n, t in self.tensors.items()}
         tensors["x"] = torch.randn(rows, self.shape.dim).to(self.shape.dtype)
         del tensors["top_k_weights"]
-
-        def run(t: Mapping[str, Any]) -> Tensor:
-            h = F.gelu(F.linear(t["x"], t["up_proj"], t["up_proj_bias"]))
-            return F.linear(h, t["down_proj"], t["down_proj_bias"])
-
-        return run, tensors, torch.randn(rows, self.shape.dim).to(self.shape.dtype)
+        return dense, tensors, torch.randn(rows, self.shape.dim).to(self.shape.dtype)
 
 
 def timed(
@@ -120,21 +121,6 @@ def timed(
     return call
 
 
-def check_against(exact: list[Tensor], tolerance: float) -> Callable[[dict[str, Any]], None]:
-    """A check that every candidate but dense, whose inputs differ, is near ``exact``."""
-
-    def check(outputs: dict[str, Any]) -> None:
-        for name, tensors in outputs.items():
-            if name == "dense":
-                continue
-            for position, (t, e) in enumerate(zip(tensors, exact, strict=True)):
-                error = ((t.double() - e).norm() / e.norm()).item()
-                if not error <= tolerance:
-                    raise AssertionError(f"{name}, output {position}: error {error:.1e}.")
-
-    return check
-
-
 def read_bandwidth() -> float:
     """Bytes per second of reading 256 MiB on all threads, the median of nine."""
     buffer = torch.ones(64 << 20)
@@ -149,7 +135,7 @@ def read_bandwidth() -> float:
 def against_dense(shape: Shape, backward: bool, rounds: int) -> list[Result]:
     """moe_fast (and the reference) over dense, the baseline."""
     problem = Problem(shape, bias=True)
-    dense, dense_tensors, dense_upstream = problem.dense()
+    plain, dense_tensors, dense_upstream = problem.dense()
 
     def ours(backend: str) -> Callable[[], list[Tensor]]:
         return timed(
@@ -157,17 +143,24 @@ def against_dense(shape: Shape, backward: bool, rounds: int) -> list[Result]:
         )
 
     candidates = {
-        "dense": timed(dense, dense_tensors, dense_upstream, backward),
+        "dense": timed(plain, dense_tensors, dense_upstream, backward),
         OURS: ours("auto"),
         "reference": ours("torch"),
     }
-    check = check_against(problem.exact(backward), TOLERANCES[shape.dtype])
+    check = near(problem.exact(backward), TOLERANCES[shape.dtype], ("dense",))
     return compare(candidates, baseline="dense", check=check, rounds=rounds, warmup=2)
 
 
 def run_peer(experts: torch.nn.Module, top_k_index: Tensor, tensors: Mapping[str, Any]) -> Tensor:
-    """transformers' experts module, called as its own models do."""
+    """transformers' experts module, called as its own models do, on the weights of ``tensors``."""
+    for name in ("up_proj", "down_proj"):
+        experts._parameters[name] = tensors[name]  # functional_call would cost its own time
     return experts(tensors["x"], top_k_index, tensors["top_k_weights"])
+
+
+def copied_bytes(shape: Shape) -> int:
+    """What ``batched_mm`` copies: one projection's weights for every row."""
+    return shape.tokens * shape.k * 4 * shape.dim**2 * shape.dtype.itemsize
 
 
 def peers(problem: Problem) -> dict[str, Run]:
@@ -178,11 +171,10 @@ def peers(problem: Problem) -> dict[str, Run]:
     shape = problem.shape
     found: dict[str, Run] = {}
     for name in ("eager", "batched_mm", "grouped_mm"):
-        copied = shape.tokens * shape.k * 4 * shape.dim**2 * shape.dtype.itemsize
-        if name == "batched_mm" and copied > 1 << 30:
+        if name == "batched_mm" and copied_bytes(shape) > LARGEST_COPY:
             continue
         config = NemotronHConfig(
-            n_routed_experts=EXPERTS,
+            n_routed_experts=shape.experts,
             hidden_size=shape.dim,
             moe_intermediate_size=4 * shape.dim,
             mlp_hidden_act="gelu",
@@ -190,8 +182,6 @@ def peers(problem: Problem) -> dict[str, Run]:
         config._experts_implementation = name
         with torch.device("meta"):
             experts = NemotronHExperts(config)
-        experts.up_proj = torch.nn.Parameter(problem.tensors["up_proj"], requires_grad=False)
-        experts.down_proj = torch.nn.Parameter(problem.tensors["down_proj"], requires_grad=False)
         found[name] = partial(run_peer, experts, problem.top_k_index)
     return found
 
@@ -205,7 +195,7 @@ def against_peers(shape: Shape, rounds: int) -> list[Result]:
         for name, run in peers(problem).items()
     }
     # transformers rounds each expert's result to the dtype before the sum: twice our tolerance.
-    check = check_against(problem.exact(False), 2 * TOLERANCES[shape.dtype])
+    check = near(problem.exact(False), 2 * TOLERANCES[shape.dtype])
     return compare(candidates, baseline=OURS, check=check, rounds=rounds, warmup=2)
 
 
@@ -222,6 +212,71 @@ def verdict(shape: Shape, backward: bool, results: list[Result], bandwidth: floa
         ratio, target = ours.seconds.median / (dense.seconds.median + extra), 1.15
     met = "met" if ratio <= target else "MISSED"
     return f"{ratio:.2f} of the floor, target {target}: {met}"
+
+
+def cases(size: str) -> Iterator[Case]:
+    """ops.expert_mlp against all of :mod:`bench.peers`, no biases, the plan made beforehand."""
+    dims, ks, dtypes = [384], [1, 2], list(TOLERANCES)
+    tokens, backward_tokens = [32, 512, 4096], [2048]
+    if size == "tiny":
+        dims, ks, dtypes, tokens, backward_tokens = [32], [2], [torch.float32], [24], [24]
+    elif size == "quick":
+        dtypes, tokens = [torch.float32], [32, 2048]
+    elif size == "full":
+        dims, tokens, backward_tokens = [384, 768], [32, 256, 2048, 8192], [2048, 8192]
+    for dim, k, dtype in product(dims, ks, dtypes):
+        yield from (case_of(Shape(t, dim, k, dtype), False) for t in tokens)
+        yield from (case_of(Shape(t, dim, k, dtype), True) for t in backward_tokens)
+
+
+def case_of(shape: Shape, backward: bool, sweep: str | None = None) -> Case:
+    """One shape in one direction; a sweep leaves the slow and the compiled candidates out."""
+    letters = {"T": shape.tokens, "D": shape.dim, "H": 4 * shape.dim, "E": shape.experts}
+    return Case(
+        f"expert MLP, {'forward + backward' if backward else 'forward'}",
+        letters | {"K": shape.k},
+        str(shape.dtype).removeprefix("torch."),
+        lambda: candidates(shape, backward, everyone=sweep is None),
+        work(shape, backward),
+        sweep,
+    )
+
+
+def work(shape: Shape, backward: bool) -> Work:
+    """FLOP of the two products (six with their gradients); bytes of x, y and the experts hit."""
+    rows = shape.tokens * shape.k
+    flop = 2 * rows * 2 * shape.dim * 4 * shape.dim
+    io = 2 * shape.tokens * shape.dim
+    weights = min(shape.experts, rows) * 2 * 4 * shape.dim**2
+    if backward:  # read x, y's gradient; write x's. Read the weights again; write theirs.
+        return Work(3 * flop, shape.dtype.itemsize * (2.5 * io + 3 * weights))
+    return Work(flop, shape.dtype.itemsize * (io + weights))
+
+
+def candidates(shape: Shape, backward: bool, everyone: bool = True) -> Candidates:
+    """Ours and every peer on one problem, checked against the reference in float64."""
+    problem = Problem(shape, bias=False)
+    absent = gpu_only() if everyone else {}
+    same: dict[str, Run] = {OURS: problem.ours, **peers(problem)}
+    if "batched_mm" not in same:
+        copied = copied_bytes(shape) / 1e9
+        absent["batched_mm"] = f"copies each row's weights, {copied:.1f} GB per projection"
+    same["per-expert products"] = sorted_products(problem.plan)
+    if everyone:
+        same["masked loop"] = masked_loop(problem.top_k_index, shape.experts)
+    else:
+        same.pop("batched_mm", None)
+        absent.clear()
+    runs = {n: timed(r, problem.tensors, problem.upstream, backward) for n, r in same.items()}
+    plain, tensors, upstream = problem.dense()
+    runs["dense"] = timed(plain, tensors, upstream, backward)
+    if everyone:
+        runs["dense, compiled"] = timed(compiled_dense(), tensors, upstream, backward)
+    # Peers round each expert's result to the dtype before the sum: twice our own tolerance.
+    check = near(problem.exact(backward), 2 * TOLERANCES[shape.dtype], ("dense", "dense, compiled"))
+    one = replace(shape, tokens=shape.tokens * shape.k, k=1, experts=1)
+    works = dict.fromkeys(("dense", "dense, compiled"), work(one, backward))
+    return Candidates(runs, check, absent, works)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

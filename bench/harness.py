@@ -26,6 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
+FEWEST_ROUNDS = 5  # quartiles of fewer say nothing
 PACKAGES = ("moe-fast", "torch", "transformers", "numpy", "triton", "sentence-transformers")
 
 
@@ -57,7 +58,11 @@ class Result:
 
 
 def alternate(
-    samplers: Mapping[str, Callable[[], T]], *, rounds: int, warmup: int
+    samplers: Mapping[str, Callable[[], T]],
+    *,
+    rounds: int,
+    warmup: int,
+    max_seconds: float = math.inf,
 ) -> dict[str, list[T]]:
     """Call every sampler once per round, in an order that rotates, and keep what they return.
 
@@ -65,10 +70,14 @@ def alternate(
         samplers: by name; each does its work once and returns its measurement.
         rounds: rounds that are kept.
         warmup: rounds before them that are not.
+        max_seconds: no round begins later than this, once ``FEWEST_ROUNDS`` are kept.
     """
     names = list(samplers)
     samples: dict[str, list[T]] = {name: [] for name in names}
+    deadline = time.monotonic() + max_seconds
     for round_index in range(-warmup, rounds):
+        if round_index >= FEWEST_ROUNDS and time.monotonic() > deadline:
+            break
         shift = round_index % len(names)
         for name in names[shift:] + names[:shift]:
             sample = samplers[name]()
@@ -109,6 +118,7 @@ def compare(
     warmup: int = 3,
     min_sample_seconds: float = 0.005,
     synchronize: Callable[[], None] = lambda: None,
+    max_seconds: float = math.inf,
 ) -> list[Result]:
     """Check the candidates' outputs, then time them in turn.
 
@@ -116,7 +126,7 @@ def compare(
         candidates: callables without arguments, by name.
         baseline: the name that ratios refer to.
         check: gets every candidate's output by name and raises where they are wrong.
-        rounds, warmup: as in :func:`alternate`.
+        rounds, warmup, max_seconds: as in :func:`alternate`.
         min_sample_seconds: a candidate faster than this is called several times per sample.
         synchronize: waits for the device, such as ``torch.cuda.synchronize``.
     """
@@ -126,7 +136,8 @@ def compare(
     samplers = {
         name: _sampler(run, min_sample_seconds, synchronize) for name, run in candidates.items()
     }
-    return summarize(alternate(samplers, rounds=rounds, warmup=warmup), baseline)
+    samples = alternate(samplers, rounds=rounds, warmup=warmup, max_seconds=max_seconds)
+    return summarize(samples, baseline)
 
 
 def _sampler(

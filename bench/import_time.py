@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.harness import ROOT, alternate, environment, summarize, table, write_json
+from .harness import ROOT, alternate, environment, summarize, table, write_json
 
 BASELINE = "torch + transformers"
 TARGET = 1.10

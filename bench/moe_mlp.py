@@ -11,17 +11,24 @@ every parameter.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.harness import Result, compare, environment, table, write_json
-from moe_fast import MoEMLP, available_backends
+from moe_fast import MoEMLP, available_backends, ops
 from moe_fast.layers.routing_info import RoutingInfo
+
+from .cases import OURS, Candidates, Case, near
+from .harness import Result, compare, environment, table, write_json
+from .peers import masked_loop, sorted_products
+from .record import Work
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 8, 384, 1536, 2048
 BASELINE = "dense"
@@ -125,6 +132,95 @@ def measure(experts_per_tok: int, tokens: int, rounds: int) -> dict[str, list[Re
         direction: compare(runs, baseline=BASELINE, check=check_equal, rounds=rounds)
         for direction, runs in candidates.items()
     }
+
+
+def cases(size: str) -> Iterator[Case]:
+    """The whole layer, router and plan included, in both directions."""
+    dim, tokens = (32, [24]) if size == "tiny" else (HIDDEN, [TOKENS])
+    if size == "full":
+        tokens = [256, TOKENS, 8192]
+    for t, k, backward in product(tokens, (1, 2), (False, True)):
+        yield case_of(t, dim, k, backward)
+
+
+def case_of(tokens: int, dim: int, k: int, backward: bool) -> Case:
+    """One shape in one direction, in float32."""
+    return Case(
+        f"MoE layer, {'forward + backward' if backward else 'forward'}",
+        {"T": tokens, "D": dim, "H": 4 * dim, "E": EXPERTS, "K": k},
+        "float32",
+        lambda: candidates(tokens, dim, k, backward),
+        work(tokens, dim, k, backward),
+    )
+
+
+def work(tokens: int, dim: int, k: int, backward: bool, experts: int = EXPERTS) -> Work:
+    """The experts' products and the router's, none where there is but one expert; biases too."""
+    router = experts * dim if experts > 1 else 0
+    flop = 2 * tokens * k * 2 * dim * 4 * dim + 2 * tokens * router
+    weights = experts * (2 * 4 * dim**2 + 5 * dim) + router
+    io = 2 * tokens * dim
+    if backward:  # read x, y's gradient; write x's. Read the weights again; write theirs.
+        return Work(3 * flop, 4 * (2.5 * io + 3 * weights))
+    return Work(flop, 4 * (io + weights))
+
+
+def candidates(tokens: int, dim: int, k: int, backward: bool) -> Candidates:
+    """MoEMLP, the same parameters through other experts, and dense over as many rows."""
+    moe = MoEMLP(dim, 4 * dim, EXPERTS, k, weight_mode="probability")
+    plain = DenseMLP(dim, 4 * dim)
+    compiled = torch.compile(plain, dynamic=False)
+    x = torch.randn(tokens, dim)
+    rows = x.repeat_interleave(k, dim=0)
+    grad, grad_rows = torch.randn_like(x), torch.randn_like(rows)
+
+    def run(f: Callable[[Tensor], Tensor], module: nn.Module, t: Tensor, g: Tensor) -> Any:
+        call = forward_backward(f, module, t, g) if backward else forward(f, t)
+        return lambda: _as_list(call())
+
+    others: dict[str, Callable[[Tensor], Tensor]] = {
+        OURS: moe,
+        "eager loop": partial(eager_loop, moe),
+        **_with_our_router(moe),
+    }
+    runs = {name: run(f, moe, x, grad) for name, f in others.items()}
+    exact = _exact(moe, x, grad, backward)
+    runs["dense"] = run(plain, plain, rows, grad_rows)
+    runs["dense, compiled"] = run(compiled, plain, rows, grad_rows)
+    apart = ("dense", "dense, compiled")
+    works = dict.fromkeys(apart, work(tokens * k, dim, 1, backward, experts=1))
+    return Candidates(runs, near(exact, 1e-5, apart), works=works)
+
+
+def _with_our_router(moe: MoEMLP) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Peers' experts behind the layer's own router."""
+
+    def tensors(x: Tensor) -> tuple[dict[str, Any], Tensor]:
+        _, weights, index, _ = moe.router(x, RoutingInfo())
+        return dict(moe.named_parameters(), x=x, top_k_weights=weights), index
+
+    def masked(x: Tensor) -> Tensor:
+        t, index = tensors(x)
+        return masked_loop(index, moe.num_experts)(t)
+
+    def products(x: Tensor) -> Tensor:
+        t, index = tensors(x)
+        return sorted_products(ops.plan(index, moe.num_experts, backend="torch"))(t)
+
+    return {"masked loop": masked, "per-expert products": products}
+
+
+def _exact(moe: MoEMLP, x: Tensor, grad: Tensor, backward: bool) -> list[Tensor]:
+    """The reference in float64: y, or y and the gradients of x and every parameter."""
+    double = copy.deepcopy(moe).double()
+    with ops.use_backend("torch"):
+        if not backward:
+            return _as_list(forward(double, x.double())())
+        return _as_list(forward_backward(double, double, x.double(), grad.double())())
+
+
+def _as_list(outputs: Tensor | dict[str, Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else [outputs[n] for n in sorted(outputs)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ import moe_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")
-SOURCES += ("CHANGELOG.md", "constraints.txt", "moe_fast", "kernels")
+SOURCES += ("CHANGELOG.md", "constraints.txt", "moe_fast", "kernels", "bench")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

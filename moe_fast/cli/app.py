@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from moe_fast.cli import (
+    bench,
     cocite,
     demo,
     embed,
@@ -39,6 +40,7 @@ COMMANDS = {
     "cocite": cocite,
     "mine": mine,
     "tune": tune,
+    "bench": bench,
     "demo": demo,
 }
 """The module of each command, with its function ``run_command`` and its ``EXAMPLE``."""

@@ -65,7 +65,11 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
         checkpoints.mkdir(parents=True, exist_ok=True)
         run.save_settings(checkpoints)  # to go on with, should it be interrupted
     run.say(f"{describe_size(model)}; {len(train):,} training rows")
-    result = trainer.train(resume_from_checkpoint=last if options.resume else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=last if options.resume else None)
+    except ValueError:
+        check_weights(model)  # the cause, where the loss only sees embeddings that are NaN
+        raise
     check_weights(trainer.model)
     if trainer.is_world_process_zero():
         save_results(options, trainer, dict(result.metrics), evaluation or train, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,9 @@ from moe_fast.losses.base import (
 from moe_fast.losses.functional.global_info_nce import EXCHANGES, global_info_nce
 from moe_fast.losses.global_sum import several_processes
 from moe_fast.losses.masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
-from moe_fast.ops.checks import check_choice
+from moe_fast.ops.checks import check_choice, compute_dtype
+
+logger = logging.getLogger(__name__)
 
 
 class InfoNCELoss(TemperatureLoss):
@@ -116,6 +119,8 @@ class InfoNCELoss(TemperatureLoss):
 
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
         """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
+        if self._is_lone_pair(embeddings):
+            return self._of_lone_pair(embeddings)
         info_nce = ops.info_nce
         if self.gathers:
             info_nce = partial(global_info_nce, exchange=self.exchange)
@@ -135,11 +140,27 @@ class InfoNCELoss(TemperatureLoss):
         """
         if type(self).from_embeddings is not InfoNCELoss.from_embeddings or self.gathers:
             return None
+        if self._is_lone_pair(embeddings):
+            return None
         scale = self.current_scale()
         arguments = self._arguments(embeddings, columns)
         losses, accuracy = ops.matryoshka_info_nce(**arguments, scale=scale, dims=dims)
         self._keep_metrics(accuracy, scale)
         return losses
+
+    def _is_lone_pair(self, embeddings: list[Tensor]) -> bool:
+        return len(embeddings) == 2 and len(embeddings[0]) == 1 and not self.gathers
+
+    def _of_lone_pair(self, embeddings: list[Tensor]) -> Tensor:
+        """0, with a gradient of 0: what is left of a data set must not end a whole training."""
+        if torch.is_grad_enabled():
+            logger.warning(
+                "a batch of one pair without hard negatives has nothing to learn from: its loss is 0."
+            )
+        scale = self.current_scale()
+        self._keep_metrics(embeddings[0].new_ones(()), scale)
+        dtype = compute_dtype(embeddings[0].dtype)
+        return 0.0 * (sum(rows.sum(dtype=dtype) for rows in embeddings) + scale)
 
     def _arguments(self, embeddings: list[Tensor], columns: Columns) -> dict[str, Any]:
         masks = batch_masks(columns, self.mask_duplicates, self.negatives_from)

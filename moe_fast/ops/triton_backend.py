@@ -36,11 +36,13 @@ def why_unavailable(device_type: str) -> str | None:
         return f"Triton kernels are written for CUDA and ROCm, not for {device_type}"
     if _INTERPRETED:
         return "TRITON_INTERPRET is set: kernels are interpreted, on the CPU only"
-    return _gpu_too_old()
+    return _gpu_missing_or_old()
 
 
 @torch.compiler.assume_constant_result
-def _gpu_too_old() -> str | None:
+def _gpu_missing_or_old() -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
     if torch.version.hip is not None or torch.cuda.get_device_capability() >= _OLDEST:
         return None
     major, minor = torch.cuda.get_device_capability()

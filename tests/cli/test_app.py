@@ -22,6 +22,7 @@ NAMES = {
     "cocite",
     "mine",
     "tune",
+    "bench",
     "demo",
 }
 

@@ -31,11 +31,17 @@ def test_is_ops_info_nce_of_the_embeddings(similarity, symmetric):
     assert functional.info_nce is ops.info_nce
 
 
-def test_one_row_needs_a_hard_negative():
-    loss = InfoNCELoss(BagEncoder())
-    with pytest.raises(ValueError, match="needs negatives: .* got B = 1"):
-        loss([column([1]), column([2])])
+def test_a_lone_pair_is_said_and_does_not_end_a_training(caplog):
+    """The op refuses it; a data set of 33 rows in batches of 32 ends with one."""
+    encoder = BagEncoder()
+    loss = InfoNCELoss(encoder, learn_temperature=True)
+    alone = loss([column([1]), column([2])])
+    assert alone.item() == 0.0 and "nothing to learn from" in caplog.text
+    alone.backward()
+    assert all(not p.grad.any() for p in [*encoder.parameters(), *loss.parameters()])
     assert loss([column([1]), column([2]), column([3])]).item() > 0.0
+    with pytest.raises(ValueError, match="needs negatives: .* got B = 1"):
+        ops.info_nce(*embed(encoder, column([1]), column([2])), scale=1.0)
 
 
 def test_one_process_gathers_nothing():

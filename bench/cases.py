@@ -1,0 +1,197 @@
+"""A case: candidates that compute the same, how they are checked, and what it takes at least.
+
+Operation files (``bench/route.py``, ``bench/expert_mlp.py`` ...) yield cases; this one times them.
+:func:`measure` alternates between the candidates, as everything in :mod:`bench.harness` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .harness import Result, compare, table
+from .machine import Machine
+from .record import Row, Work
+
+OURS = "moe_fast"
+SIZES = ("tiny", "quick", "default", "full")
+"""How much a run measures: enough for a test, a first look, a page of results, everything."""
+CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, ImportError)
+
+
+class WrongResult(AssertionError):
+    """A candidate computes something else than the reference."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a case compares.
+
+    Attributes:
+        runs: by name; each does the work once and returns its outputs.
+        check: gets the outputs by name, raises :class:`WrongResult` where they are wrong.
+        absent: peers that cannot run here, with the reason.
+        works: of candidates that have less or more to do than the case says.
+    """
+
+    runs: dict[str, Callable[[], Any]]
+    check: Callable[[dict[str, Any]], None]
+    absent: dict[str, str] = field(default_factory=dict)
+    works: dict[str, Work] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison; its tensors are made only when :attr:`prepare` is called.
+
+    Attributes:
+        operation, shape, dtype, work, sweep: as in :class:`bench.record.Row`.
+        prepare: makes the candidates; the random state is seeded before.
+        baseline: the candidate that ratios refer to.
+    """
+
+    operation: str
+    shape: Mapping[str, int]
+    dtype: str
+    prepare: Callable[[], Candidates]
+    work: Work | None = None
+    sweep: str | None = None
+    baseline: str = OURS
+
+    def __str__(self) -> str:
+        shape = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
+        return f"{self.operation}, {shape}, {self.dtype}"
+
+
+def measure(
+    case: Case,
+    machine: Machine | None = None,
+    *,
+    seconds: float = 6.0,
+    rounds: int = 40,
+    min_sample_seconds: float = 0.005,
+) -> list[Row]:
+    """Check the candidates of ``case``, then time them; the baseline's row comes first.
+
+    A peer that raises when it is first called becomes a row with that as its reason. The baseline
+    has no such excuse.
+
+    Args:
+        seconds: no round begins later, once five are done.
+        rounds, min_sample_seconds: as in :func:`bench.harness.compare`.
+
+    Raises:
+        WrongResult: before anything is timed.
+    """
+    torch.manual_seed(0)
+    candidates = case.prepare()
+    runs, absent = _runnable(candidates, case.baseline)
+    results = compare(
+        runs,
+        baseline=case.baseline,
+        check=candidates.check,
+        rounds=rounds,
+        warmup=1,
+        min_sample_seconds=min_sample_seconds,
+        max_seconds=seconds,
+    )
+    works = {r.name: candidates.works.get(r.name, case.work) for r in results}
+    ran = [_row(case, r, works[r.name], machine) for r in results]
+    return [*ran, *_absent_rows(case, absent)]
+
+
+def _runnable(
+    candidates: Candidates, baseline: str
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The candidates that survive a first call, and why the others did not."""
+    runs, absent = {}, dict(candidates.absent)
+    for name, run in candidates.runs.items():
+        if name != baseline:
+            try:
+                run()
+            except CANNOT_RUN as error:
+                absent[name] = f"fails: {' '.join(str(error).split())[:200]}"
+                continue
+        runs[name] = run
+    return runs, absent
+
+
+def _row(case: Case, result: Result, work: Work | None, machine: Machine | None) -> Row:
+    least = share = None
+    if machine and work:
+        least = machine.floor_seconds(work.flop, work.moved, case.dtype)
+        share = least and least / result.seconds.median
+    return Row(
+        case.operation,
+        dict(case.shape),
+        case.dtype,
+        result.name,
+        case.baseline,
+        result.ratio,
+        result.seconds,
+        work,
+        least,
+        share,
+        case.sweep,
+    )
+
+
+def _absent_rows(case: Case, absent: Mapping[str, str]) -> list[Row]:
+    return [
+        Row(
+            case.operation,
+            dict(case.shape),
+            case.dtype,
+            name,
+            case.baseline,
+            work=case.work,
+            sweep=case.sweep,
+            reason=reason,
+        )
+        for name, reason in absent.items()
+    ]
+
+
+def show(rows: Sequence[Row]) -> str:
+    """The rows of one case as text: ratios first, the share of the floor, who could not run."""
+    ran = [Result(row.who, row.ratio, row.seconds) for row in rows if row.ratio and row.seconds]
+    lines = [table(ran, ", ".join(part for part in rows[0].case if part))]
+    shares = [f"{row.who} {row.share_of_floor:.0%}" for row in rows if row.share_of_floor]
+    if shares:
+        lines.append(f"share of the floor: {', '.join(shares)}")
+    lines += [f"{row.who}: not run, {row.reason}" for row in rows if row.reason]
+    return "\n".join(lines)
+
+
+def near(
+    exact: Sequence[Tensor], tolerance: float, apart: Iterable[str] = ()
+) -> Callable[[dict[str, Any]], None]:
+    """A check that the outputs of every candidate are those of ``exact``.
+
+    Args:
+        exact: the reference's outputs, in order.
+        tolerance: of the norm of the difference over the norm of the exact one.
+        apart: candidates with other inputs, whose outputs are looked at for NaN alone.
+    """
+    apart = set(apart)
+
+    def check(outputs: dict[str, Any]) -> None:
+        for name, tensors in outputs.items():
+            if name in apart:
+                if any(bool(t.isnan().any()) for t in tensors):
+                    raise WrongResult(f"{name}: NaN.")
+                continue
+            for position, (t, e) in enumerate(zip(tensors, exact, strict=True)):
+                if t.shape != e.shape:
+                    raise WrongResult(
+                        f"{name}, output {position}: shape {list(t.shape)} for {list(e.shape)}."
+                    )
+                error = ((t.double() - e.double()).norm() / e.double().norm()).item()
+                if not error <= tolerance:
+                    raise WrongResult(f"{name}, output {position}: error {error:.1e}.")
+
+    return check

@@ -1,0 +1,166 @@
+"""Hold one run against another: ``python -m bench.compare OLD NEW``; exit code 1 if slower.
+
+What is held against each other are not times but ratios to the peers of the same run, so that the
+two machines may differ. Relative to a peer a case is slower if the quartiles of ours over that peer
+lie wholly above the old ones and the medians differ by ``--least``; as a peer can change, too, the
+case counts as slower only if more than half of its peers say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .cases import OURS
+from .harness import Summary
+from .record import Record, Row, read_record
+
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Ours over one peer, then and now."""
+
+    peer: str
+    old: Summary
+    new: Summary
+
+    @property
+    def factor(self) -> float:
+        """How many times slower ours is than it was."""
+        return self.new.median / self.old.median
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the quartiles overlap."""
+        return self.new.q1 <= self.old.q3 and self.old.q1 <= self.new.q3
+
+    def slower(self, least: float) -> bool:
+        """Whether ours became slower, beyond the spread and by ``least``."""
+        return self.new.q1 > self.old.q3 and self.factor >= least
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs.
+
+    Attributes:
+        changes: by case, for the cases and peers that both runs have.
+        only_old, only_new: cases that one of them lacks.
+    """
+
+    changes: dict[Key, list[Change]]
+    only_old: list[Key]
+    only_new: list[Key]
+
+    def slower(self, least: float) -> dict[Key, list[Change]]:
+        """The cases that became slower."""
+        return {
+            key: changes
+            for key, changes in self.changes.items()
+            if 2 * sum(change.slower(least) for change in changes) > len(changes)
+        }
+
+    def agreement(self) -> tuple[int, int]:
+        """How many ratios agree within their combined spread, and of how many."""
+        agrees = [change.agrees for changes in self.changes.values() for change in changes]
+        return sum(agrees), len(agrees)
+
+
+def compare_records(old: Record, new: Record) -> Comparison:
+    """Pair the ratios of two runs."""
+    then, now = _ratios(old), _ratios(new)
+    changes = {
+        key: [
+            Change(peer, then[key][peer], now[key][peer]) for peer in then[key] if peer in now[key]
+        ]
+        for key in then
+        if key in now
+    }
+    return Comparison(
+        {key: found for key, found in changes.items() if found},
+        [key for key in then if key not in now],
+        [key for key in now if key not in then],
+    )
+
+
+def _ratios(record: Record) -> dict[Key, dict[str, Summary]]:
+    """Ours over each peer, by case."""
+    found: dict[Key, dict[str, Summary]] = {}
+    for row in record.rows:
+        for peer, ratio in _ours_over_peer(row):
+            found.setdefault(row.case, {})[peer] = ratio
+    return found
+
+
+def _ours_over_peer(row: Row) -> Iterator[tuple[str, Summary]]:
+    r = row.ratio
+    if row.instructions is not None:  # of an earlier build, which is the peer
+        yield "instructions", Summary(row.instructions, row.instructions, row.instructions, 1)
+    if r is None or row.who == row.baseline:
+        return
+    if row.baseline == OURS:
+        yield row.who, Summary(1 / r.median, 1 / r.q3, 1 / r.q1, r.count)
+    elif row.who == OURS:
+        yield row.baseline, r
+
+
+def report(comparison: Comparison, least: float) -> str:
+    """What a person wants to know, in lines."""
+    slower = comparison.slower(least)
+    lines = []
+    for key, changes in slower.items():
+        factor = statistics.median(change.factor for change in changes)
+        lines.append(f"SLOWER {factor:.2f} times: {_name(key)}")
+        lines += [
+            f"    over {c.peer}: {_shown(c.old)} -> {_shown(c.new)}"
+            + ("" if c.slower(least) else "  (within the spread)")
+            for c in changes
+        ]
+    lines += [f"only in the old run: {_name(key)}" for key in comparison.only_old]
+    lines += [f"only in the new run: {_name(key)}" for key in comparison.only_new]
+    agree, total = comparison.agreement()
+    share = f", {agree / total:.0%}" if total else ""
+    lines.append(f"{agree} of {total} ratios agree within their combined spread{share}")
+    lines.append(f"{len(slower)} of {len(comparison.changes)} cases became slower")
+    return "\n".join(lines)
+
+
+def _name(key: Key) -> str:
+    return ", ".join(part for part in key if part)
+
+
+def _shown(ratio: Summary) -> str:
+    return f"{ratio.median:.3f} [{ratio.q1:.3f}, {ratio.q3:.3f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare two files."""
+    parser = argparse.ArgumentParser(prog="bench.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("old", help="the record to hold against, such as a committed one")
+    parser.add_argument("new", help="the record of the new run")
+    parser.add_argument("--least", type=float, default=1.1, help="smallest factor that counts")
+    arguments = parser.parse_args(argv)
+    if arguments.least < 1:
+        parser.error(f"--least must be at least 1; got {arguments.least}")
+    try:
+        records = [read_record(path) for path in (arguments.old, arguments.new)]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for path, record in zip((arguments.old, arguments.new), records, strict=True):
+        print(f"{path}: {record.environment.get('commit')} on {record.environment.get('cpu')}")
+        for reason in record.noisy:
+            print(f"    noisy: {reason}")
+    comparison = compare_records(*records)
+    if not comparison.changes:
+        parser.error("the two runs have no case and peer in common")
+    print(report(comparison, arguments.least))
+    return int(bool(comparison.slower(arguments.least)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The pictures of a run: one message each, drawn with matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_fast.files import atomic_write
+
+from .cases import OURS
+from .growth import Curve
+from .machine import Machine
+from .record import Row
+
+COLOURS = {
+    OURS: "#d62728",
+    "eager": "#1f77b4",
+    "batched_mm": "#6baed6",
+    "grouped_mm": "#08306b",
+    "eager loop": "#1f77b4",
+    "per-expert products": "#2ca02c",
+    "masked loop": "#98df8a",
+    "reference": "#2ca02c",
+    "dense": "#7f7f7f",
+    "dense, compiled": "#c7c7c7",
+}
+OTHERS = ("#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#ff7f0e")
+MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
+
+
+def colour(who: str, seen: Sequence[str]) -> str:
+    """The colour of a candidate, the same in all pictures where it has one of its own."""
+    if who in COLOURS:
+        return COLOURS[who]
+    return OTHERS[[name for name in seen if name not in COLOURS].index(who) % len(OTHERS)]
+
+
+def draw_ratios(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Bars from 1 (ours) to each peer's ratio, a group per shape, the quartiles as a line."""
+    ran = [row for row in rows if row.ratio and row.who != row.baseline]
+    groups: dict[str, list[Row]] = {}
+    for row in ran:
+        groups.setdefault(shape_label(row, ran), []).append(row)
+    names = list(dict.fromkeys(row.who for row in ran))
+    figure = _figure(8.5, 1.5 + 0.2 * len(ran) + 0.3 * len(groups))
+    axis = figure.subplots()
+    place, ticks = 0.0, {}
+    for label, members in groups.items():
+        ticks[label] = place + (len(members) - 1) / 2
+        for row in members:
+            _bar(axis, row, place, colour(row.who, names))
+            place += 1
+        place += 1
+    axis.set_yticks(list(ticks.values()), list(ticks))
+    axis.invert_yaxis()
+    _ratio_axis(axis, f"time over {ran[0].baseline}'s (log scale); right of 1: slower than it")
+    axis.set_title(title, fontsize=11)
+    handles = [_patch(colour(name, names), name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _bar(axis: Any, row: Row, place: float, fill: str) -> None:
+    assert row.ratio
+    r = row.ratio
+    axis.barh(place, r.median - 1, left=1, height=0.9, color=fill)
+    axis.hlines(place, r.q1, r.q3, color="black", linewidth=1.2)
+    end = max(r.q3, r.median, 1.0)
+    axis.annotate(
+        f"{r.median:.2f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=7
+    )
+
+
+def draw_best(best: Mapping[str, tuple[float, float, float]], path: Path) -> None:
+    """Per operation how long the fastest alternative takes: geometric mean, least and most."""
+    figure = _figure(8.0, 1.6 + 0.42 * len(best))
+    axis = figure.subplots()
+    for place, (mean, least, most) in enumerate(best.values()):
+        axis.barh(place, mean - 1, left=1, color="#1f77b4" if mean >= 1 else "#d62728", height=0.7)
+        axis.hlines(place, least, most, color="black", linewidth=1.4)
+        axis.annotate(
+            f"{mean:.2f}",
+            (max(most, 1.0), place),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axis.set_yticks(range(len(best)), list(best))
+    axis.invert_yaxis()
+    label = "time of the fastest alternative over moe_fast's (log scale); left of 1 it is faster"
+    _ratio_axis(axis, label)
+    axis.set_title("How much longer the best of the others takes", fontsize=11)
+    _save(figure, path)
+
+
+def draw_roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
+    """What ours reaches, under what this machine could."""
+    figure = _figure(8.0, 5.2)
+    axis = figure.subplots()
+    ours = [row for row in rows if row.who == OURS and row.work and row.work.flop and row.seconds]
+    intensities = [row.work.flop / row.work.moved for row in ours if row.work]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    bandwidth = max(machine.copy_bandwidth, machine.read_bandwidth)
+    for dtype, rate in machine.matrix_rate.items():
+        knee = rate / bandwidth
+        xs = sorted({low, *([knee] if low < knee < high else []), high})
+        axis.plot(xs, [min(rate, bandwidth * x) / 1e9 for x in xs], color="black", linewidth=1)
+        text = f"{dtype}: {rate / 1e9:.0f} GFLOP/s"
+        axis.annotate(text, (high, rate / 1e9), (0, 4), textcoords="offset points",
+                      ha="right", fontsize=9)  # fmt: skip
+    operations = list(dict.fromkeys(row.operation for row in ours))
+    for row, intensity in zip(ours, intensities, strict=True):
+        assert row.work and row.seconds
+        axis.scatter(
+            intensity,
+            row.work.flop / row.seconds.median / 1e9,
+            color=OTHERS[operations.index(row.operation) % len(OTHERS)],
+            marker=MARKERS.get(row.dtype, "x"),
+            s=30,
+            alpha=0.8,
+        )
+    axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be moved",
+             ylabel="GFLOP/s")  # fmt: skip
+    axis.set_title("moe_fast under the limits of this machine (circles float32, squares bfloat16)",
+                   fontsize=11)  # fmt: skip
+    axis.grid(alpha=0.3)
+    handles = [_patch(OTHERS[i % len(OTHERS)], name) for i, name in enumerate(operations)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def draw_growth(curves: Sequence[Curve], path: Path) -> None:
+    """Time over one size per panel, every candidate a line, its exponent in the legend."""
+    panels = list(dict.fromkeys((curve.operation, curve.letter) for curve in curves))
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = _figure(4.2 * columns, 3.9 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, (operation, letter) in zip(axes, panels, strict=False):
+        members = [c for c in curves if (c.operation, c.letter) == (operation, letter)]
+        names = [c.who for c in members]
+        for c in members:
+            label = f"{c.who}: {c.exponent:.2f}"
+            style = dict(
+                color=colour(c.who, names), marker=".", linewidth=2 if c.who == OURS else 1
+            )
+            axis.plot(c.sizes, [1e3 * s for s in c.seconds], label=label, **style)
+        _sizes_axis(axis, members[0].sizes, letter)
+        axis.set(yscale="log", ylabel="ms")
+        axis.set_title(f"{operation}, over {letter}", fontsize=9)
+        axis.legend(fontsize=7, frameon=False)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    _save(figure, path)
+
+
+def draw_memory(rows: Sequence[Row], path: Path) -> None:
+    """Peak memory over tokens, a line per candidate."""
+    figure = _figure(7.0, 4.4)
+    axis = figure.subplots()
+    names = list(dict.fromkeys(row.who for row in rows))
+    for name in names:
+        points = sorted((r.shape["T"], r.peak_bytes) for r in rows if r.who == name if r.peak_bytes)
+        if points:
+            xs, ys = zip(*points, strict=True)
+            axis.plot(
+                xs, [y / 2**20 for y in ys], color=colour(name, names), marker="o", label=name
+            )
+            _sizes_axis(axis, list(xs), "T")
+    axis.set(yscale="log", ylabel="MiB beyond the inputs")
+    axis.set_title("Peak memory of one forward and backward of the expert MLP", fontsize=11)
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def shape_label(row: Row, rows: Sequence[Row]) -> str:
+    """The sizes of ``row`` that differ among ``rows``; all of them where none does."""
+    varying = [k for k in row.shape if len({other.shape.get(k) for other in rows}) > 1]
+    label = " ".join(f"{k}={row.shape[k]:,}" for k in varying or row.shape)
+    return label or row.operation
+
+
+def _sizes_axis(axis: Any, sizes: list[int], letter: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
+    axis.set_xlabel(letter)
+    axis.grid(alpha=0.3)
+
+
+def _ratio_axis(axis: Any, label: str) -> None:
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, 0.9), max(high * 1.15, 1.2))
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high * 1.15]
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xlabel(label)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _patch(fill: str, label: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=fill, label=label)
+
+
+def _figure(width: float, height: float) -> Any:
+    """Without pyplot: no display, no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with atomic_write(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(temporary, format="png")

@@ -1,0 +1,242 @@
+"""``bench/results/*.json`` to ``docs/benchmarks.md``, with pictures: ``python -m bench.report``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moe_fast.files import atomic_write
+
+from . import pictures
+from .cases import OURS
+from .growth import Curve, exponents
+from .harness import ROOT
+from .machine import Machine
+from .peak_memory import OPERATION as MEMORY
+from .record import Record, Row, read_record
+
+INTRODUCTION = """# Benchmarks
+
+Made by `python -m bench.report` from the files of `bench/results/`; do not edit.
+
+Candidates run in turn, round after round, in one process; every round gives a ratio to moe_fast,
+and the figure is the median of the ratios with their quartiles. Outputs are compared with a float64
+reference before anything is timed. Data are random. The floor is the larger of the FLOP over this
+machine's matrix rate and the bytes over its bandwidth, both measured in the same run; a share above
+100 % means that the data stayed in a cache.
+
+`make bench` repeats everything here (`make bench-full` with more shapes); one operation alone:
+`python -m bench expert_mlp`. `make bench-compare` holds your run against the committed one.
+"""
+FILES = {
+    "route": "route",
+    "plan": "plan",
+    "expert MLP": "expert_mlp",
+    "MoE layer": "moe_mlp",
+    "contrastive loss": "info_nce",
+    "training step": "training_step",
+}
+"""The operation file of each operation's name."""
+DENSE = ("dense", "dense, compiled")
+PEERS = """
+| candidate | what it is |
+|---|---|
+| eager, batched_mm, grouped_mm | transformers' experts under each of its implementations |
+| eager loop | the first of these behind our router, in a layer or a model |
+| per-expert products | rows sorted beforehand, one product per expert and projection |
+| masked loop | a boolean mask per expert over all tokens, as research code has it |
+| dense, and compiled | the MLP that was upcycled over as many rows: one expert, no routing |
+| stable sort | what our own reference does |
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page and its pictures."""
+    parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    arguments = parser.parse_args(argv)
+    files = sorted(arguments.results.glob("*.json"))
+    if not files:
+        parser.error(f"--results must be a folder of .json files; {arguments.results} has none")
+    text = INTRODUCTION + PEERS
+    images = arguments.output.parent / "images"
+    try:
+        every = {file.stem: read_record(file) for file in files}
+    except ValueError as error:
+        parser.error(str(error))
+    records = {name: record for name, record in every.items() if record.rows}
+    for name, record in records.items():
+        text += "\n" + section(name, record, images)
+    with atomic_write(arguments.output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{arguments.output}: {len(records)} runs")
+    return 0
+
+
+def section(name: str, record: Record, images: Path) -> str:
+    """The part of the page about one run; draws its pictures into ``images``."""
+    parts = [f"## {name}\n", machine_lines(record)]
+    single = [row for row in record.rows if row.sweep is None and row.peak_bytes is None]
+
+    def picture(kind: str, sentence: str) -> str:
+        return f"![{sentence}](images/bench-{name}-{kind}.png)\n\n{sentence}\n"
+
+    def path(kind: str) -> Path:
+        return images / f"bench-{name}-{kind}.png"
+
+    best = best_of_others(single)
+    if best:
+        pictures.draw_best(best, path("best"))
+        sentence = (
+            "The fastest alternative that computes the same, per operation: the mean over all "
+            "shapes, the line from least to most."
+        )
+        parts.append(picture("best", sentence))
+    for number, (title, rows) in enumerate(groups(single).items()):
+        parts.append(f"### {title}\n\nRepeat: `{command(rows[0].operation)}`\n")
+        if any(row.ratio and row.who != row.baseline for row in rows):
+            pictures.draw_ratios(rows, title, path(str(number)))
+            sentence = f"How long each candidate takes, moe_fast being 1: {title}."
+            parts.append(picture(str(number), sentence))
+        parts.append(table(rows))
+    parts += growth_parts(record, path, picture)
+    return "\n".join(parts)
+
+
+def command(operation: str) -> str:
+    """How to measure it again."""
+    name = operation.partition(",")[0]
+    return f"python -m bench {FILES[name]}" if name in FILES else f"python -m bench.{name}"
+
+
+def growth_parts(
+    record: Record, path: Callable[[str], Path], picture: Callable[[str, str], str]
+) -> list[str]:
+    """Roofline, growth and memory, where they were measured."""
+    parts = []
+    curves = exponents(record.rows)
+    if record.machine and any(r.who == OURS and r.work and r.work.flop for r in record.rows):
+        pictures.draw_roofline(record.rows, record.machine, path("roofline"))
+        sentence = "How near moe_fast comes to what this machine could do at best."
+        parts += ["### The limit\n", picture("roofline", sentence)]
+    if curves:
+        pictures.draw_growth(curves, path("growth"))
+        sentence = "How time grows with one size, the others fixed; in the legend the exponent."
+        parts += [
+            "### Growth\n\nRepeat: `python -m bench growth`\n",
+            picture("growth", sentence),
+            growth_table(curves),
+        ]
+    memory = [row for row in record.rows if row.operation == MEMORY]
+    if any(row.peak_bytes for row in memory):
+        pictures.draw_memory(memory, path("memory"))
+        sentence = "What one forward and backward takes beyond its inputs, in fresh processes."
+        parts += [
+            "### Memory\n\nRepeat: `python -m bench peak_memory`\n",
+            picture("memory", sentence),
+            memory_table(memory),
+        ]
+    return parts
+
+
+def machine_lines(record: Record) -> str:
+    """On what, with what, and how quiet it was."""
+    e = record.environment
+    versions = ", ".join(f"{name} {v}" for name, v in e.get("versions", {}).items() if v)
+    lines = [
+        f"{e.get('cpu')}, {e.get('threads')} threads of {e.get('cpus')} processors; {versions}; "
+        f"Python {e.get('python')}; commit {str(e.get('commit'))[:12]}; {e.get('time')}.\n"
+    ]
+    if record.machine:
+        lines.append(f"{ceilings(record.machine)}\n")
+    if record.noisy:
+        lines.append(f"**A noisy run**: {'; '.join(record.noisy)}. Its figures deserve doubt.\n")
+    return "\n".join(lines)
+
+
+def ceilings(machine: Machine) -> str:
+    """The limits in one sentence."""
+    rates = ", ".join(f"{r / 1e9:.0f} GFLOP/s in {d}" for d, r in machine.matrix_rate.items())
+    return (
+        f"The machine's limits: {rates}; copying {machine.copy_bandwidth / 1e9:.1f} GB/s, reading "
+        f"{machine.read_bandwidth / 1e9:.1f} GB/s."
+    )
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by operation and dtype."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(f"{row.operation}, {row.dtype}".removesuffix(", "), []).append(row)
+    return found
+
+
+def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]:
+    """Per operation and dtype the fastest alternative: geometric mean, least and most of its ratio.
+
+    Dense is none: it computes something else.
+    """
+    best: dict[str, tuple[float, float, float]] = {}
+    for title, members in groups(rows).items():
+        cases: dict[tuple[str, str, str], float] = {}
+        for row in members:
+            if row.ratio and row.baseline == OURS and row.who not in (OURS, *DENSE):
+                cases[row.case] = min(cases.get(row.case, math.inf), row.ratio.median)
+        if cases:
+            ratios = list(cases.values())
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            best[title] = (mean, min(ratios), max(ratios))
+    return best
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line per candidate and shape; who could not run, with the reason, once."""
+    lines = ["| shape | candidate | time over moe_fast's | ms | share of the floor |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        shape = " ".join(f"{k}={v}" for k, v in row.shape.items())
+        if row.ratio and row.seconds:
+            r, s = row.ratio, row.seconds
+            share = f"{row.share_of_floor:.0%}" if row.share_of_floor else ""
+            lines.append(
+                f"| {shape} | {row.who} | {r.median:.2f} [{r.q1:.2f}, {r.q3:.2f}] "
+                f"| {s.median * 1e3:.3g} | {share} |"
+            )
+        elif row.reason:
+            reasons.setdefault(f"{row.who}: {row.reason}", []).append(shape)
+    count = len({row.case for row in rows})
+    notes = [
+        f"- {reason}" + ("" if len(shapes) == count else f" ({'; '.join(shapes)})")
+        for reason, shapes in reasons.items()
+    ]
+    return "\n".join([*lines, *(["", "Not run:", "", *notes] if notes else []), ""])
+
+
+def growth_table(curves: Sequence[Curve]) -> str:
+    """The fitted exponents."""
+    lines = ["| operation | size | from, to | candidate | exponent |", "|---|---|---|---|---|"]
+    for c in curves:
+        span = f"{c.sizes[0]:,} .. {c.sizes[-1]:,}"
+        error = "" if math.isnan(c.error) else f" ± {c.error:.2f}"
+        lines.append(f"| {c.operation} | {c.letter} | {span} | {c.who} | {c.exponent:.2f}{error} |")
+    return "\n".join([*lines, ""])
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """Peaks in MiB."""
+    names = list(dict.fromkeys(row.who for row in rows))
+    lines = [f"| T | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for tokens in sorted({row.shape["T"] for row in rows}):
+        peaks = {r.who: r.peak_bytes for r in rows if r.shape["T"] == tokens}
+        cells = ["" if (peak := peaks.get(n)) is None else f"{peak >> 20} MiB" for n in names]
+        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

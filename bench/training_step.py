@@ -1,0 +1,163 @@
+"""One whole training step: embed B pairs, contrastive loss, backward, AdamW.
+
+An encoder of MiniLM's size (6 layers, D = 384) with random weights and random tokens, upcycled to 8
+experts in every layer; nothing is downloaded and nothing is tokenized.
+
+- ``moe_fast``: the mixture with InfoNCELoss.
+- ``sentence-transformers' loss``: the same mixture with MultipleNegativesRankingLoss.
+- ``its cached loss``: the same with CachedMultipleNegativesRankingLoss, which embeds twice in order
+  to hold one chunk's activations at a time; chunks of 32 pairs.
+- ``eager loop``: the mixture with transformers' loop over experts, and sentence-transformers' loss.
+- ``dense``: the model that was upcycled, and sentence-transformers' loss.
+
+The check compares the loss and the gradient of the word embeddings. The learning rate is 0: the
+same work as with any other, and every step starts where the first did.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moe_fast
+from moe_fast.losses import InfoNCELoss
+
+from .cases import OURS, Candidates, Case, near
+from .moe_mlp import eager_loop
+from .peers import gpu_only
+from .record import Work
+
+EXPERTS, LAYERS = 8, 6
+TOLERANCE = 1e-4  # of a gradient through six layers in float32
+CHUNK = 32
+
+
+class Encoder(nn.Module):
+    """A transformer with mean pooling, in sentence-transformers' calling convention."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Features with ``input_ids`` and ``attention_mask`` [B, L] to embeddings [B, D]."""
+        hidden = self.transformer(**features).last_hidden_state
+        mask = features["attention_mask"][..., None].to(hidden.dtype)
+        return {"sentence_embedding": (hidden * mask).sum(1) / mask.sum(1)}
+
+
+def cases(size: str) -> Iterator[Case]:
+    """Pairs of 64 tokens at most."""
+    batches = {"tiny": [4], "quick": [16], "default": [32], "full": [32, 128]}[size]
+    for batch in batches:
+        yield case_of(batch, *((8, 32) if size == "tiny" else (64, 384)))
+
+
+def case_of(batch: int, length: int, dim: int, sweep: str | None = None) -> Case:
+    """B pairs whose second half is three quarters padding, as sorted real batches have some."""
+    return Case(
+        "training step",
+        {"B": batch, "L": length, "D": dim, "E": EXPERTS, "K": 1},
+        "float32",
+        lambda: candidates(batch, length, dim),
+        work(real_tokens(batch, length), length, dim),
+        sweep,
+    )
+
+
+def real_tokens(batch: int, length: int) -> int:
+    """Of both columns: half of the batch is whole, the other a quarter of that."""
+    return 2 * batch * length * 5 // 8
+
+
+def work(tokens: int, length: int, dim: int, experts: int = EXPERTS) -> Work:
+    """Products of attention and experts, thrice; AdamW reads four and writes three tensors."""
+    per_token = 2 * (4 * dim**2 + 8 * dim**2) + 2 * 2 * length * dim
+    parameters = LAYERS * (4 * dim**2 + experts * 8 * dim**2)
+    return Work(3.0 * LAYERS * tokens * per_token, 4.0 * 7 * parameters)
+
+
+def candidates(batch: int, length: int, dim: int) -> Candidates:
+    """Every candidate steps a model of its own; they begin alike."""
+    dense = _dense(dim)
+    moe = moe_fast.upcycle(dense, num_experts=EXPERTS, num_experts_per_tok=1)
+    pairs = [_features(batch, length) for _ in range(2)]
+    eager = copy.deepcopy(moe)
+    for mlp in eager.moe_mlps().values():
+        mlp.forward = _eager_forward(mlp)
+    runs = {OURS: step(Encoder(moe), InfoNCELoss, pairs)}
+    absent = gpu_only()
+    if find_spec("sentence_transformers") is None:
+        names = ("sentence-transformers' loss", "its cached loss", "eager loop", "dense")
+        reason = "needs sentence-transformers, which is not installed"
+        absent |= dict.fromkeys(names, reason)
+    else:
+        from sentence_transformers.sentence_transformer import losses
+
+        def cached(model: nn.Module) -> nn.Module:
+            return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=CHUNK)
+
+        plain = losses.MultipleNegativesRankingLoss
+        for name, model, loss in (
+            ("sentence-transformers' loss", copy.deepcopy(moe), plain),
+            ("its cached loss", copy.deepcopy(moe), cached),
+            ("eager loop", eager, plain),
+            ("dense", dense, plain),
+        ):
+            runs[name] = step(Encoder(model), loss, pairs)
+    exact = step(Encoder(copy.deepcopy(moe).double()), InfoNCELoss, pairs)()
+    works = {"dense": work(real_tokens(batch, length), length, dim, experts=1)}
+    return Candidates(runs, near(exact, TOLERANCE, ("dense",)), absent, works)
+
+
+def step(
+    encoder: Encoder, make_loss: Callable[[Any], nn.Module], pairs: list[dict[str, Tensor]]
+) -> Callable[[], list[Tensor]]:
+    """A call that takes one step and returns [loss, gradient of the word embeddings]."""
+    loss = make_loss(nn.Sequential(encoder))  # its cached loss asks for model[0]
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.0, weight_decay=0.0)
+    words = encoder.transformer.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+
+    def call() -> list[Tensor]:
+        optimizer.zero_grad()
+        value = loss([dict(features) for features in pairs], None)
+        value.backward()
+        optimizer.step()
+        return [value.detach(), words.grad]
+
+    return call
+
+
+def _dense(dim: int) -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=30522 if dim >= 384 else 100,
+        hidden_size=dim,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=max(1, dim // 32),
+        intermediate_size=4 * dim,
+        hidden_dropout_prob=0.0,  # candidates would draw different masks
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+def _features(batch: int, length: int) -> dict[str, Tensor]:
+    """Random tokens; the second half of the batch has a quarter of the length."""
+    lengths = torch.full((batch, 1), length)
+    lengths[batch // 2 :] = max(1, length // 4)
+    mask = (torch.arange(length) < lengths).long()
+    return {"input_ids": torch.randint(1, 100, (batch, length)) * mask, "attention_mask": mask}
+
+
+def _eager_forward(mlp: Any) -> Callable[..., Tensor]:
+    def forward(hidden_states: Tensor, **_: Any) -> Tensor:
+        return eager_loop(mlp, hidden_states.flatten(0, -2)).view(hidden_states.shape)
+
+    return forward

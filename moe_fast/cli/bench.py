@@ -1,0 +1,66 @@
+"""``moe-fast bench``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal
+
+import typer
+
+from moe_fast.cli.command import Run
+from moe_fast.cli.options import Overwrite
+
+EXAMPLE = "moe-fast bench plan --size tiny -o bench.json"
+_CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+def run_command(
+    operations: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="route, plan, expert_mlp, moe_mlp, info_nce, training_step, growth, "
+            "peak_memory; by default all."
+        ),
+    ] = None,
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write the measurements to, as JSON.")
+    ] = Path("moe-fast-bench.json"),
+    size: Annotated[
+        Literal["tiny", "quick", "default", "full"],
+        typer.Option(help="How much to measure; tiny only shows that everything runs."),
+    ] = "quick",
+    seconds: Annotated[
+        float, typer.Option(min=0, help="For each comparison, once five rounds are done.")
+    ] = 2.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
+    overwrite: Overwrite = False,
+    run: Run,
+) -> None:
+    """Measure moe_fast on this machine beside what would be used instead, as ratios."""
+    from moe_fast.files import check_output
+
+    check_output(output, overwrite)
+    bench = _bench()
+    unknown = sorted(set(operations or ()) - set(bench.OPERATIONS))
+    if unknown:
+        allowed = ", ".join(bench.OPERATIONS)
+        raise typer.BadParameter(f"operations must be of {allowed}; got {', '.join(unknown)}")
+    arguments = [*(operations or ()), "--json", str(output), "--size", size]
+    arguments += ["--seconds", str(seconds)]
+    arguments += ["--threads", str(threads)] if threads is not None else []
+    code = bench.main(arguments)
+    run.save_settings(output)
+    raise typer.Exit(code)
+
+
+def _bench() -> ModuleType:
+    """``bench``: a part of the package where it is installed, beside it in a checkout."""
+    if (_CHECKOUT / "bench" / "harness.py").is_file():
+        if str(_CHECKOUT) not in sys.path:
+            sys.path.append(str(_CHECKOUT))
+        return import_module("bench.__main__")
+    return import_module("moe_fast.bench.__main__")

@@ -1,0 +1,91 @@
+"""bench.report: a page and pictures from records, complete and without files that are missing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs the extra moe-fast[eval]")
+
+from bench.cases import OURS
+from bench.harness import Result, Summary, write_json
+from bench.machine import Machine
+from bench.peak_memory import OPERATION
+from bench.record import Record, Row, Work
+from bench.report import best_of_others, main, table
+
+ENVIRONMENT = {"cpu": "a processor", "threads": 2, "versions": {"torch": "2.13", "triton": None}}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def row(who, ratio, tokens=8, sweep=None, operation="expert MLP", **more):
+    r = Summary(ratio, 0.9 * ratio, 1.1 * ratio, 9)
+    seconds = Summary(1e-3 * ratio * tokens, 1e-3, 1e-2, 9)
+    shape = {"T": tokens, "D": 4}
+    work = Work(1e6 * tokens, 1e5)
+    return Row(operation, shape, "float32", who, OURS, r, seconds, work, 1e-4, 0.5, sweep, **more)
+
+
+def whole_record() -> Record:
+    rows = [row(who, r, t) for t in (8, 16) for who, r in ((OURS, 1), ("eager", 2), ("dense", 0.8))]
+    rows += [row(who, r, t, "T") for t in (8, 16, 32) for who, r in ((OURS, 1), ("eager", 2))]
+    rows += [
+        Row(OPERATION, {"T": t}, "float32", who, OURS, sweep="T", peak_bytes=t << 20)
+        for t in (8, 16)
+        for who in (OURS, "eager")
+    ]
+    rows.append(Row("expert MLP", {"T": 8, "D": 4}, "float32", "Liger", OURS, reason="needs a GPU"))
+    machine = Machine(2e10, 3e10, {"float32": 1e11, "bfloat16": 2e11})
+    return Record(ENVIRONMENT, machine, 2.0, ["load average 9.0 before the run"], rows)
+
+
+def test_a_page_of_everything(tmp_path):
+    results, page = tmp_path / "results", tmp_path / "docs" / "benchmarks.md"
+    write_json(results / "cpu.json", asdict(whole_record()))
+    pair = [Result(OURS, Summary.of([1.0]), Summary.of([0.1])),
+            Result("dense", Summary.of([0.5]), Summary.of([0.05]))]  # fmt: skip
+    write_json(results / "own-form.json", {"environment": ENVIRONMENT, "results": {"bf16": pair}})
+    write_json(results / "other.json", {"environment": ENVIRONMENT, "units": 3})  # no comparison
+    assert main(["--results", str(results), "--output", str(page)]) == 0
+    text = page.read_text()
+    linked = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert len(linked) == len(set(linked)) == 6
+    for name in linked:
+        assert (page.parent / name).read_bytes().startswith(PNG)
+    assert {path.name for path in (page.parent / "images").iterdir()} == {
+        name.partition("/")[2] for name in linked
+    }
+    assert "A noisy run" in text and "Liger: needs a GPU" in text
+    assert "| T=8 D=4 | eager | 2.00 [1.80, 2.20] | 16 | 50% |" in text
+    assert "| expert MLP | T | 8 .. 32 | moe_fast | 1.00 ± 0.00 |" in text
+    assert "| 8 | 8 MiB | 8 MiB |" in text
+    for words in ("expert_mlp", "growth", "peak_memory"):
+        assert f"Repeat: `python -m bench {words}`" in text
+    assert "Repeat: `python -m bench.own-form`" in text
+    assert "100 GFLOP/s in float32" in text
+
+
+def test_the_best_of_the_others_is_never_dense_nor_ours():
+    best = best_of_others(whole_record().rows)
+    assert best == {"expert MLP, float32": (pytest.approx(2), 2, 2)}
+
+
+def test_who_never_ran_is_named_once():
+    rows = [Row("op", {"T": t}, "float32", "Liger", OURS, reason="no GPU") for t in (1, 2)]
+    rows.append(Row("op", {"T": 2}, "float32", "batched_mm", OURS, reason="copies too much"))
+    text = table(rows)
+    assert text.count("Liger: no GPU") == 1
+    assert "- Liger: no GPU\n" in text and "batched_mm: copies too much (T=2)" in text
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_no_records_is_a_usage_error(tmp_path, capsys, content):
+    if content:
+        (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md")])
+    assert stopped.value.code == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
