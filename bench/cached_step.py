@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Result, compare, environment, table, write_json
 from moe_fast.losses import CachedLoss, InfoNCELoss, RouterLoss
 from moe_fast.models import MoEBertConfig, MoEBertModel
+
+from .harness import Result, compare, environment, table, write_json
 
 BASELINE = "plain"
 # Float32 through six layers of random weights amplifies what batches of another shape round

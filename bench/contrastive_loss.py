@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Result, compare, environment, table, write_json
 from moe_fast import ops
 from moe_fast.ops.logit_tiles import tile_size
 from moe_fast.ops.products import add_product, multiply
+
+from .harness import Result, compare, environment, table, write_json
 
 SCALE = 20.0
 DEFAULT_CHUNK = 32

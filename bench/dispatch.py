@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Result, compare, environment, table, write_json
 from moe_fast import available_backends, ops
+
+from .harness import Result, compare, environment, table, write_json
 
 SLOTS = 131_072
 TARGET = 5.0

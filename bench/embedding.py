@@ -30,10 +30,11 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 import moe_fast
-from bench.harness import Result, compare, environment, table, write_json
-from bench.moe_mlp import eager_loop
 from moe_fast import MoESentenceTransformer, available_backends
 from moe_fast.demo.pretrained import go_offline, pretrained_folder
+
+from .harness import Result, compare, environment, table, write_json
+from .moe_mlp import eager_loop
 
 EXPERTS, BATCH, MAX_TOKENS = 8, 32, 256
 OURS, EAGER, DENSE = "moe_fast", "eager, padded", "dense"

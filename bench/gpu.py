@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import ROOT, environment, table, write_json
+from .harness import ROOT, environment, table, write_json
 
 GIVEN_UP = "error"
 
@@ -95,7 +95,7 @@ def _has_failed(result: Any) -> bool:
 
 def _cases(dry: bool) -> dict[str, Any]:
     """BERT-base, 64k tokens, K = 1 and 2; other widths; other loads."""
-    from bench.gpu_cases import Case
+    from .gpu_cases import Case
 
     if dry:
         base = Case(24, experts=3, k=1, dim=16, hidden=32, dtype=torch.float32)
@@ -115,7 +115,7 @@ def _device(dry: bool) -> torch.device:
 
 def correct(arguments: argparse.Namespace) -> dict[str, Any]:
     """Errors on the grids, then the properties."""
-    from bench import gpu_checks as checks
+    from . import gpu_checks as checks
 
     dry, device = arguments.dry_run, _device(arguments.dry_run)
     experts = checks.covering(checks.DRY_GRID if dry else checks.GRID)
@@ -174,7 +174,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def times(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every comparison, and the share of the floor."""
-    from bench import gpu_times as t
+    from . import gpu_times as t
 
     dry, cases = arguments.dry_run, _cases(arguments.dry_run)
     settings = t.Settings(_device(dry), 1 if dry else arguments.rounds, dry)
@@ -214,7 +214,7 @@ def times(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _of_floor(case: Any, backward: bool, settings: Any, ceilings: Any) -> dict[str, float]:
-    from bench import gpu_times as t
+    from . import gpu_times as t
 
     seconds, least = t.alone(case, backward, settings), t.floor(case, ceilings, backward)
     return {"seconds": seconds, "floor": least, "share": least / seconds}

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_cases import BOUNDS, LOADS, Case, Problem, covering, relative_error
 from moe_fast import ops
+
+from .gpu_cases import BOUNDS, LOADS, Case, Problem, covering, relative_error
 
 # Section 4 of the kernels' notes, and widths that are no multiple of 16.
 GRID = dict(

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_cases import BOUNDS, Case, Problem
-from bench.harness import Result, compare
 from moe_fast import ops
+
+from .gpu_cases import BOUNDS, Case, Problem
+from .harness import Result, compare
 
 OURS, CUBLAS, DENSE, GROUPED = "moe_fast", "cublas", "dense", "grouped_mm"
 Run = Callable[[Mapping[str, Any]], Tensor]

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.harness import ROOT, environment, write_json
+from .harness import ROOT, environment, write_json
 
 BACKENDS = {"moe_fast": "cpp", "reference": "torch"}
 SLACK = 0.1  # pages, and what the allocator keeps

@@ -155,12 +155,13 @@ class InfoNCELoss(TemperatureLoss):
         """0, with a gradient of 0: what is left of a data set must not end a whole training."""
         if torch.is_grad_enabled():
             logger.warning(
-                "a batch of one pair without hard negatives has nothing to learn from: its loss is 0."
+                "a batch of one pair without hard negatives has nothing to learn from: a loss of 0."
             )
         scale = self.current_scale()
         self._keep_metrics(embeddings[0].new_ones(()), scale)
         dtype = compute_dtype(embeddings[0].dtype)
-        return 0.0 * (sum(rows.sum(dtype=dtype) for rows in embeddings) + scale)
+        total = torch.stack([rows.sum(dtype=dtype) for rows in embeddings]).sum()
+        return 0.0 * (total + scale)
 
     def _arguments(self, embeddings: list[Tensor], columns: Columns) -> dict[str, Any]:
         masks = batch_masks(columns, self.mask_duplicates, self.negatives_from)
