@@ -113,6 +113,7 @@ bench: setup
 	$(PY) -m bench.memory --json bench/results/local/memory.json
 	$(PY) -m bench.embedding $(ARGS) --json bench/results/local/embedding.json
 	$(PY) -m bench.cached_step --json bench/results/local/cached_step.json
+	$(PY) -m bench.contrastive_loss --json bench/results/local/contrastive_loss.json
 	$(PY) -m bench.report --results bench/results/local --output bench/results/local/benchmarks.md
 
 bench-full: setup
