@@ -96,9 +96,11 @@ def test_without_queries_the_in_batch_pairs_are_penalised():
     assert_close(with_negatives.last_metrics["penalty"], loss.last_metrics["penalty"])
 
 
-def test_a_lone_pair_has_a_loss_of_0():
-    loss = ContrastiveLearningPenaltyLoss(BagEncoder())([column([1]), column([2])])
-    assert loss.item() == 0.0
+def test_of_a_lone_pair_the_penalty_is_left():
+    loss = ContrastiveLearningPenaltyLoss(BagEncoder(), penalty_weight=0.2)
+    total = loss([column([1]), column([2])])
+    assert loss.last_metrics["info_nce"].item() == 0.0
+    assert_close(total.detach(), 0.2 * loss.last_metrics["penalty"])
 
 
 def test_one_row_with_a_negative_and_its_query():
