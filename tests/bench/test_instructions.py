@@ -36,5 +36,6 @@ def test_products_are_most_of_the_instructions():
     flop = 4 * s["T"] * s["K"] * s["D"] * s["H"]
     # Eight lanes of multiply-and-add at best; several times that would be a plain loop.
     assert flop / 16 < counts["expert_mlp"] < flop
-    assert 2 < counts["expert_mlp_backward"] / counts["expert_mlp"] < 5
+    # Twice the forward's products; the forward also packs the weights for them.
+    assert 1.5 < counts["expert_mlp_backward"] / counts["expert_mlp"] < 5
     assert counts["plan"] < 100 * s["T"] * s["K"]
