@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from processes import CONTEXT
 from sentence_transformers import SentenceTransformerTrainingArguments
 from tiny_models import make_moe, make_pairs
@@ -95,3 +96,5 @@ def shared_integer() -> Any:
 
 if __name__ == "__main__":
     resumable_run(Path(sys.argv[1]))
+    torch.distributed.barrier()  # none takes the connections of another away as it exits
+    torch.distributed.destroy_process_group()

@@ -107,12 +107,15 @@ def test_torchrun_gives_the_same(whole, tmp_path):
     world_size, expected, _ = whole
     script = Path(__file__).with_name("resumable_run.py")
     command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", script]
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", *map(str, command), str(tmp_path / "run")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         timeout=300,
     )
+    assert done.returncode == 0, done.stdout[-4000:]
     assert_same_end(tmp_path / "run", expected)
 
 
