@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Extra arguments for pip where it installs torch, such as another index.
 TORCH_ARGS ?=
-# Arguments for `make demo`, for bench.embedding in `make bench`, and for pytest in `make test` and
-# `make test-slow`.
+# Arguments for `make demo`, for what reads texts in `make bench` (--data FILE), and for pytest in
+# `make test` and `make test-slow`.
 ARGS ?=
 WORKERS ?= 2
 
@@ -112,6 +112,7 @@ bench: setup
 	$(PY) -m bench.dispatch --json bench/results/local/dispatch.json
 	$(PY) -m bench.memory --json bench/results/local/memory.json
 	$(PY) -m bench.embedding $(ARGS) --json bench/results/local/embedding.json
+	$(PY) -m bench.natural_step $(ARGS) --json bench/results/local/natural_step.json
 	$(PY) -m bench.cached_step --json bench/results/local/cached_step.json
 	$(PY) -m bench.contrastive_loss --json bench/results/local/contrastive_loss.json
 	$(PY) -m bench.report --results bench/results/local --output bench/results/local/benchmarks.md

@@ -24,13 +24,15 @@ GPU_ONLY = {
     "Liger": "liger_kernel",
 }
 """Libraries of experts whose kernels are Triton or CUDA, with the module that they install."""
+ATTENTION_GPU_ONLY = {"xformers": "xformers"}
+"""The same of attention, which whole models have."""
 
 
-def gpu_only() -> dict[str, str]:
+def gpu_only(*, attention: bool = False) -> dict[str, str]:
     """Why each of the GPU libraries cannot take part on a CPU."""
     return {
         name: "needs a CUDA GPU" + ("" if find_spec(module) else ", and is not installed")
-        for name, module in GPU_ONLY.items()
+        for name, module in (GPU_ONLY | (ATTENTION_GPU_ONLY if attention else {})).items()
     }
 
 

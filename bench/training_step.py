@@ -91,7 +91,7 @@ def candidates(batch: int, length: int, dim: int) -> Candidates:
     for mlp in eager.moe_mlps().values():
         mlp.forward = _eager_forward(mlp)
     runs = {OURS: step(Encoder(moe), InfoNCELoss, pairs)}
-    absent = gpu_only()
+    absent = gpu_only(attention=True)
     if find_spec("sentence_transformers") is None:
         names = ("sentence-transformers' loss", "its cached loss", "eager loop", "dense")
         reason = "needs sentence-transformers, which is not installed"

@@ -96,6 +96,37 @@ def test_embedding_refuses_vectors_that_differ(tiny_encoder):
         check({"moe_fast": y, "eager, padded": y * 1.001, "dense": y})
 
 
+def test_natural_step_writes_its_table(tiny_encoder, monkeypatch, tmp_path, capsys):
+    from bench import natural_step
+
+    monkeypatch.setattr(natural_step, "pretrained_folder", tiny_encoder.pretrained_folder)
+    monkeypatch.setattr(natural_step, "go_offline", lambda: None)
+    monkeypatch.setattr(natural_step, "MAX_TOKENS", 32)
+    path, data = tmp_path / "natural_step.json", tmp_path / "pairs.jsonl"
+    rows = [{"a": f"w{i}", "b": f"w{i} " * (1 + 7 * (i % 6))} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    arguments = ["--data", str(data), "--rounds", "1", "--json", str(path)]
+    assert natural_step.main([*arguments, "--batch", "7"]) == 0
+    (rows,) = json.loads(path.read_text())["results"].values()
+    assert [row["name"] for row in rows] == ["moe_fast", "padded, ours", "padded, eager"]
+    assert "gradient differs by" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--batch must be at most 8"):
+        natural_step.main([*arguments, "--batch", "9"])
+
+
+def test_natural_step_refuses_gradients_that_differ():
+    from bench.natural_step import check_gradients
+
+    g = {"loss": torch.ones(()), "weight": torch.ones(3)}
+    check_gradients({"moe_fast": g, "padded, eager": dict(g)}, 1e-3)
+    with pytest.raises(AssertionError, match="padded, eager: gradient differs"):
+        check_gradients(
+            {"moe_fast": g, "padded, eager": g | {"weight": torch.ones(3) * 1.01}}, 1e-3
+        )
+    with pytest.raises(AssertionError, match="gradients of .'weight'."):
+        check_gradients({"moe_fast": g, "padded, eager": {"loss": g["loss"]}}, 1e-3)
+
+
 def test_contrastive_loss_writes_every_figure(tmp_path, capsys):
     path = tmp_path / "contrastive_loss.json"
     sizes = ["--batch", "64", "--dim", "8", "--chunks", "16", "--rounds", "1", "--large", "128"]
