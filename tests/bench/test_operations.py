@@ -82,7 +82,9 @@ def test_work_of_the_experts():
 
 
 def test_gpu_libraries_say_why_not():
-    assert set(peers.gpu_only()) == {"ScatterMoE", "MegaBlocks", "SonicMoE", "Liger"}
+    libraries = {"ScatterMoE", "MegaBlocks", "SonicMoE", "Liger"}
+    assert set(peers.gpu_only()) == libraries
+    assert set(peers.gpu_only(attention=True)) == libraries | {"xformers"}
     assert all("needs a CUDA GPU" in reason for reason in peers.gpu_only().values())
 
 
