@@ -308,12 +308,35 @@ float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
+void dot4(const float* __restrict a, const float* const* rows, float* out, int64_t n) {
+  const float *b = rows[0], *c = rows[1], *d = rows[2], *e = rows[3];
+  float sb = 0.0f, sc = 0.0f, sd = 0.0f, se = 0.0f;
+#pragma omp simd reduction(+ : sb, sc, sd, se)
+  for (int64_t i = 0; i < n; ++i) {
+    sb += a[i] * b[i];
+    sc += a[i] * c[i];
+    sd += a[i] * d[i];
+    se += a[i] * e[i];
+  }
+  out[0] = sb;
+  out[1] = sc;
+  out[2] = sd;
+  out[3] = se;
+}
+
+void add_scaled4(float* __restrict acc, const float* const* rows, const float* w, int64_t n) {
+  const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+  const float wa = w[0], wb = w[1], wc = w[2], wd = w[3];
+  for (int64_t i = 0; i < n; ++i) acc[i] += wa * a[i] + wb * b[i] + wc * c[i] + wd * d[i];
+}
+
 }  // namespace
 
 extern const VectorOps ops;
 const VectorOps ops = {
     MOE_STRING(MOE_ISA), load,     store,    transpose,         interleave, round_pairs,
     add_bias,            activate, activate_backward, add_scaled, scale_add,  dot,
+    dot4,                add_scaled4,
 };
 
 }  // namespace MOE_ISA
