@@ -56,4 +56,4 @@ def _function(name: str, kernel: Callable, setup_context: Callable, backward: Ca
         return results
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), members)
+    return type(f"{name}_eager", (torch.autograd.Function,), members)
