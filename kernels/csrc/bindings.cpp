@@ -10,6 +10,7 @@
 #include "expert_linear.h"
 #include "expert_mlp.h"
 #include "plan.h"
+#include "route.h"
 #include "rows.h"
 
 namespace {
@@ -52,11 +53,21 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
       "Tensor top_k_weights, Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, "
       "Tensor slot_to_row) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, "
       "Tensor grad_top_k_weights)");
+  m.def(
+      "route(Tensor x, Tensor router_weight, int num_experts_per_tok, str mode, str weight_mode, "
+      "Tensor? token_mask, Tensor? starts) -> (Tensor top_k_weights, Tensor router_logits, "
+      "Tensor top_k_index, Tensor tokens_per_expert)");
+  m.def(
+      "route_backward(Tensor grad_weights, Tensor grad_logits, Tensor x, Tensor router_weight, "
+      "Tensor logits, int num_experts_per_tok, str mode, str weight_mode, Tensor? token_mask, "
+      "Tensor? starts) -> (Tensor grad_x, Tensor grad_router_weight)");
   m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
   m.impl("plan", TORCH_BOX(&moe_fast::plan_cpu));
+  m.impl("route", TORCH_BOX(&moe_fast::route_cpu));
+  m.impl("route_backward", TORCH_BOX(&moe_fast::route_backward_cpu));
   m.impl("gather_rows", TORCH_BOX(&moe_fast::gather_rows_cpu));
   m.impl("combine_rows", TORCH_BOX(&moe_fast::combine_rows_cpu));
   m.impl("combine_rows_backward", TORCH_BOX(&moe_fast::combine_rows_backward_cpu));

@@ -9,6 +9,7 @@ from moe_fast.ops import (  # noqa: F401 - each offers its backend
     expert_mlp_triton,
     info_nce_tiled,
     plan_triton,
+    route_cpp,
     route_triton,
 )
 from moe_fast.ops.attention import varlen_attention

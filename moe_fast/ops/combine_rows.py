@@ -22,6 +22,7 @@ from torch import Tensor
 from moe_fast.ops import backends, native
 from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape
 from moe_fast.ops.plan import RoutingPlan
+from moe_fast.ops.shortcut import register_op
 
 
 def combine_rows(
@@ -66,8 +67,7 @@ def combine_rows_op(
     return torch.where(row >= 0, terms, 0).sum(1).to(rows.dtype)
 
 
-@torch.library.custom_op("moe_fast::combine_rows_cpp", mutates_args=())
-def combine_rows_cpp_op(
+def _combine_rows_cpp(
     rows: Tensor, top_k_weights: Tensor, expert_offsets: Tensor, slot_to_row: Tensor
 ) -> Tensor:
     """kernels/csrc/cpu/rows.cpp and kernels/csrc/cuda/rows.cu."""
@@ -75,8 +75,7 @@ def combine_rows_cpp_op(
 
 
 @combine_rows_op.register_fake
-@combine_rows_cpp_op.register_fake
-def _(rows, top_k_weights, expert_offsets, slot_to_row):
+def _fake(rows, top_k_weights, expert_offsets, slot_to_row):
     return rows.new_empty((top_k_weights.shape[0], rows.shape[1]))
 
 
@@ -98,8 +97,7 @@ def _backward_op(
     return grad_rows[:-1].clone(), grad_weights
 
 
-@torch.library.custom_op("moe_fast::combine_rows_cpp_backward", mutates_args=())
-def _cpp_backward_op(
+def _cpp_backward(
     grad_y: Tensor,
     rows: Tensor,
     top_k_weights: Tensor,
@@ -113,8 +111,7 @@ def _cpp_backward_op(
 
 
 @_backward_op.register_fake
-@_cpp_backward_op.register_fake
-def _(grad_y, rows, top_k_weights, expert_offsets, slot_to_row):
+def _fake_backward(grad_y, rows, top_k_weights, expert_offsets, slot_to_row):
     return rows.new_empty(rows.shape), top_k_weights.new_empty(top_k_weights.shape)
 
 
@@ -131,14 +128,20 @@ def _backward(op: Callable, ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, N
 combine_rows_op.register_autograd(
     functools.partial(_backward, _backward_op), setup_context=_save_for_backward
 )
-combine_rows_cpp_op.register_autograd(
-    functools.partial(_backward, _cpp_backward_op), setup_context=_save_for_backward
-)
 backends.register("combine_rows", "torch", combine_rows_op)
+combine_rows_cpp = register_op(
+    "moe_fast::combine_rows_cpp",
+    _combine_rows_cpp,
+    _fake,
+    _save_for_backward,
+    functools.partial(
+        _backward, register_op("moe_fast::combine_rows_cpp_backward", _cpp_backward, _fake_backward)
+    ),
+)
 backends.register(
     "combine_rows",
     "cpp",
-    combine_rows_cpp_op,
+    combine_rows_cpp,
     native.why_unavailable,
     leaves_to_torch=(torch.float64,),
 )

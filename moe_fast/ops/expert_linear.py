@@ -31,6 +31,7 @@ from moe_fast.ops.checks import (
 )
 from moe_fast.ops.plan import RoutingPlan
 from moe_fast.ops.rows import check_plan, combine, new_rows, slot_values
+from moe_fast.ops.shortcut import register_op
 
 
 def expert_linear(
@@ -101,8 +102,7 @@ def _expert_linear_op(
     return combine(rows, slot_to_row, top_k_weights)
 
 
-@torch.library.custom_op("moe_fast::expert_linear_cpp", mutates_args=())
-def _expert_linear_cpp_op(
+def _expert_linear_cpp(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -120,7 +120,6 @@ def _expert_linear_cpp_op(
 
 
 @_expert_linear_op.register_fake
-@_expert_linear_cpp_op.register_fake
 def fake(x, weight, *rest):
     """Shape of the forward op's result, on every backend."""
     return x.new_empty((x.shape[0], weight.shape[1]))
@@ -162,8 +161,7 @@ def _expert_linear_backward_op(
     return grad_x, grad_weight, grad_bias, grad_weights
 
 
-@torch.library.custom_op("moe_fast::expert_linear_cpp_backward", mutates_args=())
-def _expert_linear_cpp_backward_op(
+def _linear_cpp_backward(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -182,7 +180,6 @@ def _expert_linear_cpp_backward_op(
 
 
 @_expert_linear_backward_op.register_fake
-@_expert_linear_cpp_backward_op.register_fake
 def fake_backward(grad_y, x, weight, bias, top_k_weights, *rest):
     """Shapes of the backward op's results, on every backend."""
     return (
@@ -210,14 +207,21 @@ def backward(op, ctx, grad_y):
 _expert_linear_op.register_autograd(
     functools.partial(backward, _expert_linear_backward_op), setup_context=save_for_backward
 )
-_expert_linear_cpp_op.register_autograd(
-    functools.partial(backward, _expert_linear_cpp_backward_op), setup_context=save_for_backward
-)
 backends.register("expert_linear", "torch", _expert_linear_op)
+_run_expert_linear_cpp = register_op(
+    "moe_fast::expert_linear_cpp",
+    _expert_linear_cpp,
+    fake,
+    save_for_backward,
+    functools.partial(
+        backward,
+        register_op("moe_fast::expert_linear_cpp_backward", _linear_cpp_backward, fake_backward),
+    ),
+)
 backends.register(
     "expert_linear",
     "cpp",
-    _expert_linear_cpp_op,
+    _run_expert_linear_cpp,
     native.why_no_products,
     leaves_to_torch=(torch.float64,),
 )

@@ -37,6 +37,7 @@ from moe_fast.ops.checks import (
 )
 from moe_fast.ops.plan import RoutingPlan
 from moe_fast.ops.rows import check_plan, combine, new_rows, slot_values
+from moe_fast.ops.shortcut import register_op
 
 
 def expert_mlp(
@@ -158,8 +159,7 @@ def _of(bias: Tensor | None, expert: int) -> Tensor | None:
     return None if bias is None else bias[expert]
 
 
-@torch.library.custom_op("moe_fast::expert_mlp_cpp", mutates_args=())
-def _expert_mlp_cpp_op(
+def _expert_mlp_cpp(
     x: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
@@ -183,7 +183,6 @@ def _expert_mlp_cpp_op(
 
 
 @_expert_mlp_op.register_fake
-@_expert_mlp_cpp_op.register_fake
 def fake(x, up_proj, *rest):
     """Shapes of the forward op's results, on every backend."""
     row_to_token, save = rest[5], rest[-1]
@@ -239,8 +238,7 @@ def _expert_mlp_backward_op(
     return grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights
 
 
-@torch.library.custom_op("moe_fast::expert_mlp_cpp_backward", mutates_args=())
-def _expert_mlp_cpp_backward_op(
+def _expert_mlp_cpp_backward(
     grad_y: Tensor,
     x: Tensor,
     up_proj: Tensor,
@@ -264,7 +262,6 @@ def _expert_mlp_cpp_backward_op(
 
 
 @_expert_mlp_backward_op.register_fake
-@_expert_mlp_cpp_backward_op.register_fake
 def fake_backward(
     grad_y, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *rest
 ):
@@ -310,14 +307,21 @@ def backward(op, ctx, grad_y, _):
 _expert_mlp_op.register_autograd(
     functools.partial(backward, _expert_mlp_backward_op), setup_context=save_for_backward
 )
-_expert_mlp_cpp_op.register_autograd(
-    functools.partial(backward, _expert_mlp_cpp_backward_op), setup_context=save_for_backward
-)
 backends.register("expert_mlp", "torch", _expert_mlp_op)
+_run_expert_mlp_cpp = register_op(
+    "moe_fast::expert_mlp_cpp",
+    _expert_mlp_cpp,
+    fake,
+    save_for_backward,
+    functools.partial(
+        backward,
+        register_op("moe_fast::expert_mlp_cpp_backward", _expert_mlp_cpp_backward, fake_backward),
+    ),
+)
 backends.register(
     "expert_mlp",
     "cpp",
-    _expert_mlp_cpp_op,
+    _run_expert_mlp_cpp,
     native.why_no_products,
     leaves_to_torch=(torch.float64,),
 )

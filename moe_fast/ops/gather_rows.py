@@ -21,8 +21,9 @@ from torch import Tensor
 
 from moe_fast.ops import backends, native
 from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape
-from moe_fast.ops.combine_rows import combine_rows_cpp_op, combine_rows_op
+from moe_fast.ops.combine_rows import combine_rows_cpp, combine_rows_op
 from moe_fast.ops.plan import RoutingPlan
+from moe_fast.ops.shortcut import register_op
 
 
 def gather_rows(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> Tensor:
@@ -61,8 +62,7 @@ def _gather_rows_op(
     return torch.where((row < expert_offsets[-1])[:, None], x[row_to_token], 0)
 
 
-@torch.library.custom_op("moe_fast::gather_rows_cpp", mutates_args=())
-def _gather_rows_cpp_op(
+def _gather_rows_cpp(
     x: Tensor, expert_offsets: Tensor, row_to_token: Tensor, slot_to_row: Tensor
 ) -> Tensor:
     """kernels/csrc/cpu/rows.cpp and kernels/csrc/cuda/rows.cu."""
@@ -70,8 +70,7 @@ def _gather_rows_cpp_op(
 
 
 @_gather_rows_op.register_fake
-@_gather_rows_cpp_op.register_fake
-def _(x, expert_offsets, row_to_token, slot_to_row):
+def _fake(x, expert_offsets, row_to_token, slot_to_row):
     return x.new_empty((row_to_token.shape[0], x.shape[1]))
 
 
@@ -92,14 +91,18 @@ def _backward(combine: Callable, ctx: Any, grad_rows: Tensor) -> tuple[Tensor, N
 _gather_rows_op.register_autograd(
     functools.partial(_backward, combine_rows_op), setup_context=_save_for_backward
 )
-_gather_rows_cpp_op.register_autograd(
-    functools.partial(_backward, combine_rows_cpp_op), setup_context=_save_for_backward
-)
 backends.register("gather_rows", "torch", _gather_rows_op)
+_run_gather_rows_cpp = register_op(
+    "moe_fast::gather_rows_cpp",
+    _gather_rows_cpp,
+    _fake,
+    _save_for_backward,
+    functools.partial(_backward, combine_rows_cpp),
+)
 backends.register(
     "gather_rows",
     "cpp",
-    _gather_rows_cpp_op,
+    _run_gather_rows_cpp,
     native.why_unavailable,
     leaves_to_torch=(torch.float64,),
 )

@@ -191,7 +191,7 @@ def row_weights(weights: Tensor | None, a: Tensor) -> Tensor:
 
 def check_scale(scale: Tensor) -> None:
     """Raise ``ValueError`` for a scale [] that is no 1 / temperature, where values are read."""
-    if checks_values(scale.device) and not (scale > 0 and scale.isfinite()):
+    if checks_values(scale.device) and not 0 < scale.item() < math.inf:
         raise ValueError(f"scale must be greater than 0 and finite; got {scale.item()}.")
 
 

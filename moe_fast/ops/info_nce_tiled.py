@@ -47,6 +47,7 @@ from moe_fast.ops.logit_tiles import (
     scaled_rows,
     tile_masks,
 )
+from moe_fast.ops.shortcut import register_op
 
 # What is summed over a row's, or a column's, logits, these being in base 2; sums are [6, n].
 NEG, POS = 0, 1  # log2 sum exp2 over negatives, and over positives
@@ -205,6 +206,8 @@ class Terms:
 
     def block(self, first: int, last: int) -> Terms:
         """Rows ``first`` to ``last`` alone."""
+        if first == 0 and last == len(self.own):
+            return self
         fields = (getattr(self, name) for name in self.__dataclass_fields__)
         return Terms(*(t[first:last] for t in fields))
 
@@ -321,9 +324,8 @@ def hard_side(
     return Side(negatives, inverse_norm(negatives) if cosine else None, None, texts, domain_ids)
 
 
-@torch.library.custom_op("moe_fast::info_nce_tiled", mutates_args=())
 @without_autocast
-def _info_nce_tiled_op(
+def _info_nce_tiled(
     a: Tensor,
     b: Tensor,
     negatives: Tensor | None,
@@ -358,8 +360,7 @@ def _info_nce_tiled_op(
     return (each * row_loss).sum(), row_loss, rank, row_sums, column_sums
 
 
-@_info_nce_tiled_op.register_fake
-def _(a, b, negatives, scale, *rest):
+def _fake(a, b, negatives, scale, *rest):
     batch, symmetric = a.shape[0], rest[-2]
     return (
         scale.new_empty(()),
@@ -370,9 +371,8 @@ def _(a, b, negatives, scale, *rest):
     )
 
 
-@torch.library.custom_op("moe_fast::info_nce_tiled_backward", mutates_args=())
 @without_autocast
-def _info_nce_tiled_backward_op(
+def _info_nce_tiled_backward(
     grad_loss: Tensor,
     a: Tensor,
     b: Tensor,
@@ -408,8 +408,7 @@ def _info_nce_tiled_backward_op(
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_hard.to(a.dtype), grad_scale
 
 
-@_info_nce_tiled_backward_op.register_fake
-def _(grad_loss, a, b, negatives, scale, *rest):
+def _fake_backward(grad_loss, a, b, negatives, scale, *rest):
     return (
         a.new_empty(a.shape),
         b.new_empty(b.shape),
@@ -425,19 +424,24 @@ def _save_for_backward(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+_run_backward = register_op(
+    "moe_fast::info_nce_tiled_backward", _info_nce_tiled_backward, _fake_backward
+)
+
+
 def _backward(ctx, grad_loss, *_):
     tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-    grad_a, grad_b, grad_hard, grad_scale = _info_nce_tiled_backward_op(
-        grad_loss, *tensors, *ctx.settings
-    )
+    grad_a, grad_b, grad_hard, grad_scale = _run_backward(grad_loss, *tensors, *ctx.settings)
     return grad_a, grad_b, None if tensors[2] is None else grad_hard, grad_scale, *[None] * 8
 
 
-_info_nce_tiled_op.register_autograd(_backward, setup_context=_save_for_backward)
+_run_forward = register_op(
+    "moe_fast::info_nce_tiled", _info_nce_tiled, _fake, _save_for_backward, _backward
+)
 
 
 def _run(*inputs):
-    return _info_nce_tiled_op(*inputs)[:3]
+    return _run_forward(*inputs)[:3]
 
 
 backends.register("info_nce", "tiled", _run)

@@ -26,6 +26,7 @@ from moe_fast.ops.checks import checks_values, compute_dtype
 from moe_fast.ops.products import add_product, multiply
 
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
+_FEW_ROWS = 128  # sorting ids pays above that, see comparable()
 _SHORTEST = 1e-12  # as torch.nn.functional.normalize: a shorter vector has no direction
 
 # What is left out of a softmax gets this logit: finite, so that nothing turns into NaN, and so low
@@ -58,6 +59,8 @@ class Side:
 
     def block(self, first: int, last: int) -> Side:
         """Rows ``first`` to ``last`` alone."""
+        if first == 0 and last == len(self):
+            return self
 
         def cut(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[first:last]
@@ -81,7 +84,7 @@ def check_finite(**embeddings: Tensor | None) -> None:
     for name, x in embeddings.items():
         if x is None or x.numel() == 0 or not checks_values(x.device):
             continue
-        if not all(bound.isfinite() for bound in torch.aminmax(x)):  # one pass, no memory
+        if not all(math.isfinite(bound.item()) for bound in torch.aminmax(x)):  # no memory
             row = int((~x.isfinite()).any(1).nonzero()[0])
             raise ValueError(f"{name} must be finite; row {row} holds NaN or infinity.")
 
@@ -188,8 +191,11 @@ def _project(side: Side, grad: Tensor) -> Tensor:
 def comparable(rows: Side, columns: Side) -> tuple[Side, Side]:
     """Both sides with small numbers for ids, equal where the ids are: floats, fast to compare.
 
-    Exact for 2^24 ids, more than the rows of any batch.
+    Exact for 2^24 ids, more than the rows of any batch. Of few rows the ids stay as they are:
+    finding smaller ones would take longer than what these save.
     """
+    if max(len(rows), len(columns)) <= min(_FEW_ROWS, tile_size(rows.x.device)):
+        return rows, columns
     sides = [rows, columns]
     for names in (("anchor_ids", "text_ids"), ("domain_ids",), ("group_ids",)):
         given = [(n, i) for n in names for i in (0, 1) if getattr(sides[i], n) is not None]

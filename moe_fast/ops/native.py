@@ -19,6 +19,8 @@ _LIBRARY = Path(
 _CUDA_LIBRARY = _LIBRARY.with_name("_native_cuda.so")
 _OPS = (
     "plan",
+    "route",
+    "route_backward",
     "gather_rows",
     "combine_rows",
     "combine_rows_backward",
@@ -67,6 +69,11 @@ def why_unavailable(device_type: str) -> str | None:
     if device_type in ("cpu", "cuda"):
         return _missing if device_type == "cpu" else _missing_cuda
     return "the native library has kernels for cpu and cuda only"
+
+
+def why_not_on_cpu(device_type: str) -> str | None:
+    """Why native ops of the CPU alone cannot run on ``device_type``; ``None`` if they can."""
+    return _missing if device_type == "cpu" else "the native library has a kernel for cpu only"
 
 
 def why_no_products(device_type: str) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_fast.ops import backends, native
 from moe_fast.ops.checks import INTEGER_DTYPES, check_dtype, checks_values
+from moe_fast.ops.shortcut import register_op
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ def _plan_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     return expert_offsets, row_to_slot // top_k_index.shape[1], row_to_slot, slot_to_row
 
 
-@torch.library.custom_op("moe_fast::plan_cpp", mutates_args=())
-def _plan_cpp_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plan_cpp(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """kernels/csrc/cpu/plan.cpp, kernels/csrc/cuda/plan.cu: a parallel counting sort."""
     if top_k_index.device.type != "cpu":  # on the CPU the sort itself finds negative ids
         check_not_negative(top_k_index)
@@ -130,7 +130,6 @@ def _plan_cpp_op(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 
 
 @_plan_op.register_fake
-@_plan_cpp_op.register_fake
 def fake(top_k_index, num_experts):
     """Shapes of the op's results, on every backend."""
 
@@ -142,4 +141,6 @@ def fake(top_k_index, num_experts):
 
 
 backends.register("plan", "torch", _plan_op)
-backends.register("plan", "cpp", _plan_cpp_op, native.why_unavailable)
+backends.register(
+    "plan", "cpp", register_op("moe_fast::plan_cpp", _plan_cpp, fake), native.why_unavailable
+)

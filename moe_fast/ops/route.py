@@ -157,6 +157,8 @@ def route(
     weight_mode = resolve_weight_mode(mode, weight_mode, num_experts_per_tok)
     check_experts_per_tok(mode, num_experts_per_tok, num_experts)
     tokens, mask, starts = _flatten(x, token_mask, cu_seqlens)
+    if starts is None and x.dim() == 3 and mode not in ("token_topk", "dense"):
+        starts = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
     if mode == "enforced":
         ids = _check_expert_ids(expert_ids, x, starts)
         dtype = compute_dtype(x.dtype)
@@ -251,7 +253,7 @@ def _check_experts(mode: str, router_weight: Tensor | None, num_experts: int | N
 def _flatten(
     x: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x as [T, D], the mask as [T], and sentence starts [B + 1] int64 where they are known."""
+    """x as [T, D], the mask as [T], and the starts of packed sentences, [B + 1] int64."""
     check_dtype("x", x, FLOAT_DTYPES)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must be [T, D] or [B, L, D]; got {list(x.shape)}.")
@@ -268,9 +270,7 @@ def _flatten(
         return x, token_mask, cu_seqlens
     if cu_seqlens is not None:
         raise ValueError(f"cu_seqlens go with a packed x [T, D]; got them with x {list(x.shape)}.")
-    batch, length, dim = x.shape
-    starts = torch.arange(batch + 1, device=x.device) * length
-    return x.reshape(batch * length, dim), token_mask, starts
+    return x.flatten(0, 1), token_mask, None
 
 
 def _check_expert_ids(expert_ids: Tensor | None, x: Tensor, starts: Tensor | None) -> Tensor:

@@ -244,10 +244,11 @@ def test_only_the_gradients_that_are_wanted():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
-def test_bit_for_bit(dtype, gated):
+@pytest.mark.parametrize("tokens", [60, 501])  # few rows per expert, and many
+def test_bit_for_bit(tokens, gated, dtype):
     """Twice, and with z computed again: the same numbers, whichever thread took which task."""
-    inputs, plan = problem(tokens=501, experts=5, hidden=260, gated=gated, dtype=dtype)
-    upstream = torch.randn(501, 32)
+    inputs, plan = problem(tokens=tokens, experts=5, hidden=260, gated=gated, dtype=dtype)
+    upstream = torch.randn(tokens, 32)
     with num_threads(3):
         runs = [
             run(inputs, plan, upstream, "cpp", gated=gated, recompute=recompute)
@@ -325,7 +326,7 @@ def test_float64_is_left_to_the_reference(capsys):
     assert "expert_mlp     cpp     available, leaves float64 to torch" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2"])
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_other_processors(level):
     """The code for processors without AVX-512, or without oneDNN's kernels, on the first tests."""
     code = (

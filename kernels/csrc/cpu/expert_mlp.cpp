@@ -113,6 +113,44 @@ void project_up(const Mlp& mlp, const Gemm& gemm, int64_t expert, int64_t count,
   }
 }
 
+// --- few rows ------------------------------------------------------------------------------------
+
+// So few that reading the weights is the work: their rows are dotted in place, as they stream by.
+// A question of the expert's rows, not a block's: the backward's z are then the forward's.
+constexpr int64_t kFewRows = kPanel;
+
+bool has_few_rows(const Mlp& mlp, int64_t expert) {
+  return mlp.dtype == Dtype::bf16 && vector().dots_bf16 != nullptr &&
+         mlp.plan.rows_of(expert) <= kFewRows;
+}
+
+const Bf16* gather_few(const Mlp& mlp, int64_t first, int64_t count, Buffer& buffer) {
+  const RowSource source = mlp.rows_of(mlp.x);
+  Bf16* x = buffer.get<Bf16>(count * mlp.dim);
+  for (int64_t j = 0; j < count; ++j) {
+    std::memcpy(x + j * mlp.dim, source.row(first + j),
+                static_cast<size_t>(mlp.dim) * sizeof(Bf16));
+  }
+  return x;
+}
+
+// z [count, units] of rows x [count, D], from row `unit` of W1 on, with bias, rounded to bf16.
+void project_few(const Mlp& mlp, int64_t expert, int64_t unit, int64_t units, const Bf16* x,
+                 int64_t count, float* z, UpBuffers& buffers) {
+  const auto* weights =
+      reinterpret_cast<const Bf16*>(at(mlp.up, mlp.dtype, mlp.up_at(expert, unit)));
+  vector().dots_bf16(weights, mlp.dim, units, x, mlp.dim, count, mlp.dim, z, units);
+  const float* bias =
+      load_floats(mlp.up_bias, mlp.dtype, expert * mlp.up_rows + unit, units, buffers.bias);
+  Bf16* rounded = buffers.weights.get<Bf16>(units);
+  for (int64_t j = 0; j < count; ++j) {
+    float* row = z + j * units;
+    vector().scale_add(row, 1.0f, bias, row, units);
+    vector().store(row, mlp.dtype, rounded, units);
+    vector().load(rounded, mlp.dtype, row, units);
+  }
+}
+
 // A tile [units, width] of z^T into rows of z: out + j * ld for column j < count.
 void store_rows(const float* tile, int64_t units, int64_t width, int64_t count, Dtype dtype,
                 void* out, int64_t ld, Buffer& buffer) {
@@ -159,31 +197,39 @@ void activate_panel(const Mlp& mlp, const float* z, const float* z2, int64_t uni
   }
 }
 
-template <typename G>
+// Results [count, dims] of a task's rows first .. first + count, `ld` apart, to where they belong.
 void finish_rows(const Mlp& mlp, const Task& task, const ForwardOutput& out, int64_t first_dim,
-                 int64_t dims, const float* tiles, ForwardBuffers& buffers) {
-  const int64_t count = task.last - task.first;
-  const int64_t padded = round_up(dims, 16);
-  float* rows = buffers.rows.get<float>(kPanel * padded);
+                 int64_t dims, const float* rows, int64_t ld, int64_t first, int64_t count,
+                 ForwardBuffers& buffers) {
   float* finished = buffers.finished.get<float>(dims);
   const float* bias = nullptr;
   if (task.part == 0) {
     bias = load_floats(mlp.down_bias, mlp.dtype, task.expert * mlp.dim + first_dim, dims, buffers.bias);
   }
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t row = task.first + first + j;
+    if (out.y == nullptr) {
+      float* to = out.rows + (task.part * mlp.plan.num_slots() + row) * mlp.dim + first_dim;
+      vector().scale_add(rows + j * ld, 1.0f, bias, to, dims);
+    } else {
+      const int64_t to = mlp.plan.row_to_token[row] * mlp.dim + first_dim;
+      vector().scale_add(rows + j * ld, mlp.plan.weight(row), bias, finished, dims);
+      vector().store(finished, mlp.dtype, at(out.y, mlp.dtype, to), dims);
+    }
+  }
+}
+
+// The same of tiles [dims, width].
+void finish_tiles(const Mlp& mlp, const Task& task, const ForwardOutput& out, int64_t first_dim,
+                  int64_t dims, const float* tiles, ForwardBuffers& buffers) {
+  const int64_t count = task.last - task.first;
+  const int64_t padded = round_up(dims, 16);
+  float* rows = buffers.rows.get<float>(kPanel * padded);
   for (int64_t column = 0; column < count; column += kPanel) {
     const int64_t width = panel_width(count, column);
     transpose_floats(tiles + column * dims, width, dims, width, rows, padded);
-    for (int64_t j = 0; j < std::min(kPanel, count - column); ++j) {
-      const int64_t row = task.first + column + j;
-      if (out.y == nullptr) {
-        float* to = out.rows + (task.part * mlp.plan.num_slots() + row) * mlp.dim + first_dim;
-        vector().scale_add(rows + j * padded, 1.0f, bias, to, dims);
-      } else {
-        const int64_t to = mlp.plan.row_to_token[row] * mlp.dim + first_dim;
-        vector().scale_add(rows + j * padded, mlp.plan.weight(row), bias, finished, dims);
-        vector().store(finished, mlp.dtype, at(out.y, mlp.dtype, to), dims);
-      }
-    }
+    finish_rows(mlp, task, out, first_dim, dims, rows, padded, column,
+                std::min(kPanel, count - column), buffers);
   }
 }
 
@@ -223,8 +269,36 @@ void forward_task(const Mlp& mlp, const Gemm& gemm, const Task& task, const Forw
                                         part, count, buffers.weights);
     float* tiles = buffers.tile.get<float>(dims * round_up(count, 16));
     multiply_tiles(gemm, weights, dims, part, activated, count, tiles);
-    finish_rows<G>(mlp, task, out, dim, dims, tiles, buffers);
+    finish_tiles(mlp, task, out, dim, dims, tiles, buffers);
   }
+}
+
+// --- forward of few rows -------------------------------------------------------------------------
+
+void forward_few(const Mlp& mlp, const Task& task, const ForwardOutput& out) {
+  thread_local ForwardBuffers buffers;
+  const int64_t count = task.last - task.first, part = task.end - task.begin, dim = mlp.dim;
+  const Bf16* x = gather_few(mlp, task.first, count, buffers.up.columns);
+  const float* z[2] = {nullptr, nullptr};
+  for (int64_t half = 0; half < (mlp.gated ? 2 : 1); ++half) {
+    const int64_t unit = half * mlp.hidden + task.begin;
+    float* rows = (half ? buffers.up.tiles2 : buffers.up.tiles).get<float>(count * part);
+    project_few(mlp, task.expert, unit, part, x, count, rows, buffers.up);
+    if (out.saved != nullptr) {
+      const int64_t to = task.first * mlp.up_rows + unit;
+      store_matrix(rows, count, part, mlp.dtype, at(out.saved, mlp.dtype, to), mlp.up_rows);
+    }
+    z[half] = rows;
+  }
+  float* h = buffers.tile.get<float>(count * part);
+  vector().activate(z[0], z[1], mlp.act, h, count * part);
+  Bf16* activated = buffers.activated.get<Bf16>(count * part);
+  vector().store(h, mlp.dtype, activated, count * part);
+  float* rows = buffers.rows.get<float>(count * dim);
+  const auto* weights = reinterpret_cast<const Bf16*>(
+      at(mlp.down, mlp.dtype, mlp.down_at(task.expert, 0) + task.begin));
+  vector().dots_bf16(weights, mlp.hidden, dim, activated, part, count, part, rows, dim);
+  finish_rows(mlp, task, out, 0, dim, rows, dim, 0, count, buffers);
 }
 
 // --- backward ------------------------------------------------------------------------------------
@@ -297,6 +371,14 @@ void load_z(const Mlp& mlp, const Gemm& gemm, const Task& task, const void* save
         const int64_t from = (block.first + j) * mlp.up_rows + half * mlp.hidden + unit.first;
         vector().load(at(saved, mlp.dtype, from), mlp.dtype, z[half] + j * unit.units, unit.units);
       }
+    }
+    return;
+  }
+  if (has_few_rows(mlp, task.expert)) {
+    const Bf16* x = gather_few(mlp, block.first, block.count, buffers.up.columns);
+    for (int64_t half = 0; half < halves; ++half) {
+      project_few(mlp, task.expert, half * mlp.hidden + unit.first, unit.units, x, block.count,
+                  z[half], buffers.up);
     }
     return;
   }
@@ -496,7 +578,9 @@ std::tuple<Tensor, Tensor> expert_mlp_cpu(Tensor x, Tensor up_proj, Tensor down_
   ForwardOutput out{straight ? y.mutable_data_ptr() : nullptr, rows.mutable_data_ptr<float>(),
                     save ? saved.mutable_data_ptr() : nullptr};
   run_tasks(tasks.list, [&](const Task& task) {
-    if (in_bf16(mlp, products)) {
+    if (has_few_rows(mlp, task.expert)) {
+      forward_few(mlp, task, out);
+    } else if (in_bf16(mlp, products)) {
       forward_task<Bf16>(mlp, products, task, out);
     } else {
       forward_task<float>(mlp, products, task, out);

@@ -31,14 +31,6 @@ void check(bool holds, const std::string& message) {
   if (!holds) throw std::runtime_error(message);
 }
 
-void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
-  const std::vector<int64_t> sizes = sizes_of(tensor);
-  check(sizes == shape,
-        std::string(name) + " must have shape " + list(shape) + "; got " + list(sizes) + ".");
-  check(tensor.is_cpu(), std::string(name) + " must be on the CPU.");
-  check(tensor.is_contiguous(), std::string(name) + " must be contiguous.");
-}
-
 void check_values(const PlanView& plan) {
   int64_t previous = 0;
   for (int64_t e = 0; e <= plan.num_experts; ++e) {
@@ -67,6 +59,14 @@ void check_values(const PlanView& plan) {
 int64_t num_threads() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
 
 }  // namespace
+
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
+  const std::vector<int64_t> sizes = sizes_of(tensor);
+  check(sizes == shape,
+        std::string(name) + " must have shape " + list(shape) + "; got " + list(sizes) + ".");
+  check(tensor.is_cpu(), std::string(name) + " must be on the CPU.");
+  check(tensor.is_contiguous(), std::string(name) + " must be contiguous.");
+}
 
 const int64_t* indices_of(const char* name, const Tensor& tensor, int64_t size) {
   check_shape(name, tensor, {size});

@@ -41,6 +41,9 @@ PlanView view_plan(const Tensor& top_k_weights, const Tensor& expert_offsets,
                    const Tensor& row_to_token, const Tensor& row_to_slot,
                    const Tensor& slot_to_row, int64_t num_tokens, int64_t num_experts);
 
+// Throws std::runtime_error unless the tensor is contiguous, on the CPU and of this shape.
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape);
+
 // The values of a contiguous int64 tensor [size], or of the routing weights, float32 [num_tokens, K],
 // on the CPU.
 const int64_t* indices_of(const char* name, const Tensor& tensor, int64_t size);

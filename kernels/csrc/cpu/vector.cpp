@@ -308,12 +308,117 @@ float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
+void dot4(const float* __restrict a, const float* const* rows, float* out, int64_t n) {
+  const float *b = rows[0], *c = rows[1], *d = rows[2], *e = rows[3];
+  float sb = 0.0f, sc = 0.0f, sd = 0.0f, se = 0.0f;
+#pragma omp simd reduction(+ : sb, sc, sd, se)
+  for (int64_t i = 0; i < n; ++i) {
+    sb += a[i] * b[i];
+    sc += a[i] * c[i];
+    sd += a[i] * d[i];
+    se += a[i] * e[i];
+  }
+  out[0] = sb;
+  out[1] = sc;
+  out[2] = sd;
+  out[3] = se;
+}
+
+void add_scaled4(float* __restrict acc, const float* const* rows, const float* w, int64_t n) {
+  const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+  const float wa = w[0], wb = w[1], wc = w[2], wd = w[3];
+  for (int64_t i = 0; i < n; ++i) acc[i] += wa * a[i] + wb * b[i] + wc * c[i] + wd * d[i];
+}
+
+#if defined(__AVX512BF16__)
+// R rows of a by C rows of b. `next` [R, k], lda apart, will be read soon: the processor itself does
+// not fetch ahead of rows this short.
+template <int R, int C>
+void dots_tile(const uint16_t* a, int64_t lda, const uint16_t* next, const uint16_t* b, int64_t ldb,
+               int64_t k, bool add, float* out, int64_t ldo) {
+  const auto load_bf16 = [](const uint16_t* from, __mmask32 mask) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
+  };
+  __m512 sums[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
+  }
+  for (int64_t i = 0; i < k; i += 32) {
+    const __mmask32 mask = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1u;
+    __m512bh rows[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      rows[r] = load_bf16(a + r * lda + i, mask);
+      _mm_prefetch(reinterpret_cast<const char*>(next + r * lda + i), _MM_HINT_T0);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const __m512bh column = load_bf16(b + c * ldb + i, mask);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], rows[r], column);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float& to = out[c * ldo + r];
+      to = (add ? to : 0.0f) + _mm512_reduce_add_ps(sums[r][c]);
+    }
+  }
+}
+
+template <int R>
+void dots_rows(const uint16_t* a, int64_t lda, const uint16_t* next, const uint16_t* b, int64_t ldb,
+               int64_t num_columns, int64_t k, bool add, float* out, int64_t ldo) {
+  constexpr auto tile = [](int64_t columns) {
+    switch (columns) {
+      case 1: return dots_tile<R, 1>;
+      case 2: return dots_tile<R, 2>;
+      case 3: return dots_tile<R, 3>;
+      case 4: return dots_tile<R, 4>;
+      case 5: return dots_tile<R, 5>;
+      default: return dots_tile<R, 6>;
+    }
+  };
+  for (int64_t c = 0; c < num_columns; c += 6) {
+    tile(num_columns - c)(a, lda, next, b + c * ldb, ldb, k, add, out + c * ldo, ldo);
+  }
+}
+
+void dots_bf16(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t* b, int64_t ldb,
+               int64_t num_columns, int64_t k, float* out, int64_t ldo) {
+  constexpr int64_t kDepth = 768;  // of k at a time: the columns stay in the level 1 cache
+  for (int64_t i = 0; i < k; i += kDepth) {
+    const int64_t depth = k - i < kDepth ? k - i : kDepth;
+    int64_t r = 0;
+    for (; r + 4 <= num_rows; r += 4) {
+      const uint16_t* here = a + r * lda + i;
+      dots_rows<4>(here, lda, r + 12 <= num_rows ? here + 8 * lda : here, b + i, ldb, num_columns,
+                   depth, i > 0, out + r, ldo);
+    }
+    for (; r < num_rows; ++r) {
+      const uint16_t* here = a + r * lda + i;
+      dots_rows<1>(here, lda, here, b + i, ldb, num_columns, depth, i > 0, out + r, ldo);
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 extern const VectorOps ops;
 const VectorOps ops = {
     MOE_STRING(MOE_ISA), load,     store,    transpose,         interleave, round_pairs,
     add_bias,            activate, activate_backward, add_scaled, scale_add,  dot,
+    dot4,                add_scaled4,
+#if defined(__AVX512BF16__)
+    dots_bf16,
+#else
+    nullptr,
+#endif
 };
 
 }  // namespace MOE_ISA

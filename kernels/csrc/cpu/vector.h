@@ -40,6 +40,14 @@ struct VectorOps {
   void (*add_scaled)(float* acc, const float* x, float w, int64_t n);
   void (*scale_add)(const float* x, float w, const float* bias, float* out, int64_t n);
   float (*dot)(const float* a, const float* b, int64_t n);
+  // Of four rows at once: out[j] = <a, rows[j]>, each summed in the same order;  acc += w[j] rows[j].
+  void (*dot4)(const float* a, const float* const* rows, float* out, int64_t n);
+  void (*add_scaled4)(float* acc, const float* const* rows, const float* w, int64_t n);
+
+  // out[c * ldo + r] = <row r of a, row c of b>, bf16 rows lda and ldb apart, of length k: for few rows
+  // c, so that a is read once, in place. Null where the processor does not multiply bf16.
+  void (*dots_bf16)(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t* b, int64_t ldb,
+                    int64_t num_columns, int64_t k, float* out, int64_t ldo);
 };
 
 // MOE_FAST_CPU=portable, avx2 or avx512 in the environment holds it back (for tests).

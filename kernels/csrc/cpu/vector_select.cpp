@@ -15,6 +15,9 @@ extern const VectorOps ops;
 namespace avx512 {
 extern const VectorOps ops;
 }
+namespace avx512bf16 {
+extern const VectorOps ops;
+}
 #endif
 
 namespace {
@@ -25,11 +28,12 @@ const VectorOps& select() {
   const auto allowed = [&](const char* name) {
     return asked == nullptr || std::strcmp(asked, "auto") == 0 || std::strcmp(asked, name) == 0;
   };
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return avx512::ops;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (allowed("avx512bf16") && has_avx512 && __builtin_cpu_supports("avx512bf16")) {
+    return avx512bf16::ops;
   }
+  if (allowed("avx512") && has_avx512) return avx512::ops;
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
     return avx2::ops;
