@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "attention.h"
 #include "cpu/gemm.h"
 #include "cpu/vector.h"
 #include "expert_linear.h"
@@ -52,6 +53,9 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
       "Tensor top_k_weights, Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, "
       "Tensor slot_to_row) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, "
       "Tensor grad_top_k_weights)");
+  m.def(
+      "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float scale, "
+      "int? window) -> Tensor");
   m.def("cpu_capability() -> str");
 }
 
@@ -64,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
   m.impl("expert_mlp_backward", TORCH_BOX(&moe_fast::expert_mlp_backward_cpu));
   m.impl("expert_linear", TORCH_BOX(&moe_fast::expert_linear_cpu));
   m.impl("expert_linear_backward", TORCH_BOX(&moe_fast::expert_linear_backward_cpu));
+  m.impl("varlen_attention", TORCH_BOX(&moe_fast::varlen_attention_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CompositeExplicitAutograd, m) {
