@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "attention.h"
 #include "cpu/gemm.h"
 #include "cpu/vector.h"
 #include "expert_linear.h"
@@ -61,6 +62,9 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
       "route_backward(Tensor grad_weights, Tensor grad_logits, Tensor x, Tensor router_weight, "
       "Tensor logits, int num_experts_per_tok, str mode, str weight_mode, Tensor? token_mask, "
       "Tensor? starts) -> (Tensor grad_x, Tensor grad_router_weight)");
+  m.def(
+      "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float scale, "
+      "int? window) -> Tensor");
   m.def("cpu_capability() -> str");
 }
 
@@ -75,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
   m.impl("expert_mlp_backward", TORCH_BOX(&moe_fast::expert_mlp_backward_cpu));
   m.impl("expert_linear", TORCH_BOX(&moe_fast::expert_linear_cpu));
   m.impl("expert_linear_backward", TORCH_BOX(&moe_fast::expert_linear_backward_cpu));
+  m.impl("varlen_attention", TORCH_BOX(&moe_fast::varlen_attention_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CompositeExplicitAutograd, m) {

@@ -2,8 +2,9 @@
 
     y_i = sum over j of softmax_j(scale * q_i . k_j) v_j,   j in i's sequence and |i - j| <= window
 
-Sequences lie one behind the other, without padding; ``cu_seqlens`` says where each starts. This is
-no kernel of ours: it chooses among maintained ones.
+Sequences lie one behind the other, without padding; ``cu_seqlens`` says where each starts. Backend
+``cpp`` is a forward on the CPU, for inference (kernels/csrc/cpu/attention.cpp). ``torch`` is no
+kernel of ours: it chooses among maintained ones.
 
     cuda, float16 and bfloat16, no dropout   torch.nn.attention.varlen.varlen_attn (head_dim a
                                              multiple of 8, at most 256; capability 8.0)
@@ -11,7 +12,7 @@ no kernel of ours: it chooses among maintained ones.
     everywhere else                          F.scaled_dot_product_attention, once for each run of
                                              neighbours of equal length
 
-Why runs on the CPU: docs/packed.md has the measurements.
+Why so on the CPU: docs/packed.md has the measurements.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_fast.ops import backends, native
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
+    autocast_to,
     check_dtype,
     check_like,
     check_shape,
@@ -48,6 +51,7 @@ def varlen_attention(
     window: int | None = None,
     dropout: float = 0.0,
     max_length: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention within each sequence of a packed batch; see the module's docstring.
 
@@ -60,30 +64,32 @@ def varlen_attention(
         dropout: probability of dropping an attention weight.
         max_length: the longest sequence's length, where it is known: spares a GPU a
             synchronisation.
+        backend: see :func:`moe_fast.use_backend`. Where a gradient is wanted, or dropout, ``torch``
+            runs whatever the default is.
 
     Returns:
-        [T, heads, head_dim] in the query's dtype, with gradients to query, key and value.
+        [T, heads, head_dim] in the query's dtype (autocast's under autocast), with gradients to
+        query, key and value.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes and devices that do not fit; on the CPU (elsewhere
             with ``MOE_FAST_CHECK=1``) also for ``cu_seqlens`` that do not rise from 0 to T.
+        ValueError: for ``backend="cpp"`` with dropout or where a gradient is wanted.
     """
     _check(query, key, value, cu_seqlens, window)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    kernel = attention_kernel(query.device.type, query.dtype, window, dropout, query.shape[-1])
-    if kernel == "varlen_attn":
-        from torch.nn.attention.varlen import varlen_attn
-
-        starts = cu_seqlens.to(torch.int32)
-        longest = int(starts.diff().max()) if max_length is None else max_length
-        around = (-1, -1) if window is None else (window, window)
-        lengths = (starts, starts, longest, longest)
-        y = varlen_attn(query, key, value, *lengths, scale=scale, window_size=around)
-        assert isinstance(y, Tensor)
-        return y
-    if kernel == "xformers":
-        return _xformers(query, key, value, cu_seqlens, scale, dropout)
-    return _by_runs(query, key, value, cu_seqlens, scale, window, dropout)
+    query, key, value = autocast_to(query.device, query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if wanted or dropout:
+        if backend == "cpp":
+            given = "gradients wanted" if wanted else f"dropout={dropout}"
+            raise ValueError(
+                "backend='cpp' computes varlen_attention without gradients and dropout; got "
+                f"{given}. Use 'torch', or torch.no_grad()."
+            )
+        backend = "torch"
+    run = backends.select("varlen_attention", backend, query.device, query.dtype)
+    return run(query, key, value, cu_seqlens, scale, window, dropout, max_length)
 
 
 def _check(
@@ -104,7 +110,65 @@ def _check(
         raise ValueError(f"window must not be negative; got {window}.")
 
 
-# --- which kernel --------------------------------------------------------------------------------
+# --- backend cpp ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("moe_fast::varlen_attention_cpp", mutates_args=())
+def _cpp_op(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """kernels/csrc/cpu/attention.cpp, which reads views in place where rows are not scattered."""
+    rows = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    starts = cu_seqlens.to(torch.int64).contiguous()
+    op = torch.ops.moe_fast_cpp.varlen_attention
+    return native.call_on_views(op, *rows, starts, scale, window)
+
+
+@_cpp_op.register_fake
+def _(query, key, value, cu_seqlens, scale, window):
+    return query.new_empty(query.shape)
+
+
+def _cpp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    max_length: int | None,
+) -> Tensor:
+    return _cpp_op(query, key, value, cu_seqlens, scale, window)
+
+
+# --- backend torch: which kernel -----------------------------------------------------------------
+
+
+def _maintained(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    max_length: int | None,
+) -> Tensor:
+    kernel = attention_kernel(query.device.type, query.dtype, window, dropout, query.shape[-1])
+    if kernel == "varlen_attn":
+        from torch.nn.attention.varlen import varlen_attn
+
+        starts = cu_seqlens.to(torch.int32)
+        longest = int(starts.diff().max()) if max_length is None else max_length
+        around = (-1, -1) if window is None else (window, window)
+        lengths = (starts, starts, longest, longest)
+        y = varlen_attn(query, key, value, *lengths, scale=scale, window_size=around)
+        assert isinstance(y, Tensor)
+        return y
+    if kernel == "xformers":
+        return _xformers(query, key, value, cu_seqlens, scale, dropout)
+    return _by_runs(query, key, value, cu_seqlens, scale, window, dropout)
 
 
 def attention_kernel(
@@ -114,7 +178,7 @@ def attention_kernel(
     dropout: float = 0.0,
     head_dim: int = 64,
 ) -> str:
-    """What :func:`varlen_attention` runs: "varlen_attn", "xformers" or "sdpa"."""
+    """What backend ``torch`` runs: "varlen_attn", "xformers" or "sdpa"."""
     if device_type != "cuda":
         return "sdpa"
     if dtype in _HALF and not dropout and head_dim % 8 == 0 and head_dim <= 256 and _has_varlen():
@@ -125,7 +189,7 @@ def attention_kernel(
 
 
 def describe_attention(device_type: str) -> str:
-    """What runs on a device type, for people."""
+    """What backend ``torch`` runs on a device type, for people."""
     by_runs = "SDPA per run of equal lengths"
     if device_type != "cuda":
         return by_runs
@@ -218,3 +282,14 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, dropou
         )
         outputs.append(y)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+backends.register("varlen_attention", "torch", _maintained, note=describe_attention)
+backends.register(
+    "varlen_attention",
+    "cpp",
+    _cpp,
+    native.why_no_products,
+    leaves_to_torch=(torch.float64,),
+    note=lambda _: "inference without dropout",
+)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from moe_fast.ops import native
-from moe_fast.ops.attention import describe_attention
 from moe_fast.ops.checks import check_choice
 
 OPS = (
@@ -26,6 +25,7 @@ OPS = (
     "combine_rows",
     "expert_mlp",
     "expert_linear",
+    "varlen_attention",
     "info_nce",
 )
 BACKENDS = ("triton", "cpp", "tiled", "torch")  # in the order "auto" tries them
@@ -42,11 +42,13 @@ class Implementation:
         run: the implementation, with the op's own internal signature.
         unavailable: why it cannot run on a device type (``"cpu"``, ``"cuda"``), or ``None``.
         leaves_to_torch: compute dtypes that it hands to the reference.
+        note: what runs on a device type, for people, where that needs saying.
     """
 
     run: Callable
     unavailable: Callable[[str], str | None]
     leaves_to_torch: tuple[torch.dtype, ...] = ()
+    note: Callable[[str], str] | None = None
 
 
 _registry: dict[tuple[str, str], Implementation] = {}
@@ -58,11 +60,12 @@ def register(
     run: Callable,
     unavailable: Callable[[str], str | None] = lambda _: None,
     leaves_to_torch: tuple[torch.dtype, ...] = (),
+    note: Callable[[str], str] | None = None,
 ) -> None:
     """Offer ``run`` as ``backend``'s implementation of ``op``. Called once per op file."""
     check_choice("op", op, OPS)
     check_choice("backend", backend, BACKENDS)
-    _registry[op, backend] = Implementation(run, unavailable, leaves_to_torch)
+    _registry[op, backend] = Implementation(run, unavailable, leaves_to_torch, note)
 
 
 def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
@@ -131,15 +134,15 @@ def show_backends() -> None:
         for op in OPS:
             for backend in BACKENDS:
                 reason = why_unavailable(op, backend, device_type)
-                state = _describe(op, backend) if reason is None else f"no: {reason}"
-                print(f"{device_type:5s} {op:14s} {backend:7s} {state}")
-        print(f"{device_type:5s} varlen_attention: {describe_attention(device_type)}")
+                state = _describe(op, backend, device_type) if reason is None else f"no: {reason}"
+                print(f"{device_type:5s} {op:16s} {backend:7s} {state}")
 
 
-def _describe(op: str, backend: str) -> str:
-    left = _registry[op, backend].leaves_to_torch
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in left)
-    return f"available, leaves {names} to torch" if left else "available"
+def _describe(op: str, backend: str, device_type: str) -> str:
+    implementation = _registry[op, backend]
+    names = ", ".join(str(d).removeprefix("torch.") for d in implementation.leaves_to_torch)
+    state = f"available, leaves {names} to torch" if names else "available"
+    return f"{state}: {implementation.note(device_type)}" if implementation.note else state
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _OPS = (
     "expert_mlp_backward",
     "expert_linear",
     "expert_linear_backward",
+    "varlen_attention",
     "cpu_capability",
 )
 
@@ -86,12 +87,17 @@ def why_no_products(device_type: str) -> str | None:
 
 
 def call(op: Callable, *args: Any) -> Any:
+    """Run a native op on contiguous tensors; see :func:`call_on_views`."""
+    return call_on_views(op, *(t.contiguous() if isinstance(t, Tensor) else t for t in args))
+
+
+def call_on_views(op: Callable, *args: Any) -> Any:
     """Run a native op; what it refuses is a ``ValueError``, as in the reference.
 
     On a GPU a RuntimeError stays one: arguments were checked before, what is left is the device.
     """
     try:
-        return op(*(t.contiguous() if isinstance(t, Tensor) else t for t in args))
+        return op(*args)
     except RuntimeError as error:
         if any(isinstance(t, Tensor) and t.is_cuda for t in args):
             raise

@@ -15,7 +15,7 @@ from moe_fast import ops
 
 from .helpers import RecordOps, assert_says
 
-OPS = ["route", "plan", "expert_mlp", "expert_linear", "info_nce"]
+OPS = ["route", "plan", "expert_mlp", "expert_linear", "varlen_attention", "info_nce"]
 NAMES = ["auto", "torch", "tiled", "cpp", "triton"]
 ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[0, 1], [1, 2]])
@@ -31,6 +31,7 @@ def call(backend: str | None = None) -> list[ops.RoutingPlan | torch.Tensor]:
         plan.row_to_slot,
         ops.expert_mlp(x, up, up.mT, None, None, weights, plan, backend=backend),
         ops.expert_linear(x, up, None, weights, plan, backend=backend),
+        ops.varlen_attention(*[x[:, None]] * 3, torch.tensor([0, 2]), backend=backend),
         ops.info_nce(x, x, scale=1.0, backend=backend),
     ]
 

@@ -165,11 +165,10 @@ Tasks cut_into_tasks(const PlanView& plan, const Cut& cut) {
   return tasks;
 }
 
-void run_tasks(const std::vector<Task>& tasks, const std::function<void(const Task&)>& work) {
-  const auto count = static_cast<int64_t>(tasks.size());
+void run_all(int64_t count, const std::function<void(int64_t)>& work) {
   std::atomic<int64_t> next{0};
   const auto drain = [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) work(tasks[static_cast<size_t>(i)]);
+    for (int64_t i = next++; i < count; i = next++) work(i);
   };
   const int64_t threads = std::min(num_threads(), count);
   if (threads <= 1) {
@@ -177,6 +176,11 @@ void run_tasks(const std::vector<Task>& tasks, const std::function<void(const Ta
   } else {
     torch::stable::parallel_for(0, threads, 1, drain);
   }
+}
+
+void run_tasks(const std::vector<Task>& tasks, const std::function<void(const Task&)>& work) {
+  run_all(static_cast<int64_t>(tasks.size()),
+          [&](int64_t i) { work(tasks[static_cast<size_t>(i)]); });
 }
 
 void run_chunks(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {

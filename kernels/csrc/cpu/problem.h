@@ -84,7 +84,8 @@ struct Tasks {
 // in the same order.
 Tasks cut_into_tasks(const PlanView& plan, const Cut& cut);
 
-// Calls work(task) for each, on all threads; a free thread takes the next.
+// Calls work(i) for i < count, or work(task) for each, on all threads; a free thread takes the next.
+void run_all(int64_t count, const std::function<void(int64_t)>& work);
 void run_tasks(const std::vector<Task>& tasks, const std::function<void(const Task&)>& work);
 
 // Calls work(begin, end) over static chunks of 0 .. n.

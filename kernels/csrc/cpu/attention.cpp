@@ -1,0 +1,372 @@
+// One sequence and head at a time, transposed, a panel of up to 48 queries beside blocks of keys:
+//
+//   S^T = K Q^T, P^T = 2^(S^T - max), O^T = O^T * (what the maximum's change makes of it) + V^T P^T
+//
+// So queries are columns, and the softmax runs down them, 16 side by side in a vector, with no sum
+// or maximum across a vector; and P^T is, as it comes out of the exponential, the right factor of
+// the second product. Keys (zeros behind the last) and transposed values are copied once for all
+// queries. Sums are float32; P is rounded to bfloat16 where the products are.
+//
+// Source of the softmax over blocks of keys: Milakov and Gimelshein, arXiv 1805.02867; of keeping
+// scores in the cache: FlashAttention, arXiv 2205.14135.
+#include "../attention.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "blocks.h"
+#include "gemm.h"
+#include "problem.h"
+#include "vector.h"
+
+namespace moe_fast {
+namespace {
+
+using torch::stable::new_empty;
+
+constexpr int64_t kKeys = 256;    // at a time: a panel's scores, 48 KB, stay in the level 2 cache
+constexpr int64_t kKeyStep = 16;  // blocks are multiples of it: few kernels for oneDNN to generate
+constexpr float kLog2e = 1.44269504f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// [T, heads, head_dim] with any strides but the last, which is 1.
+struct Strided {
+  const void* data;
+  Dtype dtype;
+  int64_t token_stride, head_stride;
+  const void* row(int64_t token, int64_t head) const {
+    return at(data, dtype, token * token_stride + head * head_stride);
+  }
+  // Whether each row can be read as pairs of 16-bit elements.
+  bool in_pairs() const {
+    return token_stride % 2 == 0 && head_stride % 2 == 0 &&
+           reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0;
+  }
+};
+
+struct Attention {
+  Strided query, key, value;
+  const int64_t* starts;
+  int64_t num_sequences, heads, dim;
+  Dtype dtype;
+  float scale;     // of scores in base 2
+  int64_t window;  // at most the longest length: none
+
+  int64_t length(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
+};
+
+Strided view(const char* name, const Tensor& tensor, const Tensor& query) {
+  const auto check = [&](bool holds, const char* rule) {
+    if (!holds) throw std::runtime_error(std::string(name) + " must " + rule);
+  };
+  check(tensor.dim() == 3, "be [T, heads, head_dim].");
+  for (int64_t d = 0; d < 3; ++d) check(tensor.size(d) == query.size(d), "have query's shape.");
+  check(tensor.is_cpu(), "be on the CPU.");
+  check(tensor.scalar_type() == query.scalar_type(), "have query's dtype.");
+  check(tensor.stride(2) == 1 || tensor.size(2) <= 1, "have a last stride of 1.");
+  return {tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+Attention view_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                         const Tensor& cu_seqlens, double scale, std::optional<int64_t> window) {
+  Attention in;
+  in.query = view("query", query, query);
+  in.key = view("key", key, query);
+  in.value = view("value", value, query);
+  in.dtype = in.query.dtype;
+  in.heads = query.size(1);
+  in.dim = query.size(2);
+  in.scale = static_cast<float>(scale) * kLog2e;
+  const int64_t tokens = query.size(0);
+  in.num_sequences = cu_seqlens.numel() - 1;
+  in.starts = indices_of("cu_seqlens", cu_seqlens, cu_seqlens.numel());
+  bool rising = in.num_sequences >= 0 && in.starts[0] == 0 && in.starts[in.num_sequences] == tokens;
+  for (int64_t s = 0; rising && s < in.num_sequences; ++s) rising = in.length(s) >= 0;
+  if (!rising) {
+    throw std::runtime_error("cu_seqlens must rise from 0 to T = " + std::to_string(tokens) + ".");
+  }
+  if (window.value_or(0) < 0) throw std::runtime_error("window must not be negative.");
+  in.window = std::min(window.value_or(tokens), tokens);
+  return in;
+}
+
+// bf16 products multiply pairs.
+bool in_bf16(const Attention& in, const Gemm& gemm) {
+  return in.dtype == Dtype::bf16 && gemm.bf16 != nullptr && in.dim % 2 == 0 && in.query.in_pairs();
+}
+
+struct Buffers {
+  Buffer keys, values, pairs, zeros, rows, converted, query, scores, weights, output;
+};
+
+// --- a sequence's keys and values as left factors ------------------------------------------------
+
+// The keys [count, dim], with zeros up to a multiple of kKeyStep.
+template <typename G>
+const G* copy_keys(const Attention& in, int64_t first, int64_t count, int64_t head,
+                   Buffers& buffers) {
+  const int64_t padded = round_up(count, kKeyStep);
+  G* keys = buffers.keys.get<G>(padded * in.dim);
+  for (int64_t i = 0; i < count; ++i) {
+    const void* row = in.key.row(first + i, head);
+    if constexpr (std::is_same_v<G, float>) {
+      vector().load(row, in.dtype, keys + i * in.dim, in.dim);
+    } else {
+      std::memcpy(keys + i * in.dim, row, static_cast<size_t>(in.dim) * sizeof(G));
+    }
+  }
+  std::memset(keys + count * in.dim, 0, static_cast<size_t>((padded - count) * in.dim) * sizeof(G));
+  return keys;
+}
+
+// Up to 16 words of columns at a time: 16 rows of values, or 16 pairs of rows, as columns of out.
+template <typename G>
+void transpose_values(const Attention& in, int64_t first, int64_t count, int64_t head, G* out,
+                      Buffers& buffers) {
+  constexpr int64_t pair = sizeof(float) / sizeof(G);
+  const int64_t here = (count + pair - 1) / pair;
+  uint32_t* words = buffers.pairs.get<uint32_t>(16 * in.dim);
+  const uint32_t* pointers[16];
+  for (int64_t p = 0; p < here; ++p) {
+    const void* row = in.value.row(first + p * pair, head);
+    pointers[p] = words + p * in.dim;
+    if constexpr (std::is_same_v<G, float>) {
+      vector().load(row, in.dtype, reinterpret_cast<float*>(words + p * in.dim), in.dim);
+    } else {
+      const bool last = 2 * p + 1 == count;
+      const void* next = last ? buffers.zeros.get<Bf16>(0) : in.value.row(first + 2 * p + 1, head);
+      vector().interleave(static_cast<const Bf16*>(row), static_cast<const Bf16*>(next),
+                          words + p * in.dim, in.dim);
+    }
+  }
+  vector().transpose(pointers, here, in.dim, reinterpret_cast<uint32_t*>(out), kKeys / pair);
+}
+
+// The values transposed, in blocks [dim, kKeys], with zeros up to a multiple of kKeyStep.
+template <typename G>
+const G* transpose_values(const Attention& in, int64_t first, int64_t count, int64_t head,
+                          Buffers& buffers) {
+  constexpr int64_t group = 16 * sizeof(float) / sizeof(G);
+  G* values = buffers.values.get<G>(round_up(count, kKeys) * in.dim);
+  std::fill_n(buffers.zeros.get<G>(in.dim), in.dim, G{0});
+  for (int64_t j = 0; j < round_up(count, kKeyStep); j += group) {
+    G* out = values + j / kKeys * kKeys * in.dim + j % kKeys;
+    const int64_t here = std::clamp<int64_t>(count - j, 0, group);
+    transpose_values(in, first + j, here, head, out, buffers);
+  }
+  return values;
+}
+
+// --- a panel of queries --------------------------------------------------------------------------
+
+struct Panel {
+  int64_t first, count, width;  // of the sequence's queries; width: count, padded
+};
+
+// Panels of a sequence's queries, of nearly equal width.
+struct Panels {
+  int64_t length, groups, count;  // groups of 16
+  explicit Panels(int64_t length_)
+      : length(length_),
+        groups((length_ + 15) / 16),
+        count((groups * 16 + kPanel - 1) / kPanel) {}
+  Panel operator[](int64_t i) const {
+    const int64_t first = i * groups / count * 16, last = (i + 1) * groups / count * 16;
+    return {first, std::min(last, length) - first, last - first};
+  }
+};
+
+// Q^T [dim, width], the right factor of the scores.
+template <typename G>
+const G* pack_queries(const Attention& in, int64_t first, const Panel& panel, int64_t head,
+                      Buffers& buffers) {
+  constexpr int64_t pair = sizeof(float) / sizeof(G);
+  G* packed = buffers.query.get<G>(in.dim * panel.width);
+  const bool convert = pair == 1 && in.dtype != Dtype::f32;
+  float* converted = buffers.converted.get<float>(convert ? 16 * in.dim : 0);
+  for (int64_t j = 0; j < panel.width; j += 16) {
+    const int64_t here = std::min<int64_t>(16, panel.count - j);
+    const uint32_t* rows[16];
+    for (int64_t i = 0; i < here; ++i) {
+      const void* row = in.query.row(first + panel.first + j + i, head);
+      if (convert) {
+        vector().load(row, in.dtype, converted + i * in.dim, in.dim);
+        row = converted + i * in.dim;
+      }
+      rows[i] = static_cast<const uint32_t*>(row);
+    }
+    vector().transpose(rows, here, in.dim / pair, reinterpret_cast<uint32_t*>(packed) + j,
+                       panel.width);
+  }
+  return packed;
+}
+
+// -inf in the scores [num_keys, width] of what a query must not see: keys behind the sequence's last,
+// and those outside its window.
+void hide(const Attention& in, const Panel& panel, int64_t first_key, int64_t num_keys,
+          int64_t length, float* scores) {
+  const int64_t width = panel.width;
+  const int64_t real = std::min(num_keys, length - first_key);
+  std::fill(scores + real * width, scores + num_keys * width, -kInfinity);
+  const auto column = [&](int64_t query) {
+    return std::clamp<int64_t>(query - panel.first, 0, width);
+  };
+  const int64_t last_key = first_key + real - 1;
+  if (column(last_key - in.window) == 0 && column(first_key + in.window + 1) == width) return;
+  for (int64_t i = 0; i < real; ++i) {
+    float* row = scores + i * width;
+    std::fill(row, row + column(first_key + i - in.window), -kInfinity);
+    std::fill(row + column(first_key + i + in.window + 1), row + width, -kInfinity);
+  }
+}
+
+// What is kept of a panel between blocks of keys.
+struct Running {
+  float max[kPanel], sum[kPanel];
+  float* output;  // O^T [dim, width]
+};
+
+// Adds the keys first .. first + count, which lie in one block of values, to a panel.
+template <typename G>
+void add_keys(const Attention& in, const Gemm& gemm, const Panel& panel, const G* query,
+              const G* keys, const G* values, int64_t first, int64_t count, int64_t length,
+              bool add, Running& running, Buffers& buffers) {
+  const int64_t width = panel.width;
+  float* scores = buffers.scores.get<float>(kKeys * kPanel);
+  run(gemm, count, width, in.dim, keys + first * in.dim, in.dim, query, width, scores, width, false);
+  const bool rising = in.scale > 0.0f;  // then -inf stays what no query sees
+  if (!rising) vector().scale_add(scores, in.scale, nullptr, scores, count * width);
+  hide(in, panel, first, count, length, scores);
+
+  const float scale = rising ? in.scale : 1.0f;
+  float factor[kPanel];
+  const G* weights;
+  if constexpr (std::is_same_v<G, float>) {
+    vector().softmax(scores, scale, count, width, running.max, running.sum, factor, nullptr);
+    weights = scores;
+  } else {
+    auto* rounded = buffers.weights.get<uint32_t>(kKeys / 2 * kPanel);
+    vector().softmax(scores, scale, count, width, running.max, running.sum, factor, rounded);
+    weights = reinterpret_cast<const Bf16*>(rounded);
+  }
+  if (add) vector().scale_columns(running.output, factor, in.dim, width);
+  const G* block = values + first / kKeys * kKeys * in.dim + first % kKeys;
+  run(gemm, in.dim, width, count, block, kKeys, weights, width, running.output, width, add);
+}
+
+// O^T, divided by the sums, to the rows of y.
+void finish(const Attention& in, const Panel& panel, int64_t first, int64_t head, Running& running,
+            void* y, Buffers& buffers) {
+  float inverse[kPanel];
+  for (int64_t i = 0; i < panel.width; ++i) inverse[i] = 1.0f / running.sum[i];
+  vector().scale_columns(running.output, inverse, in.dim, panel.width);
+  const int64_t padded = round_up(in.dim, 16);
+  float* rows = buffers.rows.get<float>(panel.width * padded);
+  transpose_floats(running.output, panel.width, in.dim, panel.width, rows, padded);
+  const int64_t to = ((first + panel.first) * in.heads + head) * in.dim;
+  for (int64_t i = 0; i < panel.count; ++i) {
+    vector().store(rows + i * padded, in.dtype, at(y, in.dtype, to + i * in.heads * in.dim),
+                   in.dim);
+  }
+}
+
+// --- tasks ---------------------------------------------------------------------------------------
+
+struct Piece {
+  int64_t sequence;
+  int64_t first_head, last_head;
+  int64_t first_panel, last_panel;
+};
+
+template <typename G>
+void attend(const Attention& in, const Gemm& gemm, const Piece& piece, void* y) {
+  thread_local Buffers buffers;
+  const int64_t first = in.starts[piece.sequence], length = in.length(piece.sequence);
+  const int64_t padded = round_up(length, kKeyStep);
+  const Panels panels(length);
+  Running running;
+  running.output = buffers.output.get<float>(in.dim * kPanel);
+  for (int64_t head = piece.first_head; head < piece.last_head; ++head) {
+    const G* keys = copy_keys<G>(in, first, length, head, buffers);
+    const G* values = transpose_values<G>(in, first, length, head, buffers);
+    for (int64_t p = piece.first_panel; p < piece.last_panel; ++p) {
+      const Panel panel = panels[p];
+      const G* query = pack_queries<G>(in, first, panel, head, buffers);
+      std::fill_n(running.max, panel.width, -kInfinity);
+      std::fill_n(running.sum, panel.width, 0.0f);
+      const int64_t low = std::max<int64_t>(panel.first - in.window, 0) / kKeyStep * kKeyStep;
+      const int64_t last_seen = panel.first + panel.count + in.window;
+      const int64_t high = std::min(round_up(last_seen, kKeyStep), padded);
+      for (int64_t k = low; k < high;) {
+        const int64_t end = std::min(high, (k / kKeys + 1) * kKeys);
+        add_keys(in, gemm, panel, query, keys, values, k, end - k, length, k > low, running,
+                 buffers);
+        k = end;
+      }
+      finish(in, panel, first, head, running, y, buffers);
+    }
+  }
+}
+
+// A sequence's heads, and the queries where there are too few heads, are shared among the threads.
+// Results do not depend on how: nothing is summed across pieces.
+std::vector<Piece> cut(const Attention& in) {
+  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+  const auto cost = [&](int64_t sequence) {
+    const int64_t length = in.length(sequence);
+    return static_cast<double>(length) * static_cast<double>(std::min(length, in.window) + kKeys);
+  };
+  double total = 0;
+  for (int64_t s = 0; s < in.num_sequences; ++s) total += cost(s);
+  const double share = threads == 1 ? total : total / static_cast<double>(8 * threads);
+  std::vector<std::pair<double, Piece>> pieces;
+  for (int64_t s = 0; s < in.num_sequences; ++s) {
+    if (in.length(s) == 0) continue;
+    const int64_t panels = Panels(in.length(s)).count;
+    const auto wanted = std::max<int64_t>(std::llround(cost(s) / share), 1);
+    const int64_t head_parts = std::min(wanted, in.heads);
+    const int64_t panel_parts = std::clamp<int64_t>(wanted / std::max<int64_t>(in.heads, 1), 1,
+                                                    panels);
+    for (int64_t h = 0; h < head_parts; ++h) {
+      for (int64_t p = 0; p < panel_parts; ++p) {
+        pieces.push_back({cost(s) / static_cast<double>(head_parts * panel_parts),
+                          {s, h * in.heads / head_parts, (h + 1) * in.heads / head_parts,
+                           p * panels / panel_parts, (p + 1) * panels / panel_parts}});
+      }
+    }
+  }
+  std::stable_sort(pieces.begin(), pieces.end(),
+                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::vector<Piece> sorted;
+  for (const auto& [_, piece] : pieces) sorted.push_back(piece);
+  return sorted;
+}
+
+}  // namespace
+
+Tensor varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, double scale,
+                            std::optional<int64_t> window) {
+  const Attention in = view_attention(query, key, value, cu_seqlens, scale, window);
+  Tensor y = new_empty(query, {query.size(0), in.heads, in.dim});
+  if (in.heads == 0 || in.dim == 0) return y;
+  void* to = y.mutable_data_ptr();
+  const Gemm& products = gemm();
+  const std::vector<Piece> pieces = cut(in);
+  run_all(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+    if (in_bf16(in, products)) {
+      attend<Bf16>(in, products, pieces[static_cast<size_t>(i)], to);
+    } else {
+      attend<float>(in, products, pieces[static_cast<size_t>(i)], to);
+    }
+    products.finish();
+  });
+  return y;
+}
+
+}  // namespace moe_fast
