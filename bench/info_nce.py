@@ -31,8 +31,8 @@ class Given(nn.Module):
 
 def cases(size: str) -> Iterator[Case]:
     """B pairs, cosine, scale 20, one direction: both libraries' defaults."""
-    batches = {"tiny": [8], "quick": [512], "default": [512, 2048]}.get(
-        size, [128, 512, 2048, 8192]
+    batches = {"tiny": [8], "quick": [512], "default": [16, 512, 2048]}.get(
+        size, [16, 128, 512, 2048, 8192]
     )
     for batch in batches:
         yield case_of(batch)

@@ -26,11 +26,11 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 def cases(size: str) -> Iterator[Case]:
     """Token routing, forward."""
-    tokens, dim, dtypes = [512, 8192], 384, list(TOLERANCES)
+    tokens, dim, dtypes = [16, 512, 8192], 384, list(TOLERANCES)
     if size == "tiny":
         tokens, dim = [16], 8
     elif size == "full":
-        tokens, dim = [512, 8192, 65536], 768
+        tokens, dim = [16, 512, 8192, 65536], 768
     for t, k, dtype in product(tokens, (1, 2), dtypes):
         yield case_of(t, dim, k, dtype)
 
