@@ -9,7 +9,9 @@ MOE_FAST_NATIVE says what happens to the compiled library (``moe_fast/_native.so
 
 Where nvcc is found as well, on PATH, by CUDACXX or in pip's packages (the extra ``cuda-build``), a
 second library, ``moe_fast/_native_cuda.so``, holds the GPU's kernels; if not, CMake says so in one
-line. CMAKE_ARGS="-DMOE_CUDA=ON" makes a missing nvcc an error, OFF leaves the kernels out.
+line. CMAKE_ARGS="-DMOE_CUDA=ON" makes a missing nvcc an error, OFF leaves the kernels out. Where
+they do not compile the first library is kept, and one line says so; with MOE_FAST_NATIVE=1 that is
+an error.
 
 The library uses torch's stable ABI and no Python symbol, so that one file serves every Python and
 every torch from 2.11 on: the wheel is tagged ``py3-none-<platform>``.
@@ -84,6 +86,16 @@ def do_without(reason: str, mode: str) -> None:
         print(f"moe_fast: no native library, pure Python only: {reason}.", file=sys.stderr)
 
 
+def do_without_cuda(reason: str) -> None:
+    """Say in one line why there is a CPU half alone, or stop where the library is required."""
+    if native_mode() == "1":
+        raise SystemExit(
+            f"moe_fast: MOE_FAST_NATIVE=1, but {reason}; "
+            'CMAKE_ARGS="-DMOE_CUDA=OFF" leaves them out.'
+        )
+    print(f"moe_fast: CPU half only: {reason}.", file=sys.stderr)
+
+
 def decide_native() -> bool:
     """Whether to build the library."""
     mode = native_mode()
@@ -108,8 +120,8 @@ def cuda_environment() -> dict[str, str]:
     return {"CUDACXX": str(newest / "bin" / "nvcc"), "LIBRARY_PATH": os.pathsep.join(libraries)}
 
 
-def cmake_build(build_dir: Path, output_dir: Path) -> None:
-    """Configure and build the library into ``output_dir``. Raises CalledProcessError."""
+def cmake_configure(build_dir: Path, output_dir: Path) -> None:
+    """Prepare a build of the libraries into ``output_dir``. Raises CalledProcessError."""
     from torch.utils import cpp_extension
 
     cmake = find_program("cmake")
@@ -124,12 +136,15 @@ def cmake_build(build_dir: Path, output_dir: Path) -> None:
     }
     configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), *generator]
     configure += [f"-D{name}={value}" for name, value in definitions.items()]
-    environment = os.environ | cuda_environment()
     cmake_args = os.environ.get("CMAKE_ARGS", "").split()
-    subprocess.run([*configure, *cmake_args], check=True, env=environment)
+    subprocess.run([*configure, *cmake_args], check=True, env=os.environ | cuda_environment())
+
+
+def cmake_build(build_dir: Path, target: str) -> None:
+    """Build one target of what was configured. Raises CalledProcessError."""
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    build = [cmake, "--build", str(build_dir), "--parallel", jobs]
-    subprocess.run(build, check=True, env=environment)
+    build = [find_program("cmake"), "--build", str(build_dir), "--parallel", jobs]
+    subprocess.run([*build, "--target", target], check=True, env=os.environ | cuda_environment())
 
 
 class BuildNative(build_ext):
@@ -139,13 +154,20 @@ class BuildNative(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         cuda = output.with_name(CUDA_LIBRARY)
         cuda.unlink(missing_ok=True)  # one of an earlier build, which this one may not make
+        build_dir = Path(self.build_temp).resolve()
         try:
-            cmake_build(Path(self.build_temp).resolve(), output.parent)
+            cmake_configure(build_dir, output.parent)
+            cmake_build(build_dir, output.stem)
         except (subprocess.CalledProcessError, OSError) as error:
             # An older library must not be packed in the place of the one that failed.
             output.unlink(missing_ok=True)
-            cuda.unlink(missing_ok=True)
             do_without(f"the build failed, see above ({error})", native_mode())
+            return
+        try:
+            cmake_build(build_dir, "all")  # what is left: the GPU's kernels, where nvcc was found
+        except subprocess.CalledProcessError as error:
+            cuda.unlink(missing_ok=True)
+            do_without_cuda(f"the GPU's kernels failed to build, see above ({error})")
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # without a tag: any Python loads it

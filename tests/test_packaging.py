@@ -294,6 +294,21 @@ def test_cuda_wheel_from_sdist(source, tmp_path, nvcc):
 
 
 @pytest.mark.slow
+def test_cuda_sources_that_do_not_compile(source, tmp_path, nvcc):
+    """The CPU half is built all the same."""
+    with (source / "kernels" / "csrc" / "cuda" / "device.cuh").open("a") as header:
+        header.write("#error broken\n")
+    settings = {"CMAKE_ARGS": "-DMOE_CUDA_ARCHITECTURES=80", "MAX_JOBS": "2"}
+    reason = "the GPU's kernels failed to build, see above"
+    wheel, output = build_wheel(source, **settings)
+    assert output.count(f"moe_fast: CPU half only: {reason}") == 1
+    assert libraries_in(wheel) == {"_native.so"}
+    smoke(install(wheel, tmp_path / "env"), tmp_path / "env", {"_native.so"}, tmp_path)
+    with pytest.raises(AssertionError, match=f"MOE_FAST_NATIVE=1, but {reason}"):
+        build_wheel(source, MOE_FAST_NATIVE="1", **settings)
+
+
+@pytest.mark.slow
 def test_editable_install(source, tmp_path, nvcc):
     hook = "from setuptools.build_meta import build_editable as b; print(b(sys.argv[1]))"
 

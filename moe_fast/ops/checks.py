@@ -58,8 +58,10 @@ def check_tensor(name: str, given: Any) -> None:
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], letters: str) -> None:
     """Raise ``ValueError`` unless ``tensor`` has ``shape`` (``None``: any size).
 
-    ``letters`` is how the message writes the shape, for example ``"[E, H, D]"``.
+    ``letters`` is how the message writes the shape, for example ``"[E, H, D]"``. What is no tensor
+    is a ``TypeError``.
     """
+    check_tensor(name, tensor)
     given = tensor.shape
     fits = len(given) == len(shape)
     for have, want in zip(given, shape, strict=False):  # a loop: half the time of all(...)
@@ -71,6 +73,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], letter
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise ``TypeError`` unless ``tensor.dtype`` is one of ``allowed``."""
+    check_tensor(name, tensor)
     if tensor.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         given = str(tensor.dtype).removeprefix("torch.")

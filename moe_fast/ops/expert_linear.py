@@ -61,6 +61,8 @@ def expert_linear(
     """
     check_shape("x", x, (None, None), "[T, I]")
     check_shape("weight", weight, (None, None, x.shape[1]), "[E, O, I]")
+    if not (weight.shape[1] and weight.shape[2]):
+        raise ValueError(f"O and I must be at least 1; got {list(weight.shape[1:])}.")
     if bias is not None:
         check_shape("bias", bias, tuple(weight.shape[:2]), "[E, O]")
     check_dtype("x", x, FLOAT_DTYPES)

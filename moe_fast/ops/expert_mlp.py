@@ -103,6 +103,8 @@ def _check(x, up_proj, down_proj, up_proj_bias, down_proj_bias, act, gated, reco
     check_shape("x", x, (None, None), "[T, D]")
     check_shape("down_proj", down_proj, (None, x.shape[1], None), "[E, D, H]")
     num_experts, dim, hidden = down_proj.shape
+    if not (dim and hidden):
+        raise ValueError(f"D and H must be at least 1; got {dim} and {hidden}.")
     up_rows = 2 * hidden if gated else hidden
     letters = "[E, 2H, D]" if gated else "[E, H, D]"
     check_shape("up_proj", up_proj, (num_experts, up_rows, dim), letters)

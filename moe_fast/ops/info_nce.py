@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -171,6 +172,8 @@ def as_scale(scale: float | Tensor, device: torch.device, dtype: torch.dtype) ->
         if scale.numel() != 1:
             raise ValueError(f"scale must have one element; got shape {list(scale.shape)}.")
         return scale.reshape(()).to(device=device, dtype=dtype)
+    if not isinstance(scale, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scale must be a number or a tensor; got {scale!r}.")
     if not 0 < scale < math.inf:
         raise ValueError(
             f"scale must be greater than 0 and finite (it is 1 / temperature); got {scale}."
@@ -184,9 +187,21 @@ def row_weights(weights: Tensor | None, a: Tensor) -> Tensor:
     if weights is None:
         return a.new_full((a.shape[0],), 1 / a.shape[0], dtype=dtype)
     weights = weights.to(dtype)
-    if checks_values(a.device) and not ((weights >= 0).all() and weights.sum() > 0):
+    if not check_weights(weights):
         raise ValueError(f"weights must be >= 0 and not all 0; got {weights.tolist()}.")
     return weights / weights.sum()
+
+
+def check_weights(weights: Tensor | None) -> bool:
+    """Whether any row has a weight; a ``ValueError`` for one that is negative, NaN or infinite.
+
+    Where values are not checked, or there are no weights, every row counts as having one.
+    """
+    if weights is None or not checks_values(weights.device):
+        return True
+    if not ((weights >= 0).all() and weights.sum().isfinite()):
+        raise ValueError(f"weights must be >= 0 and finite; got {weights.tolist()}.")
+    return bool(weights.any())
 
 
 def check_scale(scale: Tensor) -> None:
@@ -394,6 +409,7 @@ _info_nce_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _run(a, b, negatives, scale, *rest):
+    check_finite(a=a, b=b, negatives=negatives)  # the op sees unit vectors, whatever these are
     q, k = queries_and_keys(a, b, negatives, "cosine" if rest[-1] else "dot")
     return _info_nce_op(q, k, scale, *rest[:-1])
 

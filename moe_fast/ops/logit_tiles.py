@@ -78,15 +78,29 @@ def inverse_norm(x: Tensor) -> Tensor:
 
 
 def check_finite(**embeddings: Tensor | None) -> None:
-    """Raise ``ValueError`` naming a row that holds NaN or infinity, where values are read."""
+    """Raise ``ValueError`` naming a row that holds NaN or infinity, where values are read.
+
+    Values whose products overflow, of which a cosine would be 0 and a dot product NaN, count too.
+    """
     if torch.compiler.is_compiling():
         return
     for name, x in embeddings.items():
         if x is None or x.numel() == 0 or not checks_values(x.device):
             continue
-        if not all(math.isfinite(bound.item()) for bound in torch.aminmax(x)):  # no memory
-            row = int((~x.isfinite()).any(1).nonzero()[0])
+        dtype = compute_dtype(x.dtype)
+        most = math.sqrt(torch.finfo(dtype).max / x.shape[1])
+        low, high = (bound.item() for bound in torch.aminmax(x))  # one pass, no memory
+        if -most <= low and high <= most:  # false for NaN
+            continue
+        infinite = ~x.isfinite()
+        if infinite.any():
+            row = int(infinite.any(1).nonzero()[0])
             raise ValueError(f"{name} must be finite; row {row} holds NaN or infinity.")
+        row = int((x.abs() > most).any(1).nonzero()[0])
+        raise ValueError(
+            f"{name} must hold values up to {most:.1e}, whose products fit in {dtype}; row {row} "
+            f"holds {x[row].abs().max().item():.1e}."
+        )
 
 
 def tile_size(device: torch.device) -> int:

@@ -51,7 +51,7 @@ def _load_cuda() -> str | None:
     if _missing is not None:
         return _missing
     if not _CUDA_LIBRARY.exists():
-        return "the native library was built without nvcc: CPU only"
+        return "the native library was built without its CUDA half: CPU only"
     try:
         torch.ops.load_library(_CUDA_LIBRARY)
     except OSError as error:

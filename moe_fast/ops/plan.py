@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends, native
-from moe_fast.ops.checks import INTEGER_DTYPES, check_dtype, checks_values
+from moe_fast.ops.checks import INTEGER_DTYPES, check_count, check_dtype, checks_values
 from moe_fast.ops.shortcut import register_op
 
 
@@ -77,10 +77,9 @@ def plan(
     check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
     if top_k_index.dim() != 2 or top_k_index.shape[1] < 1:
         raise ValueError(f"top_k_index must be [T, K], K >= 1; got {list(top_k_index.shape)}.")
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1; got {num_experts}.")
-    if any(size < 1 for size in block_sizes):
-        raise ValueError(f"block_sizes must be at least 1; got {list(block_sizes)}.")
+    check_count("num_experts", num_experts)
+    for size in block_sizes:
+        check_count("block_sizes", size)
     run = backends.select("plan", backend, top_k_index.device)
     offsets, row_to_token, row_to_slot, slot_to_row = run(top_k_index, num_experts)
     tiles = {b: _tile_schedule(offsets, row_to_slot.shape[0], b) for b in block_sizes}

@@ -11,6 +11,10 @@ from moe_fast.ops.plan import RoutingPlan
 
 def check_plan(x: Tensor, top_k_weights: Tensor, plan: RoutingPlan, num_experts: int) -> None:
     """Raise unless ``plan`` and ``top_k_weights`` [T, K] fit ``x`` [T, D] and E experts."""
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"plan must be a RoutingPlan, from ops.plan; got {type(plan).__name__}.")
+    if num_experts < 1:
+        raise ValueError("there must be at least one expert; got weights of E = 0.")
     check_shape("top_k_weights", top_k_weights, (x.shape[0], None), "[T, K]")
     check_dtype("top_k_weights", top_k_weights, (torch.float32, torch.float64))
     check_shape("plan.expert_offsets", plan.expert_offsets, (num_experts + 1,), "[E + 1]")

@@ -62,6 +62,37 @@ def share(whole: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Ten
     return mine
 
 
+ODD = {  # the whole batch, where the parts are odd ones; by what it changes
+    "a zero vector": lambda x: {"a": x["a"].index_fill(0, torch.tensor([1, 6]), 0.0)},
+    "all alike": lambda x: {"a": torch.ones_like(x["a"]), "b": torch.ones_like(x["b"])},
+    "d = 1": lambda x: {"a": x["a"][:, :1], "b": x["b"][:, :1]},
+    "a row alone in its domain": lambda x: {"domain_ids": torch.tensor([0] * 6 + [1, 0])},
+    "weights of 0": lambda x: {"weights": torch.tensor([0.0] * 5 + [1.0, 0.0, 2.0])},
+}
+
+
+def odd_batch(name: str, world_size: int) -> dict[str, Tensor]:
+    """Arguments of one of :data:`ODD`; no hard negatives."""
+    whole = batch(world_size)
+    return {"a": whole["a"], "b": whole["b"]} | ODD[name](whole)
+
+
+def odd_results(rank: int, world_size: int) -> dict[str, Tensor]:
+    """Loss and gradients of every odd batch, from each process's rows of it."""
+    found = {}
+    first, last = (sum(ROWS[world_size][:r]) for r in (rank, rank + 1))
+    for name in ODD:
+        for exchange in ("gather", "ring"):
+            mine = {n: t[first:last].clone() for n, t in odd_batch(name, world_size).items()}
+            leaves = {n: mine[n].requires_grad_() for n in ("a", "b")}
+            loss = global_info_nce(**mine, scale=3.0, exchange=exchange)
+            loss.backward()
+            key = f"{name}, {exchange}"
+            found |= {f"{key}: loss": loss.detach()}
+            found |= {f"{key}: {n}": t.grad for n, t in leaves.items()}
+    return found
+
+
 def arguments(case: str, tensors: dict[str, Tensor]) -> dict:
     """Keyword arguments of a case."""
     settings = dict(CASES[case])
@@ -148,6 +179,17 @@ def trained_in_parallel(rank: int, world_size: int) -> dict[str, Tensor]:
     return {f"trained, {name}": value for name, value in found.items()}
 
 
+def refused(message: str, **given: Tensor) -> None:
+    """Raise unless a batch with these in place of its own is refused with ``message``."""
+    x = torch.ones(3, 4)
+    try:
+        global_info_nce(**{"a": x, "b": x, "scale": 1.0} | given)
+    except ValueError as error:
+        assert message in str(error), str(error)
+    else:
+        raise AssertionError(f"no error: {message}")
+
+
 def expect_refusal(rank: int) -> dict[str, Tensor]:
     """Batches that do not fit together, or are bad in one process, are errors in all."""
     x = torch.randn(3, 4)
@@ -156,19 +198,20 @@ def expect_refusal(rank: int) -> dict[str, Tensor]:
     elsewhere = "process 1 cannot use its batch"
     other = torch.randn(3, 5)
     cases = [  # what process 1 gives, and what process 0 and 1 are told
-        ((other, other), *["the same embedding dimension d; got [4, 5]"] * 2),
-        ((x.bfloat16(), x.bfloat16()), *["the same dtype; got ['float32', 'bfloat16']"] * 2),
-        ((x, x, x), *["hard negatives per row; got [0, 1]"] * 2),
-        ((x, with_nan), elsewhere, "b must be finite; row 2"),
-        ((x, x[:2]), elsewhere, "b must have shape"),
+        (dict(a=other, b=other), *["the same embedding dimension d; got [4, 5]"] * 2),
+        (
+            dict(a=x.bfloat16(), b=x.bfloat16()),
+            *["the same dtype; got ['float32', 'bfloat16']"] * 2,
+        ),
+        (dict(negatives=x), *["hard negatives per row; got [0, 1]"] * 2),
+        (dict(b=with_nan), elsewhere, "b must be finite; row 2"),
+        (dict(b=1e25 * x), elsewhere, "b must hold values up to 9.2e+18"),
+        (dict(b=x[:2]), elsewhere, "b must have shape"),
+        (dict(weights=x[:, 0].abs() - 9), elsewhere, "weights must be >= 0 and finite"),
     ]
     for given, *messages in cases:
-        try:
-            global_info_nce(*(given if rank else (x, x)), scale=1.0)
-        except ValueError as error:
-            assert messages[rank] in str(error), str(error)
-        else:
-            raise AssertionError(f"no error: {messages[rank]}")
+        refused(messages[rank], **(given if rank else {}))
+    refused("weights must not all be 0; they are in every process", weights=torch.zeros(3))
     return {"done": torch.ones(())}
 
 
@@ -191,7 +234,9 @@ def main() -> None:
     )
     tasks = {
         "results": lambda: (
-            results(int(rank), int(world_size)) | trained_in_parallel(int(rank), int(world_size))
+            results(int(rank), int(world_size))
+            | odd_results(int(rank), int(world_size))
+            | trained_in_parallel(int(rank), int(world_size))
         ),
         "refusal": lambda: expect_refusal(int(rank)),
         "killed": lambda: be_killed(int(rank)),

@@ -283,6 +283,21 @@ def test_autocast(kind, backward_inside):
     assert_same(found[1], found[0])
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_second_pass_keeps_autocasts_setting_of_its_cache(cache):
+    """It decides in which precision the gradients of a weight's uses add up."""
+    model = make_model("dense")
+    settings = []
+    query = model[0].model.encoder.layer[0].attention.self.query
+    query.register_forward_hook(lambda *_: settings.append(torch.is_autocast_cache_enabled()))
+    cached = CachedLoss(InfoNCELoss(model), tokens_per_chunk=TOKENS)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+        value = cached(make_batch(model))
+    first = len(settings)
+    value.backward()
+    assert settings == [cache] * (2 * first)
+
+
 def test_a_loss_scale_reaches_every_chunk():
     model = make_model("k2")
     loss, columns = router_loss(model), make_batch(model)
@@ -420,6 +435,16 @@ def test_an_encoder_that_changes_its_features():
     plain = InfoNCELoss(BagEncoder())
     assert_same(found, gradients(plain, plain(columns)), 1e-12)
     assert columns[0].keys() == {"input_ids", "attention_mask"}
+
+
+def test_what_happens_to_the_batch_before_the_backward_pass_does_not_matter():
+    loss = InfoNCELoss(BagEncoder())
+    columns = [column([1, 2], [3], [4, 5, 6]), column([9], [8, 8], [7, 3, 1])]
+    expected = gradients(loss, loss(columns))
+    value = CachedLoss(loss, tokens_per_chunk=3)(columns)
+    for features in columns:  # a trainer is done with them
+        features.clear()
+    assert_same(gradients(loss, value), expected, 1e-12)
 
 
 def test_a_copied_loss_is_a_loss_of_its_own():

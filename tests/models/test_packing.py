@@ -393,8 +393,8 @@ def test_bad_packed_batches_are_refused():
         moe(**{**packed, "cu_seq_lens_q": torch.tensor([0, 4, 4, 13])})
     with _expect(r"cu_seq_lens_q must hold 0 and T at least; got \[0\]"):
         moe(**{**packed, "cu_seq_lens_q": torch.tensor([0])})
-    with _expect("max_length_q must be at least the longest sequence's 7; got 5"):
-        moe(**{**packed, "max_length_q": 5})
+    with _expect("max_length_q must be at least the longest sequence's 7; got 6"):
+        moe(**{**packed, "max_length_q": 6})
     with _expect("cu_seq_lens_q must have dtype int64, int32", TypeError):
         moe(**{**packed, "cu_seq_lens_q": torch.tensor([0.0, 13.0])})
     with _expect("at most 40 tokens per text .*; got 41"):
@@ -413,6 +413,12 @@ def test_bad_padded_batches_are_refused():
         moe(batch["input_ids"], torch.zeros(3, 7), **ids)
     with _expect("output_attentions must be False with attn_implementation='moe_fast'"):
         moe(**batch, **ids, output_attentions=True)
+    moe.set_attn_implementation("eager")
+    moe.config.output_attentions = True
+    moe.set_attn_implementation(ATTENTION)
+    with _expect("output_attentions must be False with attn_implementation='moe_fast'"):
+        moe(**batch, **ids)
+    moe.config.output_attentions = False
     with _expect(r"expert_ids must have shape \[B\] or \[B, L\] = \[3, 7\]; got \[3, 6\]"):
         moe(**batch, expert_ids=torch.zeros(3, 6, dtype=torch.long))
     with _expect(r"expert_ids must lie in .*\[0, 3\); got 3"):
@@ -439,6 +445,23 @@ def test_a_mask_of_pairs_of_tokens_is_not_packed():
     with torch.no_grad():
         want, got = both(moe, lambda m: m(ids, attention_mask=mask).last_hidden_state)
     assert relative_error(got, want) <= 1e-12
+
+
+def test_the_longest_text_is_not_the_width_of_the_batch():
+    """Kernels make room for ``max_length``: padding that all texts have costs nothing."""
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    assert Packing.of_padded(mask, mask, contiguous=False).max_length == 2
+
+
+@pytest.mark.parametrize(("routing", "plans"), [("enforced", 1), ("token_topk", 3)])
+def test_an_enforced_plan_is_made_once_for_all_layers(routing, plans, monkeypatch):
+    moe = mixture("bert", routing=routing)
+    made, plan = [], moe_fast.ops.plan
+    monkeypatch.setattr(
+        moe_fast.ops, "plan", lambda *a, **k: made.append(plan(*a, **k)) or made[-1]
+    )
+    both(moe, lambda moe: moe(**padded([4, 7, 2]), **enforced_ids(moe, [4, 7, 2])))
+    assert len(moe.moe_mlps()) == 3 and len(made) == 2 * plans
 
 
 def test_packing_a_worked_example():

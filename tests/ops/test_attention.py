@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import partial
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
@@ -141,16 +142,18 @@ def test_no_tokens_keep_shape_and_graph():
     assert q.grad is not None
 
 
-def test_dropout_drops_weights_and_keeps_their_mean():
+@pytest.mark.parametrize("window", [None, 2])
+def test_dropout_drops_weights_and_keeps_their_mean(window):
     """Dropping with p = 0.5 and doubling what is left: y is unbiased, and each call differs."""
     lengths = [6, 6]
     (q, k, v), cu = problem(lengths, dim=8), starts(lengths)
-    exact = ops.varlen_attention(q, k, v, cu)
-    draws = torch.stack([ops.varlen_attention(q, k, v, cu, dropout=0.5) for _ in range(2000)])
+    attend = partial(ops.varlen_attention, q, k, v, cu, window=window)
+    exact = attend()
+    draws = torch.stack([attend(dropout=0.5) for _ in range(2000)])
     assert not torch.equal(draws[0], draws[1])
     # Each of 6 weights (sum 1) times v of unit scale: a standard deviation below 1.5 a draw.
     assert (draws.mean(0) - exact).abs().max() < 6 * 1.5 / 2000**0.5
-    assert torch.equal(ops.varlen_attention(q, k, v, cu, dropout=0.0), exact)
+    assert torch.equal(attend(dropout=0.0), exact)
 
 
 def test_compiled_for_any_lengths():

@@ -441,6 +441,26 @@ def meta(shape: list[int]) -> torch.Tensor:
     ("change", "says"),
     [
         (dict(x=torch.randn(2, T, D)), ["x", "[2, 7, 5]", "[T, D]"]),
+        (dict(x=None), ["x", "tensor", "NoneType"]),
+        (dict(x=torch.randn(T, 0)), ["_proj", "0"]),
+        (
+            dict(
+                up_proj=torch.randn(E, 0, D),
+                down_proj=torch.randn(E, D, 0),
+                up_proj_bias=torch.randn(E, 0),
+            ),
+            ["D and H", "at least 1", "5 and 0"],
+        ),
+        (
+            dict(
+                up_proj=torch.randn(0, H, D),
+                down_proj=torch.randn(0, D, H),
+                up_proj_bias=None,
+                down_proj_bias=None,
+            ),
+            ["at least one expert", "E = 0"],
+        ),
+        (dict(plan=None), ["plan", "RoutingPlan", "NoneType"]),
         (dict(x=torch.randn(T, 4)), ["_proj", "[3, ", "4"]),
         (dict(x=torch.randn(T + 1, D)), ["top_k_weights", "[7, 2]", "8"]),
         (dict(x=torch.randn(T, D, dtype=F64)), ["up_proj", "float32", "float64"]),

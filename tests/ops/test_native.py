@@ -78,7 +78,7 @@ def copy(tmp_path) -> Path:
 
 
 def test_without_the_cuda_half(copy):
-    assert reasons(copy) == ["None", "the native library was built without nvcc: CPU only"]
+    assert reasons(copy) == ["None", "the native library was built without its CUDA half: CPU only"]
 
 
 def test_a_damaged_cuda_half_leaves_the_cpu_half_alone(copy):

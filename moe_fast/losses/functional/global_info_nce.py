@@ -25,7 +25,13 @@ from moe_fast.losses.exchange import AllGather, Ring, Shard, table_of
 from moe_fast.losses.global_sum import several_processes
 from moe_fast.ops import info_nce
 from moe_fast.ops.checks import FLOAT_DTYPES, check_choice, compute_dtype
-from moe_fast.ops.info_nce import InfoNCEStats, as_scale, check_arguments, check_scale
+from moe_fast.ops.info_nce import (
+    InfoNCEStats,
+    as_scale,
+    check_arguments,
+    check_scale,
+    check_weights,
+)
 from moe_fast.ops.info_nce_tiled import (
     Settings,
     add_gradients,
@@ -106,15 +112,16 @@ def _agree(
 ) -> list[tuple[int, int]]:
     """(pairs, hard negatives) of each process, once all have found their batches in order."""
     refused: Exception | None = None
-    mine = [1] + [0] * len(_ALIKE) + [0, 0]
+    mine = [1] + [0] * len(_ALIKE) + [0, 0, 0]
     try:
         check_arguments(a, b, negatives, **given)
         check_scale(as_scale(scale, a.device, compute_dtype(a.dtype)))
         check_finite(a=a, b=b, negatives=negatives)
+        weighed = check_weights(given["weights"])
         has = [int(given[name] is not None) for name in ("row_ids", "domain_ids", "group_ids")]
         num_negatives = 0 if negatives is None else len(negatives)
         alike = [a.shape[1], FLOAT_DTYPES.index(a.dtype), num_negatives // len(a), *has]
-        mine = [0, *alike, len(a), num_negatives]
+        mine = [0, *alike, weighed, len(a), num_negatives]
     except (TypeError, ValueError) as error:
         refused = error
     table = table_of(mine, a.device)
@@ -129,6 +136,8 @@ def _agree(
             values = [str(FLOAT_DTYPES[v]).removeprefix("torch.") for v in values]
         if len(set(values)) > 1:
             raise ValueError(f"all processes must have the same {name}; got {values}, by rank.")
+    if not any(row[-3] for row in table):
+        raise ValueError("weights must not all be 0; they are in every process.")
     return [(row[-2], row[-1]) for row in table]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from info_nce_worker import CASES, PER_ROW, arguments, batch, share, trained
+from info_nce_worker import CASES, ODD, PER_ROW, arguments, batch, odd_batch, share, trained
 from loss_checks import assert_close
 from safetensors.torch import load_file
 from toy_encoder import BagEncoder
@@ -94,6 +94,20 @@ def test_processes_are_one_with_the_whole_batch(several, case, exchange):
         if leaf.grad is not None:
             assert leaf.grad.abs().max() > 1e-3
             assert_close(torch.cat([one[name] for one in found]) / world_size, leaf.grad)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_batches(several, name, exchange):
+    whole = odd_batch(name, len(several))
+    a, b = (whole.pop(n).requires_grad_() for n in ("a", "b"))
+    expected = ops.info_nce(a, b, scale=3.0, backend="torch", **whole)
+    expected.backward()
+    for one in several:
+        assert_close(one[f"{name}, {exchange}: loss"], expected.detach())
+    for side, leaf in (("a", a), ("b", b)):
+        parts = torch.cat([one[f"{name}, {exchange}: {side}"] for one in several])
+        assert_close(parts / len(several), leaf.grad)
 
 
 def test_losses_under_data_parallel_training_too(several):
