@@ -1,8 +1,9 @@
 """Registered ops with a short way past the dispatcher.
 
-``torch.compile``, ``torch.export`` and dispatch modes must see a registered op. In plain eager mode
-nobody does, and the dispatcher's way to a kernel that is called from Python takes 8 microseconds,
-35 with autograd: more than a small problem's work.
+``torch.compile``, ``torch.export``, dispatch modes, function transforms and tensors of a kind of
+their own must see a registered op. In plain eager mode nobody does, and the dispatcher's way to a
+kernel that is called from Python takes 8 microseconds, 35 with autograd: more than a small
+problem's work.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def register_op(
@@ -38,13 +42,21 @@ def register_op(
         differentiate = _function(name, kernel, setup_context, backward).apply
 
     def run(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _in_a_transform():
             return op(*args)
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not all(type(t) in _PLAIN for t in tensors):  # a DTensor, a fake tensor
+            return op(*args)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return differentiate(*args)
         return kernel(*args)
 
     return run
+
+
+def _in_a_transform() -> bool:
+    """Whether ``torch.func`` (vmap, grad ...) is at work, or autograd in forward mode."""
+    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _function(name: str, kernel: Callable, setup_context: Callable, backward: Callable) -> Any:

@@ -68,6 +68,23 @@ def test_fake_tensors_do_not_reach_the_kernel():
     assert not calls
 
 
+def test_tensors_of_their_own_kind_do_not_reach_the_kernel():
+    with FakeTensorMode() as mode:
+        x = torch.empty(3)
+    calls.clear()
+    assert scale(x, 2.0).fake_mode is mode
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_see_the_op():
+    """vmap runs the op row by row; its parts in eager mode would meet a batched tensor."""
+    x = torch.randn(2, 3)
+    calls.clear()
+    assert torch.equal(torch.func.vmap(lambda x: scale(x, 2.0))(x), 2 * x)
+    assert calls == ["kernel"] * 2
+
+
 def test_compiles_as_one_graph():
     torch.compiler.reset()
     graphs: list[torch.fx.GraphModule] = []
