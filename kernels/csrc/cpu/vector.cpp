@@ -165,8 +165,8 @@ void round_pairs(const float* a, const float* b, uint32_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(a[i]) | to_bf16(b[i]) << 16;
 }
 
-// 2^x for x <= 0 (a little above is fine), to 2e-7 (relative): 2^k times a polynomial on [-1/2, 1/2],
-// minimax to 3e-9. From -127 on, where k has no place in an exponent's bits, 0; NaN for NaN.
+// 2^x for x <= 0 (a little above is fine), to 1.1e-7: 2^k times a polynomial on [-1/2, 1/2], minimax
+// to 3e-9. 0 from about -127 on, where k = -127 makes an exponent's bits 0; NaN for NaN.
 inline float exp2_below(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   x = -127.0f > x ? -127.0f : x;
