@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
   m.def(
       "plan(Tensor top_k_index, int num_experts) -> "
       "(Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor slot_to_row)");
+  m.def(
+      "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float scale, "
+      "int? window) -> Tensor");
   m.def("gather_rows(Tensor x, Tensor expert_offsets, Tensor row_to_token) -> Tensor");
   m.def("combine_rows(Tensor rows, Tensor top_k_weights, Tensor slot_to_row) -> Tensor");
   m.def(
@@ -62,9 +65,6 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
       "route_backward(Tensor grad_weights, Tensor grad_logits, Tensor x, Tensor router_weight, "
       "Tensor logits, int num_experts_per_tok, str mode, str weight_mode, Tensor? token_mask, "
       "Tensor? starts) -> (Tensor grad_x, Tensor grad_router_weight)");
-  m.def(
-      "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float scale, "
-      "int? window) -> Tensor");
   m.def("cpu_capability() -> str");
 }
 
@@ -75,11 +75,11 @@ STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
   m.impl("gather_rows", TORCH_BOX(&moe_fast::gather_rows_cpu));
   m.impl("combine_rows", TORCH_BOX(&moe_fast::combine_rows_cpu));
   m.impl("combine_rows_backward", TORCH_BOX(&moe_fast::combine_rows_backward_cpu));
+  m.impl("varlen_attention", TORCH_BOX(&moe_fast::varlen_attention_cpu));
   m.impl("expert_mlp", TORCH_BOX(&moe_fast::expert_mlp_cpu));
   m.impl("expert_mlp_backward", TORCH_BOX(&moe_fast::expert_mlp_backward_cpu));
   m.impl("expert_linear", TORCH_BOX(&moe_fast::expert_linear_cpu));
   m.impl("expert_linear_backward", TORCH_BOX(&moe_fast::expert_linear_backward_cpu));
-  m.impl("varlen_attention", TORCH_BOX(&moe_fast::varlen_attention_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CompositeExplicitAutograd, m) {

@@ -121,10 +121,11 @@ def test_the_same_bits_with_any_number_of_threads(dtype, threads):
         assert torch.equal(cpp(*tensors, cu, window=200), alone)
 
 
-def test_one_long_sequence_is_shared_among_threads():
+@pytest.mark.parametrize("window", [None, 40, 700])
+def test_one_long_sequence_is_shared_among_threads(window):
     tensors, cu = problem([2100], heads=1, dim=8)
     with num_threads(3):
-        check(tensors, cu)
+        check(tensors, cu, window=window)
 
 
 # ----------------------------------------------------------------------------------------- layout

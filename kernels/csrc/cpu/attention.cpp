@@ -56,7 +56,7 @@ struct Attention {
   int64_t num_sequences, heads, dim;
   Dtype dtype;
   float scale;     // of scores in base 2
-  int64_t window;  // at most the longest length: none
+  int64_t window;  // T and more: none
 
   int64_t length(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
 };
@@ -125,9 +125,9 @@ const G* copy_keys(const Attention& in, int64_t first, int64_t count, int64_t he
   return keys;
 }
 
-// Up to 16 words of columns at a time: 16 rows of values, or 16 pairs of rows, as columns of out.
+// `count` rows of values, at most 16 or, bf16, 16 pairs of them, as columns of out.
 template <typename G>
-void transpose_values(const Attention& in, int64_t first, int64_t count, int64_t head, G* out,
+void transpose_group(const Attention& in, int64_t first, int64_t count, int64_t head, G* out,
                       Buffers& buffers) {
   constexpr int64_t pair = sizeof(float) / sizeof(G);
   const int64_t here = (count + pair - 1) / pair;
@@ -158,7 +158,7 @@ const G* transpose_values(const Attention& in, int64_t first, int64_t count, int
   for (int64_t j = 0; j < round_up(count, kKeyStep); j += group) {
     G* out = values + j / kKeys * kKeys * in.dim + j % kKeys;
     const int64_t here = std::clamp<int64_t>(count - j, 0, group);
-    transpose_values(in, first + j, here, head, out, buffers);
+    transpose_group(in, first + j, here, head, out, buffers);
   }
   return values;
 }
@@ -207,6 +207,30 @@ const G* pack_queries(const Attention& in, int64_t first, const Panel& panel, in
   return packed;
 }
 
+// What of one head of a sequence a thread works with: numbers count from the sequence's first token.
+template <typename G>
+struct Head {
+  int64_t index, token, length;  // token: the sequence's first
+  int64_t begin;                 // of the keys that are copied, a multiple of kKeys
+  const G* keys;
+  const G* values;
+};
+
+// A panel between blocks of keys.
+template <typename G>
+struct Running {
+  Panel panel;
+  const G* query;  // Q^T [dim, width]
+  float* output;   // O^T [dim, width], undefined while it has seen no keys
+  bool seen_keys = false;
+  float max[kPanel], sum[kPanel];
+  Running(const Panel& panel_, const G* query_, float* output_)
+      : panel(panel_), query(query_), output(output_) {
+    std::fill_n(max, kPanel, -kInfinity);
+    std::fill_n(sum, kPanel, 0.0f);
+  }
+};
+
 // -inf in the scores [num_keys, width] of what a query must not see: keys behind the sequence's last,
 // and those outside its window.
 void hide(const Attention& in, const Panel& panel, int64_t first_key, int64_t num_keys,
@@ -226,58 +250,56 @@ void hide(const Attention& in, const Panel& panel, int64_t first_key, int64_t nu
   }
 }
 
-// What is kept of a panel between blocks of keys.
-struct Running {
-  float max[kPanel], sum[kPanel];
-  float* output;  // O^T [dim, width]
-};
-
-// Adds the keys first .. first + count, which lie in one block of values, to a panel.
+// Adds the keys first .. first + count, which lie in one block, to a panel.
 template <typename G>
-void add_keys(const Attention& in, const Gemm& gemm, const Panel& panel, const G* query,
-              const G* keys, const G* values, int64_t first, int64_t count, int64_t length,
-              bool add, Running& running, Buffers& buffers) {
-  const int64_t width = panel.width;
+void add_keys(const Attention& in, const Gemm& gemm, const Head<G>& head, int64_t first,
+              int64_t count, Running<G>& running, Buffers& buffers) {
+  const int64_t width = running.panel.width, from = first - head.begin;
   float* scores = buffers.scores.get<float>(kKeys * kPanel);
-  run(gemm, count, width, in.dim, keys + first * in.dim, in.dim, query, width, scores, width, false);
-  const bool rising = in.scale > 0.0f;  // then -inf stays what no query sees
+  run(gemm, count, width, in.dim, head.keys + from * in.dim, in.dim, running.query, width, scores,
+      width, false);
+  const bool rising = in.scale > 0.0f;  // else -inf must be put in behind the scaling
   if (!rising) vector().scale_add(scores, in.scale, nullptr, scores, count * width);
-  hide(in, panel, first, count, length, scores);
+  hide(in, running.panel, first, count, head.length, scores);
 
-  const float scale = rising ? in.scale : 1.0f;
-  float factor[kPanel];
-  const G* weights;
+  G* weights;
+  uint32_t* pairs = nullptr;
   if constexpr (std::is_same_v<G, float>) {
-    vector().softmax(scores, scale, count, width, running.max, running.sum, factor, nullptr);
     weights = scores;
   } else {
-    auto* rounded = buffers.weights.get<uint32_t>(kKeys / 2 * kPanel);
-    vector().softmax(scores, scale, count, width, running.max, running.sum, factor, rounded);
-    weights = reinterpret_cast<const Bf16*>(rounded);
+    weights = buffers.weights.get<Bf16>(kKeys * kPanel);
+    pairs = reinterpret_cast<uint32_t*>(weights);
   }
-  if (add) vector().scale_columns(running.output, factor, in.dim, width);
-  const G* block = values + first / kKeys * kKeys * in.dim + first % kKeys;
-  run(gemm, in.dim, width, count, block, kKeys, weights, width, running.output, width, add);
+  float factor[kPanel];
+  vector().softmax(scores, rising ? in.scale : 1.0f, count, width, running.max, running.sum, factor,
+                   pairs);
+  if (running.seen_keys) vector().scale_columns(running.output, factor, in.dim, width);
+  const G* values = head.values + from / kKeys * kKeys * in.dim + from % kKeys;
+  run(gemm, in.dim, width, count, values, kKeys, weights, width, running.output, width,
+      running.seen_keys);
+  running.seen_keys = true;
 }
 
 // O^T, divided by the sums, to the rows of y.
-void finish(const Attention& in, const Panel& panel, int64_t first, int64_t head, Running& running,
-            void* y, Buffers& buffers) {
+template <typename G>
+void finish(const Attention& in, const Head<G>& head, Running<G>& running, void* y,
+            Buffers& buffers) {
+  const Panel& panel = running.panel;
   float inverse[kPanel];
   for (int64_t i = 0; i < panel.width; ++i) inverse[i] = 1.0f / running.sum[i];
   vector().scale_columns(running.output, inverse, in.dim, panel.width);
   const int64_t padded = round_up(in.dim, 16);
   float* rows = buffers.rows.get<float>(panel.width * padded);
   transpose_floats(running.output, panel.width, in.dim, panel.width, rows, padded);
-  const int64_t to = ((first + panel.first) * in.heads + head) * in.dim;
   for (int64_t i = 0; i < panel.count; ++i) {
-    vector().store(rows + i * padded, in.dtype, at(y, in.dtype, to + i * in.heads * in.dim),
-                   in.dim);
+    const int64_t to = ((head.token + panel.first + i) * in.heads + head.index) * in.dim;
+    vector().store(rows + i * padded, in.dtype, at(y, in.dtype, to), in.dim);
   }
 }
 
 // --- tasks ---------------------------------------------------------------------------------------
 
+// A sequence's heads and panels of queries, from first to before last.
 struct Piece {
   int64_t sequence;
   int64_t first_head, last_head;
@@ -287,35 +309,38 @@ struct Piece {
 template <typename G>
 void attend(const Attention& in, const Gemm& gemm, const Piece& piece, void* y) {
   thread_local Buffers buffers;
-  const int64_t first = in.starts[piece.sequence], length = in.length(piece.sequence);
-  const int64_t padded = round_up(length, kKeyStep);
+  const int64_t token = in.starts[piece.sequence], length = in.length(piece.sequence);
   const Panels panels(length);
-  Running running;
-  running.output = buffers.output.get<float>(in.dim * kPanel);
-  for (int64_t head = piece.first_head; head < piece.last_head; ++head) {
-    const G* keys = copy_keys<G>(in, first, length, head, buffers);
-    const G* values = transpose_values<G>(in, first, length, head, buffers);
+  const auto first_seen = [&](const Panel& panel) {
+    return std::max<int64_t>(panel.first - in.window, 0) / kKeyStep * kKeyStep;
+  };
+  const auto end_seen = [&](const Panel& panel) {
+    return round_up(std::min(panel.first + panel.count + in.window, length), kKeyStep);
+  };
+  const int64_t begin = first_seen(panels[piece.first_panel]) / kKeys * kKeys;
+  const int64_t keys = std::min(end_seen(panels[piece.last_panel - 1]), length) - begin;
+  for (int64_t index = piece.first_head; index < piece.last_head; ++index) {
+    const Head<G> head{index,
+                       token,
+                       length,
+                       begin,
+                       copy_keys<G>(in, token + begin, keys, index, buffers),
+                       transpose_values<G>(in, token + begin, keys, index, buffers)};
     for (int64_t p = piece.first_panel; p < piece.last_panel; ++p) {
       const Panel panel = panels[p];
-      const G* query = pack_queries<G>(in, first, panel, head, buffers);
-      std::fill_n(running.max, panel.width, -kInfinity);
-      std::fill_n(running.sum, panel.width, 0.0f);
-      const int64_t low = std::max<int64_t>(panel.first - in.window, 0) / kKeyStep * kKeyStep;
-      const int64_t last_seen = panel.first + panel.count + in.window;
-      const int64_t high = std::min(round_up(last_seen, kKeyStep), padded);
-      for (int64_t k = low; k < high;) {
-        const int64_t end = std::min(high, (k / kKeys + 1) * kKeys);
-        add_keys(in, gemm, panel, query, keys, values, k, end - k, length, k > low, running,
-                 buffers);
-        k = end;
+      Running<G> running(panel, pack_queries<G>(in, token, panel, index, buffers),
+                         buffers.output.get<float>(in.dim * kPanel));
+      for (int64_t k = first_seen(panel), end; k < end_seen(panel); k = end) {
+        end = std::min(end_seen(panel), (k / kKeys + 1) * kKeys);
+        add_keys(in, gemm, head, k, end - k, running, buffers);
       }
-      finish(in, panel, first, head, running, y, buffers);
+      finish(in, head, running, y, buffers);
     }
   }
 }
 
-// A sequence's heads, and the queries where there are too few heads, are shared among the threads.
-// Results do not depend on how: nothing is summed across pieces.
+// A sequence's heads, and its queries where there are too few heads, are shared among the threads.
+// Results do not depend on how: nothing is summed across pieces. The largest first.
 std::vector<Piece> cut(const Attention& in) {
   const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
   const auto cost = [&](int64_t sequence) {

@@ -165,6 +165,89 @@ void round_pairs(const float* a, const float* b, uint32_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(a[i]) | to_bf16(b[i]) << 16;
 }
 
+// 2^x for x <= 0 (a little above is fine), to 1.1e-7: 2^k times a polynomial on [-1/2, 1/2], minimax
+// to 3e-9. 0 from about -127 on, where k = -127 makes an exponent's bits 0; NaN for NaN.
+inline float exp2_below(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  x = -127.0f > x ? -127.0f : x;
+  const float shifted = x + kRound;
+  const float r = x - (shifted - kRound);
+  float p = 1.5594678e-4f;
+  p = p * r + 1.3406643e-3f;
+  p = p * r + 9.617693e-3f;
+  p = p * r + 5.5503104e-2f;
+  p = p * r + 2.4022652e-1f;
+  p = p * r + 6.9314724e-1f;
+  p = p * r + 1.0f;
+  return p * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
+}
+
+// Two weights, 0 to 1, as bf16; ties away from 0, which spares three instructions. NaN may be lost:
+// the sum of its column has it.
+inline uint32_t pair_of_weights(float a, float b) {
+  return (to_bits(a) + 0x8000u) >> 16 | ((to_bits(b) + 0x8000u) & 0xffff0000u);
+}
+
+constexpr int kLanes = 16;
+
+void softmax_16(float* __restrict x, float scale, int64_t rows, int64_t n, float* __restrict max,
+                float* __restrict sum, float* __restrict factor, uint32_t* __restrict pairs) {
+  float top[kLanes], total[kLanes];
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) top[i] = max[i];
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) {
+      const float v = scale * x[r * n + i];
+      top[i] = v > top[i] ? v : top[i];
+    }
+  }
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) {
+    const float base = top[i] == -INFINITY ? 0.0f : top[i];
+    factor[i] = exp2_below(max[i] - base);
+    total[i] = sum[i] * factor[i];
+    max[i] = top[i];
+    top[i] = base;
+  }
+  for (int64_t r = 0; r < rows; r += 2) {
+    float* a = x + r * n;
+    float* b = a + n;
+    if (pairs == nullptr) {
+#pragma omp simd
+      for (int i = 0; i < kLanes; ++i) {
+        a[i] = exp2_below(scale * a[i] - top[i]);
+        b[i] = exp2_below(scale * b[i] - top[i]);
+        total[i] += a[i] + b[i];
+      }
+    } else {
+#pragma omp simd
+      for (int i = 0; i < kLanes; ++i) {
+        const float p = exp2_below(scale * a[i] - top[i]);
+        const float q = exp2_below(scale * b[i] - top[i]);
+        pairs[r / 2 * n + i] = pair_of_weights(p, q);
+        total[i] += p + q;
+      }
+    }
+  }
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) sum[i] = total[i];
+}
+
+void softmax(float* x, float scale, int64_t rows, int64_t n, float* max, float* sum, float* factor,
+             uint32_t* pairs) {
+  for (int64_t c = 0; c < n; c += kLanes) {
+    softmax_16(x + c, scale, rows, n, max + c, sum + c, factor + c,
+               pairs == nullptr ? nullptr : pairs + c);
+  }
+}
+
+void scale_columns(float* __restrict x, const float* __restrict by, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; ++i) x[r * n + i] *= by[i];
+  }
+}
+
 // exp to 2 units in the last place: 2^k times a polynomial on [-ln(2) / 2, ln(2) / 2] (Cephes).
 inline float fast_exp(float x) {
   x = x < -87.0f ? -87.0f : x;
@@ -408,94 +491,12 @@ void dots_bf16(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t*
 }
 #endif
 
-// 2^x for x <= 0 (a little above is fine), to 2e-7 (relative): 2^k times a polynomial on [-1/2, 1/2],
-// minimax to 3e-9. From -127 on, where k has no place in an exponent's bits, 0; NaN for NaN.
-inline float exp2_below(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  x = -127.0f > x ? -127.0f : x;
-  const float shifted = x + kRound;
-  const float r = x - (shifted - kRound);
-  float p = 1.5594678e-4f;
-  p = p * r + 1.3406643e-3f;
-  p = p * r + 9.617693e-3f;
-  p = p * r + 5.5503104e-2f;
-  p = p * r + 2.4022652e-1f;
-  p = p * r + 6.9314724e-1f;
-  p = p * r + 1.0f;
-  return p * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
-}
-
-// Two weights, 0 to 1, as bf16; ties away from 0, which spares three instructions. NaN may be lost:
-// the sum of its column has it.
-inline uint32_t pair_of_weights(float a, float b) {
-  return (to_bits(a) + 0x8000u) >> 16 | ((to_bits(b) + 0x8000u) & 0xffff0000u);
-}
-
-constexpr int kLanes = 16;
-
-void softmax_16(float* __restrict x, float scale, int64_t rows, int64_t n, float* __restrict max,
-                float* __restrict sum, float* __restrict factor, uint32_t* __restrict pairs) {
-  float top[kLanes], total[kLanes];
-#pragma omp simd
-  for (int i = 0; i < kLanes; ++i) top[i] = max[i];
-  for (int64_t r = 0; r < rows; ++r) {
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      const float v = scale * x[r * n + i];
-      top[i] = v > top[i] ? v : top[i];
-    }
-  }
-#pragma omp simd
-  for (int i = 0; i < kLanes; ++i) {
-    const float base = top[i] == -INFINITY ? 0.0f : top[i];
-    factor[i] = exp2_below(max[i] - base);
-    total[i] = sum[i] * factor[i];
-    max[i] = top[i];
-    top[i] = base;
-  }
-  for (int64_t r = 0; r < rows; r += 2) {
-    float* a = x + r * n;
-    float* b = a + n;
-    if (pairs == nullptr) {
-#pragma omp simd
-      for (int i = 0; i < kLanes; ++i) {
-        a[i] = exp2_below(scale * a[i] - top[i]);
-        b[i] = exp2_below(scale * b[i] - top[i]);
-        total[i] += a[i] + b[i];
-      }
-    } else {
-#pragma omp simd
-      for (int i = 0; i < kLanes; ++i) {
-        const float p = exp2_below(scale * a[i] - top[i]);
-        const float q = exp2_below(scale * b[i] - top[i]);
-        pairs[r / 2 * n + i] = pair_of_weights(p, q);
-        total[i] += p + q;
-      }
-    }
-  }
-#pragma omp simd
-  for (int i = 0; i < kLanes; ++i) sum[i] = total[i];
-}
-
-void softmax(float* x, float scale, int64_t rows, int64_t n, float* max, float* sum, float* factor,
-             uint32_t* pairs) {
-  for (int64_t c = 0; c < n; c += kLanes) {
-    softmax_16(x + c, scale, rows, n, max + c, sum + c, factor + c,
-               pairs == nullptr ? nullptr : pairs + c);
-  }
-}
-
-void scale_columns(float* __restrict x, const float* __restrict by, int64_t rows, int64_t n) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < n; ++i) x[r * n + i] *= by[i];
-  }
-}
-
 }  // namespace
 
 extern const VectorOps ops;
 const VectorOps ops = {
     MOE_STRING(MOE_ISA), load,     store,    transpose,         interleave, round_pairs,
+    softmax,             scale_columns,
     add_bias,            activate, activate_backward, add_scaled, scale_add,  dot,
     dot4,                add_scaled4,
 #if defined(__AVX512BF16__)
@@ -503,7 +504,6 @@ const VectorOps ops = {
 #else
     nullptr,
 #endif
-    softmax,             scale_columns,
 };
 
 }  // namespace MOE_ISA

@@ -26,6 +26,16 @@ struct VectorOps {
   void (*interleave)(const uint16_t* a, const uint16_t* b, uint32_t* out, int64_t n);
   void (*round_pairs)(const float* a, const float* b, uint32_t* out, int64_t n);
 
+  // One block of a softmax down the columns of x [rows, n], rows even and n a multiple of 16, whose
+  // earlier blocks left max and sum (-inf and 0 before the first): x = 2^(scale x - max) with the
+  // new max, sum = factor * sum + sums of x, factor = 2^(old max - new max). Where pairs is not
+  // null x is not kept, but rounded to it: bf16 pairs of rows [rows / 2, n]. A column that holds
+  // NaN, or inf alone, has NaN for its sum, or 0 where all are -inf.
+  void (*softmax)(float* x, float scale, int64_t rows, int64_t n, float* max, float* sum,
+                  float* factor, uint32_t* pairs);
+  // Column i of x [rows, n] *= by[i].
+  void (*scale_columns)(float* x, const float* by, int64_t rows, int64_t n);
+
   // z [rows, n] += bias[row] (null for 0), then rounded to `dtype`.
   void (*add_bias)(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n);
   // h = act(z), gated h = act(z) * z2; h overlaps neither.
@@ -48,16 +58,6 @@ struct VectorOps {
   // c, so that a is read once, in place. Null where the processor does not multiply bf16.
   void (*dots_bf16)(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t* b, int64_t ldb,
                     int64_t num_columns, int64_t k, float* out, int64_t ldo);
-
-  // One block of a softmax down the columns of x [rows, n], rows even and n a multiple of 16, whose
-  // earlier blocks left max and sum (-inf and 0 before the first): x = 2^(scale x - max) with the
-  // new max, sum = factor * sum + sums of x, factor = 2^(old max - new max). Where pairs is not
-  // null x is not kept, but rounded to it: bf16 pairs of rows [rows / 2, n]. A column that holds
-  // NaN, or inf alone, has NaN for its sum, or 0 where all are -inf.
-  void (*softmax)(float* x, float scale, int64_t rows, int64_t n, float* max, float* sum,
-                  float* factor, uint32_t* pairs);
-  // Column i of x [rows, n] *= by[i].
-  void (*scale_columns)(float* x, const float* by, int64_t rows, int64_t n);
 };
 
 // MOE_FAST_CPU=portable, avx2 or avx512 in the environment holds it back (for tests).
