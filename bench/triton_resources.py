@@ -11,6 +11,7 @@ change of the table shows in review what a change of a kernel costs.
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -21,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,19 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
+def parsing_in_turn() -> Iterator[None]:
+    """One ``ast.parse`` at a time: Python 3.11's counts its depth for all threads together."""
+    lock, parse = threading.Lock(), ast.parse
+
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return parse(*args, **kwargs)
+
+    with mock.patch.object(ast, "parse", locked):
+        yield
+
+
+@contextlib.contextmanager
 def tf32(wanted: bool) -> Iterator[None]:
     """float32 products rounded to TF32, as a user can allow them."""
     before = torch.backends.cuda.matmul.fp32_precision
@@ -175,6 +190,7 @@ def launch_everything(problem: Problem) -> None:
         for gated, act, bias in ((False, "gelu", True), (True, "gelu", False)):
             _expert_mlp(problem, k, plan, gated=gated, act=act, bias=bias)
         _expert_linear(problem, k, plan)
+        _output_block(problem, k, plan[3])
     for mode, weight_mode, k in (
         ("token_topk", "straight_through", 1),
         ("token_topk", "renormalize", 2),
@@ -231,6 +247,21 @@ def _expert_linear(problem: Problem, k: int, plan: tuple[Tensor, ...]) -> None:
     )
     y = expert_linear_triton.forward(*tensors)
     expert_linear_triton.gradients(y, *tensors)
+
+
+def _output_block(problem: Problem, k: int, slot_to_row: Tensor) -> None:
+    from moe_fast.triton_ops.combine_norm import combine_norm, combine_norm_backward
+
+    p, dtype = problem, problem.dtype
+    rows, residual = _new(p.tokens * k, p.dim, dtype=dtype), _new(p.tokens, p.dim, dtype=dtype)
+    weights, gamma = _new(p.tokens, k, dtype=torch.float32), _new(p.dim, dtype=dtype)
+    for keep in (None, _new(p.tokens, p.dim, dtype=torch.bool)):  # dropout or none
+        block = (residual, keep, gamma, gamma)
+        for save in (False, True):
+            y, total, moments = combine_norm(
+                rows, slot_to_row, weights, *block, scale=1 / 0.9, eps=1e-12, save=save
+            )
+        combine_norm_backward(y, total, moments, keep, gamma, scale=1 / 0.9, like=rows)
 
 
 def _route(problem: Problem, mode: str, weight_mode: str, k: int) -> None:
@@ -337,7 +368,7 @@ def measure(
                     launch_everything(PROBLEMS[name])
         launches = [launch for launch in launches if re.search(only, launch.name)]
         rows = resources.setdefault(target, {})
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with parsing_in_turn(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
             compiled = pool.map(functools.partial(compile_launch, target=target), launches)
             for launch, used in zip(launches, compiled, strict=True):
                 rows[_unique(launch, rows)] = dataclasses.asdict(used)

@@ -25,6 +25,7 @@ OPS = (
     "gather_rows",
     "combine_rows",
     "expert_mlp",
+    "expert_mlp_norm",
     "expert_linear",
     "info_nce",
 )
@@ -132,7 +133,7 @@ def show_backends() -> None:
             for backend in BACKENDS:
                 reason = why_unavailable(op, backend, device_type)
                 state = _describe(op, backend) if reason is None else f"no: {reason}"
-                print(f"{device_type:5s} {op:14s} {backend:7s} {state}")
+                print(f"{device_type:5s} {op:15s} {backend:7s} {state}")
         print(f"{device_type:5s} varlen_attention: {describe_attention(device_type)}")
 
 
