@@ -191,6 +191,7 @@ def launch_everything(problem: Problem) -> None:
             _expert_mlp(problem, k, plan, gated=gated, act=act, bias=bias)
         _expert_linear(problem, k, plan)
         _output_block(problem, k, plan[3])
+    _around_grouped_mm(problem, plan)
     for mode, weight_mode, k in (
         ("token_topk", "straight_through", 1),
         ("token_topk", "renormalize", 2),
@@ -262,6 +263,18 @@ def _output_block(problem: Problem, k: int, slot_to_row: Tensor) -> None:
                 rows, slot_to_row, weights, *block, scale=1 / 0.9, eps=1e-12, save=save
             )
         combine_norm_backward(y, total, moments, keep, gamma, scale=1 / 0.9, like=rows)
+
+
+def _around_grouped_mm(problem: Problem, plan: tuple[Tensor, ...]) -> None:
+    from moe_fast.triton_ops.finish_rows import finish_rows
+    from moe_fast.triton_ops.grouped_mm import zero_empty
+
+    p, dtype = problem, problem.dtype
+    rows, bias = _new(len(plan[1]), p.dim, dtype=dtype), _new(p.experts, p.dim, dtype=dtype)
+    weights = _new(len(plan[1]), dtype=torch.float32)
+    for b, w, scatter in ((bias, weights, True), (bias, None, False), (None, weights, False)):
+        finish_rows(rows, b, w, *plan[:3], scatter=scatter)
+    zero_empty(_new(p.experts, p.dim, p.hidden, dtype=dtype), plan[0])
 
 
 def _route(problem: Problem, mode: str, weight_mode: str, k: int) -> None:

@@ -1,4 +1,4 @@
-"""Tile sizes: what a kernel is launched with, what fits a GPU, and a heuristic."""
+"""How products are computed: implementation and tile sizes, what fits a GPU, and a heuristic."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ KERNELS = (
     "gated_grad_hidden",
     "grad_weight",
 )
+# What computes a product; the first is ours. Products with an epilogue of their own are ours alone.
+IMPLEMENTATIONS = ("triton", "grouped_mm")
+BY_GROUPED_MM = ("linear", "linear_transposed", "grad_weight")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a grouped product [rows, n] = [rows, k] x [k, n].
+    """How a grouped product [rows, n] = [rows, k] x [k, n] is computed.
 
     Attributes:
+        implementation: one of ``IMPLEMENTATIONS``; "grouped_mm" has no use for the other settings.
         block_m, block_n, block_k: the tile; powers of two, at least 16.
         num_warps, num_stages: Triton's: warps per program, depth of the load pipeline.
         group_m: row tiles that are walked together, for the cache.
@@ -40,6 +44,7 @@ class Config:
     num_warps: int = 8
     num_stages: int = 3
     group_m: int = 8
+    implementation: str = "triton"
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -48,6 +53,11 @@ class Config:
                 raise ValueError(
                     f"{name} must be a power of two, at least {SMALLEST_DOT}; got {size}."
                 )
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; "
+                f"got {self.implementation!r}."
+            )
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16; got {self.num_warps}.")
         for name in ("num_stages", "group_m"):
@@ -60,7 +70,7 @@ class Config:
         return self.num_stages * self.block_k * columns * itemsize
 
     def meta(self) -> dict[str, int]:
-        """As keyword arguments of a kernel launch."""
+        """The settings of our kernels as keyword arguments of a kernel launch."""
         return dict(
             BM=self.block_m,
             BN=self.block_n,
@@ -74,6 +84,36 @@ class Config:
 def products_of(kernel: str) -> int:
     """B tiles that a kernel holds beside one A tile."""
     return 2 if kernel == "gated_up" else 1
+
+
+def why_not(
+    config: Config, kernel: str, dtype: torch.dtype, target: str, n: int, k: int
+) -> str | None:
+    """Why a product cannot be computed by ``config`` on ``target``; ``None`` if it can.
+
+    Args:
+        kernel, dtype, target, n, k: as in :func:`heuristic`.
+    """
+    if config.implementation == "grouped_mm":
+        return _why_no_grouped_mm(kernel, dtype, target, n, k)
+    if target == "interpreter":  # has no such limit
+        return None
+    needed = config.shared_memory(dtype.itemsize, products_of(kernel))
+    limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
+    if needed > limit:
+        return f"it needs {needed} bytes of shared memory; this GPU has {limit}"
+    return None
+
+
+def _why_no_grouped_mm(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> str | None:
+    if kernel not in BY_GROUPED_MM:
+        return f"grouped_mm is for {', '.join(BY_GROUPED_MM)}; got {kernel}"
+    if (n * dtype.itemsize) % 16 or (k * dtype.itemsize) % 16:
+        return f"grouped_mm needs rows of multiples of 16 bytes; got n = {n}, k = {k} in {dtype}"
+    # Elsewhere it is slow, or waits for the offsets; on the CPU it serves tests.
+    if target != "interpreter" and (target not in ("sm_90", "sm_100") or dtype != torch.bfloat16):
+        return f"grouped_mm is used for bfloat16 on sm_90 and sm_100; got {dtype} on {target}"
+    return None
 
 
 def fit(config: Config, itemsize: int, products: int, limit: int) -> Config:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config
+from .grouped_mm import grouped_linear
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
 from .lookup import config_for
 from .numerics import cast, dot
@@ -123,6 +124,9 @@ def linear(
         return out
     kernel = "linear" if weight.stride(-1) == 1 else "linear_transposed"
     config = config or config_for(kernel, a, n, k, num_rows // num_experts)
+    if config.implementation == "grouped_mm":
+        plan = (expert_offsets, row_to_token, row_to_slot)
+        return grouped_linear(a, weight, bias, row_weights, *plan, gather=gather, scatter=scatter)
     a, bias = row_major(a), None if bias is None else bias.contiguous()
     num_tiles = tile_bound(num_rows, num_experts, config.block_m)
     linear_kernel[(num_tiles * triton.cdiv(n, config.block_n),)](

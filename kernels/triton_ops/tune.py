@@ -2,7 +2,8 @@
 
 Nothing starts it but a caller. Each product is tuned by coordinate descent: from what it would be
 launched with, one setting at a time is moved to its next value up or down, and kept where that is
-faster. A configuration that does not fit the GPU, or whose results differ, is never chosen.
+faster; ``grouped_mm`` is tried beside it. What does not fit the GPU, or gives other results, is
+never chosen.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .config import Config, products_of
+from .config import BY_GROUPED_MM, Config, why_not
 from .grad_hidden import grad_hidden
 from .grad_weight import grad_weight
 from .linear import linear
-from .lookup import config_for, limit_of
+from .lookup import config_for, target_of
 from .numerics import INTERPRETED
 from .plan import plan
 from .tables import table_key
@@ -214,17 +215,22 @@ def _tune(
     """The fastest configuration found until ``deadline`` that gives the same result."""
     like = torch.empty(0, dtype=problem.dtype, device=device)
     before = config_for(product.kernel, like, product.n, product.k, _rows(problem))
-    limit, itemsize = limit_of(device), problem.dtype.itemsize
+    target = target_of(device.index)
 
     def cost(config: Config) -> float:
-        if config.shared_memory(itemsize, products_of(product.kernel)) > limit:
+        if why_not(config, product.kernel, problem.dtype, target, product.n, product.k):
             return float("inf")
         try:
             return timer(product.launch, config)
         except (OutOfResources, PTXASError):
             return float("inf")
 
-    tried = descend(before, cost, lambda: time.monotonic() > deadline)
+    tried = {}
+    if product.kernel in BY_GROUPED_MM:
+        theirs = replace(before, implementation="grouped_mm")
+        tried[theirs] = cost(theirs)
+    ours = replace(before, implementation="triton")
+    tried |= descend(ours, cost, lambda: time.monotonic() > deadline)
     expected = product.launch(before)
     for after in sorted(tried, key=lambda c: tried[c]):
         if after == before:

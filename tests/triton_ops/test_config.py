@@ -42,6 +42,7 @@ def test_fit_makes_the_pipeline_shallower_then_the_tile_thinner():
         (dict(block_k=8), ["block_k", 16, 8]),
         (dict(num_warps=3), ["num_warps", 3]),
         (dict(num_stages=0), ["num_stages", 0]),
+        (dict(implementation="cublas"), ["implementation", "triton, grouped_mm", "cublas"]),
     ],
 )
 def test_bad_configurations(change, says):
@@ -54,3 +55,21 @@ def test_an_unknown_kernel_is_named():
     with pytest.raises(ValueError) as error:
         c.heuristic("down", torch.float32, "sm_90", 16, 16)
     assert_says(error, "down", *c.KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "target", "n", "says"),
+    [
+        ("linear", torch.bfloat16, "sm_90", 768, None),
+        ("grad_weight", torch.bfloat16, "sm_100", 8, None),
+        ("linear", torch.float32, "interpreter", 4, None),
+        ("up", torch.bfloat16, "sm_90", 768, "linear_transposed"),
+        ("linear", torch.bfloat16, "sm_90", 764, "multiples of 16 bytes"),
+        ("linear", torch.float16, "sm_90", 768, "bfloat16"),
+        ("linear", torch.bfloat16, "sm_80", 768, "sm_80"),
+        ("linear", torch.bfloat16, "gfx942", 768, "gfx942"),
+    ],
+)
+def test_where_grouped_mm_can_be_named(kernel, dtype, target, n, says):
+    reason = c.why_not(c.Config(implementation="grouped_mm"), kernel, dtype, target, n, 64)
+    assert reason is None if says is None else says in reason

@@ -23,6 +23,7 @@ from .rows import Rows, guarded, sorted_rows
 
 SMALL = Config(16, 16, 16, num_warps=4, num_stages=1, group_m=2)
 WIDE = Config(32, 16, 32, num_warps=4, num_stages=1, group_m=3)
+GROUPED = Config(implementation="grouped_mm")
 # An empty expert first, in the middle and last; tails of 1; more rows than a tile; one expert.
 COUNTS = [[0, 17, 1, 33, 0, 4, 0], [41], [0, 0, 35], [3, 2, 1]]
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -116,8 +117,26 @@ def test_up(case, act):
 @pytest.mark.parametrize("scatter", [False, True])
 @pytest.mark.parametrize("case", CASES[::3])
 def test_linear(case, gather, scatter, transposed):
+    check_linear(case, gather, scatter, transposed, out=21)
+
+
+@pytest.mark.parametrize(
+    ("case", "gather", "scatter", "transposed"),
+    [
+        ((BF16, 0, True, True, GROUPED, True), True, True, False),
+        ((BF16, 2, False, True, GROUPED, True), False, False, True),
+        ((F32, 3, True, False, GROUPED, True), True, False, True),
+        ((F32, 0, False, False, GROUPED, True), False, True, False),
+        ((F32, 1, False, False, GROUPED, True), False, False, False),
+    ],
+)
+def test_linear_by_grouped_mm(case, gather, scatter, transposed):
+    check_linear(case, gather, scatter, transposed, out=24)
+
+
+def check_linear(case, gather: bool, scatter: bool, transposed: bool, out: int) -> None:
     dtype, rows, weighted, bias, config, dim, experts = problem(case)
-    size, out = len(rows.row_to_token), 21
+    size = len(rows.row_to_token)
     a = poison(new(size, dim, dtype=dtype), rows, by_token=gather)
     w = new(experts, out, dim, dtype=dtype, scale=dim**-0.5)
     if transposed:
@@ -175,8 +194,31 @@ def test_grad_hidden(case):
 @pytest.mark.parametrize(("gather_a", "gather_b"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("case", CASES[1::4])
 def test_grad_weight(case, gather_a, gather_b, splits):
+    check_grad_weight(case, gather_a, gather_b, splits, m=21)
+
+
+@pytest.mark.parametrize(
+    ("case", "gather_a", "gather_b"),
+    [
+        ((BF16, 0, True, False, GROUPED, True), True, True),
+        ((BF16, 2, False, False, GROUPED, True), False, True),
+        ((F32, 0, False, False, GROUPED, True), True, False),
+    ],
+)
+def test_grad_weight_by_grouped_mm(case, gather_a, gather_b):
+    check_grad_weight(case, gather_a, gather_b, None, m=24)
+
+
+def test_grad_weight_by_grouped_mm_without_rows():
+    rows = sorted_rows([0, 0], skipped=0, k=1)
+    a, b = torch.zeros(0, 8), torch.zeros(0, 16)
+    grad = grad_weight(a, b, None, *rows.plan, gather_a=False, gather_b=False, config=GROUPED)
+    assert torch.equal(grad, torch.zeros(2, 8, 16))
+
+
+def check_grad_weight(case, gather_a: bool, gather_b: bool, splits: int | None, m: int) -> None:
     dtype, rows, weighted, _, config, dim, experts = problem(case)
-    size, m = len(rows.row_to_token), 21
+    size = len(rows.row_to_token)
     a = poison(new(size, m, dtype=dtype), rows, by_token=gather_a)
     b = poison(new(size, dim, dtype=dtype), rows, by_token=gather_b)
     weights = guarded(torch.rand(size)) if weighted else None

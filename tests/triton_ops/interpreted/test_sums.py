@@ -7,6 +7,7 @@ import torch
 from moe_fast.triton_ops.column_sum import column_sum
 from moe_fast.triton_ops.combine import combine
 from moe_fast.triton_ops.combine_norm import combine_norm, combine_norm_backward
+from moe_fast.triton_ops.grouped_mm import zero_empty
 from moe_fast.triton_ops.plan import plan
 from moe_fast.triton_ops.router_grad import router_grad
 from moe_fast.triton_ops.split_sum import split_sum
@@ -126,6 +127,14 @@ def test_router_grad(dtype, parts, dot, bias):
             expected[slot] += grad[token].double() @ b[e].double()
     assert_close(actual.view(-1), expected, 1e-5)  # float32 sums of the rounded inputs
     assert (actual.view(-1)[rows.slot_to_row < 0] == 0).all()
+
+
+def test_zero_empty_writes_where_an_expert_has_no_rows():
+    out = torch.full((4, 31, 40), float("nan"))  # what a product left there
+    out[1::2] = 7
+    zero_empty(out, torch.tensor([0, 0, 3, 3, 9]))
+    assert (out[0::2] == 0).all()
+    assert (out[1::2] == 7).all()
 
 
 def test_split_sum_adds_integers_too():
