@@ -94,12 +94,14 @@ class Resources:
         spills: per thread; bytes, on gfx942 registers.
         shared_memory: bytes per program.
         tensor_cores: whether products run on them.
+        tile_copies: whether the TMA unit copies operand tiles.
     """
 
     registers: int
     spills: int
     shared_memory: int
     tensor_cores: bool
+    tile_copies: bool
 
 
 # --- recording launches --------------------------------------------------------------------------
@@ -112,7 +114,10 @@ def as_launch(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launc
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        if isinstance(value, Tensor):
+        if hasattr(value, "block_shape"):  # a tensor descriptor
+            tile = f"{_pointer(value.base.dtype)[1:]}{list(value.block_shape)}"
+            signature.append((parameter.name, f"tensordesc<{tile}>"))
+        elif isinstance(value, Tensor):
             signature.append((parameter.name, _pointer(value.dtype)))
             divisible.append(position)  # torch's allocator aligns to far more than 16 bytes
         elif parameter.is_constexpr or value is None or value == 1:
@@ -191,6 +196,7 @@ def launch_everything(problem: Problem) -> None:
             _expert_mlp(problem, k, plan, gated=gated, act=act, bias=bias)
         _expert_linear(problem, k, plan)
         _output_block(problem, k, plan[3])
+    _by_descriptors(problem, plan)
     _around_grouped_mm(problem, plan)
     for mode, weight_mode, k in (
         ("token_topk", "straight_through", 1),
@@ -265,6 +271,37 @@ def _output_block(problem: Problem, k: int, slot_to_row: Tensor) -> None:
         combine_norm_backward(y, total, moments, keep, gamma, scale=1 / 0.9, like=rows)
 
 
+def _by_descriptors(problem: Problem, plan: tuple[Tensor, ...]) -> None:
+    """The shipped tiles with descriptors instead of pointers, where the target has them."""
+    from moe_fast.triton_ops import lookup
+    from moe_fast.triton_ops.config import why_not
+    from moe_fast.triton_ops.linear import linear
+    from moe_fast.triton_ops.up import up
+
+    p, dtype, target = problem, problem.dtype, lookup.target_of(None)
+    x = _new(p.tokens, p.dim, dtype=dtype)
+    rows, h = plan[:3], _new(len(plan[1]), p.hidden, dtype=dtype)
+    down = _new(p.experts, p.dim, p.hidden, dtype=dtype)
+    bias, weights = _new(p.experts, p.dim, dtype=dtype), _new(len(plan[1]), dtype=torch.float32)
+
+    def config(kernel: str, n: int, k: int) -> Any:
+        found = lookup.config_for(kernel, x, n, k, p.tokens // p.experts)
+        found = dataclasses.replace(found, descriptors=True)
+        return None if why_not(found, kernel, dtype, target, n, k) else found
+
+    for kernel, gated in (("up", False), ("gated_up", True)):
+        if found := config(kernel, p.hidden, p.dim):
+            w = _new(p.experts, p.hidden * (1 + gated), p.dim, dtype=dtype)
+            form = dict(act="silu" if gated else "gelu", gated=gated, want_z=True, want_h=True)
+            up(x, w, None if gated else w[:, :, 0], *rows[:2], **form, config=found)
+    if found := config("linear", p.dim, p.hidden):
+        linear(h, down, bias, weights, *rows, gather=False, scatter=True, config=found)
+        linear(h, down, None, None, *rows, gather=False, scatter=False, config=found)
+    if found := config("linear_transposed", p.dim, p.hidden):
+        up_proj = _new(p.experts, p.hidden, p.dim, dtype=dtype)
+        linear(h, up_proj.mT, None, None, *rows, gather=False, scatter=True, config=found)
+
+
 def _around_grouped_mm(problem: Problem, plan: tuple[Tensor, ...]) -> None:
     from moe_fast.triton_ops.finish_rows import finish_rows
     from moe_fast.triton_ops.grouped_mm import zero_empty
@@ -316,7 +353,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         code = compiled.asm["ptx"]
         registers, spills = _nvidia_counts(compiled.asm["cubin"])
     cores = re.search(TENSOR_CORES[target], code) is not None
-    return Resources(registers, spills, compiled.metadata.shared, cores)
+    copies = re.search(r"cp\.async\.bulk\.tensor\S*\.global", code) is not None
+    return Resources(registers, spills, compiled.metadata.shared, cores, copies)
 
 
 def _amd_count(code: str, name: str) -> int:
@@ -354,6 +392,8 @@ def faults(launch: Launch, target: str, used: Resources) -> list[str]:
     narrow = any(t in ("*bf16", "*fp16") for _, t in launch.signature)
     if narrow and launch.kernel.__name__ in PRODUCTS and not used.tensor_cores:
         found.append(f"no {TENSOR_CORES[target]}")
+    if dict(launch.constants).get("DESCRIPTORS") and not used.tile_copies:
+        found.append("descriptors, but no copies of tiles")
     return found
 
 

@@ -25,6 +25,9 @@ KERNELS = (
 # What computes a product; the first is ours. Products with an epilogue of their own are ours alone.
 IMPLEMENTATIONS = ("triton", "grouped_mm")
 BY_GROUPED_MM = ("linear", "linear_transposed", "grad_weight")
+# Products whose operands can come by tensor descriptors, and the GPUs that copy tiles by them.
+BY_DESCRIPTORS = ("up", "gated_up", "linear", "linear_transposed")
+_WITH_TMA = ("sm_90", "sm_100", "interpreter")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Config:
     """How a grouped product [rows, n] = [rows, k] x [k, n] is computed.
 
     Attributes:
+        descriptors: load operand tiles by tensor descriptors, gathered rows from a copy, instead of
+            by pointers.
         implementation: one of ``IMPLEMENTATIONS``; "grouped_mm" has no use for the other settings.
         block_m, block_n, block_k: the tile; powers of two, at least 16.
         num_warps, num_stages: Triton's: warps per program, depth of the load pipeline.
@@ -44,6 +49,7 @@ class Config:
     num_warps: int = 8
     num_stages: int = 3
     group_m: int = 8
+    descriptors: bool = False
     implementation: str = "triton"
 
     def __post_init__(self) -> None:
@@ -53,6 +59,8 @@ class Config:
                 raise ValueError(
                     f"{name} must be a power of two, at least {SMALLEST_DOT}; got {size}."
                 )
+        if not isinstance(self.descriptors, bool):
+            raise ValueError(f"descriptors must be true or false; got {self.descriptors!r}.")
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; "
@@ -94,6 +102,10 @@ def why_not(
     Args:
         kernel, dtype, target, n, k: as in :func:`heuristic`.
     """
+    if config.descriptors:
+        reason = _why_no_descriptors(kernel, dtype, target, n, k)
+        if reason is not None:
+            return reason
     if config.implementation == "grouped_mm":
         return _why_no_grouped_mm(kernel, dtype, target, n, k)
     if target == "interpreter":  # has no such limit
@@ -105,15 +117,27 @@ def why_not(
     return None
 
 
+def _why_no_descriptors(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> str | None:
+    if kernel not in BY_DESCRIPTORS:
+        return f"descriptors are for {', '.join(BY_DESCRIPTORS)}; got {kernel}"
+    if target not in _WITH_TMA:
+        return f"descriptors are used on sm_90 and sm_100; got {target}"
+    return _why_not_aligned("descriptors need", dtype, n, k)
+
+
+def _why_not_aligned(who: str, dtype: torch.dtype, n: int, k: int) -> str | None:
+    if (n * dtype.itemsize) % 16 == 0 and (k * dtype.itemsize) % 16 == 0:
+        return None
+    return f"{who} rows of multiples of 16 bytes; got n = {n}, k = {k} in {dtype}"
+
+
 def _why_no_grouped_mm(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> str | None:
     if kernel not in BY_GROUPED_MM:
         return f"grouped_mm is for {', '.join(BY_GROUPED_MM)}; got {kernel}"
-    if (n * dtype.itemsize) % 16 or (k * dtype.itemsize) % 16:
-        return f"grouped_mm needs rows of multiples of 16 bytes; got n = {n}, k = {k} in {dtype}"
     # Elsewhere it is slow, or waits for the offsets; on the CPU it serves tests.
     if target != "interpreter" and (target not in ("sm_90", "sm_100") or dtype != torch.bfloat16):
         return f"grouped_mm is used for bfloat16 on sm_90 and sm_100; got {dtype} on {target}"
-    return None
+    return _why_not_aligned("grouped_mm needs", dtype, n, k)
 
 
 def fit(config: Config, itemsize: int, products: int, limit: int) -> Config:

@@ -143,6 +143,7 @@ def neighbours(config: Config) -> Iterator[Config]:
         below, above = [v for v in values if v < here], [v for v in values if v > here]
         for value in (*above[:1], *below[-1:]):
             yield replace(config, **{name: value})
+    yield replace(config, descriptors=not config.descriptors)
 
 
 def descend(
@@ -224,10 +225,14 @@ def _tune(
             return timer(product.launch, config)
         except (OutOfResources, PTXASError):
             return float("inf")
+        except RuntimeError:  # what grouped_mm or the driver's descriptors refuse
+            if config.implementation == "triton" and not config.descriptors:
+                raise
+            return float("inf")
 
     tried = {}
     if product.kernel in BY_GROUPED_MM:
-        theirs = replace(before, implementation="grouped_mm")
+        theirs = replace(before, descriptors=False, implementation="grouped_mm")
         tried[theirs] = cost(theirs)
     ours = replace(before, implementation="triton")
     tried |= descend(ours, cost, lambda: time.monotonic() > deadline)

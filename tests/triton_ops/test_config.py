@@ -42,6 +42,7 @@ def test_fit_makes_the_pipeline_shallower_then_the_tile_thinner():
         (dict(block_k=8), ["block_k", 16, 8]),
         (dict(num_warps=3), ["num_warps", 3]),
         (dict(num_stages=0), ["num_stages", 0]),
+        (dict(descriptors="no"), ["descriptors", "true or false", "no"]),
         (dict(implementation="cublas"), ["implementation", "triton, grouped_mm", "cublas"]),
     ],
 )
@@ -72,4 +73,21 @@ def test_an_unknown_kernel_is_named():
 )
 def test_where_grouped_mm_can_be_named(kernel, dtype, target, n, says):
     reason = c.why_not(c.Config(implementation="grouped_mm"), kernel, dtype, target, n, 64)
+    assert reason is None if says is None else says in reason
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "target", "n", "says"),
+    [
+        ("gated_up", torch.bfloat16, "sm_90", 768, None),
+        ("linear_transposed", torch.float32, "sm_100", 4, None),
+        ("linear", torch.bfloat16, "interpreter", 8, None),
+        ("grad_hidden", torch.bfloat16, "sm_90", 768, "gated_up"),
+        ("up", torch.bfloat16, "sm_80", 768, "sm_80"),
+        ("up", torch.bfloat16, "gfx942", 768, "gfx942"),
+        ("up", torch.bfloat16, "sm_90", 764, "multiples of 16 bytes"),
+    ],
+)
+def test_where_descriptors_can_be_named(kernel, dtype, target, n, says):
+    reason = c.why_not(c.Config(descriptors=True), kernel, dtype, target, n, 64)
     assert reason is None if says is None else says in reason

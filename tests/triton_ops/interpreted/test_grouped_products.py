@@ -24,6 +24,8 @@ from .rows import Rows, guarded, sorted_rows
 SMALL = Config(16, 16, 16, num_warps=4, num_stages=1, group_m=2)
 WIDE = Config(32, 16, 32, num_warps=4, num_stages=1, group_m=3)
 GROUPED = Config(implementation="grouped_mm")
+# Cases with it have 72 by 40 or 48: tiles reach past both operands.
+TILES = Config(16, 32, 32, num_warps=4, num_stages=1, group_m=2, descriptors=True)
 # An empty expert first, in the middle and last; tails of 1; more rows than a tile; one expert.
 COUNTS = [[0, 17, 1, 33, 0, 4, 0], [41], [0, 0, 35], [3, 2, 1]]
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -74,7 +76,15 @@ def poison(tensor: Tensor, rows: Rows, by_token: bool) -> Tensor:
 def problem(case, k: int = 1):
     dtype, counts, gated, bias, config, even = case
     rows = sorted_rows(COUNTS[counts], skipped=5 + (sum(COUNTS[counts]) + 5) % 2, k=k)
-    return dtype, rows, gated, bias, config, (64 if even else 37), len(COUNTS[counts])
+    return (
+        dtype,
+        rows,
+        gated,
+        bias,
+        config,
+        {True: 64, False: 37}.get(even, even),
+        len(COUNTS[counts]),
+    )
 
 
 def gelu(z: Tensor) -> Tensor:
@@ -88,8 +98,24 @@ def assert_rows(actual: Tensor, expected: list[Tensor], rows: Rows, tolerance: f
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("act", ["gelu", "silu"])
 def test_up(case, act):
+    check_up(case, act, hidden=21)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (BF16, 0, False, True, TILES, 72),
+        (BF16, 3, True, False, TILES, 72),
+        (F32, 0, True, True, TILES, 72),
+        (F16, 2, False, False, TILES, 72),
+    ],
+)
+def test_up_by_descriptors(case):
+    check_up(case, "gelu", hidden=40)
+
+
+def check_up(case, act: str, hidden: int) -> None:
     dtype, rows, gated, bias, config, dim, experts = problem(case, k=2)
-    hidden = 21
     width = 2 * hidden if gated else hidden
     x = poison(new(len(rows.row_to_token) // 2, dim, dtype=dtype), rows, by_token=True)
     w = new(experts, width, dim, dtype=dtype, scale=dim**-0.5)
@@ -132,6 +158,19 @@ def test_linear(case, gather, scatter, transposed):
 )
 def test_linear_by_grouped_mm(case, gather, scatter, transposed):
     check_linear(case, gather, scatter, transposed, out=24)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("case", "gather", "scatter"),
+    [
+        ((BF16, 0, True, True, TILES, 72), True, True),
+        ((F32, 2, False, False, TILES, 72), False, False),
+        ((F32, 0, True, False, TILES, 72), False, True),
+    ],
+)
+def test_linear_by_descriptors(case, gather, scatter, transposed):
+    check_linear(case, gather, scatter, transposed, out=48)
 
 
 def check_linear(case, gather: bool, scatter: bool, transposed: bool, out: int) -> None:

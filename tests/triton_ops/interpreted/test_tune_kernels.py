@@ -127,6 +127,22 @@ def test_a_configuration_that_the_gpu_refuses_is_not_chosen():
     assert all(choice.after == Config(32, 16, 16, 4, 1) for choice in found.values())
 
 
+def test_what_descriptors_and_grouped_mm_refuse_is_not_chosen_and_other_errors_are_raised():
+    def timer(launch, config):
+        if config.descriptors or config.implementation == "grouped_mm":
+            raise RuntimeError("refused")
+        return by_size(launch, config)
+
+    found = tune.search(PROBLEM, CPU, seconds=60, timer=timer)
+    assert all(choice.after == Config(16, 16, 16, 4, 1) for choice in found.values())
+
+    def broken(launch, config):
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        tune.search(PROBLEM, CPU, seconds=60, timer=broken)
+
+
 def test_times_are_of_launches():
     launched = []
     assert tune.milliseconds(launched.append, Config()) > 0
