@@ -63,6 +63,7 @@ PROBLEMS = {
     "tf32": Problem(*_BASE, torch.float32, tf32=True),
     "bfloat16-odd": Problem(*_ODD, torch.bfloat16),
     "float32-odd": Problem(*_ODD, torch.float32),
+    "bfloat16-few": Problem(128, *_BASE[1:], torch.bfloat16),  # rows per expert
 }
 
 

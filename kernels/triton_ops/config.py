@@ -22,6 +22,8 @@ KERNELS = (
     "gated_grad_hidden",
     "grad_weight",
 )
+# Fewer rows per expert than this leave half of a tile of 128 without any.
+_FEW_ROWS = 64
 # What computes a product; the first is ours. Products with an epilogue of their own are ours alone.
 IMPLEMENTATIONS = ("triton", "grouped_mm")
 BY_GROUPED_MM = ("linear", "linear_transposed", "grad_weight")
@@ -155,7 +157,9 @@ def fit(config: Config, itemsize: int, products: int, limit: int) -> Config:
     return config
 
 
-def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> Config:
+def heuristic(
+    kernel: str, dtype: torch.dtype, target: str, n: int, k: int, rows_per_expert: int = _FEW_ROWS
+) -> Config:
     """The configuration for shapes that no table has.
 
     Args:
@@ -163,6 +167,7 @@ def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> C
         target: ``"sm_90"``, ``"gfx942"``, ... , or ``"interpreter"``.
         n, k: sizes of the product. Where they are no multiples of 16, rows are not aligned to
             what the GPU loads at once, and every element has an address of its own: small tiles.
+        rows_per_expert: where tiles would be half empty and more, they get 64 rows.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}.")
@@ -186,5 +191,8 @@ def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> C
         config = Config(128, columns, 32, num_warps=8, num_stages=4)
     else:
         config = Config(128, columns, 64, num_warps=8, num_stages=3)
+    if rows_per_expert < _FEW_ROWS and config.block_m > 64 and kernel != "grad_weight":
+        # The least that a warp group multiplies at once; reading the weights takes longer.
+        config = replace(config, block_m=64)
     limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
     return fit(config, dtype.itemsize, products_of(kernel), limit)

@@ -47,7 +47,7 @@ def config_for(kernel: str, like: Tensor, n: int, k: int, rows_per_expert: int) 
     gpu, key = gpu_name(like.device), table_key(kernel, n, k, rows_per_expert, like.dtype)
     found, target = load_table(gpu).get(key), target_of(like.device.index)
     if found is None:
-        return heuristic(kernel, like.dtype, target, n, k)
+        return heuristic(kernel, like.dtype, target, n, k, rows_per_expert)
     reason = why_not(found, kernel, like.dtype, target, n, k)
     if reason is not None:
         raise ValueError(f"the tuning table of {gpu}, entry {key!r}: {reason}.")

@@ -47,7 +47,11 @@ Timer = Callable[[Callable[[Config], object], Config], float]
 
 @dataclass(frozen=True)
 class Problem:
-    """An expert MLP and its load: T tokens, K experts each, spread evenly over E."""
+    """A mixture and its load: T tokens, K experts each, spread evenly over E.
+
+    Attributes:
+        target: "mlp", or which projection alone is one of experts: "intermediate", "output".
+    """
 
     tokens: int
     experts: int
@@ -56,6 +60,12 @@ class Problem:
     hidden: int
     dtype: torch.dtype
     gated: bool = False
+    target: str = "mlp"
+
+    @property
+    def width(self) -> int:
+        """Columns of z."""
+        return 2 * self.hidden if self.gated else self.hidden
 
     def __post_init__(self) -> None:
         for name in ("tokens", "experts", "k", "dim", "hidden"):
@@ -63,6 +73,8 @@ class Problem:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.k > self.experts:
             raise ValueError(f"k must be at most experts = {self.experts}; got {self.k}.")
+        if self.target not in ("mlp", "intermediate", "output"):
+            raise ValueError(f"target must be mlp, intermediate or output; got {self.target!r}.")
         if self.dtype not in _TOLERANCES:
             names = ", ".join(str(d).removeprefix("torch.") for d in _TOLERANCES)
             raise ValueError(f"dtype must be one of {names}; got {self.dtype}.")
@@ -92,19 +104,26 @@ class Choice:
 
 
 def products(problem: Problem, device: torch.device) -> Iterator[Product]:
-    """The six products of the MLP's forward and backward, on random data."""
-    p, dtype = problem, problem.dtype
-    width = 2 * p.hidden if p.gated else p.hidden
+    """The products of the mixture's forward and backward, on random data."""
 
     def new(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype)
+        return (torch.randn(shape, device=device) * scale).to(problem.dtype)
 
+    ids = torch.rand(problem.tokens, problem.experts, device=device).topk(problem.k).indices
+    weights = torch.rand(problem.tokens * problem.k, device=device)
+    rows = plan(ids, problem.experts)[:3]
+    make = _mlp_products if problem.target == "mlp" else _linear_products
+    return make(problem, new, weights, rows)
+
+
+def _mlp_products(
+    problem: Problem, new: Callable[..., Tensor], weights: Tensor, rows: tuple[Tensor, ...]
+) -> Iterator[Product]:
+    """The six of the expert MLP."""
+    p, width = problem, problem.width
     x, grad = new(p.tokens, p.dim), new(p.tokens, p.dim)
     w1, b1 = new(p.experts, width, p.dim, scale=p.dim**-0.5), new(p.experts, width)
     w2, b2 = new(p.experts, p.dim, p.hidden, scale=p.hidden**-0.5), new(p.experts, p.dim)
-    ids = torch.rand(p.tokens, p.experts, device=device).topk(p.k).indices
-    weights = torch.rand(p.tokens * p.k, device=device)
-    rows = plan(ids, p.experts)[:3]
     form = dict(act="silu" if p.gated else "gelu", gated=p.gated)
     z, h = up(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True)
     dz, wh, _, _ = grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True)
@@ -133,6 +152,30 @@ def products(problem: Problem, device: torch.device) -> Iterator[Product]:
     yield Product(
         "grad_up", "grad_weight", p.dim, width,
         lambda c: grad_weight(dz, x, None, *rows, gather_a=False, gather_b=True, config=c),
+    )  # fmt: skip
+
+
+def _linear_products(
+    problem: Problem, new: Callable[..., Tensor], weights: Tensor, rows: tuple[Tensor, ...]
+) -> Iterator[Product]:
+    """The three of one projection of experts."""
+    p, one = problem, problem.k == 1
+    inner, outer = (p.dim, p.width) if p.target == "intermediate" else (p.hidden, p.dim)
+    x, grad = new(p.tokens, inner), new(p.tokens, outer)
+    w, b = new(p.experts, outer, inner, scale=inner**-0.5), new(p.experts, outer)
+    row_weights = weights if one else None
+
+    yield Product(
+        "linear", "linear", outer, inner,
+        lambda c: linear(x, w, b, row_weights, *rows, gather=True, scatter=one, config=c),
+    )  # fmt: skip
+    yield Product(
+        "grad_x", "linear_transposed", inner, outer,
+        lambda c: linear(grad, w.mT, None, None, *rows, gather=True, scatter=False, config=c),
+    )  # fmt: skip
+    yield Product(
+        "grad_weight", "grad_weight", inner, outer,
+        lambda c: grad_weight(grad, x, weights, *rows, gather_a=True, gather_b=True, config=c),
     )  # fmt: skip
 
 

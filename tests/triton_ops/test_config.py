@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -17,9 +19,19 @@ from moe_fast.triton_ops import config as c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_heuristic_fits_every_target(target, dtype, n):
     limit = c.SHARED_MEMORY.get(target, 101_376)
-    for kernel in c.KERNELS:
-        found = c.heuristic(kernel, dtype, target, n, 768)
+    for kernel, rows in itertools.product(c.KERNELS, (1, 63, 64, 8192)):
+        found = c.heuristic(kernel, dtype, target, n, 768, rows)
         assert found.shared_memory(dtype.itemsize, c.products_of(kernel)) <= limit
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_few_rows_per_expert_get_tiles_of_fewer(target):
+    for kernel in c.KERNELS:
+        many = c.heuristic(kernel, torch.bfloat16, target, 768, 3072, 64)
+        few = c.heuristic(kernel, torch.bfloat16, target, 768, 3072, 63)
+        # grad_weight's block_m is of columns: its rows are block_k.
+        assert (many.block_m, few.block_m) == (128, 128 if kernel == "grad_weight" else 64)
+        assert few.block_n == many.block_n
 
 
 def test_fit_makes_the_pipeline_shallower_then_the_tile_thinner():

@@ -57,6 +57,7 @@ def test_descent_stops_when_time_is_up():
     [
         (dict(tokens=0), ["tokens", "at least 1", 0]),
         (dict(hidden=-1), ["hidden", -1]),
+        (dict(target="up"), ["target", "intermediate", "up"]),
         (dict(k=9), ["k", "experts = 8", 9]),
         (dict(dtype=torch.float64), ["dtype", "bfloat16", "float64"]),
     ],

@@ -67,6 +67,25 @@ def test_what_is_found_is_what_every_product_is_launched_with(gated, monkeypatch
     assert set(used) == set(found)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    ("target", "inner", "outer"), [("intermediate", 16, 64), ("output", 32, 16)]
+)
+def test_a_mixture_of_one_projection(target, inner, outer, k, monkeypatch):
+    problem = dataclasses.replace(PROBLEM, target=target, gated=True, k=k)
+    found = tune.search(problem, CPU, seconds=1e-9, timer=by_size)
+    assert [c.product for c in found.values()] == ["linear", "grad_x", "grad_weight"]
+    used = []
+    table = {key: Config(16, 16, 16) for key in found}
+    monkeypatch.setattr(lookup, "load_table", lambda gpu: Recorded(table, used))
+    x, weight = torch.randn(24, inner, requires_grad=True), torch.randn(3, outer, inner)
+    weights = torch.rand(24, k)
+    plan = ops.plan(torch.randint(3, (24, k)), 3)
+    y = ops.expert_linear(x, weight.requires_grad_(), None, weights, plan, backend="triton")
+    y.sum().backward()
+    assert set(used) == set(found)
+
+
 class Recorded(dict):
     """A table that remembers which entries were asked for."""
 
