@@ -121,12 +121,19 @@ def correct(arguments: argparse.Namespace) -> dict[str, Any]:
     experts = checks.covering(checks.DRY_GRID if dry else checks.GRID)
     routes = checks.routes(checks.DRY_ROUTES if dry else checks.ROUTES)
     base = _cases(dry)["K=1"]
+    small = replace(base, tokens=min(base.tokens, 4099))
     result: dict[str, Any] = {
         "experts": checks.check_grid(
-            experts, checks.check_experts, device, 0.75 * arguments.check_seconds
+            experts, checks.check_experts, device, 0.65 * arguments.check_seconds
         ),
         "route": checks.check_grid(
             routes, checks.check_route, device, 0.25 * arguments.check_seconds
+        ),
+        "output block": checks.check_grid(
+            [{"k": k, "dtype": dtype} for k in (1, 2) for dtype in checks.BOUNDS],
+            lambda settings, on: checks.check_output_block(replace(small, **settings), on),
+            device,
+            0.1 * arguments.check_seconds,
         ),
         "saved bytes": checks.saved_bytes(base, device),
         "repeats": attempt(lambda: checks.check_repeats(base, device)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_fast import ops
 
-from .gpu_cases import BOUNDS, LOADS, Case, Problem, covering, relative_error
+from .gpu_cases import BOUNDS, LOADS, NAMES, Case, Problem, covering, relative_error
 
 # Section 4 of the kernels' notes, and widths that are no multiple of 16.
 GRID = dict(
@@ -255,6 +255,33 @@ def check_far_offsets(case: Case, device: torch.device) -> str:
     if not max(errors.values()) <= BOUNDS[case.dtype]:
         raise AssertionError(f"{case}: {errors}")
     return f"{case.tokens * case.k * case.width:,} elements of z; errors {errors}"
+
+
+def check_output_block(case: Case, device: torch.device) -> dict[str, float]:
+    """Errors over their bound of experts, dropout, residual and LayerNorm in one op."""
+    torch.manual_seed(0)
+    problem = Problem(case, device)
+    size = (case.tokens, case.dim)
+    made = [torch.randn(s, device=device).to(case.dtype) for s in (size, size[1:], size[1:])]
+    block = dict(zip(("residual", "norm_weight", "norm_bias"), made, strict=True))
+
+    def results(backend: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        tensors: dict[str, Any] = dict(problem.leaves(dtype))
+        for name, tensor in block.items():
+            tensors[name] = tensor.to(dtype or tensor.dtype).clone().requires_grad_()
+        x, up, down, up_bias, down_bias, weights = (tensors[n] for n in NAMES)
+        norm = (tensors["norm_weight"], tensors["norm_bias"])
+        torch.manual_seed(1)  # of the dropped entries
+        out = ops.expert_mlp_norm(
+            x, up, down, up_bias, down_bias, weights, problem.plan, tensors["residual"], *norm,
+            dropout=0.1, backend=backend,
+        )  # fmt: skip
+        wanted = {n: t for n, t in tensors.items() if t is not None}
+        grads = torch.autograd.grad(out, list(wanted.values()), problem.upstream.to(out.dtype))
+        return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+    expected, actual = results("torch", torch.float64), results("triton", None)
+    return {n: relative_error(actual[n], e) / BOUNDS[case.dtype] for n, e in expected.items()}
 
 
 def saved_bytes(case: Case, device: torch.device) -> dict[str, int]:

@@ -11,6 +11,7 @@ change of the table shows in review what a change of a kernel costs.
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -21,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ PROBLEMS = {
     "tf32": Problem(*_BASE, torch.float32, tf32=True),
     "bfloat16-odd": Problem(*_ODD, torch.bfloat16),
     "float32-odd": Problem(*_ODD, torch.float32),
+    "bfloat16-few": Problem(128, *_BASE[1:], torch.bfloat16),  # rows per expert
 }
 
 
@@ -92,12 +95,14 @@ class Resources:
         spills: per thread; bytes, on gfx942 registers.
         shared_memory: bytes per program.
         tensor_cores: whether products run on them.
+        tile_copies: whether the TMA unit copies operand tiles.
     """
 
     registers: int
     spills: int
     shared_memory: int
     tensor_cores: bool
+    tile_copies: bool
 
 
 # --- recording launches --------------------------------------------------------------------------
@@ -110,7 +115,10 @@ def as_launch(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launc
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        if isinstance(value, Tensor):
+        if hasattr(value, "block_shape"):  # a tensor descriptor
+            tile = f"{_pointer(value.base.dtype)[1:]}{list(value.block_shape)}"
+            signature.append((parameter.name, f"tensordesc<{tile}>"))
+        elif isinstance(value, Tensor):
             signature.append((parameter.name, _pointer(value.dtype)))
             divisible.append(position)  # torch's allocator aligns to far more than 16 bytes
         elif parameter.is_constexpr or value is None or value == 1:
@@ -158,6 +166,19 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
+def parsing_in_turn() -> Iterator[None]:
+    """One ``ast.parse`` at a time: Python 3.11's counts its depth for all threads together."""
+    lock, parse = threading.Lock(), ast.parse
+
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return parse(*args, **kwargs)
+
+    with mock.patch.object(ast, "parse", locked):
+        yield
+
+
+@contextlib.contextmanager
 def tf32(wanted: bool) -> Iterator[None]:
     """float32 products rounded to TF32, as a user can allow them."""
     before = torch.backends.cuda.matmul.fp32_precision
@@ -175,6 +196,9 @@ def launch_everything(problem: Problem) -> None:
         for gated, act, bias in ((False, "gelu", True), (True, "gelu", False)):
             _expert_mlp(problem, k, plan, gated=gated, act=act, bias=bias)
         _expert_linear(problem, k, plan)
+        _output_block(problem, k, plan[3])
+    _by_descriptors(problem, plan)
+    _around_grouped_mm(problem, plan)
     for mode, weight_mode, k in (
         ("token_topk", "straight_through", 1),
         ("token_topk", "renormalize", 2),
@@ -233,6 +257,64 @@ def _expert_linear(problem: Problem, k: int, plan: tuple[Tensor, ...]) -> None:
     expert_linear_triton.gradients(y, *tensors)
 
 
+def _output_block(problem: Problem, k: int, slot_to_row: Tensor) -> None:
+    from moe_fast.triton_ops.combine_norm import combine_norm, combine_norm_backward
+
+    p, dtype = problem, problem.dtype
+    rows, residual = _new(p.tokens * k, p.dim, dtype=dtype), _new(p.tokens, p.dim, dtype=dtype)
+    weights, gamma = _new(p.tokens, k, dtype=torch.float32), _new(p.dim, dtype=dtype)
+    for keep in (None, _new(p.tokens, p.dim, dtype=torch.bool)):  # dropout or none
+        block = (residual, keep, gamma, gamma)
+        for save in (False, True):
+            y, total, moments = combine_norm(
+                rows, slot_to_row, weights, *block, scale=1 / 0.9, eps=1e-12, save=save
+            )
+        combine_norm_backward(y, total, moments, keep, gamma, scale=1 / 0.9, like=rows)
+
+
+def _by_descriptors(problem: Problem, plan: tuple[Tensor, ...]) -> None:
+    """The shipped tiles with descriptors instead of pointers, where the target has them."""
+    from moe_fast.triton_ops import lookup
+    from moe_fast.triton_ops.config import why_not
+    from moe_fast.triton_ops.linear import linear
+    from moe_fast.triton_ops.up import up
+
+    p, dtype, target = problem, problem.dtype, lookup.target_of(None)
+    x = _new(p.tokens, p.dim, dtype=dtype)
+    rows, h = plan[:3], _new(len(plan[1]), p.hidden, dtype=dtype)
+    down = _new(p.experts, p.dim, p.hidden, dtype=dtype)
+    bias, weights = _new(p.experts, p.dim, dtype=dtype), _new(len(plan[1]), dtype=torch.float32)
+
+    def config(kernel: str, n: int, k: int) -> Any:
+        found = lookup.config_for(kernel, x, n, k, p.tokens // p.experts)
+        found = dataclasses.replace(found, descriptors=True)
+        return None if why_not(found, kernel, dtype, target, n, k) else found
+
+    for kernel, gated in (("up", False), ("gated_up", True)):
+        if found := config(kernel, p.hidden, p.dim):
+            w = _new(p.experts, p.hidden * (1 + gated), p.dim, dtype=dtype)
+            form = dict(act="silu" if gated else "gelu", gated=gated, want_z=True, want_h=True)
+            up(x, w, None if gated else w[:, :, 0], *rows[:2], **form, config=found)
+    if found := config("linear", p.dim, p.hidden):
+        linear(h, down, bias, weights, *rows, gather=False, scatter=True, config=found)
+        linear(h, down, None, None, *rows, gather=False, scatter=False, config=found)
+    if found := config("linear_transposed", p.dim, p.hidden):
+        up_proj = _new(p.experts, p.hidden, p.dim, dtype=dtype)
+        linear(h, up_proj.mT, None, None, *rows, gather=False, scatter=True, config=found)
+
+
+def _around_grouped_mm(problem: Problem, plan: tuple[Tensor, ...]) -> None:
+    from moe_fast.triton_ops.finish_rows import finish_rows
+    from moe_fast.triton_ops.grouped_mm import zero_empty
+
+    p, dtype = problem, problem.dtype
+    rows, bias = _new(len(plan[1]), p.dim, dtype=dtype), _new(p.experts, p.dim, dtype=dtype)
+    weights = _new(len(plan[1]), dtype=torch.float32)
+    for b, w, scatter in ((bias, weights, True), (bias, None, False), (None, weights, False)):
+        finish_rows(rows, b, w, *plan[:3], scatter=scatter)
+    zero_empty(_new(p.experts, p.dim, p.hidden, dtype=dtype), plan[0])
+
+
 def _route(problem: Problem, mode: str, weight_mode: str, k: int) -> None:
     from moe_fast.triton_ops.choice import RouteSettings
     from moe_fast.triton_ops.route import route
@@ -272,7 +354,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         code = compiled.asm["ptx"]
         registers, spills = _nvidia_counts(compiled.asm["cubin"])
     cores = re.search(TENSOR_CORES[target], code) is not None
-    return Resources(registers, spills, compiled.metadata.shared, cores)
+    copies = re.search(r"cp\.async\.bulk\.tensor\S*\.global", code) is not None
+    return Resources(registers, spills, compiled.metadata.shared, cores, copies)
 
 
 def _amd_count(code: str, name: str) -> int:
@@ -310,6 +393,8 @@ def faults(launch: Launch, target: str, used: Resources) -> list[str]:
     narrow = any(t in ("*bf16", "*fp16") for _, t in launch.signature)
     if narrow and launch.kernel.__name__ in PRODUCTS and not used.tensor_cores:
         found.append(f"no {TENSOR_CORES[target]}")
+    if dict(launch.constants).get("DESCRIPTORS") and not used.tile_copies:
+        found.append("descriptors, but no copies of tiles")
     return found
 
 
@@ -337,7 +422,7 @@ def measure(
                     launch_everything(PROBLEMS[name])
         launches = [launch for launch in launches if re.search(only, launch.name)]
         rows = resources.setdefault(target, {})
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with parsing_in_turn(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
             compiled = pool.map(functools.partial(compile_launch, target=target), launches)
             for launch, used in zip(launches, compiled, strict=True):
                 rows[_unique(launch, rows)] = dataclasses.asdict(used)

@@ -1,4 +1,4 @@
-"""Tile sizes: what a kernel is launched with, what fits a GPU, and a heuristic."""
+"""How products are computed: implementation and tile sizes, what fits a GPU, and a heuristic."""
 
 from __future__ import annotations
 
@@ -22,13 +22,24 @@ KERNELS = (
     "gated_grad_hidden",
     "grad_weight",
 )
+# Fewer rows per expert than this leave half of a tile of 128 without any.
+_FEW_ROWS = 64
+# What computes a product; the first is ours. Products with an epilogue of their own are ours alone.
+IMPLEMENTATIONS = ("triton", "grouped_mm")
+BY_GROUPED_MM = ("linear", "linear_transposed", "grad_weight")
+# Products whose operands can come by tensor descriptors, and the GPUs that copy tiles by them.
+BY_DESCRIPTORS = ("up", "gated_up", "linear", "linear_transposed")
+_WITH_TMA = ("sm_90", "sm_100", "interpreter")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a grouped product [rows, n] = [rows, k] x [k, n].
+    """How a grouped product [rows, n] = [rows, k] x [k, n] is computed.
 
     Attributes:
+        descriptors: load operand tiles by tensor descriptors, gathered rows from a copy, instead of
+            by pointers.
+        implementation: one of ``IMPLEMENTATIONS``; "grouped_mm" has no use for the other settings.
         block_m, block_n, block_k: the tile; powers of two, at least 16.
         num_warps, num_stages: Triton's: warps per program, depth of the load pipeline.
         group_m: row tiles that are walked together, for the cache.
@@ -40,6 +51,8 @@ class Config:
     num_warps: int = 8
     num_stages: int = 3
     group_m: int = 8
+    descriptors: bool = False
+    implementation: str = "triton"
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -48,6 +61,13 @@ class Config:
                 raise ValueError(
                     f"{name} must be a power of two, at least {SMALLEST_DOT}; got {size}."
                 )
+        if not isinstance(self.descriptors, bool):
+            raise ValueError(f"descriptors must be true or false; got {self.descriptors!r}.")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; "
+                f"got {self.implementation!r}."
+            )
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16; got {self.num_warps}.")
         for name in ("num_stages", "group_m"):
@@ -60,7 +80,7 @@ class Config:
         return self.num_stages * self.block_k * columns * itemsize
 
     def meta(self) -> dict[str, int]:
-        """As keyword arguments of a kernel launch."""
+        """The settings of our kernels as keyword arguments of a kernel launch."""
         return dict(
             BM=self.block_m,
             BN=self.block_n,
@@ -74,6 +94,52 @@ class Config:
 def products_of(kernel: str) -> int:
     """B tiles that a kernel holds beside one A tile."""
     return 2 if kernel == "gated_up" else 1
+
+
+def why_not(
+    config: Config, kernel: str, dtype: torch.dtype, target: str, n: int, k: int
+) -> str | None:
+    """Why a product cannot be computed by ``config`` on ``target``; ``None`` if it can.
+
+    Args:
+        kernel, dtype, target, n, k: as in :func:`heuristic`.
+    """
+    if config.descriptors:
+        reason = _why_no_descriptors(kernel, dtype, target, n, k)
+        if reason is not None:
+            return reason
+    if config.implementation == "grouped_mm":
+        return _why_no_grouped_mm(kernel, dtype, target, n, k)
+    if target == "interpreter":  # has no such limit
+        return None
+    needed = config.shared_memory(dtype.itemsize, products_of(kernel))
+    limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
+    if needed > limit:
+        return f"it needs {needed} bytes of shared memory; this GPU has {limit}"
+    return None
+
+
+def _why_no_descriptors(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> str | None:
+    if kernel not in BY_DESCRIPTORS:
+        return f"descriptors are for {', '.join(BY_DESCRIPTORS)}; got {kernel}"
+    if target not in _WITH_TMA:
+        return f"descriptors are used on sm_90 and sm_100; got {target}"
+    return _why_not_aligned("descriptors need", dtype, n, k)
+
+
+def _why_not_aligned(who: str, dtype: torch.dtype, n: int, k: int) -> str | None:
+    if (n * dtype.itemsize) % 16 == 0 and (k * dtype.itemsize) % 16 == 0:
+        return None
+    return f"{who} rows of multiples of 16 bytes; got n = {n}, k = {k} in {dtype}"
+
+
+def _why_no_grouped_mm(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> str | None:
+    if kernel not in BY_GROUPED_MM:
+        return f"grouped_mm is for {', '.join(BY_GROUPED_MM)}; got {kernel}"
+    # Elsewhere it is slow, or waits for the offsets; on the CPU it serves tests.
+    if target != "interpreter" and (target not in ("sm_90", "sm_100") or dtype != torch.bfloat16):
+        return f"grouped_mm is used for bfloat16 on sm_90 and sm_100; got {dtype} on {target}"
+    return _why_not_aligned("grouped_mm needs", dtype, n, k)
 
 
 def fit(config: Config, itemsize: int, products: int, limit: int) -> Config:
@@ -91,7 +157,9 @@ def fit(config: Config, itemsize: int, products: int, limit: int) -> Config:
     return config
 
 
-def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> Config:
+def heuristic(
+    kernel: str, dtype: torch.dtype, target: str, n: int, k: int, rows_per_expert: int = _FEW_ROWS
+) -> Config:
     """The configuration for shapes that no table has.
 
     Args:
@@ -99,6 +167,7 @@ def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> C
         target: ``"sm_90"``, ``"gfx942"``, ... , or ``"interpreter"``.
         n, k: sizes of the product. Where they are no multiples of 16, rows are not aligned to
             what the GPU loads at once, and every element has an address of its own: small tiles.
+        rows_per_expert: where tiles would be half empty and more, they get 64 rows.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}.")
@@ -122,5 +191,8 @@ def heuristic(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> C
         config = Config(128, columns, 32, num_warps=8, num_stages=4)
     else:
         config = Config(128, columns, 64, num_warps=8, num_stages=3)
+    if rows_per_expert < _FEW_ROWS and config.block_m > 64 and kernel != "grad_weight":
+        # The least that a warp group multiplies at once; reading the weights takes longer.
+        config = replace(config, block_m=64)
     limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
     return fit(config, dtype.itemsize, products_of(kernel), limit)

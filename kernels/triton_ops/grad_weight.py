@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config
+from .grouped_mm import grouped_weight
 from .launch import accumulator, precision, row_major, triton_dtype
 from .lookup import config_for
 from .numerics import cast, dot
@@ -130,6 +131,9 @@ def grad_weight(
     if not out.numel():
         return out
     config = config or config_for("grad_weight", a, n, m, num_rows // num_experts)
+    if config.implementation == "grouped_mm":
+        plan = (expert_offsets, row_to_token, row_to_slot)
+        return grouped_weight(a, b, row_weights, *plan, gather_a=gather_a, gather_b=gather_b)
     splits = splits or splits_for(num_experts, m, n, num_rows, config)
     acc = accumulator(a.dtype)
     target = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=acc)

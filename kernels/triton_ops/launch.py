@@ -41,3 +41,16 @@ def row_major(tensor: Tensor) -> Tensor:
 def expert_block(num_experts: int) -> int:
     """E rounded up to what a vector of expert ids can hold; one kernel serves all E up to 16."""
     return max(16, triton.next_power_of_2(num_experts))
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """``tensor`` as hardware that copies tiles wants it, copied only where it is not.
+
+    One dimension contiguous, starts and all other strides multiples of 16 bytes; sizes must be.
+    """
+    strides = sorted(tensor.stride())
+    steps = [stride * tensor.itemsize for stride in strides[1:]]
+    fits = strides[0] == 1 and all(step and step % 16 == 0 for step in steps)
+    if fits and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

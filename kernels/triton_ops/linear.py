@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config
+from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
+from .grouped_mm import grouped_linear
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
 from .lookup import config_for
 from .numerics import cast, dot
@@ -22,8 +24,8 @@ from .zero_tail import zero_tail
 
 @triton.jit
 def linear_kernel(
-    a_ptr,  # [T or S, K]
-    w_ptr,  # [E, N, K], any strides
+    a_ptr,  # [T or S, K], or its descriptor, by row
+    w_ptr,  # [E, N, K], any strides, or its descriptor
     bias_ptr,  # [E, N]
     row_weight_ptr,  # [S] by slot
     out_ptr,  # [T or S, N]
@@ -43,6 +45,8 @@ def linear_kernel(
     SCATTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -60,23 +64,27 @@ def linear_kernel(
     valid = row < end
     n = column * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    source = row
-    if GATHER:
-        source = tl.load(row_to_token_ptr + row, mask=valid, other=0)
-    a = a_ptr + source[:, None] * stride_a + k[None, :]
-    w = w_ptr + expert.to(tl.int64) * stride_we
-    w = w + n.to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
     acc = tl.zeros((BM, BN), ACC)
-    for start in range(0, K, BK):
-        a_mask, w_mask = valid[:, None], (n < N)[None, :]
-        if not EVEN_K:
-            a_mask = a_mask & (k < K - start)[None, :]
-            w_mask = w_mask & (k < K - start)[:, None]
-        acc = dot(
-            tl.load(a, mask=a_mask, other=0), tl.load(w, mask=w_mask, other=0), acc, PRECISION
-        )
-        a += BK
-        w += BK * stride_wk
+    if DESCRIPTORS:
+        for start in range(0, K, BK):
+            w_tile = load_weight(w_ptr, expert, column * BN, start, TRANSPOSED, BN, BK)
+            acc = dot(a_ptr.load([first.to(tl.int32), start]), w_tile, acc, PRECISION)
+    else:
+        source = row
+        if GATHER:
+            source = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+        a = a_ptr + source[:, None] * stride_a + k[None, :]
+        w = w_ptr + expert.to(tl.int64) * stride_we
+        w = w + n.to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
+        for start in range(0, K, BK):
+            a_mask, w_mask = valid[:, None], (n < N)[None, :]
+            if not EVEN_K:
+                a_mask = a_mask & (k < K - start)[None, :]
+                w_mask = w_mask & (k < K - start)[:, None]
+            a_tile = tl.load(a, mask=a_mask, other=0)
+            acc = dot(a_tile, tl.load(w, mask=w_mask, other=0), acc, PRECISION)
+            a += BK
+            w += BK * stride_wk
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0).to(ACC)[None, :]
     if WEIGHTED:
@@ -123,11 +131,18 @@ def linear(
         return out
     kernel = "linear" if weight.stride(-1) == 1 else "linear_transposed"
     config = config or config_for(kernel, a, n, k, num_rows // num_experts)
+    if config.implementation == "grouped_mm":
+        plan = (expert_offsets, row_to_token, row_to_slot)
+        return grouped_linear(a, weight, bias, row_weights, *plan, gather=gather, scatter=scatter)
     a, bias = row_major(a), None if bias is None else bias.contiguous()
+    a_rows, w_tiles = a, weight
+    if config.descriptors:
+        a_rows = row_descriptor(a, row_to_token if gather else None, config)
+        w_tiles = weight_descriptor(weight, config)
     num_tiles = tile_bound(num_rows, num_experts, config.block_m)
     linear_kernel[(num_tiles * triton.cdiv(n, config.block_n),)](
-        a,
-        weight,
+        a_rows,
+        w_tiles,
         bias,
         row_weights,
         out,
@@ -145,6 +160,8 @@ def linear(
         SCATTER=scatter,
         HAS_BIAS=bias is not None,
         WEIGHTED=row_weights is not None,
+        DESCRIPTORS=config.descriptors,
+        TRANSPOSED=is_transposed(weight),
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision(a.dtype),
         ACC=triton_dtype(accumulator(a.dtype)),

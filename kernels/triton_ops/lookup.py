@@ -6,13 +6,12 @@ Nothing is searched here; see ``tune.py``.
 from __future__ import annotations
 
 import functools
-import sys
 
 import torch
 import triton
 from torch import Tensor
 
-from .config import LEAST_SHARED_MEMORY, SHARED_MEMORY, Config, heuristic, products_of
+from .config import Config, heuristic, why_not
 from .numerics import INTERPRETED
 from .tables import load_table, table_key
 
@@ -29,15 +28,6 @@ def target_of(device_index: int | None) -> str:
     return f"sm_{major}{minor}"
 
 
-def limit_of(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use on ``device``."""
-    target = target_of(device.index)
-    # The interpreter has no such limit.
-    return (
-        sys.maxsize if target == "interpreter" else SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
-    )
-
-
 def gpu_name(device: torch.device) -> str:
     """The name that a GPU's tuning table goes by."""
     return "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
@@ -52,19 +42,13 @@ def config_for(kernel: str, like: Tensor, n: int, k: int, rows_per_expert: int) 
         rows_per_expert: the mean that shapes alone give, ``S // E``.
 
     Raises:
-        ValueError: for a table's entry that needs more shared memory than there is.
+        ValueError: for a table's entry that cannot run here; says why.
     """
     gpu, key = gpu_name(like.device), table_key(kernel, n, k, rows_per_expert, like.dtype)
-    found = load_table(gpu).get(key)
+    found, target = load_table(gpu).get(key), target_of(like.device.index)
     if found is None:
-        return heuristic(kernel, like.dtype, target_of(like.device.index), n, k)
-    needed, limit = (
-        found.shared_memory(like.dtype.itemsize, products_of(kernel)),
-        limit_of(like.device),
-    )
-    if needed > limit:
-        raise ValueError(
-            f"the tuning table of {gpu}, entry {key!r}, needs {needed} bytes of shared memory; "
-            f"this GPU has {limit}."
-        )
+        return heuristic(kernel, like.dtype, target, n, k, rows_per_expert)
+    reason = why_not(found, kernel, like.dtype, target, n, k)
+    if reason is not None:
+        raise ValueError(f"the tuning table of {gpu}, entry {key!r}: {reason}.")
     return found

@@ -2,7 +2,8 @@
 
 Nothing starts it but a caller. Each product is tuned by coordinate descent: from what it would be
 launched with, one setting at a time is moved to its next value up or down, and kept where that is
-faster. A configuration that does not fit the GPU, or whose results differ, is never chosen.
+faster; ``grouped_mm`` is tried beside it. What does not fit the GPU, or gives other results, is
+never chosen.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .config import Config, products_of
+from .config import BY_GROUPED_MM, Config, why_not
 from .grad_hidden import grad_hidden
 from .grad_weight import grad_weight
 from .linear import linear
-from .lookup import config_for, limit_of
+from .lookup import config_for, target_of
 from .numerics import INTERPRETED
 from .plan import plan
 from .tables import table_key
@@ -46,7 +47,11 @@ Timer = Callable[[Callable[[Config], object], Config], float]
 
 @dataclass(frozen=True)
 class Problem:
-    """An expert MLP and its load: T tokens, K experts each, spread evenly over E."""
+    """A mixture and its load: T tokens, K experts each, spread evenly over E.
+
+    Attributes:
+        target: "mlp", or which projection alone is one of experts: "intermediate", "output".
+    """
 
     tokens: int
     experts: int
@@ -55,6 +60,12 @@ class Problem:
     hidden: int
     dtype: torch.dtype
     gated: bool = False
+    target: str = "mlp"
+
+    @property
+    def width(self) -> int:
+        """Columns of z."""
+        return 2 * self.hidden if self.gated else self.hidden
 
     def __post_init__(self) -> None:
         for name in ("tokens", "experts", "k", "dim", "hidden"):
@@ -62,6 +73,8 @@ class Problem:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.k > self.experts:
             raise ValueError(f"k must be at most experts = {self.experts}; got {self.k}.")
+        if self.target not in ("mlp", "intermediate", "output"):
+            raise ValueError(f"target must be mlp, intermediate or output; got {self.target!r}.")
         if self.dtype not in _TOLERANCES:
             names = ", ".join(str(d).removeprefix("torch.") for d in _TOLERANCES)
             raise ValueError(f"dtype must be one of {names}; got {self.dtype}.")
@@ -91,19 +104,26 @@ class Choice:
 
 
 def products(problem: Problem, device: torch.device) -> Iterator[Product]:
-    """The six products of the MLP's forward and backward, on random data."""
-    p, dtype = problem, problem.dtype
-    width = 2 * p.hidden if p.gated else p.hidden
+    """The products of the mixture's forward and backward, on random data."""
 
     def new(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype)
+        return (torch.randn(shape, device=device) * scale).to(problem.dtype)
 
+    ids = torch.rand(problem.tokens, problem.experts, device=device).topk(problem.k).indices
+    weights = torch.rand(problem.tokens * problem.k, device=device)
+    rows = plan(ids, problem.experts)[:3]
+    make = _mlp_products if problem.target == "mlp" else _linear_products
+    return make(problem, new, weights, rows)
+
+
+def _mlp_products(
+    problem: Problem, new: Callable[..., Tensor], weights: Tensor, rows: tuple[Tensor, ...]
+) -> Iterator[Product]:
+    """The six of the expert MLP."""
+    p, width = problem, problem.width
     x, grad = new(p.tokens, p.dim), new(p.tokens, p.dim)
     w1, b1 = new(p.experts, width, p.dim, scale=p.dim**-0.5), new(p.experts, width)
     w2, b2 = new(p.experts, p.dim, p.hidden, scale=p.hidden**-0.5), new(p.experts, p.dim)
-    ids = torch.rand(p.tokens, p.experts, device=device).topk(p.k).indices
-    weights = torch.rand(p.tokens * p.k, device=device)
-    rows = plan(ids, p.experts)[:3]
     form = dict(act="silu" if p.gated else "gelu", gated=p.gated)
     z, h = up(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True)
     dz, wh, _, _ = grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True)
@@ -135,6 +155,30 @@ def products(problem: Problem, device: torch.device) -> Iterator[Product]:
     )  # fmt: skip
 
 
+def _linear_products(
+    problem: Problem, new: Callable[..., Tensor], weights: Tensor, rows: tuple[Tensor, ...]
+) -> Iterator[Product]:
+    """The three of one projection of experts."""
+    p, one = problem, problem.k == 1
+    inner, outer = (p.dim, p.width) if p.target == "intermediate" else (p.hidden, p.dim)
+    x, grad = new(p.tokens, inner), new(p.tokens, outer)
+    w, b = new(p.experts, outer, inner, scale=inner**-0.5), new(p.experts, outer)
+    row_weights = weights if one else None
+
+    yield Product(
+        "linear", "linear", outer, inner,
+        lambda c: linear(x, w, b, row_weights, *rows, gather=True, scatter=one, config=c),
+    )  # fmt: skip
+    yield Product(
+        "grad_x", "linear_transposed", inner, outer,
+        lambda c: linear(grad, w.mT, None, None, *rows, gather=True, scatter=False, config=c),
+    )  # fmt: skip
+    yield Product(
+        "grad_weight", "grad_weight", inner, outer,
+        lambda c: grad_weight(grad, x, weights, *rows, gather_a=True, gather_b=True, config=c),
+    )  # fmt: skip
+
+
 def neighbours(config: Config) -> Iterator[Config]:
     """Configurations that differ from ``config`` in one setting, by one step of :data:`AXES`."""
     for name, values in AXES.items():
@@ -142,6 +186,7 @@ def neighbours(config: Config) -> Iterator[Config]:
         below, above = [v for v in values if v < here], [v for v in values if v > here]
         for value in (*above[:1], *below[-1:]):
             yield replace(config, **{name: value})
+    yield replace(config, descriptors=not config.descriptors)
 
 
 def descend(
@@ -214,17 +259,26 @@ def _tune(
     """The fastest configuration found until ``deadline`` that gives the same result."""
     like = torch.empty(0, dtype=problem.dtype, device=device)
     before = config_for(product.kernel, like, product.n, product.k, _rows(problem))
-    limit, itemsize = limit_of(device), problem.dtype.itemsize
+    target = target_of(device.index)
 
     def cost(config: Config) -> float:
-        if config.shared_memory(itemsize, products_of(product.kernel)) > limit:
+        if why_not(config, product.kernel, problem.dtype, target, product.n, product.k):
             return float("inf")
         try:
             return timer(product.launch, config)
         except (OutOfResources, PTXASError):
             return float("inf")
+        except RuntimeError:  # what grouped_mm or the driver's descriptors refuse
+            if config.implementation == "triton" and not config.descriptors:
+                raise
+            return float("inf")
 
-    tried = descend(before, cost, lambda: time.monotonic() > deadline)
+    tried = {}
+    if product.kernel in BY_GROUPED_MM:
+        theirs = replace(before, descriptors=False, implementation="grouped_mm")
+        tried[theirs] = cost(theirs)
+    ours = replace(before, implementation="triton")
+    tried |= descend(ours, cost, lambda: time.monotonic() > deadline)
     expected = product.launch(before)
     for after in sorted(tried, key=lambda c: tried[c]):
         if after == before:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config
+from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
 from .lookup import config_for
 from .numerics import activate, cast, dot, halves
@@ -63,8 +64,8 @@ def _finish(
 
 @triton.jit
 def up_kernel(
-    x_ptr,  # [T, K]
-    w_ptr,  # [E, H, K], gated [E, 2H, K], any strides
+    x_ptr,  # [T, K], or a descriptor of the rows [S, K]
+    w_ptr,  # [E, H, K], gated [E, 2H, K], any strides, or its descriptor
     bias_ptr,  # [E, H], gated [E, 2H]
     z_ptr,  # [S, H], gated [S, 2H]
     h_ptr,  # [S, H]
@@ -84,6 +85,8 @@ def up_kernel(
     HAS_BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
     STORE_H: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -102,25 +105,34 @@ def up_kernel(
     valid = row < end
     n = column * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    token = tl.load(row_to_token_ptr + row, mask=valid, other=0)
-    x = x_ptr + token[:, None] * stride_x + k[None, :]
-    w = w_ptr + expert.to(tl.int64) * stride_we
-    w = w + n.to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
-    second = tl.cast(H, tl.int64) * stride_wn
     acc = tl.zeros((BM, BN), ACC)
     if GATED:
         acc2 = tl.zeros((BM, BN), ACC)
-    for start in range(0, K, BK):
-        x_mask, w_mask = valid[:, None], (n < H)[None, :]
-        if not EVEN_K:
-            x_mask = x_mask & (k < K - start)[None, :]
-            w_mask = w_mask & (k < K - start)[:, None]
-        x_tile = tl.load(x, mask=x_mask, other=0)
-        acc = dot(x_tile, tl.load(w, mask=w_mask, other=0), acc, PRECISION)
-        if GATED:
-            acc2 = dot(x_tile, tl.load(w + second, mask=w_mask, other=0), acc2, PRECISION)
-        x += BK
-        w += BK * stride_wk
+    if DESCRIPTORS:
+        for start in range(0, K, BK):
+            x_tile = x_ptr.load([first.to(tl.int32), start])
+            w_tile = load_weight(w_ptr, expert, column * BN, start, TRANSPOSED, BN, BK)
+            acc = dot(x_tile, w_tile, acc, PRECISION)
+            if GATED:
+                w_tile = load_weight(w_ptr, expert, H + column * BN, start, TRANSPOSED, BN, BK)
+                acc2 = dot(x_tile, w_tile, acc2, PRECISION)
+    else:
+        token = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+        x = x_ptr + token[:, None] * stride_x + k[None, :]
+        w = w_ptr + expert.to(tl.int64) * stride_we
+        w = w + n.to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
+        second = tl.cast(H, tl.int64) * stride_wn
+        for start in range(0, K, BK):
+            x_mask, w_mask = valid[:, None], (n < H)[None, :]
+            if not EVEN_K:
+                x_mask = x_mask & (k < K - start)[None, :]
+                w_mask = w_mask & (k < K - start)[:, None]
+            x_tile = tl.load(x, mask=x_mask, other=0)
+            acc = dot(x_tile, tl.load(w, mask=w_mask, other=0), acc, PRECISION)
+            if GATED:
+                acc2 = dot(x_tile, tl.load(w + second, mask=w_mask, other=0), acc2, PRECISION)
+            x += BK
+            w += BK * stride_wk
 
     # 64-bit bases, 32-bit offsets within the tile: fewer registers.
     width = 2 * H if GATED else H
@@ -180,9 +192,12 @@ def up(
     if not num_rows or not hidden:
         return z, h
     x, bias = row_major(x), None if bias is None else bias.contiguous()
+    x_rows, w_tiles = x, weight
+    if config.descriptors:
+        x_rows, w_tiles = row_descriptor(x, row_to_token, config), weight_descriptor(weight, config)
     up_kernel[(num_tiles * triton.cdiv(hidden, config.block_n),)](
-        x,
-        weight,
+        x_rows,
+        w_tiles,
         bias,
         z,
         h,
@@ -200,6 +215,8 @@ def up(
         HAS_BIAS=bias is not None,
         STORE_Z=want_z,
         STORE_H=want_h,
+        DESCRIPTORS=config.descriptors,
+        TRANSPOSED=is_transposed(weight),
         EVEN_K=k % config.block_k == 0,
         FAST=x.dtype.itemsize == 2,
         PRECISION=precision(x.dtype),

@@ -16,7 +16,7 @@ from transformers.models.modernbert.modeling_modernbert import ModernBertEncoder
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 
-from moe_fast.layers.moe_mlp import MoEMLP
+from moe_fast.layers.moe_mlp import MoEMLP, OutputBlock
 from moe_fast.layers.routing_info import RoutingInfo
 
 
@@ -72,13 +72,25 @@ class _AddNorm(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
         return self.LayerNorm(self.dropout(hidden_states) + residual)
 
+    def onto(self, residual: Tensor) -> OutputBlock:
+        """The same as an argument of the MLP that computes it."""
+        norm, dropout = self.LayerNorm, self.dropout
+        return OutputBlock(
+            residual, norm.weight, norm.bias, norm.eps, dropout.p if dropout.training else 0.0
+        )
+
 
 class _PostNormMoELayer:
-    """What the BERT, RoBERTa and XLM-RoBERTa layers share."""
+    """What the BERT, RoBERTa and XLM-RoBERTa layers share.
+
+    ``config.fused_output``, which may change at any time, says whether the MLP computes the output
+    block too; forward hooks of the modules in ``output`` do not run then.
+    """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int | None = None) -> None:
         _check_config(config)
         super().__init__(config, layer_idx)
+        self.config = config
         del self.intermediate
         self.mlp = _moe_mlp(config, config.hidden_act, gated=False, bias=True)
         self.output = _AddNorm(config)
@@ -97,8 +109,10 @@ class _PostNormMoELayer:
             given = "encoder_hidden_states" if past_key_values is None else "past_key_values"
             raise ValueError(f"{given} must be None: moe_fast layers are encoders; got a value.")
         routing = RoutingInfo.pop_from(kwargs)
-        attention_output, _ = self.attention(hidden_states, attention_mask, **kwargs)
-        return self.output(self.mlp(attention_output, routing=routing), attention_output)
+        x, _ = self.attention(hidden_states, attention_mask, **kwargs)
+        if self.config.fused_output:
+            return self.mlp(x, routing=routing, output_block=self.output.onto(x))
+        return self.output(self.mlp(x, routing=routing), x)
 
 
 class MoEBertLayer(_PostNormMoELayer, BertLayer):

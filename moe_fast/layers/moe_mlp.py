@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,22 @@ from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.ops.route import check_experts_per_tok, resolve_weight_mode
 
 TARGETS = ("mlp", "intermediate", "output")
+
+
+class OutputBlock(NamedTuple):
+    """What follows the MLP of a BERT layer: ``LayerNorm(dropout(y) + residual)``.
+
+    Attributes:
+        residual: as the MLP's input.
+        weight, bias, eps: LayerNorm's, [D] each.
+        dropout: the probability, 0 outside of training.
+    """
+
+    residual: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    dropout: float
 
 
 class MoEMLP(nn.Module):
@@ -132,6 +149,7 @@ class MoEMLP(nn.Module):
         token_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         routing: RoutingInfo | None = None,
+        output_block: OutputBlock | None = None,
     ) -> Tensor:
         """Mix the experts of each token.
 
@@ -139,11 +157,19 @@ class MoEMLP(nn.Module):
             hidden_states: [B, L, D] or [T, D].
             expert_ids, token_mask, cu_seqlens: as in :func:`moe_fast.ops.route`.
             routing: these three in one object, instead.
+            output_block: what to compute of the mixture in the same pass
+                (:func:`moe_fast.ops.expert_mlp_norm`); target "mlp" alone.
 
         Returns:
             The shape and dtype of ``hidden_states``. Padding gives 0 for target "mlp"; for the
-            other targets what the shared projection makes of it.
+            other targets what the shared projection makes of it. With ``output_block``, what
+            that gives, padding included.
         """
+        if output_block is not None and self.target != "mlp":
+            raise ValueError(
+                f"output_block must be None with target={self.target!r}: only a mixture of whole "
+                "MLPs is fused with it; got a value."
+            )
         if hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states must end in hidden_size = {self.hidden_size}; "
@@ -161,14 +187,18 @@ class MoEMLP(nn.Module):
             z = self._expert_linear(hidden_states, up, up_bias, info)
             return F.linear(activate(z, self.hidden_act, self.gated), down, down_bias)
         routed, plan = self._route(hidden_states, info)
-        y = ops.expert_mlp(
-            hidden_states.reshape(-1, self.hidden_size),
-            up,
-            down,
-            up_bias,
-            down_bias,
-            routed,
-            plan,
+        x = hidden_states.reshape(-1, self.hidden_size)
+        experts = (x, up, down, up_bias, down_bias, routed, plan)
+        if output_block is None:
+            y = ops.expert_mlp(*experts, act=self.hidden_act, gated=self.gated)
+            return y.view(hidden_states.shape)
+        y = ops.expert_mlp_norm(
+            *experts,
+            output_block.residual.reshape(x.shape),
+            output_block.weight,
+            output_block.bias,
+            eps=output_block.eps,
+            dropout=output_block.dropout,
             act=self.hidden_act,
             gated=self.gated,
         )

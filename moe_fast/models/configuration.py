@@ -28,6 +28,9 @@ class MoEConfigFields:
         default_domain: the domain of a batch that names none; ``None``: there is no default.
         domain_token_ids: one token id per domain, put in [CLS]'s place; empty: no such tokens.
         domain_token_replaces: the id of [CLS], whose place a domain token takes.
+        fused_output: whether experts, dropout, residual and LayerNorm are one op
+            (:func:`moe_fast.ops.expert_mlp_norm`); for BERT's, RoBERTa's and XLM-RoBERTa's
+            layers, target "mlp". Changes no parameter: it may be switched at any time.
         output_router_logits: whether the model reports its routing unless told otherwise.
         route_by_token_type: use ``token_type_ids`` as expert ids (enforced routing).
         upcycled_from: name or path of the dense model this one was made of.
@@ -44,6 +47,7 @@ class MoEConfigFields:
     default_domain: str | None = None
     domain_token_ids: list[int] = field(default_factory=list)
     domain_token_replaces: int | None = None
+    fused_output: bool = False
     output_router_logits: bool = False
     route_by_token_type: bool = False
     upcycled_from: str | None = None
@@ -72,6 +76,11 @@ class MoEConfigFields:
         check_experts_per_tok(self.routing, self.num_experts_per_tok, self.num_experts, "routing")
         resolve_weight_mode(self.routing, self.weight_mode, self.num_experts_per_tok, "routing")
         check_choice("target", self.target, TARGETS)
+        if self.fused_output and self.target != "mlp":
+            raise ValueError(
+                "fused_output needs target='mlp' (only a mixture of whole MLPs is fused with what "
+                f"follows it); got target={self.target!r}."
+            )
         if self.route_by_token_type and self.routing != "enforced":
             raise ValueError(
                 "route_by_token_type needs routing='enforced' (token types are expert ids then); "
@@ -192,3 +201,12 @@ class MoEModernBertConfig(MoEConfigFields, ModernBertConfig):
     """``ModernBertConfig`` plus :class:`MoEConfigFields`."""
 
     model_type = "moe_modernbert"
+
+    def check(self) -> None:
+        """As :meth:`MoEConfigFields.check`; ``fused_output`` has nothing to fuse here."""
+        super().check()
+        if self.fused_output:
+            raise ValueError(
+                "fused_output must be False: ModernBERT's layers have no output block behind "
+                "their MLP; got True."
+            )

@@ -24,6 +24,7 @@ OPS = (
     "gather_rows",
     "combine_rows",
     "expert_mlp",
+    "expert_mlp_norm",
     "expert_linear",
     "varlen_attention",
     "info_nce",

@@ -75,7 +75,7 @@ def expert_mlp(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
     """
-    _check(x, up_proj, down_proj, up_proj_bias, down_proj_bias, act, gated, recompute)
+    check_expert_mlp(x, up_proj, down_proj, up_proj_bias, down_proj_bias, act, gated, recompute)
     check_plan(x, top_k_weights, plan, up_proj.shape[0])
     x, up_proj, down_proj, up_proj_bias, down_proj_bias = autocast_to(
         x.device, x, up_proj, down_proj, up_proj_bias, down_proj_bias
@@ -97,7 +97,17 @@ def expert_mlp(
     return y
 
 
-def _check(x, up_proj, down_proj, up_proj_bias, down_proj_bias, act, gated, recompute) -> None:
+def check_expert_mlp(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    act: str,
+    gated: bool,
+    recompute: str | None,
+) -> None:
+    """Raise unless the tensors of an expert MLP fit each other, naming the argument."""
     check_choice("act", act, ACTIVATIONS)
     check_choice("recompute", recompute, (None, "up"))
     check_shape("x", x, (None, None), "[T, D]")

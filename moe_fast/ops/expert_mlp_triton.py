@@ -43,16 +43,42 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y [T, D] and z (no rows unless ``save``), as the reference op."""
     from moe_fast.triton_ops.combine import combine
+
+    weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
+    plan, w = (expert_offsets, row_to_token, row_to_slot), top_k_weights.contiguous()
+    if w.shape[1] == 1:  # one row per token: written where it belongs
+        return expert_rows(x, *weights, *plan, act, gated, save, by_token=w)
+    rows, z = expert_rows(x, *weights, *plan, act, gated, save)
+    return combine(rows, slot_to_row, w, w.shape[1]), z
+
+
+def expert_rows(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    act: str,
+    gated: bool,
+    save: bool,
+    by_token: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """f_e of every row [S, D], skipped rows unwritten, and z (no rows unless ``save``).
+
+    Args:
+        by_token: routing weights [T, 1]: multiply with them and store in token order, y [T, D].
+    """
     from moe_fast.triton_ops.linear import linear
     from moe_fast.triton_ops.up import up
 
-    plan, w = (expert_offsets, row_to_token, row_to_slot), top_k_weights.contiguous()
+    plan, scatter = (expert_offsets, row_to_token, row_to_slot), by_token is not None
     form = dict(act=_KERNEL_ACTS[act], gated=gated)
     z, h = up(x, up_proj, up_proj_bias, *plan[:2], **form, want_z=save, want_h=True)
-    if w.shape[1] == 1:  # one row per token: written where it belongs
-        return linear(h, down_proj, down_proj_bias, w, *plan, gather=False, scatter=True), z
-    rows = linear(h, down_proj, down_proj_bias, None, *plan, gather=False, scatter=False)
-    return combine(rows, slot_to_row, w, w.shape[1]), z
+    rows = linear(h, down_proj, down_proj_bias, by_token, *plan, gather=False, scatter=scatter)
+    return rows, z
 
 
 def gradients(

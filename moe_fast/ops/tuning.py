@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels for one GPU: searched when asked for, then looked up.
+"""How one GPU computes the Triton kernels' products: searched when asked for, then looked up.
 
 A search writes the GPU's tuning table: into the folder that the environment variable
 ``MOE_FAST_TUNING`` names, else beside the kernels. Later processes read it there. What no table
@@ -40,10 +40,11 @@ def tune(
     tokens: int,
     dtype: torch.dtype = torch.bfloat16,
     gated: bool = False,
+    target: str = "mlp",
     seconds: float = 120.0,
     device: torch.device | str | None = None,
 ) -> Tuned:
-    """Search tile sizes for an expert MLP's forward and backward, and write the GPU's table.
+    """Search tile sizes for a mixture's forward and backward, and write the GPU's table.
 
     Args:
         hidden_size, intermediate_size, num_experts, num_experts_per_tok: D, H, E, K.
@@ -51,6 +52,7 @@ def tune(
             T * K / E, rounded to a power of two.
         dtype: float32, bfloat16 or float16; what the kernels will be given, autocast included.
         gated: whether experts are gated.
+        target: what is replicated into experts, as in :class:`moe_fast.MoEMLP`.
         seconds: how long to search, about.
         device: a GPU; ``None``: the current one.
 
@@ -73,6 +75,7 @@ def tune(
         hidden=intermediate_size,
         dtype=dtype,
         gated=gated,
+        target=target,
     )
     choices = search.search(problem, device, seconds=seconds)
     found = {key: choice.after for key, choice in choices.items()}

@@ -29,7 +29,7 @@ def test_the_dry_run_goes_through_everything(tmp_path):
     record = json.loads(path.read_text())
     parts = record["parts"]
     assert list(parts) == ["correct", "tune", "time"]
-    for grid in ("experts", "route"):
+    for grid in ("experts", "route", "output block"):
         found = parts["correct"][grid]
         assert 0 < found["checked"] <= found["of"] and not found["failures"]
         assert 0 < max(found["error_over_bound"].values()) <= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +19,6 @@ def test_without_a_gpu_it_says_why(moe_fast_cli):
     result = moe_fast_cli(*shlex.split(EXAMPLE)[1:])
     assert result.exit_code == 1
     assert "nothing to tune on cpu" in result.stderr
-
-
-@pytest.mark.parametrize("target", ["intermediate", "output"])
-def test_single_projections_are_refused(moe_fast_cli, target):
-    upcycle = ["upcycle", "dense-model", "--num-experts", 2, "--target", target, "-o", "single"]
-    assert moe_fast_cli(*upcycle).exit_code == 0
-    result = moe_fast_cli("tune", "single")
-    assert result.exit_code == 1 and target in result.stderr
 
 
 def test_a_dense_model_is_refused(moe_fast_cli):
@@ -49,3 +42,21 @@ def test_it_writes_the_table_and_says_what_changed(workspace):
     assert all(key in done.stdout for key in configs)
     assert done.stdout.count("tried") == 6
     assert f"{path}: 6 entries written" in done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["intermediate", "output"])
+def test_a_mixture_of_one_projection_has_three_products(moe_fast_cli, tmp_path, target):
+    upcycle = ["upcycle", "dense-model", "--num-experts", 2, "--target", target, "-o", "single"]
+    assert moe_fast_cli(*upcycle).exit_code == 0
+    done = run(
+        "-m", "moe_fast.cli", "tune", str(Path("single").resolve()), "--tokens", "16",
+        "--dtype", "float32", "--seconds", "1",
+        TRITON_INTERPRET="1", MOE_FAST_TUNING=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    configs = json.loads((tmp_path / "interpreter.json").read_text())["configs"]
+    assert sorted(key.split("/")[0] for key in configs) == [
+        "grad_weight", "linear", "linear_transposed",
+    ]  # fmt: skip

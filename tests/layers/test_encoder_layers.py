@@ -92,3 +92,68 @@ def test_decoder_inputs_are_refused(name):
     layer = MoEBertLayer(_config(), 0)
     with pytest.raises(ValueError, match=f"{name} must be None"):
         layer(torch.randn(1, 2, 32), None, **{name: torch.zeros(1)})
+
+
+# -------------------------------------------------------------------------- the fused output block
+
+
+def _both(layer, **settings):
+    """The layer's output and every gradient, unfused and fused, from one seed."""
+    runs = []
+    x = torch.randn(2, 5, 32)
+    upstream = torch.randn(x.shape)
+    for fused in (False, True):
+        layer.config.fused_output = fused
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(5)
+        out = layer(leaf, None, **settings)
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+        grads = torch.autograd.grad(out, [leaf, *parameters], upstream)
+        runs.append(dict(zip(("out", "x", *names), (out, *grads), strict=True)))
+    return runs
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("layer_class", [MoEBertLayer, MoERobertaLayer, MoEXLMRobertaLayer])
+def test_the_fused_output_block_changes_no_number(layer_class, dropout, k):
+    """In training too: the same entries are dropped."""
+    config = _config(hidden_dropout_prob=dropout, num_experts_per_tok=k)
+    layer = layer_class(config, 0).train()
+    torch.nn.init.normal_(layer.output.LayerNorm.weight)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    unfused, fused = _both(layer, token_mask=mask)
+    for name in unfused:
+        # float32: one and the same computation, in another order
+        assert relative_error(fused[name], unfused[name]) <= 1e-5, name
+
+
+def test_evaluation_drops_nothing():
+    layer = MoEBertLayer(_config(hidden_dropout_prob=0.5, fused_output=True), 0).eval()
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_the_setting_is_saved_and_may_be_switched(tmp_path):
+    dense = build("bert")
+    moe = moe_fast.upcycle(dense, num_experts=2)
+    ids = torch.arange(12).view(2, 6)
+    before = moe(ids).last_hidden_state
+    moe.config.fused_output = True
+    called = []
+    moe.encoder.layer[0].output.register_forward_hook(lambda *_: called.append(1))
+    assert relative_error(moe(ids).last_hidden_state, before) <= 1e-5
+    assert not called
+    moe.save_pretrained(tmp_path)
+    again = type(moe).from_pretrained(tmp_path)
+    assert again.config.fused_output
+    assert torch.equal(again(ids).last_hidden_state, moe(ids).last_hidden_state)
+    assert not type(moe).from_pretrained(tmp_path, fused_output=False).config.fused_output
+
+
+def test_only_a_mixture_of_whole_mlps_is_fused():
+    config = _config(target="output")
+    config.fused_output = True
+    with pytest.raises(ValueError, match="output_block must be None with target='output'"):
+        MoEBertLayer(config, 0)(torch.randn(1, 2, 32))

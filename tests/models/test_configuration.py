@@ -79,12 +79,18 @@ def test_other_architecture_is_refused(model_type, message):
             r"domain_token_ids must be the vocabulary's last 1 ids, \[8\]; got \[3\]",
         ),
         ({"moe_fast_version": "abc"}, "moe_fast_version must be a version such as .*; got 'abc'"),
+        ({"fused_output": True, "target": "output"}, "fused_output needs .*'output'"),
         ({"route_by_token_type": True}, "route_by_token_type needs routing='enforced'"),
     ],
 )
 def test_bad_fields_name_themselves(fields, message):
     with pytest.raises((ValueError, TypeError), match=message):
         MoEBertConfig(**fields)
+
+
+def test_modernbert_has_no_output_block_to_fuse():
+    with pytest.raises(ValueError, match="fused_output must be False.*ModernBERT"):
+        MoEModernBertConfig(fused_output=True)
 
 
 def test_fields_set_afterwards_are_checked_when_a_model_is_built():

@@ -15,7 +15,8 @@ from moe_fast import ops
 
 from .helpers import RecordOps, assert_says
 
-OPS = ["route", "plan", "expert_mlp", "expert_linear", "varlen_attention", "info_nce"]
+OPS = ["route", "plan", "expert_mlp", "expert_mlp_norm", "expert_linear"]
+OPS += ["varlen_attention", "info_nce"]
 NAMES = ["auto", "torch", "tiled", "cpp", "triton"]
 ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[0, 1], [1, 2]])
@@ -24,12 +25,14 @@ IDS = torch.tensor([[0, 1], [1, 2]])
 def call(backend: str | None = None) -> list[ops.RoutingPlan | torch.Tensor]:
     """Every op once."""
     x, up = torch.ones(2, 3), torch.ones(3, 4, 3)
+    block = torch.eye(2, 3), x[0], x[0]
     plan = ops.plan(IDS, 3, backend=backend)
     weights = torch.full((2, 2), 0.5)
     return [
         ops.route(x, torch.ones(3, 3), 2, backend=backend).top_k_weights,
         plan.row_to_slot,
         ops.expert_mlp(x, up, up.mT, None, None, weights, plan, backend=backend),
+        ops.expert_mlp_norm(x, up, up.mT, None, None, weights, plan, *block, backend=backend),
         ops.expert_linear(x, up, None, weights, plan, backend=backend),
         ops.varlen_attention(*[x[:, None]] * 3, torch.tensor([0, 2]), backend=backend),
         ops.info_nce(x, x, scale=1.0, backend=backend),

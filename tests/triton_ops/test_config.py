@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -17,9 +19,19 @@ from moe_fast.triton_ops import config as c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_heuristic_fits_every_target(target, dtype, n):
     limit = c.SHARED_MEMORY.get(target, 101_376)
-    for kernel in c.KERNELS:
-        found = c.heuristic(kernel, dtype, target, n, 768)
+    for kernel, rows in itertools.product(c.KERNELS, (1, 63, 64, 8192)):
+        found = c.heuristic(kernel, dtype, target, n, 768, rows)
         assert found.shared_memory(dtype.itemsize, c.products_of(kernel)) <= limit
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_few_rows_per_expert_get_tiles_of_fewer(target):
+    for kernel in c.KERNELS:
+        many = c.heuristic(kernel, torch.bfloat16, target, 768, 3072, 64)
+        few = c.heuristic(kernel, torch.bfloat16, target, 768, 3072, 63)
+        # grad_weight's block_m is of columns: its rows are block_k.
+        assert (many.block_m, few.block_m) == (128, 128 if kernel == "grad_weight" else 64)
+        assert few.block_n == many.block_n
 
 
 def test_fit_makes_the_pipeline_shallower_then_the_tile_thinner():
@@ -42,6 +54,8 @@ def test_fit_makes_the_pipeline_shallower_then_the_tile_thinner():
         (dict(block_k=8), ["block_k", 16, 8]),
         (dict(num_warps=3), ["num_warps", 3]),
         (dict(num_stages=0), ["num_stages", 0]),
+        (dict(descriptors="no"), ["descriptors", "true or false", "no"]),
+        (dict(implementation="cublas"), ["implementation", "triton, grouped_mm", "cublas"]),
     ],
 )
 def test_bad_configurations(change, says):
@@ -54,3 +68,38 @@ def test_an_unknown_kernel_is_named():
     with pytest.raises(ValueError) as error:
         c.heuristic("down", torch.float32, "sm_90", 16, 16)
     assert_says(error, "down", *c.KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "target", "n", "says"),
+    [
+        ("linear", torch.bfloat16, "sm_90", 768, None),
+        ("grad_weight", torch.bfloat16, "sm_100", 8, None),
+        ("linear", torch.float32, "interpreter", 4, None),
+        ("up", torch.bfloat16, "sm_90", 768, "linear_transposed"),
+        ("linear", torch.bfloat16, "sm_90", 764, "multiples of 16 bytes"),
+        ("linear", torch.float16, "sm_90", 768, "bfloat16"),
+        ("linear", torch.bfloat16, "sm_80", 768, "sm_80"),
+        ("linear", torch.bfloat16, "gfx942", 768, "gfx942"),
+    ],
+)
+def test_where_grouped_mm_can_be_named(kernel, dtype, target, n, says):
+    reason = c.why_not(c.Config(implementation="grouped_mm"), kernel, dtype, target, n, 64)
+    assert reason is None if says is None else says in reason
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "target", "n", "says"),
+    [
+        ("gated_up", torch.bfloat16, "sm_90", 768, None),
+        ("linear_transposed", torch.float32, "sm_100", 4, None),
+        ("linear", torch.bfloat16, "interpreter", 8, None),
+        ("grad_hidden", torch.bfloat16, "sm_90", 768, "gated_up"),
+        ("up", torch.bfloat16, "sm_80", 768, "sm_80"),
+        ("up", torch.bfloat16, "gfx942", 768, "gfx942"),
+        ("up", torch.bfloat16, "sm_90", 764, "multiples of 16 bytes"),
+    ],
+)
+def test_where_descriptors_can_be_named(kernel, dtype, target, n, says):
+    reason = c.why_not(c.Config(descriptors=True), kernel, dtype, target, n, 64)
+    assert reason is None if says is None else says in reason

@@ -30,6 +30,7 @@ def test_kernels(file):
     [
         ("expert_mlp", "precision or recompute_gives or leak or autocast or nan"),
         ("expert_mlp", "opcheck or expanded or bitwise or bad_input or compiles_as_one"),
+        ("expert_mlp_norm", "oracle or precision or opcheck or autocast or compiles_as_one"),
         ("expert_linear", "precision or leak or opcheck or bad_input or compiles_as_one"),
         ("route", "lower_expert or opcheck or bad_input or compiles_as_one or padding_may"),
         ("plan", "not slow"),
@@ -41,7 +42,7 @@ def test_ops_as_the_reference(op, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["route", "plan", "expert_linear", "expert_mlp"])
+@pytest.mark.parametrize("op", ["route", "plan", "expert_linear", "expert_mlp", "expert_mlp_norm"])
 def test_the_whole_specification_of_the_op(op):
     """All tests of the op but those that differentiate numerically: minutes in the interpreter."""
     run_pytest(

@@ -32,6 +32,9 @@ def test_bert_base_in_bfloat16(tmp_path, target):
     products = [k for k in kernels if k.startswith(("up", "linear", "grad_hidden", "grad_weight"))]
     assert len(products) >= 12
     assert all(kernels[k]["tensor_cores"] and kernels[k]["registers"] > 32 for k in products)
+    copied = {k for k in products if kernels[k]["tile_copies"]}
+    assert copied == {k for k in products if "DESCRIPTORS=True" in k}
+    assert len(copied) == (5 if target == "sm_90" else 0)
 
 
 BAD = """

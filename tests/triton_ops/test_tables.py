@@ -104,3 +104,13 @@ def test_an_entry_too_large_for_the_gpu_is_refused(monkeypatch):
     with pytest.raises(ValueError) as error:
         lookup.config_for("up", torch.empty(0, dtype=torch.bfloat16), 3072, 768, 8192)
     assert_says(error, "A GPU", KEY, 4 * 128 * 512 * 2, 166_912)
+
+
+def test_an_entry_for_grouped_mm_where_there_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(lookup, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(lookup, "target_of", lambda index: "sm_80")
+    key = t.table_key("linear", 768, 3072, 8192, torch.bfloat16)
+    t.add_to_table("A GPU", {key: Config(implementation="grouped_mm")})
+    with pytest.raises(ValueError) as error:
+        lookup.config_for("linear", torch.empty(0, dtype=torch.bfloat16), 768, 3072, 8192)
+    assert_says(error, "A GPU", key, "sm_90", "sm_80")

@@ -23,6 +23,9 @@ from .rows import Rows, guarded, sorted_rows
 
 SMALL = Config(16, 16, 16, num_warps=4, num_stages=1, group_m=2)
 WIDE = Config(32, 16, 32, num_warps=4, num_stages=1, group_m=3)
+GROUPED = Config(implementation="grouped_mm")
+# Cases with it have 72 by 40 or 48: tiles reach past both operands.
+TILES = Config(16, 32, 32, num_warps=4, num_stages=1, group_m=2, descriptors=True)
 # An empty expert first, in the middle and last; tails of 1; more rows than a tile; one expert.
 COUNTS = [[0, 17, 1, 33, 0, 4, 0], [41], [0, 0, 35], [3, 2, 1]]
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -73,7 +76,15 @@ def poison(tensor: Tensor, rows: Rows, by_token: bool) -> Tensor:
 def problem(case, k: int = 1):
     dtype, counts, gated, bias, config, even = case
     rows = sorted_rows(COUNTS[counts], skipped=5 + (sum(COUNTS[counts]) + 5) % 2, k=k)
-    return dtype, rows, gated, bias, config, (64 if even else 37), len(COUNTS[counts])
+    return (
+        dtype,
+        rows,
+        gated,
+        bias,
+        config,
+        {True: 64, False: 37}.get(even, even),
+        len(COUNTS[counts]),
+    )
 
 
 def gelu(z: Tensor) -> Tensor:
@@ -87,8 +98,24 @@ def assert_rows(actual: Tensor, expected: list[Tensor], rows: Rows, tolerance: f
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("act", ["gelu", "silu"])
 def test_up(case, act):
+    check_up(case, act, hidden=21)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (BF16, 0, False, True, TILES, 72),
+        (BF16, 3, True, False, TILES, 72),
+        (F32, 0, True, True, TILES, 72),
+        (F16, 2, False, False, TILES, 72),
+    ],
+)
+def test_up_by_descriptors(case):
+    check_up(case, "gelu", hidden=40)
+
+
+def check_up(case, act: str, hidden: int) -> None:
     dtype, rows, gated, bias, config, dim, experts = problem(case, k=2)
-    hidden = 21
     width = 2 * hidden if gated else hidden
     x = poison(new(len(rows.row_to_token) // 2, dim, dtype=dtype), rows, by_token=True)
     w = new(experts, width, dim, dtype=dtype, scale=dim**-0.5)
@@ -116,8 +143,39 @@ def test_up(case, act):
 @pytest.mark.parametrize("scatter", [False, True])
 @pytest.mark.parametrize("case", CASES[::3])
 def test_linear(case, gather, scatter, transposed):
+    check_linear(case, gather, scatter, transposed, out=21)
+
+
+@pytest.mark.parametrize(
+    ("case", "gather", "scatter", "transposed"),
+    [
+        ((BF16, 0, True, True, GROUPED, True), True, True, False),
+        ((BF16, 2, False, True, GROUPED, True), False, False, True),
+        ((F32, 3, True, False, GROUPED, True), True, False, True),
+        ((F32, 0, False, False, GROUPED, True), False, True, False),
+        ((F32, 1, False, False, GROUPED, True), False, False, False),
+    ],
+)
+def test_linear_by_grouped_mm(case, gather, scatter, transposed):
+    check_linear(case, gather, scatter, transposed, out=24)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("case", "gather", "scatter"),
+    [
+        ((BF16, 0, True, True, TILES, 72), True, True),
+        ((F32, 2, False, False, TILES, 72), False, False),
+        ((F32, 0, True, False, TILES, 72), False, True),
+    ],
+)
+def test_linear_by_descriptors(case, gather, scatter, transposed):
+    check_linear(case, gather, scatter, transposed, out=48)
+
+
+def check_linear(case, gather: bool, scatter: bool, transposed: bool, out: int) -> None:
     dtype, rows, weighted, bias, config, dim, experts = problem(case)
-    size, out = len(rows.row_to_token), 21
+    size = len(rows.row_to_token)
     a = poison(new(size, dim, dtype=dtype), rows, by_token=gather)
     w = new(experts, out, dim, dtype=dtype, scale=dim**-0.5)
     if transposed:
@@ -175,8 +233,31 @@ def test_grad_hidden(case):
 @pytest.mark.parametrize(("gather_a", "gather_b"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("case", CASES[1::4])
 def test_grad_weight(case, gather_a, gather_b, splits):
+    check_grad_weight(case, gather_a, gather_b, splits, m=21)
+
+
+@pytest.mark.parametrize(
+    ("case", "gather_a", "gather_b"),
+    [
+        ((BF16, 0, True, False, GROUPED, True), True, True),
+        ((BF16, 2, False, False, GROUPED, True), False, True),
+        ((F32, 0, False, False, GROUPED, True), True, False),
+    ],
+)
+def test_grad_weight_by_grouped_mm(case, gather_a, gather_b):
+    check_grad_weight(case, gather_a, gather_b, None, m=24)
+
+
+def test_grad_weight_by_grouped_mm_without_rows():
+    rows = sorted_rows([0, 0], skipped=0, k=1)
+    a, b = torch.zeros(0, 8), torch.zeros(0, 16)
+    grad = grad_weight(a, b, None, *rows.plan, gather_a=False, gather_b=False, config=GROUPED)
+    assert torch.equal(grad, torch.zeros(2, 8, 16))
+
+
+def check_grad_weight(case, gather_a: bool, gather_b: bool, splits: int | None, m: int) -> None:
     dtype, rows, weighted, _, config, dim, experts = problem(case)
-    size, m = len(rows.row_to_token), 21
+    size = len(rows.row_to_token)
     a = poison(new(size, m, dtype=dtype), rows, by_token=gather_a)
     b = poison(new(size, dim, dtype=dtype), rows, by_token=gather_b)
     weights = guarded(torch.rand(size)) if weighted else None

@@ -11,6 +11,7 @@ from moe_fast.triton_ops.config import Config
 from triton.runtime.errors import OutOfResources
 
 from moe_fast import ops
+from tests.ops.helpers import TOLERANCES, assert_close
 
 PROBLEM = tune.Problem(tokens=24, experts=3, k=2, dim=16, hidden=32, dtype=torch.float32)
 CPU = torch.device("cpu")
@@ -29,8 +30,8 @@ def by_size(launch, config: Config) -> float:
     return float(config.block_m * config.block_n * config.block_k)
 
 
-def run_backward(problem: tune.Problem) -> None:
-    """An expert MLP of the problem's shape, forward and backward."""
+def run_backward(problem: tune.Problem) -> list:
+    """Gradients of an expert MLP of the problem's shape, forward and backward."""
     width = 2 * problem.hidden if problem.gated else problem.hidden
     sizes = dict(x=(problem.tokens, problem.dim), w1=(problem.experts, width, problem.dim))
     x, w1 = (torch.randn(s, requires_grad=True) for s in sizes.values())
@@ -41,7 +42,8 @@ def run_backward(problem: tune.Problem) -> None:
     act = "silu" if problem.gated else "gelu"
     ops.expert_mlp(
         x, w1, w2, None, None, weights, plan, act=act, gated=problem.gated, backend="triton"
-    ).sum().backward()
+    ).square().sum().backward()
+    return [t.grad for t in (x, w1, w2)]
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -52,7 +54,9 @@ def test_what_is_found_is_what_every_product_is_launched_with(gated, monkeypatch
         "up", "down", "grad_hidden", "grad_x", "grad_down", "grad_up",
     ]  # fmt: skip
     # The time was up at once: what is in use is kept.
-    assert all(c.before == c.after and c.tried == 1 for c in found.values())
+    assert all(c.before == c.after for c in found.values())
+    both = [1, 2, 1, 2, 2, 2]  # grouped_mm beside ours, where there is no epilogue
+    assert [c.tried for c in found.values()] == both
     configs = {key: Config(16, 16, 16, group_m=number) for number, key in enumerate(found, 1)}
     path = tables.add_to_table(lookup.gpu_name(CPU), configs)
     assert path.name == "interpreter.json"
@@ -60,6 +64,25 @@ def test_what_is_found_is_what_every_product_is_launched_with(gated, monkeypatch
     parse = dict(tables.load_table("interpreter"))
     monkeypatch.setattr(lookup, "load_table", lambda gpu: Recorded(parse, used))
     run_backward(problem)
+    assert set(used) == set(found)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    ("target", "inner", "outer"), [("intermediate", 16, 64), ("output", 32, 16)]
+)
+def test_a_mixture_of_one_projection(target, inner, outer, k, monkeypatch):
+    problem = dataclasses.replace(PROBLEM, target=target, gated=True, k=k)
+    found = tune.search(problem, CPU, seconds=1e-9, timer=by_size)
+    assert [c.product for c in found.values()] == ["linear", "grad_x", "grad_weight"]
+    used = []
+    table = {key: Config(16, 16, 16) for key in found}
+    monkeypatch.setattr(lookup, "load_table", lambda gpu: Recorded(table, used))
+    x, weight = torch.randn(24, inner, requires_grad=True), torch.randn(3, outer, inner)
+    weights = torch.rand(24, k)
+    plan = ops.plan(torch.randint(3, (24, k)), 3)
+    y = ops.expert_linear(x, weight.requires_grad_(), None, weights, plan, backend="triton")
+    y.sum().backward()
     assert set(used) == set(found)
 
 
@@ -84,6 +107,26 @@ def test_a_faster_configuration_is_chosen_and_gives_the_same():
         assert (choice.before_ms, choice.after_ms) == (32.0**3, 16.0**3)
 
 
+def test_grouped_mm_is_chosen_where_it_is_faster_and_serves_forward_and_backward(monkeypatch):
+    def timer(launch, config):
+        return 1.0 if config.implementation == "grouped_mm" else 2.0
+
+    found = tune.search(PROBLEM, CPU, seconds=1e-9, timer=timer)
+    chosen = {c.product for c in found.values() if c.after.implementation == "grouped_mm"}
+    assert chosen == {"down", "grad_x", "grad_down", "grad_up"}
+    tables.add_to_table(lookup.gpu_name(CPU), {key: c.after for key, c in found.items()})
+    # From the table's entry the search finds the way back.
+    again = tune.search(PROBLEM, CPU, seconds=60, timer=by_size)
+    assert all(c.after.implementation == "triton" for c in again.values())
+    torch.manual_seed(0)
+    grads = run_backward(PROBLEM)
+    tables.load_table.cache_clear()
+    monkeypatch.setattr(lookup, "load_table", lambda gpu: {})
+    torch.manual_seed(0)
+    for ours, theirs in zip(grads, run_backward(PROBLEM), strict=True):
+        assert_close(ours, theirs, TOLERANCES[torch.float32])
+
+
 def test_results_that_differ_are_not_chosen(monkeypatch):
     up = next(tune.products(PROBLEM, CPU))
     monkeypatch.setattr(tune, "products", lambda *_: [up])
@@ -101,6 +144,22 @@ def test_a_configuration_that_the_gpu_refuses_is_not_chosen():
 
     found = tune.search(PROBLEM, CPU, seconds=60, timer=timer)
     assert all(choice.after == Config(32, 16, 16, 4, 1) for choice in found.values())
+
+
+def test_what_descriptors_and_grouped_mm_refuse_is_not_chosen_and_other_errors_are_raised():
+    def timer(launch, config):
+        if config.descriptors or config.implementation == "grouped_mm":
+            raise RuntimeError("refused")
+        return by_size(launch, config)
+
+    found = tune.search(PROBLEM, CPU, seconds=60, timer=timer)
+    assert all(choice.after == Config(16, 16, 16, 4, 1) for choice in found.values())
+
+    def broken(launch, config):
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        tune.search(PROBLEM, CPU, seconds=60, timer=broken)
 
 
 def test_times_are_of_launches():

@@ -1,0 +1,87 @@
+"""The grouped products by ``torch.nn.functional.grouped_mm``, where a tuning table names it.
+
+It takes contiguous rows and the experts' ends on the device, and waits for nothing. Rows that are
+gathered are copied first; bias, routing weight and the store in token order are a pass behind it
+(``finish_rows.py``). Rows behind the last expert's are not written, as by our own kernel.
+
+An expert without rows gets zeros for its gradient by a kernel of ours: on compute capability 10.0
+grouped_mm leaves values there (pytorch issue 172439).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .finish_rows import finish_rows
+from .launch import aligned
+
+_BLOCK = 1024
+
+
+def grouped_linear(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_weights: Tensor | None,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    *,
+    gather: bool,
+    scatter: bool,
+) -> Tensor:
+    """As :func:`.linear.linear`."""
+    a = aligned(a.index_select(0, row_to_token) if gather else a)
+    ends = expert_offsets[1:].to(torch.int32)
+    rows = F.grouped_mm(a, aligned(weight).mT, offs=ends)
+    if bias is None and row_weights is None and not scatter:
+        return rows
+    plan = (expert_offsets, row_to_token, row_to_slot)
+    return finish_rows(rows, bias, row_weights, *plan, scatter=scatter)
+
+
+def grouped_weight(
+    a: Tensor,
+    b: Tensor,
+    row_weights: Tensor | None,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    *,
+    gather_a: bool,
+    gather_b: bool,
+) -> Tensor:
+    """As :func:`.grad_weight.grad_weight`."""
+    if not row_to_token.shape[0]:  # which grouped_mm refuses
+        return a.new_zeros(expert_offsets.shape[0] - 1, a.shape[1], b.shape[1])
+    a = aligned(a.index_select(0, row_to_token) if gather_a else a)
+    b = aligned(b.index_select(0, row_to_token) if gather_b else b)
+    if row_weights is not None:
+        plan = (expert_offsets, row_to_token, row_to_slot)
+        a = finish_rows(a, None, row_weights, *plan, scatter=False)
+    out = F.grouped_mm(a.mT, b, offs=expert_offsets[1:].to(torch.int32))
+    return zero_empty(out, expert_offsets)
+
+
+@triton.jit
+def zero_empty_kernel(out_ptr, offsets_ptr, size, BLOCK: tl.constexpr):
+    """Zeros to out [E, size] where an expert has no rows; other programs return at once."""
+    expert = tl.program_id(0).to(tl.int64)
+    if tl.load(offsets_ptr + expert + 1) > tl.load(offsets_ptr + expert):
+        return
+    at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    zeros = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + expert * size + at, zeros, mask=at < size)
+
+
+def zero_empty(out: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Write the zeros of experts without rows into ``out`` [E, M, N], contiguous; returns it."""
+    size = out.shape[1] * out.shape[2]
+    if out.numel():
+        grid = (out.shape[0], triton.cdiv(size, _BLOCK))
+        zero_empty_kernel[grid](out, expert_offsets, size, BLOCK=_BLOCK)
+    return out
