@@ -41,7 +41,8 @@ class Implementation:
     Attributes:
         run: the implementation, with the op's own internal signature.
         unavailable: why it cannot run on a device type (``"cpu"``, ``"cuda"``), or ``None``.
-        leaves_to_torch: compute dtypes that it hands to the reference.
+        leaves_to_torch: compute dtypes that it hands to PyTorch: to ``tiled`` where the op has
+            that, else to the reference.
     """
 
     run: Callable
@@ -100,7 +101,7 @@ def select(
                 f"Available here: {offered}."
             )
         # A default for the whole program hands ops that it lacks to PyTorch.
-        return _registry.get((op, "tiled"), _registry[op, "torch"]).run
+        return _registry[op, _in_pytorch(op)].run
     for name in BACKENDS:
         if name == "triton" and device.type == "cpu":
             continue  # Triton's interpreter: for tests, never by itself
@@ -110,8 +111,12 @@ def select(
 
 
 def _for_dtype(op: str, backend: str, dtype: torch.dtype | None) -> Callable:
-    implementation = _registry[op, backend]
-    return _registry[op, "torch" if dtype in implementation.leaves_to_torch else backend].run
+    leaves = dtype in _registry[op, backend].leaves_to_torch
+    return _registry[op, _in_pytorch(op) if leaves else backend].run
+
+
+def _in_pytorch(op: str) -> str:
+    return "tiled" if (op, "tiled") in _registry else "torch"
 
 
 def available_backends(op: str | None = None, device_type: str = "cpu") -> list[str]:
@@ -139,7 +144,7 @@ def show_backends() -> None:
 def _describe(op: str, backend: str) -> str:
     left = _registry[op, backend].leaves_to_torch
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in left)
-    return f"available, leaves {names} to torch" if left else "available"
+    return f"available, leaves {names} to {_in_pytorch(op)}" if left else "available"
 
 
 @contextmanager

@@ -22,6 +22,7 @@ batch and add up the columns' sums (:mod:`moe_fast.losses.functional.global_info
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -358,8 +359,8 @@ def _info_nce_tiled_op(
     return (each * row_loss).sum(), row_loss, rank, row_sums, column_sums
 
 
-@_info_nce_tiled_op.register_fake
-def _(a, b, negatives, scale, *rest):
+def fake(a, b, negatives, scale, *rest):
+    """Shapes of the loss, of what each row knows, and of the sums that the backward needs."""
     batch, symmetric = a.shape[0], rest[-2]
     return (
         scale.new_empty(()),
@@ -408,8 +409,8 @@ def _info_nce_tiled_backward_op(
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_hard.to(a.dtype), grad_scale
 
 
-@_info_nce_tiled_backward_op.register_fake
-def _(grad_loss, a, b, negatives, scale, *rest):
+def fake_backward(grad_loss, a, b, negatives, scale, *rest):
+    """Shapes of the four gradients."""
     return (
         a.new_empty(a.shape),
         b.new_empty(b.shape),
@@ -418,22 +419,26 @@ def _(grad_loss, a, b, negatives, scale, *rest):
     )
 
 
-def _save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
+    """The inputs and the sums."""
     *tensors, label_smoothing, symmetric, cosine = inputs
     ctx.save_for_backward(*tensors, *output[3:])
     ctx.settings = (label_smoothing, symmetric, cosine)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad_loss, *_):
+def backward(op, ctx, grad_loss, *_):
+    """The gradients by ``op``."""
     tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-    grad_a, grad_b, grad_hard, grad_scale = _info_nce_tiled_backward_op(
-        grad_loss, *tensors, *ctx.settings
-    )
+    grad_a, grad_b, grad_hard, grad_scale = op(grad_loss, *tensors, *ctx.settings)
     return grad_a, grad_b, None if tensors[2] is None else grad_hard, grad_scale, *[None] * 8
 
 
-_info_nce_tiled_op.register_autograd(_backward, setup_context=_save_for_backward)
+_info_nce_tiled_op.register_fake(fake)
+_info_nce_tiled_backward_op.register_fake(fake_backward)
+_info_nce_tiled_op.register_autograd(
+    functools.partial(backward, _info_nce_tiled_backward_op), setup_context=save_for_backward
+)
 
 
 def _run(*inputs):
