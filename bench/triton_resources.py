@@ -81,7 +81,9 @@ class Launch:
     def name(self) -> str:
         """The kernel's name and the settings that tell its variants apart."""
         shown = [f"{n}={v}" for n, v in self.constants if n.isupper() and v is not None]
-        pointers = sorted({t for _, t in self.signature if t.startswith("*")} - {"*i64", "*i32", "*i1"})
+        pointers = sorted(
+            {t for _, t in self.signature if t.startswith("*")} - {"*i64", "*i32", "*i1"}
+        )
         options = [f"{n}={v}" for n, v in self.options]
         return " ".join([self.kernel.__name__, *shown, *options, *pointers])
 

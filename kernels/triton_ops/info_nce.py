@@ -92,9 +92,7 @@ def store_sums(
     negatives = tl.where(kept & (positive == 0), s, MASKED)
     tl.store(out + _NEG * size, log2_sum_exp2(negatives, AXIS), mask=mask)
     if GROUPS:
-        tl.store(
-            out + _POS * size, log2_sum_exp2(tl.where(positive, s, MASKED), AXIS), mask=mask
-        )
+        tl.store(out + _POS * size, log2_sum_exp2(tl.where(positive, s, MASKED), AXIS), mask=mask)
         tl.store(out + _POS_SUM * size, tl.sum(tl.where(positive, s, 0.0), AXIS), mask=mask)
         tl.store(out + _POS_COUNT * size, tl.sum(positive.to(ACC), AXIS), mask=mask)
     if SMOOTH:
@@ -274,7 +272,7 @@ def info_nce_sums(
         asked for are not written, or NEG alone.
     """
     config = config or config_of(rows.x, masks, smooth)
-    parts, (height, width) = parts_of(config, masks, smooth), area.shape
+    parts, (height, width) = parts_of(config, masks), area.shape
     row_tiles, col_tiles = triton.cdiv(height, config.block_m), triton.cdiv(width, config.block_n)
     stats = STATISTICS if masks.groups or smooth else 1
     like = rows.x.new_empty(0, dtype=accumulator(rows.x.dtype))

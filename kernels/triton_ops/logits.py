@@ -29,8 +29,6 @@ MASKED = tl.constexpr(-1e30)
 # Rows of a side's ids.
 _ANCHOR, _TEXT, _DOMAIN, _GROUP = (tl.constexpr(i) for i in range(4))
 
-_WIDEST_PART = 64
-
 
 class Side(NamedTuple):
     """n embeddings on one side of the logits, and the ids that say which pairs are left out.
@@ -82,24 +80,19 @@ class Area(NamedTuple):
 
 
 def config_of(x: Tensor, masks: Masks, smooth: bool) -> Config:
-    """Tile sizes for the logits of embeddings [n, d]."""
+    """Tile sizes for the logits of embeddings [n, d]: the more is asked, the fewer columns."""
     config = heuristic("linear", x.dtype, lookup.target_of(x.device.index), 128, x.shape[1])
-    if x.dtype == torch.float32:  # 8 warps leave few registers to each thread
-        config = replace(config, num_warps=4)
-    plain = part_width(masks, smooth) == _WIDEST_PART
-    return config if plain else replace(config, block_n=min(config.block_n, 128))
+    columns = config.block_n
+    if masks.groups or smooth or x.dtype == torch.float32:
+        columns = 32
+    elif masks.texts or masks.domains:
+        columns = 128
+    return replace(config, block_n=min(columns, config.block_n))
 
 
-def part_width(masks: Masks, smooth: bool) -> int:
-    """Columns of a tile that are finished at a time: what else there is must fit the registers."""
-    if masks.groups or smooth:
-        return _WIDEST_PART // 4
-    return _WIDEST_PART // 2 if masks.texts or masks.domains else _WIDEST_PART
-
-
-def parts_of(config: Config, masks: Masks, smooth: bool) -> int:
-    """In how many column parts a tile is finished."""
-    return max(1, config.block_n // part_width(masks, smooth))
+def parts_of(config: Config, masks: Masks) -> int:
+    """In how many runs of columns a tile is finished: all at once would not fit the registers."""
+    return max(1, config.block_n // (16 if masks.texts or masks.domains else 32))
 
 
 def product_meta(rows: Side, config: Config) -> dict[str, Any]:
