@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,9 @@ def _sides(
     """The rows, and what they are worked against: the pairs, then the hard negatives if any."""
     from moe_fast.triton_ops.launch import row_major
 
-    a, b, negatives = (None if x is None else row_major(x) for x in (a, b, negatives))
     ids = (row_ids, col_ids, domain_ids, group_ids)
-    rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
+    rows, pairs = (pair_side(row_major(x), *ids, cosine) for x in (a, b))
+    negatives = None if negatives is None else row_major(negatives)
     hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
     against = [_against(rows, pairs, own=True)]
     if hard is not None:
@@ -106,8 +106,8 @@ def _against(rows: Side, columns: Side, own: bool) -> _Against:
     )
     compared = any(masks[1:])
     both = comparable(rows, columns) if compared else (rows, columns)
-    kernel_sides = (logits.Side(s.x, s.inverse_norm, _ids(s) if compared else None) for s in both)
-    return _Against(*kernel_sides, masks, columns, own)
+    left, right = (logits.Side(s.x, s.inverse_norm, _ids(s) if compared else None) for s in both)
+    return _Against(left, right, masks, columns, own)
 
 
 def _ids(side: Side) -> Tensor:
@@ -241,8 +241,8 @@ def gradients(
     each = row_weights(weights, a)
     ids = (row_ids, col_ids, domain_ids, group_ids)
     rows, against = _sides(a, b, negatives, *ids, cosine)
-    terms = [_terms(row_sums, each, label_smoothing)]
-    terms.append(_terms(column_sums, each, label_smoothing) if symmetric else None)
+    by_row = _terms(row_sums, each, label_smoothing)
+    by_column = _terms(column_sums, each, label_smoothing) if symmetric else None
     factor = grad_loss / 2 if symmetric else grad_loss
     smooth, size = bool(label_smoothing), a.dtype.itemsize
     grad_a = torch.empty_like(a, memory_format=torch.contiguous_format)
@@ -252,7 +252,14 @@ def gradients(
         grad_rows = scale.new_zeros((last - first, a.shape[1]))
         for some, grad in zip(against, grad_columns, strict=True):
             total += _add_gradients(
-                some, scale, terms, (first, last), smooth, grad_rows, grad, workspace
+                some,
+                scale,
+                (by_row, by_column if some.own else None),
+                (first, last),
+                smooth,
+                grad_rows,
+                grad,
+                workspace,
             )
         grad_a[first:last] = _finish(rows.block(first, last), grad_rows, scale * factor)
     finished = [
@@ -284,7 +291,7 @@ def _workspace(rows: Side, against: list[_Against]) -> Tensor:
 def _add_gradients(
     some: _Against,
     scale: Tensor,
-    terms: Sequence[Tensor | None],
+    terms: tuple[Tensor, Tensor | None],
     span: tuple[int, int],
     smooth: bool,
     grad_rows: Tensor,
@@ -302,7 +309,6 @@ def _add_gradients(
 
     total = scale.new_zeros(())
     first, last = span
-    terms = terms if some.own else (terms[0], None)
     for low, high in spans(len(some.side), some.side.x.dtype.itemsize):
         h = workspace[: last - first, : high - low]
         area = Area(first, last, low, high)
