@@ -272,7 +272,7 @@ def info_nce_sums(
         asked for are not written, or NEG alone.
     """
     config = config or config_of(rows.x, masks, smooth)
-    parts, (height, width) = parts_of(config, masks), area.shape
+    parts, (height, width) = parts_of(config, rows.x, masks), area.shape
     row_tiles, col_tiles = triton.cdiv(height, config.block_m), triton.cdiv(width, config.block_n)
     stats = STATISTICS if masks.groups or smooth else 1
     like = rows.x.new_empty(0, dtype=accumulator(rows.x.dtype))

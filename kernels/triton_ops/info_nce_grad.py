@@ -226,7 +226,7 @@ def info_nce_grad(
         [column parts, rows] the sums of G s in base 2.
     """
     config = config or config_of(rows.x, masks, smooth)
-    parts, (height, width) = parts_of(config, masks), area.shape
+    parts, (height, width) = parts_of(config, rows.x, masks), area.shape
     row_tiles, col_tiles = triton.cdiv(height, config.block_m), triton.cdiv(width, config.block_n)
     total = rows.x.new_empty(col_tiles * parts, height, dtype=accumulator(rows.x.dtype))
     info_nce_grad_kernel[(row_tiles * col_tiles,)](

@@ -90,9 +90,10 @@ def config_of(x: Tensor, masks: Masks, smooth: bool) -> Config:
     return replace(config, block_n=min(columns, config.block_n))
 
 
-def parts_of(config: Config, masks: Masks) -> int:
+def parts_of(config: Config, x: Tensor, masks: Masks) -> int:
     """In how many runs of columns a tile is finished: all at once would not fit the registers."""
-    return max(1, config.block_n // (16 if masks.texts or masks.domains else 32))
+    narrow = (masks.texts or masks.domains) and x.dtype != torch.float32
+    return max(1, config.block_n // (16 if narrow else 32))
 
 
 def product_meta(rows: Side, config: Config) -> dict[str, Any]:

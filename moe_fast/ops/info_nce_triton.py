@@ -4,7 +4,7 @@ Work goes by rectangles of the logits. Forward, one product: a kernel reduces ea
 axes, and the rectangle's sums are joined to the batch's. Backward, three: a kernel makes the logits
 again and writes their gradient H for one rectangle, whose products ``H k`` and ``H^T q`` are added
 to both sides. A kernel that held ``H k`` instead of H would need [rows, d] float32 in registers, or
-the logits again for every part of d: 5 products in all at d = 256, 8 at d = 768.
+the logits again for every part of d: 5 products in all at d = 256, 9 at d = 768.
 """
 
 from __future__ import annotations
