@@ -191,7 +191,7 @@ def launch_everything(problem: Problem) -> None:
         _route(problem, mode, weight_mode, k)
     for form in ("symmetric", "one way", "masks", "everything"):
         _info_nce(problem, form)
-    if problem.dtype == torch.bfloat16:  # float16's products of the backward are TF32's
+    if problem == PROBLEMS["bfloat16"]:  # float16's products of the backward are TF32's
         _info_nce(dataclasses.replace(problem, dtype=torch.float16), "symmetric")
 
 
