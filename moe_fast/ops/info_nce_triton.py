@@ -171,9 +171,14 @@ def _add_logits(
     rank: Tensor,
 ) -> None:
     """Adds the logits of all rows against some columns to the sums [6, n] and to the ranks."""
+    from moe_fast.triton_ops.info_nce import info_nce_sums
+    from moe_fast.triton_ops.logits import Area
+
     for (first, last), (low, high) in _rectangles(some):
-        from_rows, from_columns, ranks = _kernel_sums(
-            some, scale, own, (first, last, low, high), smooth, column_sums is not None
+        from_rows, from_columns, ranks = info_nce_sums(
+            *(some.rows, some.columns, scale, own, Area(first, last, low, high), some.masks),
+            smooth=smooth,
+            want_columns=column_sums is not None,
         )
         _join(row_sums[:, first:last], from_rows, some.masks.groups, smooth)
         if column_sums is not None:
@@ -181,18 +186,8 @@ def _add_logits(
         rank[first:last] += ranks.sum(0)
 
 
-def _kernel_sums(some, scale, own, area, smooth, want_columns):
-    from moe_fast.triton_ops.info_nce import info_nce_sums
-    from moe_fast.triton_ops.logits import Area
-
-    return info_nce_sums(
-        *(some.rows, some.columns, scale, own, Area(*area), some.masks),
-        smooth=smooth,
-        want_columns=want_columns,
-    )
-
-
 def _rectangles(some: _Against) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """The spans of rows, and of columns, of each."""
     size = some.side.x.dtype.itemsize
     for rows in spans(len(some.rows.x), size):
         for columns in spans(len(some.side), size):
