@@ -51,7 +51,7 @@ def results(
     inputs: dict[str, Any], backend: str, dtype: torch.dtype | None = None, **options: Any
 ) -> dict[str, Tensor]:
     """The loss and the gradient of every tensor."""
-    leaves = {
+    leaves: dict[str, Any] = {
         n: None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
         for n, t in inputs.items()
     }
