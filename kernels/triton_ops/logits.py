@@ -81,8 +81,9 @@ class Area(NamedTuple):
 
 def config_of(x: Tensor, masks: Masks, smooth: bool) -> Config:
     """Tile sizes for the logits of embeddings [n, d]: the more is asked, the fewer columns."""
-    config = heuristic("linear", x.dtype, lookup.target_of(x.device.index), 128, x.shape[1])
-    columns = config.block_n
+    target = lookup.target_of(x.device.index)
+    config = heuristic("linear", x.dtype, target, 128, x.shape[1])
+    columns = 64 if target.startswith("gfx") else config.block_n
     if masks.groups or smooth or x.dtype == torch.float32:
         columns = 32
     elif masks.texts or masks.domains:
