@@ -5,9 +5,11 @@
 
 1. ``correct``: errors against float64 on a grid of shapes, as far as its time goes; no
    synchronisation, CUDA-graph capture, bitwise repeats, offsets beyond 2^31, bytes saved.
+   The contrastive loss too: errors, repeats, no synchronisation.
 2. ``tune``: tile sizes for the shapes that are timed; the table is written beside the record.
 3. ``time``: against per-expert cuBLAS, a compiled dense MLP and transformers' experts, and
-   against the floor that this GPU's own ceilings set.
+   against the floor that this GPU's own ceilings set; the contrastive loss at B = 65,536, its
+   time and its memory against the targets.
 
 The record is written after every part: what was measured is kept, whatever happens later.
 """
@@ -116,6 +118,7 @@ def _device(dry: bool) -> torch.device:
 def correct(arguments: argparse.Namespace) -> dict[str, Any]:
     """Errors on the grids, then the properties."""
     from . import gpu_checks as checks
+    from . import gpu_info_nce as contrastive
 
     dry, device = arguments.dry_run, _device(arguments.dry_run)
     experts = checks.covering(checks.DRY_GRID if dry else checks.GRID)
@@ -124,10 +127,10 @@ def correct(arguments: argparse.Namespace) -> dict[str, Any]:
     small = replace(base, tokens=min(base.tokens, 4099))
     result: dict[str, Any] = {
         "experts": checks.check_grid(
-            experts, checks.check_experts, device, 0.65 * arguments.check_seconds
+            experts, checks.check_experts, device, 0.55 * arguments.check_seconds
         ),
         "route": checks.check_grid(
-            routes, checks.check_route, device, 0.25 * arguments.check_seconds
+            routes, checks.check_route, device, 0.2 * arguments.check_seconds
         ),
         "output block": checks.check_grid(
             [{"k": k, "dtype": dtype} for k in (1, 2) for dtype in checks.BOUNDS],
@@ -135,6 +138,13 @@ def correct(arguments: argparse.Namespace) -> dict[str, Any]:
             device,
             0.1 * arguments.check_seconds,
         ),
+        "info_nce": checks.check_grid(
+            checks.covering(contrastive.DRY_GRID if dry else contrastive.GRID),
+            contrastive.check,
+            device,
+            0.15 * arguments.check_seconds,
+        ),
+        "info_nce repeats": attempt(lambda: contrastive.check_repeats(device, dry)),
         "saved bytes": checks.saved_bytes(base, device),
         "repeats": attempt(lambda: checks.check_repeats(base, device)),
     }
@@ -217,7 +227,15 @@ def times(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     for name, found in record["floor"].items():
         print(name, found)
+    record["info_nce"] = attempt(lambda: _info_nce(settings, ceilings))
+    print("info_nce", record["info_nce"])
     return record
+
+
+def _info_nce(settings: Any, ceilings: Any) -> dict[str, Any]:
+    from . import gpu_info_nce as contrastive
+
+    return contrastive.times(settings, ceilings)
 
 
 def _of_floor(case: Any, backward: bool, settings: Any, ceilings: Any) -> dict[str, float]:

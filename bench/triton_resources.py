@@ -39,7 +39,10 @@ TENSOR_CORES = {
     "sm_100": r"tcgen05\.mma",
     "gfx942": r"v_mfma",
 }
-PRODUCTS = ("up_kernel", "linear_kernel", "grad_hidden_kernel", "grad_weight_kernel")
+PRODUCTS = (
+    *("up_kernel", "linear_kernel", "grad_hidden_kernel", "grad_weight_kernel"),
+    *("own_logits_kernel", "info_nce_kernel", "info_nce_grad_kernel", "add_product_kernel"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,9 @@ class Launch:
     def name(self) -> str:
         """The kernel's name and the settings that tell its variants apart."""
         shown = [f"{n}={v}" for n, v in self.constants if n.isupper() and v is not None]
-        pointers = sorted({t for _, t in self.signature if t.startswith("*")} - {"*i64", "*i1"})
+        pointers = sorted(
+            {t for _, t in self.signature if t.startswith("*")} - {"*i64", "*i32", "*i1"}
+        )
         options = [f"{n}={v}" for n, v in self.options]
         return " ".join([self.kernel.__name__, *shown, *options, *pointers])
 
@@ -137,6 +142,7 @@ def _pointer(dtype: torch.dtype) -> str:
         torch.float32: "fp32",
         torch.float16: "fp16",
         torch.bfloat16: "bf16",
+        torch.int32: "i32",
         torch.int64: "i64",
         torch.bool: "i1",
     }
@@ -207,6 +213,10 @@ def launch_everything(problem: Problem) -> None:
         ("dense", "probability", problem.experts),
     ):
         _route(problem, mode, weight_mode, k)
+    for form in ("symmetric", "one way", "masks", "everything"):
+        _info_nce(problem, form)
+    if problem == PROBLEMS["bfloat16"]:  # float16's products of the backward are TF32's
+        _info_nce(dataclasses.replace(problem, dtype=torch.float16), "symmetric")
 
 
 def _new(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -327,6 +337,28 @@ def _route(problem: Problem, mode: str, weight_mode: str, k: int) -> None:
     settings = RouteSettings(k, weight_mode, mode == "sentence_topk", mode == "dense")
     weights, logits, _, _ = route(x, router_weight, settings, mask, starts, torch.float32)
     route_backward(weights, logits, x, router_weight, logits, settings, mask, starts)
+
+
+def _info_nce(problem: Problem, form: str) -> None:
+    """A batch of T pairs: dot products one way, or cosines both ways, without ids or with.
+
+    ``masks``: texts and domains; ``everything``: hard negatives, groups and smoothing too.
+    """
+    from moe_fast.ops import info_nce_triton
+
+    size, everything = problem.tokens, form == "everything"
+    lengths = (size, 2 * size if everything else size, size, size if everything else None)
+    ids = [
+        None if n is None or form in ("symmetric", "one way") else _new(n, dtype=torch.int64)
+        for n in lengths
+    ]
+    x = _new(size, problem.dim, dtype=problem.dtype)
+    tensors = (x, x, x if everything else None, _new(dtype=torch.float32), *ids, None)
+    settings = (0.1 if everything else 0.0, form != "one way", form != "one way")
+    forward: Callable[..., Any] = info_nce_triton.forward
+    gradients: Callable[..., Any] = info_nce_triton.gradients
+    loss, _, _, *sums = forward(*tensors, *settings)
+    gradients(loss, *tensors, *sums, *settings)
 
 
 # --- compiling -----------------------------------------------------------------------------------

@@ -37,6 +37,18 @@ def halves(tile):
 
 
 @triton.jit
+def columns_of(tile, PART: tl.constexpr, PARTS: tl.constexpr):
+    """One of PARTS = 1, 2 or 4 runs of columns of a tile."""
+    if PARTS > 1:
+        left, right = halves(tile)
+        if PART < PARTS // 2:
+            tile = columns_of(left, PART, PARTS // 2)
+        else:
+            tile = columns_of(right, PART - PARTS // 2, PARTS // 2)
+    return tile
+
+
+@triton.jit
 def cast(value, DTYPE: tl.constexpr):
     """``value`` rounded to nearest even."""
     if _INTERPRETED and tl.bfloat16 == DTYPE and value.dtype != tl.bfloat16:

@@ -9,6 +9,7 @@ from moe_fast.ops import (  # noqa: F401 - each offers its backend
     expert_mlp_norm_triton,
     expert_mlp_triton,
     info_nce_tiled,
+    info_nce_triton,
     plan_triton,
     route_cpp,
     route_triton,

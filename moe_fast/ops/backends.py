@@ -42,7 +42,8 @@ class Implementation:
     Attributes:
         run: the implementation, with the op's own internal signature.
         unavailable: why it cannot run on a device type (``"cpu"``, ``"cuda"``), or ``None``.
-        leaves_to_torch: compute dtypes that it hands to the reference.
+        leaves_to_torch: compute dtypes that it hands to PyTorch: to ``tiled`` where the op has
+            that, else to the reference.
         note: what runs on a device type, for people, where that needs saying.
     """
 
@@ -104,7 +105,7 @@ def select(
                 f"Available here: {offered}."
             )
         # A default for the whole program hands ops that it lacks to PyTorch.
-        return _registry.get((op, "tiled"), _registry[op, "torch"]).run
+        return _registry[op, _in_pytorch(op)].run
     for name in BACKENDS:
         if name == "triton" and device.type == "cpu":
             continue  # Triton's interpreter: for tests, never by itself
@@ -114,8 +115,12 @@ def select(
 
 
 def _for_dtype(op: str, backend: str, dtype: torch.dtype | None) -> Callable:
-    implementation = _registry[op, backend]
-    return _registry[op, "torch" if dtype in implementation.leaves_to_torch else backend].run
+    leaves = dtype in _registry[op, backend].leaves_to_torch
+    return _registry[op, _in_pytorch(op) if leaves else backend].run
+
+
+def _in_pytorch(op: str) -> str:
+    return "tiled" if (op, "tiled") in _registry else "torch"
 
 
 def available_backends(op: str | None = None, device_type: str = "cpu") -> list[str]:
@@ -142,7 +147,7 @@ def show_backends() -> None:
 def _describe(op: str, backend: str, device_type: str) -> str:
     implementation = _registry[op, backend]
     names = ", ".join(str(d).removeprefix("torch.") for d in implementation.leaves_to_torch)
-    state = f"available, leaves {names} to torch" if names else "available"
+    state = f"available, leaves {names} to {_in_pytorch(op)}" if names else "available"
     return f"{state}: {implementation.note(device_type)}" if implementation.note else state
 
 

@@ -115,8 +115,9 @@ def info_nce(
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
     check_arguments(a, b, negatives, similarity, label_smoothing, weights, col_ids, **ids)
     check_not_alone(a, negatives)
-    scale = as_scale(scale, a.device, compute_dtype(a.dtype))
-    run = backends.select("info_nce", backend, a.device)
+    dtype = compute_dtype(a.dtype)
+    scale = as_scale(scale, a.device, dtype)
+    run = backends.select("info_nce", backend, a.device, dtype)
     loss, row_loss, rank = run(
         *(a, b, negatives, scale, row_ids, col_ids, domain_ids, group_ids, weights),
         *(label_smoothing, symmetric, similarity == "cosine"),

@@ -22,6 +22,7 @@ batch and add up the columns' sums (:mod:`moe_fast.losses.functional.global_info
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -360,7 +361,8 @@ def _info_nce_tiled(
     return (each * row_loss).sum(), row_loss, rank, row_sums, column_sums
 
 
-def _fake(a, b, negatives, scale, *rest):
+def fake(a, b, negatives, scale, *rest):
+    """Shapes of the loss, of what each row knows, and of the sums that the backward needs."""
     batch, symmetric = a.shape[0], rest[-2]
     return (
         scale.new_empty(()),
@@ -408,7 +410,8 @@ def _info_nce_tiled_backward(
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_hard.to(a.dtype), grad_scale
 
 
-def _fake_backward(grad_loss, a, b, negatives, scale, *rest):
+def fake_backward(grad_loss, a, b, negatives, scale, *rest):
+    """Shapes of the four gradients."""
     return (
         a.new_empty(a.shape),
         b.new_empty(b.shape),
@@ -417,26 +420,30 @@ def _fake_backward(grad_loss, a, b, negatives, scale, *rest):
     )
 
 
-def _save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
+    """The inputs and the sums."""
     *tensors, label_smoothing, symmetric, cosine = inputs
     ctx.save_for_backward(*tensors, *output[3:])
     ctx.settings = (label_smoothing, symmetric, cosine)
     ctx.mark_non_differentiable(*output[1:])
 
 
-_run_backward = register_op(
-    "moe_fast::info_nce_tiled_backward", _info_nce_tiled_backward, _fake_backward
-)
-
-
-def _backward(ctx, grad_loss, *_):
+def backward(op, ctx, grad_loss, *_):
+    """The gradients by ``op``."""
     tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-    grad_a, grad_b, grad_hard, grad_scale = _run_backward(grad_loss, *tensors, *ctx.settings)
+    grad_a, grad_b, grad_hard, grad_scale = op(grad_loss, *tensors, *ctx.settings)
     return grad_a, grad_b, None if tensors[2] is None else grad_hard, grad_scale, *[None] * 8
 
 
 _run_forward = register_op(
-    "moe_fast::info_nce_tiled", _info_nce_tiled, _fake, _save_for_backward, _backward
+    "moe_fast::info_nce_tiled",
+    _info_nce_tiled,
+    fake,
+    save_for_backward,
+    functools.partial(
+        backward,
+        register_op("moe_fast::info_nce_tiled_backward", _info_nce_tiled_backward, fake_backward),
+    ),
 )
 
 

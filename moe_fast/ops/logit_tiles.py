@@ -182,10 +182,15 @@ def finish_columns(columns: Side, grad: Tensor, factor: Tensor) -> None:
 
     The scaled rows are in base 2, the gradient is not.
     """
-    if columns.inverse_norm is not None:
-        for first, last in blocks(len(columns), grad.device):
-            _project(columns.block(first, last), grad[first:last])
+    remove_lengths(columns, grad)
     grad.mul_(factor * math.log(2))
+
+
+def remove_lengths(side: Side, grad: Tensor) -> None:
+    """Takes from ``grad`` [n, d] what would lengthen the embeddings, in place; not for dots."""
+    if side.inverse_norm is not None:
+        for first, last in blocks(len(side), grad.device):
+            _project(side.block(first, last), grad[first:last])
 
 
 def _project(side: Side, grad: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ def test_the_dry_run_goes_through_everything(tmp_path):
     record = json.loads(path.read_text())
     parts = record["parts"]
     assert list(parts) == ["correct", "tune", "time"]
-    for grid in ("experts", "route", "output block"):
+    for grid in ("experts", "route", "output block", "info_nce"):
         found = parts["correct"][grid]
         assert 0 < found["checked"] <= found["of"] and not found["failures"]
         assert 0 < max(found["error_over_bound"].values()) <= 1
-    assert parts["correct"]["repeats"] == "bitwise equal"
+    assert parts["correct"]["repeats"] == parts["correct"]["info_nce repeats"] == "bitwise equal"
     assert parts["correct"]["saved bytes"]["saved"] == parts["correct"]["saved bytes"]["x_and_z"]
     assert len(parts["tune"]["K=1"]) == 6
     table = json.loads((tmp_path / "record-tuning" / "interpreter.json").read_text())
@@ -42,6 +42,9 @@ def test_the_dry_run_goes_through_everything(tmp_path):
     assert len(compared) == 7
     assert all({"moe_fast"} <= {result["name"] for result in results} for results in compared)
     assert len(parts["time"]["floor"]) == 3
+    contrastive = parts["time"]["info_nce"]
+    assert contrastive["target"] == {"seconds": 0.056, "bytes": 1e9}
+    assert contrastive["triton"]["seconds"] > 0 and "met" not in contrastive
 
 
 def test_without_a_gpu_it_says_so(capsys):

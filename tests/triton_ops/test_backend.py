@@ -6,7 +6,8 @@ from .processes import needs_triton, run
 
 REASONS = """
 from moe_fast.ops import backends
-for op in ("route", "plan", "expert_mlp", "expert_mlp_norm", "expert_linear"):
+OPS = ("route", "plan", "expert_mlp", "expert_mlp_norm", "expert_linear", "info_nce")
+for op in OPS:
     print([backends.why_unavailable(op, "triton", d) for d in ("cpu", "mps")])
 """
 NO_TRITON = """
@@ -18,14 +19,14 @@ importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(n
 
 def test_without_triton_it_says_so():
     done = run("-c", NO_TRITON + REASONS, TRITON_INTERPRET=None)
-    assert done.stdout.count("triton is not installed") == 10, done.stderr
+    assert done.stdout.count("triton is not installed") == 12, done.stderr
 
 
 @needs_triton
 def test_without_a_gpu_it_says_so():
     done = run("-c", REASONS, TRITON_INTERPRET=None)
-    assert done.stdout.count("Triton kernels run on GPUs") == 5, done.stderr
-    assert done.stdout.count("not for mps") == 5
+    assert done.stdout.count("Triton kernels run on GPUs") == 6, done.stderr
+    assert done.stdout.count("not for mps") == 6
 
 
 AUTO = """

@@ -19,7 +19,14 @@ def run_pytest(*arguments: str, **environment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["test_grouped_products", "test_sums", "test_route_kernels", "test_tune_kernels"]
+    "file",
+    [
+        "test_grouped_products",
+        "test_sums",
+        "test_route_kernels",
+        "test_tune_kernels",
+        "test_info_nce_kernels",
+    ],
 )
 def test_kernels(file):
     run_pytest(f"tests/triton_ops/interpreted/{file}.py")
@@ -34,6 +41,8 @@ def test_kernels(file):
         ("expert_linear", "precision or leak or opcheck or bad_input or compiles_as_one"),
         ("route", "lower_expert or opcheck or bad_input or compiles_as_one or padding_may"),
         ("plan", "not slow"),
+        ("info_nce", "precision or ties or near_zero or zero_embedding or expanded or bitwise"),
+        ("info_nce", "autocast or bad_input or compiles_as_one or (opcheck and everything-True)"),
     ],
 )
 def test_ops_as_the_reference(op, names):
@@ -42,7 +51,9 @@ def test_ops_as_the_reference(op, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["route", "plan", "expert_linear", "expert_mlp", "expert_mlp_norm"])
+@pytest.mark.parametrize(
+    "op", ["route", "plan", "expert_linear", "expert_mlp", "expert_mlp_norm", "info_nce"]
+)
 def test_the_whole_specification_of_the_op(op):
     """All tests of the op but those that differentiate numerically: minutes in the interpreter."""
     run_pytest(

@@ -1,0 +1,308 @@
+"""Sums over the logits of the contrastive loss, of rows and of columns, from one product.
+
+Each tile of logits is reduced along both axes and thrown away:
+
+    NEG  log2 sum exp2 over negatives       POS, POS_SUM, POS_COUNT  over positives, where there
+    rank  negatives not below the own logit      are groups; else the diagonal is the positive
+    ALL_SUM, ALL_COUNT  over both, for label smoothing
+
+Sums of a tile go to a place of their own, ``[tiles, statistics, rows]`` and ``[tiles, statistics,
+columns]``; whoever launches adds them up in their order, so that there are no atomics and every run
+gives the same bits. A second pass for the columns would cost another product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Config
+from .launch import accumulator
+from .logits import (
+    MASKED,
+    Area,
+    Masks,
+    Side,
+    config_of,
+    parts_of,
+    product,
+    product_meta,
+    scaled,
+    take_part,
+)
+from .numerics import columns_of
+from .tiles import swizzle
+
+STATISTICS = 6
+_NEG, _POS, _POS_SUM, _POS_COUNT, _ALL_SUM, _ALL_COUNT = (tl.constexpr(i) for i in range(6))
+
+
+@triton.jit
+def own_logits_kernel(
+    q_ptr,  # [M, D]
+    k_ptr,  # [M, D]
+    scale_ptr,  # []
+    q_norm_ptr,  # [M]
+    k_norm_ptr,  # [M]
+    out_ptr,  # [M]
+    M,
+    D,
+    stride_q,
+    stride_k,
+    COSINE: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The diagonal of a tile: summed as in every other tile, so that equal pairs tie."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    acc = product(q_ptr, k_ptr, row, row, M, M, D, stride_q, stride_k, EVEN_D, PRECISION, ACC, BK)
+    s = scaled(acc, scale_ptr, q_norm_ptr, k_norm_ptr, row, row, M, M, COSINE)
+    own = tl.sum(tl.where(row[:, None] == row[None, :], s, 0.0), 1)
+    tl.store(out_ptr + row, own, mask=row < M)
+
+
+@triton.jit
+def log2_sum_exp2(s, AXIS: tl.constexpr):
+    """Over an axis of s; as low as MASKED where everything is."""
+    top = tl.max(s, AXIS)
+    return top + tl.log2(tl.sum(tl.exp2(s - tl.expand_dims(top, AXIS)), AXIS))
+
+
+@triton.jit
+def store_sums(
+    s,
+    positive,
+    kept,
+    out_ptr,  # of this tile's first statistic
+    at,  # where along it
+    size,  # from one statistic to the next
+    mask,
+    AXIS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """The statistics of a tile along one axis."""
+    ACC: tl.constexpr = s.dtype
+    out = out_ptr + at
+    negatives = tl.where(kept & (positive == 0), s, MASKED)
+    tl.store(out + _NEG * size, log2_sum_exp2(negatives, AXIS), mask=mask)
+    if GROUPS:
+        tl.store(out + _POS * size, log2_sum_exp2(tl.where(positive, s, MASKED), AXIS), mask=mask)
+        tl.store(out + _POS_SUM * size, tl.sum(tl.where(positive, s, 0.0), AXIS), mask=mask)
+        tl.store(out + _POS_COUNT * size, tl.sum(positive.to(ACC), AXIS), mask=mask)
+    if SMOOTH:
+        tl.store(out + _ALL_SUM * size, tl.sum(tl.where(kept, s, 0.0), AXIS), mask=mask)
+        tl.store(out + _ALL_COUNT * size, tl.sum(kept.to(ACC), AXIS), mask=mask)
+
+
+@triton.jit
+def reduce_tile(
+    acc,
+    scale_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    row_ids_ptr,
+    col_ids_ptr,
+    own_ptr,
+    row_sums_ptr,  # [column parts, statistics, rows]
+    col_sums_ptr,  # [row tiles, statistics, columns]
+    rank_ptr,  # [column parts, rows]
+    row,
+    col,
+    row_tile,
+    col_part,
+    row0,
+    row_end,
+    col0,
+    col_end,
+    M,
+    N,
+    COSINE: tl.constexpr,
+    OWN: tl.constexpr,
+    TEXTS: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    DOMAINS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """What a tile, or a column part of one, adds to its rows and to its columns."""
+    s = scaled(acc, scale_ptr, q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, COSINE)
+    positive, kept = take_part(
+        row_ids_ptr, col_ids_ptr, row, col, row_end, col_end, M, N,
+        OWN, TEXTS, ANCHORS, DOMAINS, GROUPS,
+    )  # fmt: skip
+    rows, part = row_end - row0, tl.cast(col_part, tl.int64)
+    out = row_sums_ptr + part * STATS * rows
+    store_sums(s, positive, kept, out, row - row0, rows, row < row_end, 1, GROUPS, SMOOTH)
+    own = tl.load(own_ptr + row, mask=row < row_end, other=0)
+    # "not smaller", so that NaN counts against the row as a tie does
+    beats = kept & (positive == 0) & ((s < own[:, None]) == 0)
+    rank = tl.sum(beats.to(tl.int32), 1)
+    tl.store(rank_ptr + part * rows + row - row0, rank, mask=row < row_end)
+    if COLUMNS:
+        columns = col_end - col0
+        out = col_sums_ptr + tl.cast(row_tile, tl.int64) * STATS * columns
+        store_sums(s, positive, kept, out, col - col0, columns, col < col_end, 0, GROUPS, SMOOTH)
+
+
+@triton.jit
+def info_nce_kernel(
+    q_ptr,  # [M, D]
+    k_ptr,  # [N, D]
+    scale_ptr,  # []
+    q_norm_ptr,  # [M]
+    k_norm_ptr,  # [N]
+    row_ids_ptr,  # [4, M]
+    col_ids_ptr,  # [4, N]
+    own_ptr,  # [M]
+    row_sums_ptr,
+    col_sums_ptr,
+    rank_ptr,
+    row0,
+    row_end,
+    col0,
+    col_end,
+    M,
+    N,
+    D,
+    stride_q,
+    stride_k,
+    COSINE: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    OWN: tl.constexpr,
+    TEXTS: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    DOMAINS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STATS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of BM rows by BN columns."""
+    row_tile, col_tile = swizzle(
+        tl.program_id(0), tl.cdiv(row_end - row0, BM), tl.cdiv(col_end - col0, BN), GROUP
+    )
+    row = row0 + row_tile * BM + tl.arange(0, BM)
+    col = col0 + col_tile * BN + tl.arange(0, BN)
+    acc = product(
+        q_ptr, k_ptr, row, col, row_end, col_end, D, stride_q, stride_k,
+        EVEN_D, PRECISION, ACC, BK,
+    )  # fmt: skip
+    WIDTH: tl.constexpr = BN // PARTS
+    for part in tl.static_range(PARTS):
+        col_part = col_tile * PARTS + part
+        reduce_tile(
+            columns_of(acc, part, PARTS),
+            scale_ptr, q_norm_ptr, k_norm_ptr, row_ids_ptr, col_ids_ptr, own_ptr,
+            row_sums_ptr, col_sums_ptr, rank_ptr,
+            row, col0 + col_part * WIDTH + tl.arange(0, WIDTH), row_tile, col_part,
+            row0, row_end, col0, col_end, M, N,
+            COSINE, OWN, TEXTS, ANCHORS, DOMAINS, GROUPS, SMOOTH, COLUMNS, STATS,
+        )  # fmt: skip
+
+
+def own_logits(rows: Side, pairs: Side, scale: Tensor) -> Tensor:
+    """[M] each row's logit with its own positive, in base 2.
+
+    Args:
+        rows, pairs: M embeddings each.
+        scale: [] in the accumulator's dtype.
+    """
+    config, size = config_of(rows.x, Masks(own=True), False), len(rows.x)
+    out = rows.x.new_empty(size, dtype=accumulator(rows.x.dtype))
+    own_logits_kernel[(triton.cdiv(size, config.block_m),)](
+        rows.x,
+        pairs.x,
+        scale,
+        rows.inverse_norm,
+        pairs.inverse_norm,
+        out,
+        size,
+        rows.x.shape[1],
+        rows.x.stride(0),
+        pairs.x.stride(0),
+        **product_meta(rows, config),
+        BM=config.block_m,
+        BK=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+def info_nce_sums(
+    rows: Side,
+    columns: Side,
+    scale: Tensor,
+    own: Tensor,
+    area: Area,
+    masks: Masks,
+    *,
+    smooth: bool,
+    want_columns: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The sums of every tile of a rectangle of logits.
+
+    Args:
+        rows, columns: M and N embeddings of one dtype; ids equal across both where texts are.
+        scale: [] in the accumulator's dtype.
+        own: [M], of :func:`own_logits`.
+        smooth: also ALL_SUM and ALL_COUNT.
+        want_columns: also the sums of columns.
+        config: tile sizes; ``None``: the heuristic's.
+
+    Returns:
+        [column parts, statistics, rows], [row tiles, statistics, columns] or ``None``, and the
+        ranks less 1 [column parts, rows] int32. Statistics are ``STATISTICS``, of which those not
+        asked for are not written, or NEG alone.
+    """
+    config = config or config_of(rows.x, masks, smooth)
+    parts, (height, width) = parts_of(config, rows.x, masks), area.shape
+    row_tiles, col_tiles = triton.cdiv(height, config.block_m), triton.cdiv(width, config.block_n)
+    stats = STATISTICS if masks.groups or smooth else 1
+    like = rows.x.new_empty(0, dtype=accumulator(rows.x.dtype))
+    row_sums = like.new_empty(col_tiles * parts, stats, height)
+    col_sums = like.new_empty(row_tiles, stats, width) if want_columns else None
+    rank = row_sums.new_empty(col_tiles * parts, height, dtype=torch.int32)
+    info_nce_kernel[(row_tiles * col_tiles,)](
+        rows.x,
+        columns.x,
+        scale,
+        rows.inverse_norm,
+        columns.inverse_norm,
+        rows.ids,
+        columns.ids,
+        own,
+        row_sums,
+        col_sums,
+        rank,
+        *area,
+        len(rows.x),
+        len(columns.x),
+        rows.x.shape[1],
+        rows.x.stride(0),
+        columns.x.stride(0),
+        **product_meta(rows, config),
+        **masks.meta(),
+        SMOOTH=smooth,
+        COLUMNS=want_columns,
+        STATS=stats,
+        PARTS=parts,
+        **config.meta(),
+    )
+    return row_sums, col_sums, rank

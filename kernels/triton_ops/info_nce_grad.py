@@ -1,0 +1,258 @@
+"""The gradient of the contrastive loss with respect to a rectangle of its products <q_i, k_j>.
+
+    G_ij = w_i (exp(s_ij - lse_i) - T_ij) + w_j (exp(s_ij - lse_j) - T'_ij)
+    H_ij = G_ij / (|q_i| |k_j|)         (dot products: G_ij)
+
+The logits are computed again. H is what both sides' gradients are products of, ``H k`` and ``H^T
+q``, up to factors of their own rows; it is stored for one rectangle at a time, not for B x N. The
+sum of ``G s``, which the gradient of the scale is, is taken before H is rounded.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Config
+from .launch import accumulator
+from .logits import (
+    Area,
+    Masks,
+    Side,
+    config_of,
+    lengths,
+    parts_of,
+    product,
+    product_meta,
+    scaled,
+    take_part,
+)
+from .numerics import cast, columns_of
+from .tiles import swizzle
+
+# What each row, or column, gives to the gradient: [5, n]; see ``info_nce_grad``.
+TERMS = 5
+_LOG_TOTAL, _POSITIVE, _EVERY, _OWN, _ALONE = (tl.constexpr(i) for i in range(5))
+
+
+@triton.jit
+def load_term(terms_ptr, TERM: tl.constexpr, at, count):
+    """[block] one of the terms, 0 outside."""
+    return tl.load(terms_ptr + TERM * tl.cast(count, tl.int64) + at, mask=at < count, other=0)
+
+
+@triton.jit
+def target(row_terms_ptr, col_terms_ptr, TERM: tl.constexpr, row, col, M, N, COLUMNS: tl.constexpr):
+    """[BM, 1], or [BM, BN], a term of the rows and of the columns added up."""
+    total = load_term(row_terms_ptr, TERM, row, M)[:, None]
+    if COLUMNS:
+        total = total + load_term(col_terms_ptr, TERM, col, N)[None, :]
+    return total
+
+
+@triton.jit
+def gradient(
+    s,
+    positive,
+    kept,
+    row_terms_ptr,
+    col_terms_ptr,
+    row,
+    col,
+    M,
+    N,
+    OWN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """[BM, BN] G."""
+    grad = tl.exp2(s - load_term(row_terms_ptr, _LOG_TOTAL, row, M)[:, None])
+    if COLUMNS:
+        grad += tl.exp2(s - load_term(col_terms_ptr, _LOG_TOTAL, col, N)[None, :])
+    if SMOOTH:
+        grad -= target(row_terms_ptr, col_terms_ptr, _EVERY, row, col, M, N, COLUMNS)
+    grad = tl.where(kept, grad, 0.0)
+    if OWN or GROUPS:
+        share = target(row_terms_ptr, col_terms_ptr, _POSITIVE, row, col, M, N, COLUMNS)
+        grad = tl.where(positive, grad - share, grad)
+    if OWN and not SMOOTH:
+        # The difference would leave rounding where the gradient is tiny.
+        alone = load_term(row_terms_ptr, _ALONE, row, M)[:, None] != 0
+        exact = target(row_terms_ptr, col_terms_ptr, _OWN, row, col, M, N, COLUMNS)
+        grad = tl.where(positive & alone, exact, grad)
+    return grad
+
+
+@triton.jit
+def store_gradient(
+    acc,
+    scale_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    row_ids_ptr,
+    col_ids_ptr,
+    row_terms_ptr,
+    col_terms_ptr,
+    out_ptr,
+    total_ptr,  # [column parts, rows]
+    stride_out,
+    row,
+    col,
+    col_part,
+    row0,
+    row_end,
+    col0,
+    col_end,
+    M,
+    N,
+    COSINE: tl.constexpr,
+    OWN: tl.constexpr,
+    TEXTS: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    DOMAINS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Writes H of a tile, or of a column part of one, and its rows' sums of G s."""
+    s = scaled(acc, scale_ptr, q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, COSINE)
+    positive, kept = take_part(
+        row_ids_ptr, col_ids_ptr, row, col, row_end, col_end, M, N,
+        OWN, TEXTS, ANCHORS, DOMAINS, GROUPS,
+    )  # fmt: skip
+    grad = gradient(
+        s, positive, kept, row_terms_ptr, col_terms_ptr, row, col, M, N,
+        OWN, GROUPS, SMOOTH, COLUMNS,
+    )  # fmt: skip
+    at = tl.cast(col_part, tl.int64) * (row_end - row0) + row - row0
+    tl.store(total_ptr + at, tl.sum(grad * s, 1), mask=row < row_end)
+    if COSINE:
+        grad *= lengths(q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, acc.dtype)
+    out = out_ptr + (row - row0).to(tl.int64)[:, None] * stride_out + (col - col0)[None, :]
+    inside = (row < row_end)[:, None] & (col < col_end)[None, :]
+    tl.store(out, cast(grad, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def info_nce_grad_kernel(
+    q_ptr,  # [M, D]
+    k_ptr,  # [N, D]
+    scale_ptr,  # []
+    q_norm_ptr,  # [M]
+    k_norm_ptr,  # [N]
+    row_ids_ptr,  # [4, M]
+    col_ids_ptr,  # [4, N]
+    row_terms_ptr,  # [5, M]
+    col_terms_ptr,  # [5, N]
+    out_ptr,  # [rows, columns] of the rectangle
+    total_ptr,  # [column parts, rows]
+    row0,
+    row_end,
+    col0,
+    col_end,
+    M,
+    N,
+    D,
+    stride_q,
+    stride_k,
+    stride_out,
+    COSINE: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    OWN: tl.constexpr,
+    TEXTS: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    DOMAINS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of BM rows by BN columns."""
+    row_tile, col_tile = swizzle(
+        tl.program_id(0), tl.cdiv(row_end - row0, BM), tl.cdiv(col_end - col0, BN), GROUP
+    )
+    row = row0 + row_tile * BM + tl.arange(0, BM)
+    col = col0 + col_tile * BN + tl.arange(0, BN)
+    acc = product(
+        q_ptr, k_ptr, row, col, row_end, col_end, D, stride_q, stride_k,
+        EVEN_D, PRECISION, ACC, BK,
+    )  # fmt: skip
+    WIDTH: tl.constexpr = BN // PARTS
+    for part in tl.static_range(PARTS):
+        col_part = col_tile * PARTS + part
+        store_gradient(
+            columns_of(acc, part, PARTS),
+            scale_ptr, q_norm_ptr, k_norm_ptr, row_ids_ptr, col_ids_ptr,
+            row_terms_ptr, col_terms_ptr, out_ptr, total_ptr, stride_out,
+            row, col0 + col_part * WIDTH + tl.arange(0, WIDTH), col_part,
+            row0, row_end, col0, col_end, M, N,
+            COSINE, OWN, TEXTS, ANCHORS, DOMAINS, GROUPS, SMOOTH, COLUMNS,
+        )  # fmt: skip
+
+
+def info_nce_grad(
+    rows: Side,
+    columns: Side,
+    scale: Tensor,
+    row_terms: Tensor,
+    col_terms: Tensor | None,
+    area: Area,
+    masks: Masks,
+    out: Tensor,
+    *,
+    smooth: bool,
+    config: Config | None = None,
+) -> Tensor:
+    """Writes H of a rectangle to the top left of ``out``, which is at least as large.
+
+    Args:
+        rows, columns: M and N embeddings of one dtype; ids equal across both where texts are.
+        scale: [] in the accumulator's dtype.
+        row_terms, col_terms: [5, M] and [5, N]: ``lse - log w`` in base 2; the weighted target of
+            a positive; of every candidate, for label smoothing; the gradient of a row's only
+            positive; whether there is only one. ``None`` for columns without a loss.
+        out: rows contiguous, in the dtype that the products after it take.
+        config: tile sizes; ``None``: the heuristic's.
+
+    Returns:
+        [column parts, rows] the sums of G s in base 2.
+    """
+    config = config or config_of(rows.x, masks, smooth)
+    parts, (height, width) = parts_of(config, rows.x, masks), area.shape
+    row_tiles, col_tiles = triton.cdiv(height, config.block_m), triton.cdiv(width, config.block_n)
+    total = rows.x.new_empty(col_tiles * parts, height, dtype=accumulator(rows.x.dtype))
+    info_nce_grad_kernel[(row_tiles * col_tiles,)](
+        rows.x,
+        columns.x,
+        scale,
+        rows.inverse_norm,
+        columns.inverse_norm,
+        rows.ids,
+        columns.ids,
+        row_terms,
+        col_terms,
+        out,
+        total,
+        *area,
+        len(rows.x),
+        len(columns.x),
+        rows.x.shape[1],
+        rows.x.stride(0),
+        columns.x.stride(0),
+        out.stride(0),
+        **product_meta(rows, config),
+        **masks.meta(),
+        SMOOTH=smooth,
+        COLUMNS=col_terms is not None,
+        PARTS=parts,
+        **config.meta(),
+    )
+    return total

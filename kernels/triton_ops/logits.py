@@ -1,0 +1,222 @@
+"""Tiles of a contrastive loss's logits: what its forward and its backward share.
+
+    s_ij = scale * <q_i, k_j> / (|q_i| |k_j|) / ln 2        (dot products: without the lengths)
+
+in base 2, as exp2 is the faster exponential. Products are of the embeddings as they are, lengths
+and scale multiply the accumulator: 16-bit embeddings are not rounded once more. A launch works
+through one rectangle of all logits, rows ``row0 .. row_end`` by columns ``col0 .. col_end``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import lookup
+from .config import Config, heuristic
+from .launch import accumulator, precision, triton_dtype
+from .numerics import dot
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# The logit of a pair that takes no part: finite, so that nothing turns into NaN, and so low that
+# its exponential is 0 beside any other.
+MASKED = tl.constexpr(-1e30)
+# Rows of a side's ids.
+_ANCHOR, _TEXT, _DOMAIN, _GROUP = (tl.constexpr(i) for i in range(4))
+
+
+class Side(NamedTuple):
+    """n embeddings on one side of the logits, and the ids that say which pairs are left out.
+
+    Attributes:
+        x: [n, d], rows contiguous.
+        inverse_norm: [n] 1 / length in the accumulator's dtype; ``None`` for dot products.
+        ids: [4, n] float32, contiguous: text of the anchor, of the candidate, domain, group.
+    """
+
+    x: Tensor
+    inverse_norm: Tensor | None
+    ids: Tensor | None
+
+
+class Masks(NamedTuple):
+    """Which ids are compared, and whether pairs on the diagonal belong together.
+
+    Attributes:
+        own: column i is row i's positive; not so for hard negatives.
+        texts, anchors: the same text is no negative; the columns have anchors too.
+        domains: negatives come from the same domain.
+        groups: rows of one group are each other's positives.
+    """
+
+    own: bool
+    texts: bool = False
+    anchors: bool = False
+    domains: bool = False
+    groups: bool = False
+
+    def meta(self) -> dict[str, bool]:
+        """As constexpr arguments of a kernel."""
+        return {name.upper(): value for name, value in self._asdict().items()}
+
+
+class Area(NamedTuple):
+    """A rectangle of the logits."""
+
+    row0: int
+    row_end: int
+    col0: int
+    col_end: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.row_end - self.row0, self.col_end - self.col0
+
+
+def config_of(x: Tensor, masks: Masks, smooth: bool) -> Config:
+    """Tile sizes for the logits of embeddings [n, d]: the more is asked, the fewer columns."""
+    target = lookup.target_of(x.device.index)
+    config = heuristic("linear", x.dtype, target, 128, x.shape[1])
+    columns = 64 if target.startswith("gfx") else config.block_n
+    if masks.groups or smooth or x.dtype == torch.float32:
+        columns = 32
+    elif masks.texts or masks.domains:
+        columns = 128
+    return replace(config, block_n=min(columns, config.block_n))
+
+
+def parts_of(config: Config, x: Tensor, masks: Masks) -> int:
+    """In how many runs of columns a tile is finished: all at once would not fit the registers."""
+    narrow = (masks.texts or masks.domains) and x.dtype != torch.float32
+    return max(1, config.block_n // (16 if narrow else 32))
+
+
+def product_meta(rows: Side, config: Config) -> dict[str, Any]:
+    """The constexpr arguments of :func:`product` and :func:`scaled`."""
+    return dict(
+        COSINE=rows.inverse_norm is not None,
+        EVEN_D=rows.x.shape[1] % config.block_k == 0,
+        PRECISION=precision(rows.x.dtype),
+        ACC=triton_dtype(accumulator(rows.x.dtype)),
+    )
+
+
+@triton.jit
+def product(
+    q_ptr,  # [M, D]
+    k_ptr,  # [N, D]
+    row,  # [BM]
+    col,  # [BN]
+    row_end,
+    col_end,
+    D,
+    stride_q,
+    stride_k,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """[BM, BN] <q_i, k_j>, 0 outside of the rectangle."""
+    d = tl.arange(0, BK)
+    q = q_ptr + row.to(tl.int64)[:, None] * stride_q + d[None, :]
+    k = k_ptr + col.to(tl.int64)[None, :] * stride_k + d[:, None]
+    acc = tl.zeros((row.shape[0], col.shape[0]), ACC)
+    for start in range(0, D, BK):
+        q_mask, k_mask = (row < row_end)[:, None], (col < col_end)[None, :]
+        if not EVEN_D:
+            q_mask = q_mask & (d < D - start)[None, :]
+            k_mask = k_mask & (d < D - start)[:, None]
+        acc = dot(
+            tl.load(q, mask=q_mask, other=0), tl.load(k, mask=k_mask, other=0), acc, PRECISION
+        )
+        q += BK
+        k += BK
+    return acc
+
+
+@triton.jit
+def lengths(q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, ACC: tl.constexpr):
+    """[BM, BN] 1 / (|q_i| |k_j|)."""
+    of_row = tl.load(q_norm_ptr + row, mask=row < row_end, other=0).to(ACC)
+    of_col = tl.load(k_norm_ptr + col, mask=col < col_end, other=0).to(ACC)
+    return of_row[:, None] * of_col[None, :]
+
+
+@triton.jit
+def scaled(
+    acc,  # [BM, BN] of product
+    scale_ptr,  # []
+    q_norm_ptr,
+    k_norm_ptr,
+    row,
+    col,
+    row_end,
+    col_end,
+    COSINE: tl.constexpr,
+):
+    """[BM, BN] s / ln 2."""
+    s = acc * (tl.load(scale_ptr).to(acc.dtype) * _LOG2_E)
+    if COSINE:
+        s *= lengths(q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, acc.dtype)
+    return s
+
+
+@triton.jit
+def same_id(row_ids_ptr, col_ids_ptr, row, col, M, N, R: tl.constexpr, C: tl.constexpr):
+    """[BM, BN] whether row R of the rows' ids equals row C of the columns'."""
+    of_row = tl.load(row_ids_ptr + R * tl.cast(M, tl.int64) + row, mask=row < M, other=0)
+    of_col = tl.load(col_ids_ptr + C * tl.cast(N, tl.int64) + col, mask=col < N, other=0)
+    return of_row[:, None] == of_col[None, :]
+
+
+@triton.jit
+def take_part(
+    row_ids_ptr,  # [4, M]
+    col_ids_ptr,  # [4, N]
+    row,
+    col,
+    row_end,
+    col_end,
+    M,
+    N,
+    OWN: tl.constexpr,
+    TEXTS: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    DOMAINS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Two masks [BM, BN]: j is a positive of i; j is in i's softmax, positives included."""
+    inside = (row < row_end)[:, None] & (col < col_end)[None, :]
+    kept = inside
+    if DOMAINS:
+        kept = kept & same_id(row_ids_ptr, col_ids_ptr, row, col, M, N, _DOMAIN, _DOMAIN)
+    if TEXTS:
+        clash = same_id(row_ids_ptr, col_ids_ptr, row, col, M, N, _ANCHOR, _TEXT)
+        clash = clash | same_id(row_ids_ptr, col_ids_ptr, row, col, M, N, _TEXT, _TEXT)
+        if ANCHORS:
+            clash = clash | same_id(row_ids_ptr, col_ids_ptr, row, col, M, N, _ANCHOR, _ANCHOR)
+            clash = clash | same_id(row_ids_ptr, col_ids_ptr, row, col, M, N, _TEXT, _ANCHOR)
+        kept = kept & (clash == 0)
+    if GROUPS:
+        positive = inside & same_id(row_ids_ptr, col_ids_ptr, row, col, M, N, _GROUP, _GROUP)
+    elif OWN:
+        positive = inside & (row[:, None] == col[None, :])
+    else:
+        positive = inside & (row[:, None] < 0)  # none
+    return positive, kept | positive
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a gradient of the logits is stored in for the products of the backward.
+
+    bfloat16 for bfloat16. float16 would underflow (a softmax over 65,536 candidates, times 1 / B,
+    is 1e-10): float32 then, multiplied as TF32, which has float16's mantissa and a wider exponent.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
