@@ -95,7 +95,8 @@ test-sanitize: setup
 	  MOE_FAST_NATIVE_LIBRARY=$(CURDIR)/$(SANITIZE)/lib/_native.so CI=true \
 	  $(PYTEST) -k "not compiles and not other_processors" $(ARGS) tests/ops/test_plan_cpp.py \
 	  tests/ops/test_gather_rows.py tests/ops/test_combine_rows.py \
-	  tests/ops/test_expert_mlp_cpp.py tests/ops/test_expert_linear_cpp.py
+	  tests/ops/test_expert_mlp_cpp.py tests/ops/test_expert_linear_cpp.py tests/ops/test_route_cpp.py \
+	  tests/ops/test_attention_cpp.py
 	CI=true $(PYTEST) $(ARGS) tests/ops/test_cuda_kernels.py
 
 # FUZZ_SEED=... repeats a run.
