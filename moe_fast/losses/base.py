@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from moe_fast.losses.features import encoder_features
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce import SIMILARITIES
 
+logger = logging.getLogger(__name__)
 Columns = Sequence[Mapping[str, Any]]
 
 
@@ -155,6 +157,14 @@ class TemperatureLoss(EmbeddingLoss):
 def temperature_metric(scale: float | Tensor) -> dict[str, Tensor]:
     """``{"temperature": []}`` where it is learned, for ``last_metrics``."""
     return {"temperature": 1 / scale.detach()} if isinstance(scale, Tensor) else {}
+
+
+def warn_of_lone_pair() -> None:
+    """Say, in training, that a batch of one pair teaches nothing."""
+    if torch.is_grad_enabled():
+        logger.warning(
+            "a batch of one pair without hard negatives has nothing to learn from: a loss of 0."
+        )
 
 
 def check_num_columns(loss: nn.Module, columns: Columns, at_least: int, meaning: str) -> None:

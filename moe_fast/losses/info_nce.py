@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,13 +15,12 @@ from moe_fast.losses.base import (
     TemperatureLoss,
     check_num_columns,
     temperature_metric,
+    warn_of_lone_pair,
 )
 from moe_fast.losses.functional.global_info_nce import EXCHANGES, global_info_nce
 from moe_fast.losses.global_sum import several_processes
 from moe_fast.losses.masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
 from moe_fast.ops.checks import check_choice, compute_dtype
-
-logger = logging.getLogger(__name__)
 
 
 class InfoNCELoss(TemperatureLoss):
@@ -153,10 +151,7 @@ class InfoNCELoss(TemperatureLoss):
 
     def _of_lone_pair(self, embeddings: list[Tensor]) -> Tensor:
         """0, with a gradient of 0: what is left of a data set must not end a whole training."""
-        if torch.is_grad_enabled():
-            logger.warning(
-                "a batch of one pair without hard negatives has nothing to learn from: a loss of 0."
-            )
+        warn_of_lone_pair()
         scale = self.current_scale()
         self._keep_metrics(embeddings[0].new_ones(()), scale)
         dtype = compute_dtype(embeddings[0].dtype)

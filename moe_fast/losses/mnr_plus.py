@@ -6,7 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_fast.losses.base import Columns, TemperatureLoss, temperature_metric
+from moe_fast.losses.base import (
+    Columns,
+    TemperatureLoss,
+    temperature_metric,
+    warn_of_lone_pair,
+)
 from moe_fast.losses.functional import mnr_plus
 
 
@@ -61,6 +66,8 @@ class MultipleNegativesRankingPlusLoss(TemperatureLoss):
 
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
         """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
+        if len(embeddings[0]) == 1:
+            warn_of_lone_pair()
         scale = self.current_scale()
         loss, metrics = mnr_plus(
             *embeddings, scale=scale, similarity=self.similarity, return_metrics=True

@@ -31,6 +31,12 @@ def test_cosine_is_the_symmetric_info_nce_here():
     assert ours.last_metrics["own_targets"].item() == 1.0
 
 
+def test_a_lone_pair_is_said(caplog):
+    loss = MultipleNegativesRankingPlusLoss(BagEncoder())
+    assert loss([column([1]), column([2])]).item() == 0.0
+    assert "nothing to learn from" in caplog.text
+
+
 def test_the_older_forms_temperature_is_learned():
     loss = MultipleNegativesRankingPlusLoss(
         BagEncoder(), temperature=2.0, learn_temperature=True
