@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from toy_encoder import BagEncoder, column
 
@@ -159,24 +162,37 @@ def trained(model: nn.Module, rows: slice) -> dict[str, Tensor]:
         value = loss(columns)
         value.backward()
         found |= {f"{name}: loss": value.detach()}
-        found |= {f"{name}: {n.split('.')[-1]}": p.grad for n, p in loss.named_parameters()}
+        grads = {n.split(".")[-1]: p.grad for n, p in loss.named_parameters()}
+        found |= {
+            f"{name}: {n}": g.full_tensor() if isinstance(g, DTensor) else g
+            for n, g in grads.items()
+        }
         if "penalty" in loss.last_metrics:
             found[f"{name}: penalty"] = loss.last_metrics["penalty"]
         with torch.no_grad():
-            if rows.start == 0:  # evaluation: the others do not call, and are not waited for
+            # Evaluation: the others do not call, and are not waited for, but by sharded weights.
+            if rows.start == 0 or isinstance(model, FSDPModule):
                 loss(columns)
     return found
 
 
 def trained_in_parallel(rank: int, world_size: int) -> dict[str, Tensor]:
     """As one of several data-parallel processes; a loss's own parameters are averaged by hand."""
-    first, last = (sum(ROWS[world_size][:r]) for r in (rank, rank + 1))
-    found = trained(DistributedDataParallel(BagEncoder()), slice(first, last))
+    rows = slice(*(sum(ROWS[world_size][:r]) for r in (rank, rank + 1)))
+    mesh = init_device_mesh("cpu", (world_size,))
+    found = {
+        f"{how}, {name}": value
+        for how, model in (
+            ("DDP", DistributedDataParallel(BagEncoder())),
+            ("FSDP2", fully_shard(BagEncoder(), mesh=mesh)),
+        )
+        for name, value in trained(model, rows).items()
+    }
     for name, gradient in found.items():
         if name.endswith("log_temperature"):
             dist.all_reduce(gradient)
             gradient /= world_size
-    return {f"trained, {name}": value for name, value in found.items()}
+    return found
 
 
 def refused(message: str, **given: Tensor) -> None:

@@ -110,13 +110,14 @@ def test_odd_batches(several, name, exchange):
         assert_close(parts / len(several), leaf.grad)
 
 
-def test_losses_under_data_parallel_training_too(several):
+@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def test_losses_under_data_parallel_training_too(several, how):
     """Encoder and temperature; the penalty is over all rows as well."""
     expected = trained(BagEncoder(), slice(0, 8))
     for one in several:
         for name, value in expected.items():
             assert value.abs().max() > 1e-3
-            assert_close(one[f"trained, {name}"], value)
+            assert_close(one[f"{how}, {name}"], value)
 
 
 def test_autocast_does_not_touch_the_loss(several):
