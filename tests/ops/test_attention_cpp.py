@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +20,7 @@ from .helpers import (
     need_native_library,
     num_threads,
     property_test,
+    run_as_processor,
 )
 
 need_native_library()
@@ -291,21 +288,7 @@ def test_compiles_as_one_graph_for_any_lengths():
 def test_other_processors(level):
     """The code for processors without AVX-512, or without oneDNN's kernels, on the tests above."""
     chosen = "any_shape or many_blocks or last_or_the_first or views or nan or infinite"
-    code = (
-        "import sys, pytest; from moe_fast.ops import native; print(native.cpu_capability);"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--import-mode=importlib',"
-        f" {__file__!r}, '-k', {chosen!r}]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"MOE_FAST_CPU": level, "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert level in done.stdout.splitlines()[0]
+    assert level in run_as_processor(level, __file__, chosen).splitlines()[0]
 
 
 def test_onednn_switched_off_in_torch():
