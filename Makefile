@@ -32,7 +32,7 @@ help:
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
 	@echo "  bench        every operation beside its peers, with pictures: bench/results/local"
-	@echo "  bench-full   the same with more and larger shapes"
+	@echo "  bench-full   the same with more and larger shapes, about an hour"
 	@echo "  bench-gpu    the Triton kernels, on an NVIDIA GPU; ARGS=--dry-run needs none"
 	@echo "  bench-compare  the last run against the committed one; fails where a case became slower"
 	@echo "  bench-report the page of the docs, from the committed runs"
@@ -107,19 +107,29 @@ fuzz: setup
 # RESULT: where a run is written to; BENCH_ARGS: such as `--seconds 1`, or names of operations.
 RESULT ?= bench/results/local/bench.json
 BENCH := $(PY) -m bench --json $(RESULT) $(BENCH_ARGS)
+LOCAL := bench/results/local
 bench: setup
 	$(BENCH)
-	$(PY) -m bench.import_time --json bench/results/local/import_time.json
-	$(PY) -m bench.dispatch --json bench/results/local/dispatch.json
-	$(PY) -m bench.memory --json bench/results/local/memory.json
-	$(PY) -m bench.embedding $(ARGS) --json bench/results/local/embedding.json
-	$(PY) -m bench.natural_step $(ARGS) --json bench/results/local/natural_step.json
-	$(PY) -m bench.cached_step --json bench/results/local/cached_step.json
-	$(PY) -m bench.contrastive_loss --json bench/results/local/contrastive_loss.json
-	$(PY) -m bench.report --results bench/results/local --output bench/results/local/benchmarks.md
+	$(PY) -m bench.import_time --json $(LOCAL)/import_time.json
+	$(PY) -m bench.dispatch --json $(LOCAL)/dispatch.json
+	$(PY) -m bench.memory --json $(LOCAL)/memory.json
+	$(PY) -m bench.embedding --texts 128 --rounds 3 $(ARGS) --json $(LOCAL)/embedding.json
+	$(PY) -m bench.natural_step --batch 32 --rounds 3 $(ARGS) --json $(LOCAL)/natural_step.json
+	$(PY) -m bench.cached_step --rows 32 --rounds 3 --json $(LOCAL)/cached_step.json
+	$(PY) -m bench.contrastive_loss --batch 2048 --rounds 3 --json $(LOCAL)/contrastive_loss.json
+	$(PY) -m bench.report --results $(LOCAL) --output $(LOCAL)/benchmarks.md
 
+# The tables of the docs, in their full sizes: an hour.
 bench-full: setup
 	$(BENCH) --size full
+	$(PY) -m bench.expert_mlp --json $(LOCAL)/expert_mlp.json
+	$(PY) -m bench.dispatch --json $(LOCAL)/dispatch.json
+	$(PY) -m bench.memory --json $(LOCAL)/memory.json
+	$(PY) -m bench.embedding $(ARGS) --json $(LOCAL)/embedding.json
+	$(PY) -m bench.natural_step $(ARGS) --json $(LOCAL)/natural_step.json
+	$(PY) -m bench.cached_step --json $(LOCAL)/cached_step.json
+	$(PY) -m bench.contrastive_loss --large 65536 --json $(LOCAL)/contrastive_loss.json
+	$(PY) -m bench.report --results $(LOCAL) --output $(LOCAL)/benchmarks.md
 
 bench-gpu: setup
 	$(PY) -m bench.gpu $(ARGS)

@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     parser.add_argument("operations", nargs="*", help=f"of {', '.join(OPERATIONS)} (default: all)")
     parser.add_argument("--size", choices=SIZES, default="default", help="how much to measure")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each case, if it can")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each case, if it can")
     parser.add_argument("--threads", type=int, help="of torch; default: what torch takes")
     default = ROOT / "bench" / "results" / "local" / "bench.json"
     parser.add_argument("--json", type=Path, default=default, help="file to write the record to")
