@@ -38,7 +38,7 @@ from moe_fast.ops.info_nce_tiled import (
     pair_side,
     save_for_backward,
 )
-from moe_fast.ops.logit_tiles import Side, check_finite, comparable, remove_lengths
+from moe_fast.ops.logit_tiles import Side, check_finite, remove_lengths, with_small_ids
 
 # The most rows, and columns, of a rectangle: H takes 1/4 GB. 11,264 rows of 16 bits are 88 tiles
 # of 128, times 3 of 256 columns at d = 768 two full waves of an H200's 132 multiprocessors.
@@ -105,7 +105,7 @@ def _against(rows: Side, columns: Side, own: bool) -> _Against:
         groups=columns.group_ids is not None,
     )
     compared = any(masks[1:])
-    both = comparable(rows, columns) if compared else (rows, columns)
+    both = with_small_ids(rows, columns) if compared else (rows, columns)
     left, right = (logits.Side(s.x, s.inverse_norm, _ids(s) if compared else None) for s in both)
     return _Against(left, right, masks, columns, own)
 

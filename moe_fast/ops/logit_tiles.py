@@ -208,13 +208,20 @@ def _project(side: Side, grad: Tensor) -> Tensor:
 
 
 def comparable(rows: Side, columns: Side) -> tuple[Side, Side]:
-    """Both sides with small numbers for ids, equal where the ids are: floats, fast to compare.
+    """:func:`with_small_ids`, but of few rows the ids stay as they are.
 
-    Exact for 2^24 ids, more than the rows of any batch. Of few rows the ids stay as they are:
-    finding smaller ones would take longer than what these save.
+    Finding smaller ones would take longer than what these save.
     """
     if max(len(rows), len(columns)) <= min(_FEW_ROWS, tile_size(rows.x.device)):
         return rows, columns
+    return with_small_ids(rows, columns)
+
+
+def with_small_ids(rows: Side, columns: Side) -> tuple[Side, Side]:
+    """Both sides with small numbers for ids, equal where the ids are: floats, fast to compare.
+
+    Exact for 2^24 ids, more than the rows of any batch.
+    """
     sides = [rows, columns]
     for names in (("anchor_ids", "text_ids"), ("domain_ids",), ("group_ids",)):
         given = [(n, i) for n in names for i in (0, 1) if getattr(sides[i], n) is not None]

@@ -1,5 +1,6 @@
 """PEFT: LoRA on stacked experts by parameter targeting, beside LoRA on the attention."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,7 +168,8 @@ def test_sentence_transformer_with_an_adapter(folder, tmp_path):
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     for cls in (moe_fast.MoESentenceTransformer, SentenceTransformer):
         again = cls(str(tmp_path / "adapter"), device="cpu")
-        assert (again.encode(["w3 w4 w5"], domain="b") == want).all()
+        # The stock class pads and takes torch's attention: the same but for rounding.
+        np.testing.assert_allclose(again.encode(["w3 w4 w5"], domain="b"), want, atol=1e-5)
     model.save_pretrained(str(tmp_path / "base"))
     assert (tmp_path / "base" / "model.safetensors").exists(), "beside the base, which it needs"
 

@@ -98,7 +98,8 @@ def test_the_stock_class_loads_what_was_saved(enforced, tmp_path):
     stock = SentenceTransformer(str(tmp_path), device="cpu")
     assert type(stock) is SentenceTransformer
     want = enforced.encode(TEXTS, domain="b")
-    assert np.array_equal(stock.encode(TEXTS, domain="b"), want)
+    # It pads and takes torch's attention: the same but for rounding.
+    assert _relative_error(stock.encode(TEXTS, domain="b"), want) <= 1e-6
     with pytest.raises(TypeError, match="domain must be one name .* got list.*one domain per text"):
         stock.encode(TEXTS, domain=PER_TEXT)
     with pytest.raises(ValueError, match=r"needs expert_ids or a domain \(known: a, b, c\)"):
@@ -344,7 +345,8 @@ def test_saving_over_another_model_keeps_what_is_not_its_own(enforced, dense, tm
     enforced.save_pretrained(str(tmp_path), create_model_card=False)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     again = SentenceTransformer(str(tmp_path), device="cpu")
-    assert np.array_equal(again.encode(TEXTS, domain="a"), enforced.encode(TEXTS, domain="a"))
+    want = enforced.encode(TEXTS, domain="a")
+    assert _relative_error(again.encode(TEXTS, domain="a"), want) <= 1e-6
     assert enforced.save(None) is None
 
 
