@@ -90,7 +90,7 @@ def draw_best(best: Mapping[str, tuple[float, float, float]], path: Path) -> Non
         )
     axis.set_yticks(range(len(best)), list(best))
     axis.invert_yaxis()
-    label = "time of the fastest alternative over moe_fast's (log scale); left of 1 it is faster"
+    label = "its time over moe_fast's (log scale); red: faster than moe_fast"
     _ratio_axis(axis, label)
     axis.set_title("How much longer the best of the others takes", fontsize=11)
     _save(figure, path)
