@@ -23,7 +23,9 @@ INTRODUCTION = """# Benchmarks
 Made by `python -m bench.report` from the files of `bench/results/`; do not edit.
 
 Candidates run in turn, round after round, in one process; every round gives a ratio to moe_fast,
-and the figure is the median of the ratios with their quartiles. Outputs are compared with a float64
+and the figure is the median of the ratios with their quartiles. These understate what differs from
+process to process: hold two runs against each other before you believe a small difference. Outputs
+are compared with a float64
 reference before anything is timed. Data are random. The floor is the larger of the FLOP over this
 machine's matrix rate and the bytes over its bandwidth, both measured in the same run; a share above
 100 % means that the data stayed in a cache.
