@@ -1,8 +1,9 @@
 """Measure moe_fast beside what would be used instead: ``python -m bench``, ``moe-fast bench``.
 
-Every operation on random data, candidates in turn, outputs checked before anything is timed. Writes
-one JSON file, whole after every case; ``python -m bench.report`` makes a page of such files,
-``python -m bench.compare`` holds one against another.
+Every operation on random data, candidates in turn, outputs checked before anything is timed; all of
+that in several fresh processes one after the other. Writes one JSON file, whole after every case;
+``python -m bench.report`` makes a page of such files, ``python -m bench.compare`` holds one
+against another.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,10 +19,11 @@ import torch
 from moe_fast import available_backends
 from moe_fast.ops import native
 
-from .cases import SIZES, measure, show
+from . import peak_memory
+from .cases import SIZES, show
 from .harness import ROOT
 from .machine import Machine, measure_machine
-from .peak_memory import OPERATION
+from .passes import Pass, in_fresh_process, rows_of
 from .record import Recorder, Row
 
 TIMED = ("route", "plan", "expert_mlp", "moe_mlp", "info_nce", "training_step", "growth")
@@ -40,11 +41,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     recorder = Recorder(
         machine,
         size=arguments.size,
+        processes=arguments.processes,
         backends={op: available_backends(op) for op in ("route", "plan", "expert_mlp", "info_nce")},
         products=native.cpu_capability,
     )
-    for rows in measured(arguments, machine):
-        recorder.add(rows)
+    timed = tuple(name for name in arguments.operations if name in TIMED)
+    one = Pass(timed, arguments.size, arguments.seconds, torch.get_num_threads(), machine)
+    run = rows_of if arguments.processes == 1 else in_fresh_process
+    for number in range(1, arguments.processes + 1):
+        for rows in run(one):
+            so_far = recorder.add(rows)
+            recorder.write(arguments.json)
+            if number == arguments.processes:
+                print(show(so_far), end="\n\n", flush=True)
+            else:
+                name = ", ".join(filter(None, rows[0].case))
+                print(f"process {number} of {arguments.processes}: {name}", flush=True)
+    if "peak_memory" in arguments.operations:
+        recorder.add(print_memory(peak_memory.rows(arguments.size)))
         recorder.write(arguments.json)
     for reason in recorder.record.noisy:
         print(f"NOISY MACHINE: {reason}. Its figures deserve doubt.")
@@ -57,7 +71,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     parser.add_argument("operations", nargs="*", help=f"of {', '.join(OPERATIONS)} (default: all)")
     parser.add_argument("--size", choices=SIZES, default="default", help="how much to measure")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each case, if it can")
+    parser.add_argument("--processes", type=int, default=3, help="fresh ones; 1 is this one")
+    parser.add_argument(
+        "--seconds", type=float, default=0.6, help="for each case in each process, if it can"
+    )
     parser.add_argument("--threads", type=int, help="of torch; default: what torch takes")
     default = ROOT / "bench" / "results" / "local" / "bench.json"
     parser.add_argument("--json", type=Path, default=default, help="file to write the record to")
@@ -65,35 +82,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = sorted(set(arguments.operations) - set(OPERATIONS))
     if unknown:
         parser.error(f"operations must be of {', '.join(OPERATIONS)}; got {', '.join(unknown)}")
-    if arguments.threads is not None and arguments.threads < 1:
-        parser.error(f"--threads must be at least 1; got {arguments.threads}")
+    for name in ("threads", "processes"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1; got {value}")
     arguments.operations = arguments.operations or list(OPERATIONS)
     return arguments
 
 
-def measured(arguments: argparse.Namespace, machine: Machine) -> Iterator[list[Row]]:
-    """The rows of one case after another, printed."""
-    tiny = arguments.size == "tiny"
-    for name in arguments.operations:
-        module = import_module(f"{__package__}.{name}")
-        if name == "peak_memory":
-            yield print_memory(module.rows(arguments.size))
-            continue
-        for case in module.cases(arguments.size):
-            rows = measure(
-                case,
-                machine,
-                seconds=arguments.seconds,
-                rounds=1 if tiny else 40,
-                min_sample_seconds=0 if tiny else 0.005,
-            )
-            print(show(rows), end="\n\n", flush=True)
-            yield rows
-
-
 def print_memory(rows: list[Row]) -> list[Row]:
     """Show ``rows`` and return them."""
-    print(OPERATION)
+    print(peak_memory.OPERATION)
     for row in rows:
         value = row.reason if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB"
         print(f"  T={row.shape['T']:<6d} {row.who:12s} {value}")

@@ -1,8 +1,8 @@
 """Hold one run against another: ``python -m bench.compare OLD NEW``; exit code 1 if slower.
 
 What is held against each other are not times but ratios to the peers of the same run, so that the
-two machines may differ. Relative to a peer a case is slower if the quartiles of ours over that peer
-lie wholly above the old ones and the medians differ by ``--least``; as a peer can change, too, the
+two machines may differ. Relative to a peer a case is slower if the spread of ours over that peer
+lies wholly above the old one and the medians differ by ``--least``; as a peer can change, too, the
 case counts as slower only if more than half of its peers say so.
 """
 
@@ -36,7 +36,7 @@ class Change:
 
     @property
     def agrees(self) -> bool:
-        """Whether the quartiles overlap."""
+        """Whether the spreads overlap."""
         return self.new.q1 <= self.old.q3 and self.old.q1 <= self.new.q3
 
     def slower(self, least: float) -> bool:

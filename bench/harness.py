@@ -32,7 +32,11 @@ PACKAGES = ("moe-fast", "torch", "transformers", "numpy", "triton", "sentence-tr
 
 @dataclass(frozen=True)
 class Summary:
-    """Median and quartiles of ``count`` values."""
+    """Median and spread of ``count`` values.
+
+    The spread is their quartiles; of several processes, from the least first quartile of any to
+    the greatest third one.
+    """
 
     median: float
     q1: float
@@ -46,6 +50,16 @@ class Summary:
             return cls(values[0], values[0], values[0], 1)
         q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, q1, q3, len(values))
+
+    @classmethod
+    def pooled(cls, processes: Sequence[Summary]) -> Summary:
+        """Of one or more processes' summaries: the median of their medians, the whole spread."""
+        return cls(
+            statistics.median(summary.median for summary in processes),
+            min(summary.q1 for summary in processes),
+            max(summary.q3 for summary in processes),
+            sum(summary.count for summary in processes),
+        )
 
 
 @dataclass(frozen=True)
@@ -204,8 +218,8 @@ def _commit() -> str | None:
 
 
 def table(results: Sequence[Result], title: str) -> str:
-    """Plain text: ratio to the first result first, then milliseconds, quartiles in brackets."""
-    rows = [("", f"x {results[0].name}", "[quartiles]", "ms", "[quartiles]")]
+    """Plain text: ratio to the first result first, then milliseconds, the spread in brackets."""
+    rows = [("", f"x {results[0].name}", "[spread]", "ms", "[spread]")]
     for result in results:
         r, s = result.ratio, result.seconds
         rows.append(

@@ -38,7 +38,7 @@ def colour(who: str, seen: Sequence[str]) -> str:
 
 
 def draw_ratios(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Bars from 1 (ours) to each peer's ratio, a group per shape, the quartiles as a line."""
+    """Bars from 1 (ours) to each peer's ratio, a group per shape, the spread as a line."""
     ran = [row for row in rows if row.ratio and row.who != row.baseline]
     groups: dict[str, list[Row]] = {}
     for row in ran:
@@ -150,6 +150,7 @@ def draw_growth(curves: Sequence[Curve], path: Path) -> None:
             axis.plot(c.sizes, [1e3 * s for s in c.seconds], label=label, **style)
         _sizes_axis(axis, members[0].sizes, letter)
         axis.set(yscale="log", ylabel="ms")
+        _plain_log_ticks(axis)
         axis.set_title(f"{operation}, over {letter}", fontsize=9)
         axis.legend(fontsize=7, frameon=False)
     for axis in axes[len(panels) :]:
@@ -171,6 +172,7 @@ def draw_memory(rows: Sequence[Row], path: Path) -> None:
             )
             _sizes_axis(axis, list(xs), "T")
     axis.set(yscale="log", ylabel="MiB beyond the inputs")
+    _plain_log_ticks(axis)
     axis.set_title("Peak memory of one forward and backward of the expert MLP", fontsize=11)
     axis.legend(frameon=False)
     _save(figure, path)
@@ -188,6 +190,15 @@ def _sizes_axis(axis: Any, sizes: list[int], letter: str) -> None:
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
     axis.set_xlabel(letter)
     axis.grid(alpha=0.3)
+
+
+def _plain_log_ticks(axis: Any) -> None:
+    """1, 2, 5, 10 ... on a logarithmic y axis: its own labels are powers such as 6 x 10^1."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _ratio_axis(axis: Any, label: str) -> None:

@@ -4,9 +4,9 @@
      "rows": [{"operation": "expert_mlp, forward", "shape": {"T": 2048, ...}, "dtype": "float32",
                "who": "grouped_mm", "baseline": "moe_fast", "ratio": {...}, "seconds": {...}, ...}]}
 
-Ratios are times over the baseline's in the same round. A candidate that cannot run has a reason
-instead of figures. Benchmarks with a program of their own write groups of results in a form of
-their own; :func:`read_record` makes rows of those, too.
+Ratios are times over the baseline's in the same round, those of several processes pooled. A
+candidate that cannot run has a reason instead of figures. Benchmarks with a program of their own
+write groups of results in a form of their own; :func:`read_record` makes rows of those, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,20 @@ class Record:
     schema: int = SCHEMA
 
 
+def pooled(rows: Sequence[Row]) -> Row:
+    """One row of several processes' rows of the same candidate in the same case."""
+    ran = [row for row in rows if row.ratio and row.seconds]
+    if len(ran) < 2:
+        return ran[0] if ran else rows[0]
+    seconds = Summary.pooled([row.seconds for row in ran if row.seconds])
+    return replace(
+        ran[0],
+        ratio=Summary.pooled([row.ratio for row in ran if row.ratio]),
+        seconds=seconds,
+        share_of_floor=ran[0].floor_seconds and ran[0].floor_seconds / seconds.median,
+    )
+
+
 class Recorder:
     """Collects the rows of a run; every :meth:`write` leaves a whole file.
 
@@ -113,11 +127,21 @@ class Recorder:
     def __init__(self, machine: Machine | None, **settings: Any) -> None:
         self._before = load_average()
         self._shares = [processor_share()]
+        self._rows: dict[tuple[Any, ...], list[Row]] = {}
         self.record = Record(environment(**settings), machine)
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Keep ``rows``."""
-        self.record.rows.extend(rows)
+    def add(self, rows: Sequence[Row]) -> list[Row]:
+        """Keep ``rows``, pooled with those that other processes measured of the same.
+
+        Returns:
+            what is now known of them.
+        """
+        keys = [(row.case, row.sweep, row.who) for row in rows]
+        for key, row in zip(keys, rows, strict=True):
+            self._rows.setdefault(key, []).append(row)
+        pools = {key: pooled(found) for key, found in self._rows.items()}
+        self.record.rows = list(pools.values())
+        return [pools[key] for key in keys]
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write what there is, with the load as it is now."""

@@ -23,12 +23,13 @@ INTRODUCTION = """# Benchmarks
 Made by `python -m bench.report` from the files of `bench/results/`; do not edit.
 
 Candidates run in turn, round after round, in one process; every round gives a ratio to moe_fast,
-and the figure is the median of the ratios with their quartiles. These understate what differs from
-process to process: hold two runs against each other before you believe a small difference. Outputs
-are compared with a float64
-reference before anything is timed. Data are random. The floor is the larger of the FLOP over this
-machine's matrix rate and the bytes over its bandwidth, both measured in the same run; a share above
-100 % means that the data stayed in a cache.
+and the figure is the median of the ratios. In brackets stand their quartiles. These understate what
+differs from process to process, so operations are measured in several fresh processes: the figure
+is then the median of the processes' medians, and the brackets go from the least quartile of any
+process to the greatest. Outputs are compared with a float64 reference before anything is timed, in
+each of them. Data are random. The floor is the larger of the FLOP over this machine's matrix rate
+and the bytes over its bandwidth, both measured in the same run; a share above 100 % means that the
+data stayed in a cache.
 
 `make bench` repeats everything here (`make bench-full` with more shapes); one operation alone:
 `python -m bench expert_mlp`. `make bench-compare` holds your run against the committed one.

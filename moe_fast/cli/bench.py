@@ -33,9 +33,13 @@ def run_command(
         Literal["tiny", "quick", "default", "full"],
         typer.Option(help="How much to measure; tiny only shows that everything runs."),
     ] = "quick",
+    processes: Annotated[
+        int, typer.Option(min=1, help="Fresh ones to measure in, one by one; 1 is this one.")
+    ] = 3,
     seconds: Annotated[
-        float, typer.Option(min=0, help="For each comparison, once five rounds are done.")
-    ] = 2.0,
+        float,
+        typer.Option(min=0, help="For each comparison in each, once five rounds are done."),
+    ] = 0.6,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
     overwrite: Overwrite = False,
     run: Run,
@@ -50,7 +54,7 @@ def run_command(
         allowed = ", ".join(bench.OPERATIONS)
         raise typer.BadParameter(f"operations must be of {allowed}; got {', '.join(unknown)}")
     arguments = [*(operations or ()), "--json", str(output), "--size", size]
-    arguments += ["--seconds", str(seconds)]
+    arguments += ["--processes", str(processes), "--seconds", str(seconds)]
     arguments += ["--threads", str(threads)] if threads is not None else []
     code = bench.main(arguments)
     run.save_settings(output)

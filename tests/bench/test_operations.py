@@ -160,7 +160,8 @@ def test_memory_in_a_fresh_process():
 
 def test_a_run_writes_one_file(tmp_path, capsys):
     path = tmp_path / "run.json"
-    assert main(["plan", "route", "--size", "tiny", "--seconds", "0", "--json", str(path)]) == 0
+    words = ["plan", "route", "--size", "tiny", "--seconds", "0", "--processes", "1"]
+    assert main([*words, "--json", str(path)]) == 0
     record = read_record(path)
     assert {row.operation for row in record.rows} == {"plan", "route, forward"}
     assert set(record.machine.matrix_rate) == {"float32", "bfloat16"}
@@ -168,7 +169,9 @@ def test_a_run_writes_one_file(tmp_path, capsys):
     assert f"{path}: {len(record.rows)} rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["nothing"], ["--size", "huge"], ["--threads", "0"]])
+@pytest.mark.parametrize(
+    "words", [["nothing"], ["--size", "huge"], ["--threads", "0"], ["--processes", "0"]]
+)
 def test_bad_arguments_are_usage_errors(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words)

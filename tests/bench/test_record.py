@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from bench.harness import Result, Summary, write_json
 from bench.machine import Machine, noise
-from bench.record import Recorder, Row, Work, read_record
+from bench.record import Recorder, Row, Work, pooled, read_record
 
 MACHINE = Machine(2e10, 3e10, {"float32": 1e11})
 RATIO, SECONDS = Summary(1.5, 1.4, 1.6, 9), Summary(0.003, 0.002, 0.004, 9)
@@ -40,6 +41,38 @@ def test_groups_of_results_become_rows(tmp_path):
     first, second = read_record(path).rows
     assert first.case == ("embedding, bf16", "", "")
     assert (second.who, second.baseline, second.ratio) == ("theirs", "ours", RATIO)
+
+
+def measured(who: str, *quartiles: float, least: float | None = None) -> Row:
+    q1, median, q3 = quartiles
+    summary = Summary(median, q1, q3, 5)
+    return Row("plan", {"T": 4}, "int64", who, "ours", summary, summary, floor_seconds=least)
+
+
+def test_processes_are_pooled():
+    """The median of the medians; the spread from the least quartile to the greatest."""
+    rows = [measured("a", 1.0, 2.0, 3.0, least=1.0), measured("a", 1.5, 4.0, 4.5),
+            measured("a", 2.0, 2.5, 9.0)]  # fmt: skip
+    row = pooled(rows)
+    assert row.ratio == row.seconds == Summary(2.5, 1.0, 9.0, 15)
+    assert row.share_of_floor == 1.0 / 2.5
+
+
+def test_who_ran_in_one_process_only_keeps_its_figures():
+    failed = Row("plan", {"T": 4}, "int64", "a", "ours", reason="fails: out of memory")
+    assert pooled([failed, measured("a", 1, 2, 3)]).ratio == Summary(2, 1, 3, 5)
+    assert pooled([failed, failed]) == failed
+
+
+def test_a_recorder_pools_what_is_the_same():
+    recorder = Recorder(None)
+    a, b = measured("a", 1, 2, 3), measured("b", 1, 1, 1)
+    assert recorder.add([a, b]) == [a, b]
+    swept = replace(a, sweep="T")  # a point of a curve is another measurement
+    assert recorder.add([replace(a, ratio=Summary(4, 4, 4, 5)), swept])[1] == swept
+    assert [(row.who, row.ratio.median) for row in recorder.record.rows] == [
+        ("a", 3), ("b", 1), ("a", 2)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,20 @@ def test_unknown_operations_are_usage_errors(moe_fast_cli, workspace):
     assert not (workspace / "new.json").exists()
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--size", "huge"), ("--threads", "0")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--size", "huge"), ("--threads", "0"), ("--processes", "0")]
+)
 def test_bad_settings_are_usage_errors(moe_fast_cli, workspace, flag, value):
     assert moe_fast_cli("bench", flag, value).exit_code == 2
 
 
 def test_what_is_measured_is_what_was_asked_for(moe_fast_cli, workspace):
-    words = ("plan", "--size", "tiny", "--seconds", "0", "-o", "measured.json")
+    words = ("plan", "--size", "tiny", "--seconds", "0", "--processes", "2", "-o", "measured.json")
     assert moe_fast_cli("bench", *words).exit_code == 0
-    rows = json.loads((workspace / "measured.json").read_text())["rows"]
-    assert {row["operation"] for row in rows} == {"plan"}
+    record = json.loads((workspace / "measured.json").read_text())
+    assert {row["operation"] for row in record["rows"]} == {"plan"}
+    assert record["environment"]["processes"] == 2
+    assert record["rows"][0]["ratio"]["count"] == 2  # rounds: one in each process
 
 
 def test_the_installed_form_needs_no_checkout(monkeypatch, tmp_path):
