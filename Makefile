@@ -110,6 +110,7 @@ BENCH := $(PY) -m bench --json $(RESULT) $(BENCH_ARGS)
 LOCAL := bench/results/local
 bench: setup
 	$(BENCH)
+	$(PY) -m bench.expert_mlp --rounds 9 --seconds 0.8 --json $(LOCAL)/expert_mlp.json
 	$(PY) -m bench.import_time --json $(LOCAL)/import_time.json
 	$(PY) -m bench.dispatch --json $(LOCAL)/dispatch.json
 	$(PY) -m bench.memory --json $(LOCAL)/memory.json

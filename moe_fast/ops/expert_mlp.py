@@ -186,7 +186,7 @@ def _expert_mlp_cpp(
     gated: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """kernels/csrc/cpu/expert_mlp.cpp."""
+    """kernels/csrc/cpu/expert_mlp.cpp, and expert_mlp_backward.cpp beside it."""
     return native.call(
         torch.ops.moe_fast_cpp.expert_mlp,
         *(x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from . import fuzz
+from .fuzz_problems import SUBJECTS, Subject
 from .helpers import need_native_library
 
 need_native_library()
@@ -13,27 +14,34 @@ need_native_library()
 
 def test_finds_nothing():
     counts = fuzz.fuzz(seconds=20, seed=4)
-    assert counts["problems"] > 20
-    assert counts["nonsense"] > counts["refused"] > 10
+    assert counts["problems"] > 40
+    assert counts["nonsense"] > counts["refused"] > 20
+    assert min(counts[name] for name in SUBJECTS) > 3
 
 
-def test_notices_a_wrong_result(monkeypatch):
-    right = fuzz.forward_backward
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_notices_a_wrong_result(monkeypatch, name):
+    right = SUBJECTS[name]
 
-    def wrong(arguments, upstream, native):
-        results = right(arguments, upstream, native)
-        return [results[0] * (1.1 if native else 1.0), *results[1:]]
+    def wrong(arguments, native):
+        *results, last = right.run(arguments, native)
+        return [*results, last + (1 if native else 0)]
 
-    monkeypatch.setattr(fuzz, "forward_backward", wrong)
-    with pytest.raises(AssertionError, match=r"seed 1, case \d+: output 0"):
+    monkeypatch.setattr(fuzz, "SUBJECTS", {name: Subject(right.draw, wrong)})
+    with pytest.raises(AssertionError, match=rf"seed 1, case \d+, {name}: output \d: error"):
         fuzz.fuzz(seconds=20, seed=1)
 
 
 def test_a_run_repeats(monkeypatch):
-    drawn: list[list[torch.Tensor]] = [[], []]
+    def numbers(arguments):
+        return [v for v in arguments.values() if isinstance(v, torch.Tensor)]
+
+    drawn: list[list[list[torch.Tensor]]] = [[], []]
     for run in drawn:
-        monkeypatch.setattr(fuzz, "check_right", lambda a, run=run: run.append(a["x"]))
-        monkeypatch.setattr(fuzz, "check_survives", lambda a, rng, run=run: run.append(a["x"]) or 0)
+        keep = lambda _, a, rng=None, run=run: run.append(numbers(a)) or 0  # noqa: E731
+        monkeypatch.setattr(fuzz, "check_right", keep)
+        monkeypatch.setattr(fuzz, "check_survives", keep)
         fuzz.fuzz(seconds=0.5, seed=7)
     assert min(map(len, drawn)) > 3
-    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=False))
+    for first, second in zip(*drawn, strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -29,6 +29,13 @@ inline int64_t panel_width(int64_t n, int64_t column) {
   return std::min(kPanel, round_up(n - column, 16));
 }
 
+// Blocks of equal size, of at most `most` rows (a multiple of kGroup), instead of full ones and a
+// rest: each block costs the weights once more, however few its rows.
+inline int64_t even_blocks(int64_t rows, int64_t most) {
+  const int64_t blocks = (rows + most - 1) / most;
+  return round_up((rows + blocks - 1) / blocks, kGroup);
+}
+
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 inline const char* at(const void* data, Dtype dtype, int64_t element) {
   return static_cast<const char*>(data) + element * bytes_of(dtype);
@@ -91,6 +98,16 @@ inline void zero_rows(void* data, Dtype dtype, int64_t first, int64_t count, int
   if (count == 0 || size == 0) return;  // then data may be null
   std::memset(at(data, dtype, first * size), 0,
               static_cast<size_t>(count * size * bytes_of(dtype)));
+}
+
+// Asks for memory that will be read soon; null is nothing.
+inline void prefetch(const void* data, int64_t bytes) {
+#if defined(__GNUC__)
+  if (data == nullptr) return;
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(data) + i);
+  }
+#endif
 }
 
 // Rows of a tensor [*, dim], in an order of their own: row i is source row index[i].
@@ -248,7 +265,11 @@ void put_rows(const void* a, const void* b, Dtype dtype, int64_t k, int64_t dept
 template <typename G, typename Row>
 void pack_rows(Row row, Dtype dtype, int64_t depth, int64_t n, G* panels) {
   constexpr int64_t step = sizeof(float) / sizeof(G);
+  constexpr int64_t ahead = 8;  // rows are pieces of longer ones, which no processor foresees
   for (int64_t k = 0; k < depth; k += step) {
+    for (int64_t next = k + ahead; next < std::min(k + ahead + step, depth); ++next) {
+      prefetch(row(next), n * bytes_of(dtype));
+    }
     put_rows(row(k), step == 1 ? nullptr : row(k + 1), dtype, k, depth, n, panels);
   }
 }

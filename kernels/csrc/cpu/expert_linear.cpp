@@ -16,7 +16,6 @@ namespace moe_fast {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::new_empty;
 
 constexpr int64_t kOutputs = 128;       // of O at a time in the forward
 constexpr int64_t kForwardRows = 768;   // per task: the weights are read once for so many
@@ -136,8 +135,9 @@ void backward_task(const Linear& linear, const Gemm& gemm, const void* grad_y, c
   float* row_weights = out.row_weights + task.part * plan.num_slots();
   float* input = buffers.input.get<float>(inputs);
 
-  for (int64_t first = task.first; first < task.last; first += kBackwardRows) {
-    const int64_t count = std::min(kBackwardRows, task.last - first);
+  const int64_t step = even_blocks(task.last - task.first, kBackwardRows);
+  for (int64_t first = task.first; first < task.last; first += step) {
+    const int64_t count = std::min(step, task.last - first);
     const int64_t padded = round_up(count, kGroup);
     G* grad = buffers.grad.get<G>(padded * outputs);
     G* grad_t = buffers.grad_t.get<G>(padded * outputs);
@@ -177,13 +177,13 @@ Tensor expert_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Te
   const Linear linear = view_linear(x, weight, bias, top_k_weights, expert_offsets, row_to_token,
                                     row_to_slot, slot_to_row);
   const PlanView& plan = linear.plan;
-  Tensor y = new_empty(x, {plan.num_tokens, linear.out});
+  Tensor y = new_output(x, {plan.num_tokens, linear.out});
   const Gemm& products = gemm();
   // Parts of O have rows of their own columns: nothing is summed over them.
   Tasks tasks = cut_into_tasks(plan, {linear.out, kOutputs, kForwardRows});
   tasks.max_parts = 1;
   const bool straight = plan.k == 1;
-  Tensor rows = new_empty(x, {straight ? 0 : plan.num_slots(), linear.out}, ScalarType::Float);
+  Tensor rows = new_output(x, {straight ? 0 : plan.num_slots(), linear.out}, ScalarType::Float);
   void* y_to = straight ? y.mutable_data_ptr() : nullptr;
   float* rows_to = rows.mutable_data_ptr<float>();
   run_tasks(tasks.list, [&](const Task& task) {
@@ -209,16 +209,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward_cpu(
                                     row_to_slot, slot_to_row);
   const PlanView& plan = linear.plan;
   const void* grad_data = data_of("grad_y", grad_y, x, {plan.num_tokens, linear.out});
-  Tensor grad_x = new_empty(x, {plan.num_tokens, linear.in});
-  Tensor grad_weight = new_empty(x, {plan.num_experts, linear.out, linear.in});
-  Tensor grad_bias = new_empty(x, {plan.num_experts, linear.out});
-  Tensor grad_weights = new_empty(top_k_weights, {plan.num_tokens, plan.k});
+  Tensor grad_x = new_output(x, {plan.num_tokens, linear.in});
+  Tensor grad_weight = new_output(x, {plan.num_experts, linear.out, linear.in});
+  Tensor grad_bias = new_output(x, {plan.num_experts, linear.out});
+  Tensor grad_weights = new_output(top_k_weights, {plan.num_tokens, plan.k});
 
   const Gemm& products = gemm();
   Tasks tasks = cut_into_tasks(plan, {linear.in, kInputs, 0});
-  Tensor rows = new_empty(x, {plan.num_slots(), linear.in}, ScalarType::Float);
+  Tensor rows = new_output(x, {plan.num_slots(), linear.in}, ScalarType::Float);
   Tensor row_weights =
-      new_empty(x, {tasks.max_parts * plan.num_slots()}, ScalarType::Float);
+      new_output(x, {tasks.max_parts * plan.num_slots()}, ScalarType::Float);
   const BackwardOutput out{grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr(),
                            rows.mutable_data_ptr<float>(), row_weights.mutable_data_ptr<float>()};
   run_tasks(tasks.list, [&](const Task& task) {

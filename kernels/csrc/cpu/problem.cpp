@@ -2,6 +2,10 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -98,6 +102,21 @@ PlanView view_plan(const Tensor& top_k_weights, const Tensor& expert_offsets,
                       num_experts};
   check_values(plan);
   return plan;
+}
+
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes,
+                  std::optional<ScalarType> dtype) {
+  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const auto data = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t begin = (data + page - 1) / page * page;
+  const auto bytes = static_cast<uintptr_t>(out.numel()) * out.element_size();
+  const uintptr_t end = (data + bytes) / page * page;
+  // Advice: where it is refused, pages stay small.
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
 }
 
 Dtype dtype_of(const Tensor& x) {

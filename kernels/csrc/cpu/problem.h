@@ -49,6 +49,12 @@ void check_shape(const char* name, const Tensor& tensor, const std::vector<int64
 const int64_t* indices_of(const char* name, const Tensor& tensor, int64_t size);
 const float* weights_of(const Tensor& top_k_weights, int64_t num_tokens);
 
+// An empty tensor [sizes] on the CPU, of like's dtype or another. Where it is large and the system
+// lends large pages to those who ask, it asks: torch gets fresh memory for each large tensor, and a
+// page fault per 4 KiB of the weights' gradients costs as much as a third of a small batch's work.
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes,
+                  std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
+
 // The dtype of x; throws for any but float32, bfloat16, float16.
 Dtype dtype_of(const Tensor& x);
 

@@ -1,0 +1,81 @@
+// What both directions of the expert MLP share: its tensors, and the first projection, which the
+// backward may do again.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "blocks.h"
+#include "gemm.h"
+#include "problem.h"
+#include "vector.h"
+
+namespace moe_fast {
+
+constexpr int64_t kUnits = 128;  // of H at a time in the first projection; parts of H are multiples
+
+struct Mlp {
+  PlanView plan;
+  Dtype dtype;
+  Act act;
+  bool gated;
+  int64_t dim, hidden, up_rows;  // D, H, U
+  const void *x, *up, *down, *up_bias, *down_bias;
+
+  int64_t up_at(int64_t expert, int64_t row) const { return (expert * up_rows + row) * dim; }
+  int64_t down_at(int64_t expert, int64_t row) const { return (expert * dim + row) * hidden; }
+  RowSource rows_of(const void* data) const { return {data, dtype, dim, plan.row_to_token}; }
+};
+
+// Throws std::runtime_error where the arguments of expert_mlp.h break its rules.
+Mlp view_mlp(const Tensor& x, const Tensor& up_proj, const Tensor& down_proj,
+             const std::optional<Tensor>& up_proj_bias,
+             const std::optional<Tensor>& down_proj_bias, const Tensor& top_k_weights,
+             const Tensor& expert_offsets, const Tensor& row_to_token, const Tensor& row_to_slot,
+             const Tensor& slot_to_row, const std::string& act, bool gated);
+
+// bf16 products need even depths, since pairs of them are multiplied at once.
+bool in_bf16(const Mlp& mlp, const Gemm& gemm);
+
+struct UpBuffers {
+  Buffer columns, weights, bias, tiles, tiles2, converted;
+};
+
+// z^T of `count` rows, packed in buffers.columns, for `units` of H from `first_unit` on: tiles
+// [units, width], with bias, rounded to the dtype; the gated ones' second halves in tiles2.
+template <typename G>
+void project_up(const Mlp& mlp, const Gemm& gemm, int64_t expert, int64_t count,
+                int64_t first_unit, int64_t units, UpBuffers& buffers) {
+  const G* columns = buffers.columns.get<G>(round_up(count, 16) * mlp.dim);
+  for (int64_t half = 0; half < (mlp.gated ? 2 : 1); ++half) {
+    float* tiles = (half ? buffers.tiles2 : buffers.tiles).get<float>(units * round_up(count, 16));
+    const int64_t row = half * mlp.hidden + first_unit;
+    const auto weights = left_factor<G>(at(mlp.up, mlp.dtype, mlp.up_at(expert, row)), mlp.dtype,
+                                        mlp.dim, units, mlp.dim, count, buffers.weights);
+    multiply_tiles(gemm, weights, units, mlp.dim, columns, count, tiles);
+    const float* bias =
+        load_floats(mlp.up_bias, mlp.dtype, expert * mlp.up_rows + row, units, buffers.bias);
+    for (int64_t column = 0; column < count; column += kPanel) {
+      vector().add_bias(tiles + column * units, bias, mlp.dtype, units,
+                        panel_width(count, column));
+    }
+  }
+}
+
+// A tile [units, width] of z^T into rows of z: out + j * ld for column j < count.
+void store_rows(const float* tile, int64_t units, int64_t width, int64_t count, Dtype dtype,
+                void* out, int64_t ld, Buffer& buffer);
+
+// Whether an expert has so few bf16 rows that reading the weights is the work: their rows are then
+// dotted in place, as they stream by. A question of the expert's rows, not a block's: the
+// backward's z are then the forward's.
+bool has_few_rows(const Mlp& mlp, int64_t expert);
+
+// Rows first .. first + count of x, one after the other.
+const Bf16* gather_few(const Mlp& mlp, int64_t first, int64_t count, Buffer& buffer);
+
+// z [count, units] of rows x [count, D], from row `unit` of W1 on, with bias, rounded to bf16.
+void project_few(const Mlp& mlp, int64_t expert, int64_t unit, int64_t units, const Bf16* x,
+                 int64_t count, float* z, UpBuffers& buffers);
+
+}  // namespace moe_fast
