@@ -14,7 +14,6 @@ import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from moe_fast.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -249,17 +250,6 @@ def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
 
     Dataclasses within are written as objects; missing folders are made.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2, default=asdict) + "\n"
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, suffix=".part", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -53,7 +53,7 @@ class Encoder(nn.Module):
 
 def cases(size: str) -> Iterator[Case]:
     """Pairs of 64 tokens at most."""
-    batches = {"tiny": [4], "quick": [16], "default": [32], "full": [32, 128]}[size]
+    batches = {"tiny": [4], "quick": [16], "default": [16], "full": [32, 128]}[size]
     for batch in batches:
         yield case_of(batch, *((8, 32) if size == "tiny" else (64, 384)))
 

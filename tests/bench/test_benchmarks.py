@@ -8,29 +8,9 @@ import sys
 import pytest
 import torch
 
-from bench import contrastive_loss, dispatch, expert_mlp, import_time, memory, moe_mlp
+from bench import contrastive_loss, dispatch, expert_mlp, import_time, memory
 from bench.cases import near
 from tests.models.tiny import save_sentence_transformer
-
-
-def test_moe_mlp_writes_every_table(tmp_path, capsys):
-    path = tmp_path / "moe_mlp.json"
-    assert moe_mlp.main(["--tokens", "16", "--rounds", "1", "--json", str(path)]) == 0
-    results = json.loads(path.read_text())["results"]
-    directions = ("forward", "forward + backward")
-    assert list(results) == [f"{d}, K={k}" for k in (1, 2) for d in directions]
-    for rows in results.values():
-        assert [row["name"] for row in rows] == ["dense", "eager loop", "MoEMLP"]
-    assert capsys.readouterr().out.count("x dense") == 4
-
-
-def test_moe_mlp_refuses_outputs_that_differ():
-    y = torch.ones(3)
-    moe_mlp.check_equal({"MoEMLP": y, "eager loop": y.clone()})
-    with pytest.raises(AssertionError, match="differ by"):
-        moe_mlp.check_equal({"MoEMLP": y, "eager loop": y * 1.001})
-    with pytest.raises(AssertionError, match="gradients differ"):
-        moe_mlp.check_equal({"MoEMLP": {"y": y, "x": y}, "eager loop": {"y": y}})
 
 
 def test_expert_mlp_writes_every_table(tmp_path, capsys):
