@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = Pass(timed, arguments.size, arguments.seconds, torch.get_num_threads(), machine)
     run = rows_of if arguments.processes == 1 else in_fresh_process
     for number in range(1, arguments.processes + 1):
-        for rows in run(one):
-            so_far = recorder.add(rows)
+        for rows, share in run(one):
+            so_far = recorder.add(rows, share)
             recorder.write(arguments.json)
             if number == arguments.processes:
                 print(show(so_far), end="\n\n", flush=True)

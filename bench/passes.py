@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from .cases import measure
-from .machine import Machine
+from .machine import Machine, processor_share
 from .record import Row
 
 
@@ -38,22 +38,23 @@ class Pass:
     machine: Machine
 
 
-def rows_of(one: Pass) -> Iterator[list[Row]]:
-    """The rows of one case after another, measured in this process."""
+def rows_of(one: Pass) -> Iterator[tuple[list[Row], float]]:
+    """One case after another: rows measured in this process, and its processor_share() after."""
     torch.set_num_threads(one.threads)
     tiny = one.size == "tiny"
     for name in one.operations:
         for case in import_module(f"{__package__}.{name}").cases(one.size):
-            yield measure(
+            rows = measure(
                 case,
                 one.machine,
                 seconds=one.seconds,
                 rounds=1 if tiny else 40,
                 min_sample_seconds=0 if tiny else 0.005,
             )
+            yield rows, processor_share()
 
 
-def in_fresh_process(one: Pass) -> Iterator[list[Row]]:
+def in_fresh_process(one: Pass) -> Iterator[tuple[list[Row], float]]:
     """The same, measured in a process of its own, each case as soon as it is there.
 
     Raises:
@@ -67,10 +68,10 @@ def in_fresh_process(one: Pass) -> Iterator[list[Row]]:
     try:
         while True:
             try:
-                rows = receiver.recv()
+                measured = receiver.recv()
             except EOFError:
                 break
-            yield rows
+            yield measured
         process.join()
     finally:
         process.terminate()
@@ -79,5 +80,5 @@ def in_fresh_process(one: Pass) -> Iterator[list[Row]]:
 
 
 def _send_rows(one: Pass, sender: Connection) -> None:
-    for rows in rows_of(one):
-        sender.send(rows)
+    for measured in rows_of(one):
+        sender.send(measured)

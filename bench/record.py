@@ -130,12 +130,17 @@ class Recorder:
         self._rows: dict[tuple[Any, ...], list[Row]] = {}
         self.record = Record(environment(**settings), machine)
 
-    def add(self, rows: Sequence[Row]) -> list[Row]:
+    def add(self, rows: Sequence[Row], share: float | None = None) -> list[Row]:
         """Keep ``rows``, pooled with those that other processes measured of the same.
+
+        Args:
+            share: :func:`~bench.machine.processor_share` right after them, of the process that
+                measured them; None: it is this one, and measured now.
 
         Returns:
             what is now known of them.
         """
+        self._shares.append(processor_share() if share is None else share)
         keys = [(row.case, row.sweep, row.who) for row in rows]
         for key, row in zip(keys, rows, strict=True):
             self._rows.setdefault(key, []).append(row)
@@ -145,7 +150,6 @@ class Recorder:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write what there is, with the load as it is now."""
-        self._shares.append(processor_share())
         self.record.load_after = load_average()
         self.record.noisy = noise(
             self._before, self.record.load_after, self._shares, torch.get_num_threads()

@@ -75,6 +75,14 @@ def test_a_recorder_pools_what_is_the_same():
     ]  # fmt: skip
 
 
+def test_a_busy_machine_is_told_by_who_measured(tmp_path):
+    recorder = Recorder(None)
+    for share in (0.5, 0.7):
+        recorder.add([], share)
+    recorder.write(tmp_path / "run.json")
+    assert any("a busy thread got" in reason for reason in recorder.record.noisy)
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "machine": null, '
     '"environment": {}, "rows": [{"who": "x"}]}'],
