@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .harness import Result, compare, table
+from .harness import Result, race, table
 from .machine import Machine
 from .record import Row, Work
 
@@ -82,20 +82,22 @@ def measure(
 
     Args:
         seconds: no round begins later, once five are done.
-        rounds, min_sample_seconds: as in :func:`bench.harness.compare`.
+        rounds, min_sample_seconds: as in :func:`bench.harness.race`.
 
     Raises:
         WrongResult: before anything is timed.
     """
     torch.manual_seed(0)
     candidates = case.prepare()
-    runs, absent = _runnable(candidates, case.baseline)
-    results = compare(
+    outputs, absent = _outputs(candidates, case.baseline)
+    candidates.check(outputs)
+    runs = {name: candidates.runs[name] for name in outputs}
+    del outputs  # not to be held while others are measured
+    results = race(
         runs,
         baseline=case.baseline,
-        check=candidates.check,
         rounds=rounds,
-        warmup=1,
+        warmup=0,
         min_sample_seconds=min_sample_seconds,
         max_seconds=seconds,
     )
@@ -104,20 +106,17 @@ def measure(
     return [*ran, *_absent_rows(case, absent)]
 
 
-def _runnable(
-    candidates: Candidates, baseline: str
-) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The candidates that survive a first call, and why the others did not."""
-    runs, absent = {}, dict(candidates.absent)
+def _outputs(candidates: Candidates, baseline: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the candidates return that survive a first call, and why the others did not."""
+    outputs, absent = {}, dict(candidates.absent)
     for name, run in candidates.runs.items():
-        if name != baseline:
-            try:
-                run()
-            except CANNOT_RUN as error:
-                absent[name] = f"fails: {' '.join(str(error).split())[:200]}"
-                continue
-        runs[name] = run
-    return runs, absent
+        try:
+            outputs[name] = run()
+        except CANNOT_RUN as error:
+            if name == baseline:
+                raise
+            absent[name] = f"fails: {' '.join(str(error).split())[:200]}"
+    return outputs, absent
 
 
 def _row(case: Case, result: Result, work: Work | None, machine: Machine | None) -> Row:

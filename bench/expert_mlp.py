@@ -142,7 +142,7 @@ def against_dense(shape: Shape, backward: bool, rounds: int, seconds: float) -> 
     }
     check = near(problem.exact(backward), TOLERANCES[shape.dtype], ("dense",))
     return compare(
-        candidates, baseline="dense", check=check, rounds=rounds, warmup=2, max_seconds=seconds
+        candidates, baseline="dense", check=check, rounds=rounds, warmup=1, max_seconds=seconds
     )
 
 
@@ -192,7 +192,7 @@ def against_peers(shape: Shape, rounds: int, seconds: float) -> list[Result]:
     # transformers rounds each expert's result to the dtype before the sum: twice our tolerance.
     check = near(problem.exact(False), 2 * TOLERANCES[shape.dtype])
     return compare(
-        candidates, baseline=OURS, check=check, rounds=rounds, warmup=2, max_seconds=seconds
+        candidates, baseline=OURS, check=check, rounds=rounds, warmup=1, max_seconds=seconds
     )
 
 

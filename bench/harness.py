@@ -141,13 +141,41 @@ def compare(
         candidates: callables without arguments, by name.
         baseline: the name that ratios refer to.
         check: gets every candidate's output by name and raises where they are wrong.
-        rounds, warmup, max_seconds: as in :func:`alternate`.
-        min_sample_seconds: a candidate faster than this is called several times per sample.
-        synchronize: waits for the device, such as ``torch.cuda.synchronize``.
+        rounds, warmup, min_sample_seconds, synchronize, max_seconds: as in :func:`race`.
     """
     if baseline not in candidates:
         raise ValueError(f"baseline must be one of {list(candidates)}; got {baseline!r}.")
     check({name: run() for name, run in candidates.items()})
+    return race(
+        candidates,
+        baseline=baseline,
+        rounds=rounds,
+        warmup=warmup,
+        min_sample_seconds=min_sample_seconds,
+        synchronize=synchronize,
+        max_seconds=max_seconds,
+    )
+
+
+def race(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    baseline: str,
+    rounds: int,
+    warmup: int,
+    min_sample_seconds: float,
+    synchronize: Callable[[], None] = lambda: None,
+    max_seconds: float = math.inf,
+) -> list[Result]:
+    """Time candidates whose outputs have been checked.
+
+    Args:
+        candidates, baseline: as in :func:`compare`.
+        rounds, warmup, max_seconds: as in :func:`alternate`, after one more call that does not
+            count and says how long one takes.
+        min_sample_seconds: a candidate faster than this is called several times per sample.
+        synchronize: waits for the device, such as ``torch.cuda.synchronize``.
+    """
     samplers = {
         name: _sampler(run, min_sample_seconds, synchronize) for name, run in candidates.items()
     }
