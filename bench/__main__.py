@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="default", help="how much to measure")
     parser.add_argument("--processes", type=int, default=3, help="fresh ones; 1 is this one")
     parser.add_argument(
-        "--seconds", type=float, default=0.6, help="for each case in each process, if it can"
+        "--seconds", type=float, default=0.4, help="for each case in each process, if it can"
     )
     parser.add_argument("--threads", type=int, help="of torch; default: what torch takes")
     default = ROOT / "bench" / "results" / "local" / "bench.json"

@@ -219,7 +219,7 @@ def verdict(shape: Shape, backward: bool, results: list[Result], bandwidth: floa
 def cases(size: str) -> Iterator[Case]:
     """ops.expert_mlp against all of :mod:`bench.peers`, no biases, the plan made beforehand."""
     dims, ks, dtypes = [384], [1, 2], list(TOLERANCES)
-    tokens, backward_tokens = [32, 512, 4096], [2048]
+    tokens, backward_tokens = [32, 512, 2048], [1024]
     if size == "tiny":
         dims, ks, dtypes, tokens, backward_tokens = [32], [2], [torch.float32], [24], [24]
     elif size == "quick":

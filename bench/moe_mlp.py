@@ -27,7 +27,7 @@ from .cases import OURS, Candidates, Case, near
 from .peers import masked_loop, sorted_products
 from .record import Work
 
-EXPERTS, HIDDEN, TOKENS = 8, 384, 2048
+EXPERTS, HIDDEN, TOKENS = 8, 384, 1024
 
 
 class DenseMLP(nn.Module):
@@ -89,7 +89,7 @@ def cases(size: str) -> Iterator[Case]:
     """The whole layer, router and plan included, in both directions."""
     dim, tokens = (32, [24]) if size == "tiny" else (HIDDEN, [TOKENS])
     if size == "full":
-        tokens = [256, TOKENS, 8192]
+        tokens = [256, 2048, 8192]
     for t, k, backward in product(tokens, (1, 2), (False, True)):
         yield case_of(t, dim, k, backward)
 

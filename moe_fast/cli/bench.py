@@ -39,7 +39,7 @@ def run_command(
     seconds: Annotated[
         float,
         typer.Option(min=0, help="For each comparison in each, once five rounds are done."),
-    ] = 0.6,
+    ] = 0.4,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
     overwrite: Overwrite = False,
     run: Run,

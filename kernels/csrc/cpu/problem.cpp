@@ -152,11 +152,13 @@ Tasks cut_into_tasks(const PlanView& plan, const Cut& cut) {
   for (int64_t e = 0; e < plan.num_experts; ++e) {
     const int64_t rows = plan.rows_of(e);
     if (rows == 0) continue;
-    // Few rows are not cut: each block of rows reads the expert's weights again.
+    // Few rows are not cut: each block of rows reads the expert's weights again. An expert that is
+    // a little larger than the others is not cut for that.
     int64_t block = rows;
     if (cut.max_rows > 0) {
-      const int64_t most = std::clamp(share, 2 * kPanel, cut.max_rows);
-      const int64_t blocks = (rows + most - 1) / most;
+      const int64_t usual = std::clamp(2 * share, 2 * kPanel, cut.max_rows);
+      const int64_t least = (rows + cut.max_rows - 1) / cut.max_rows;
+      const int64_t blocks = std::max((rows + usual / 2) / usual, least);
       block = round_up((rows + blocks - 1) / blocks, kPanel);
     }
     // The other dimension is cut where there are too few blocks: by the expert's share of the rows,
