@@ -32,9 +32,9 @@ from moe_fast import available_backends, ops
 from moe_fast.ops import native
 
 from .cases import OURS, Candidates, Case, near
-from .harness import Result, compare, environment, table, write_json
+from .harness import Result, compare, table
 from .peers import compiled_dense, dense, gpu_only, masked_loop, sorted_products
-from .record import Work
+from .record import Recorder, Row, Work
 
 EXPERTS = 8
 LARGEST_COPY = 1 << 30
@@ -196,16 +196,19 @@ def against_peers(shape: Shape, rounds: int, seconds: float) -> list[Result]:
     )
 
 
-def verdict(shape: Shape, backward: bool, results: list[Result], bandwidth: float) -> str:
-    """Beside its target the ratio to dense, or of few rows that to the floor.
+def floor_seconds(shape: Shape, backward: bool, dense: Result, bandwidth: float) -> float:
+    """Dense's time and that of the other hit experts' bytes at the read bandwidth.
 
-    The floor is dense's time and that of the other hit experts' bytes at the read bandwidth: their
-    weights, in the backward once more, and their gradients.
+    Their weights, in the backward once more, and their gradients.
     """
-    dense, ours = results[0], next(r for r in results if r.name == OURS)
     hit = min(EXPERTS, shape.tokens * shape.k)
     moved = (hit - 1) * 8 * shape.dim**2 * shape.dtype.itemsize * (3 if backward else 1)
-    floor = dense.seconds.median + moved / bandwidth
+    return dense.seconds.median + moved / bandwidth
+
+
+def verdict(shape: Shape, backward: bool, results: list[Result], floor: float) -> str:
+    """Beside its target the ratio to dense, or of few rows that to the floor."""
+    dense, ours = results[0], next(r for r in results if r.name == OURS)
     if shape.tokens >= 2048:
         large = shape.tokens >= 8192
         target = (1.08 if large else 1.15) if backward else (1.05 if large else 1.10)
@@ -214,6 +217,28 @@ def verdict(shape: Shape, backward: bool, results: list[Result], bandwidth: floa
     else:
         ratio, target, what = ours.seconds.median / floor, 1.15, "of the floor"
     return f"{ratio:.2f} {what}, target {target}: {'met' if ratio <= target else 'MISSED'}"
+
+
+def rows_of(
+    operation: str, shape: Shape, results: list[Result], floor: float | None = None
+) -> list[Row]:
+    """The results as rows of a record."""
+    letters = {"T": shape.tokens, "D": shape.dim, "K": shape.k}
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return [
+        Row(
+            f"expert_mlp, {operation}",
+            letters,
+            dtype,
+            result.name,
+            results[0].name,
+            result.ratio,
+            result.seconds,
+            floor_seconds=floor,
+            share_of_floor=floor and floor / result.seconds.median,
+        )
+        for result in results
+    ]
 
 
 def cases(size: str) -> Iterator[Case]:
@@ -294,14 +319,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     bandwidth = read_bandwidth()
-    record: dict[str, Any] = {
-        "environment": environment(
-            backends=available_backends("expert_mlp"), products=native.cpu_capability
-        ),
-        "read_bandwidth": bandwidth,
-        "dense": {},
-        "peers": {},
-    }
+    recorder = Recorder(
+        None,
+        backends=available_backends("expert_mlp"),
+        products=native.cpu_capability,
+        read_bandwidth=bandwidth,
+    )
     print(f"reading: {bandwidth / 1e9:.1f} GB/s; cpp: {native.cpu_capability or 'absent'}\n")
     shapes = [
         Shape(tokens, dim, k, dtype)
@@ -316,21 +339,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         for backward in (False, True) if shape.tokens >= 2048 else (False,):
             direction = "forward + backward" if backward else "forward"
             results = against_dense(shape, backward, *limits)
-            text = verdict(shape, backward, results, bandwidth)
+            floor = floor_seconds(shape, backward, results[0], bandwidth)
+            text = verdict(shape, backward, results, floor)
             print(table(results, f"{direction}, {shape}"), text, sep="\n", end="\n\n")
-            record["dense"][f"{direction}, {shape}"] = {"results": results, "verdict": text}
+            recorder.add(rows_of(f"beside dense, {direction}", shape, results, floor))
     best = []
     for shape in shapes:
         results = against_peers(shape, *limits)
         print(table(results, f"forward, {shape}, without biases"), end="\n\n")
-        record["peers"][f"forward, {shape}"] = results
+        recorder.add(rows_of("beside transformers, forward", shape, results))
         best.append(min(r.ratio.median for r in results if r.name != OURS))
     mean = math.exp(sum(map(math.log, best)) / len(best))
     print(f"the best of transformers takes {mean:.2f} times as long (geometric mean, target 1.3); "
           f"at least {min(best):.2f}, at most {max(best):.2f}")  # fmt: skip
-    record["geometric_mean_over_best_peer"] = mean
     if arguments.json:
-        write_json(arguments.json, record)
+        recorder.write(arguments.json)
     return 0
 
 

@@ -103,7 +103,7 @@ def section(name: str, record: Record, images: Path) -> str:
         parts.append(f"### {title}\n\nRepeat: `{command(rows[0].operation)}`\n")
         if any(row.ratio and row.who != row.baseline for row in rows):
             pictures.draw_ratios(rows, title, path(str(number)))
-            sentence = f"How long each candidate takes, moe_fast being 1: {title}."
+            sentence = f"How long each candidate takes, {rows[0].baseline} being 1: {title}."
             parts.append(picture(str(number), sentence))
         parts.append(table(rows))
     parts += growth_parts(record, path, picture)
@@ -198,7 +198,7 @@ def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]
 
 def table(rows: Sequence[Row]) -> str:
     """A line per candidate and shape; who could not run, with the reason, once."""
-    lines = ["| shape | candidate | time over moe_fast's | ms | share of the floor |",
+    lines = [f"| shape | candidate | time over {rows[0].baseline}'s | ms | share of the floor |",
              "|---|---|---|---|---|"]  # fmt: skip
     reasons: dict[str, list[str]] = {}
     for row in rows:

@@ -10,6 +10,7 @@ import torch
 
 from bench import contrastive_loss, dispatch, expert_mlp, import_time, memory
 from bench.cases import near
+from bench.record import read_record
 from tests.models.tiny import save_sentence_transformer
 
 
@@ -17,11 +18,13 @@ def test_expert_mlp_writes_every_table(tmp_path, capsys):
     path = tmp_path / "expert_mlp.json"
     arguments = ["--rounds", "1", "--max-tokens", "32", "--dims", "32", "--json", str(path)]
     assert expert_mlp.main(arguments) == 0
-    record = json.loads(path.read_text())
-    assert record["read_bandwidth"] > 1e8
-    assert len(record["dense"]) == len(record["peers"]) == 4
-    for rows in record["peers"].values():
-        assert [row["name"] for row in rows] == ["moe_fast", "eager", "batched_mm", "grouped_mm"]
+    record = read_record(path)
+    assert record.environment["read_bandwidth"] > 1e8
+    dense = [row for row in record.rows if row.operation == "expert_mlp, beside dense, forward"]
+    assert [row.who for row in dense] == 4 * ["dense", "moe_fast"]
+    assert all(row.floor_seconds for row in dense)
+    names = [row.who for row in record.rows if "beside transformers" in row.operation]
+    assert names == 4 * ["moe_fast", "eager", "batched_mm", "grouped_mm"]
     assert capsys.readouterr().out.count("of the floor") == 4
 
 
