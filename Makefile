@@ -114,7 +114,6 @@ bench: setup
 	$(PY) -m bench.dispatch --json $(LOCAL)/dispatch.json
 	$(PY) -m bench.embedding --texts 64 --rounds 3 $(ARGS) --json $(LOCAL)/embedding.json
 	$(PY) -m bench.natural_step --batch 16 --rounds 3 $(ARGS) --json $(LOCAL)/natural_step.json
-	$(PY) -m bench.cached_step --rows 32 --rounds 3 --json $(LOCAL)/cached_step.json
 	$(PY) -m bench.contrastive_loss --batch 2048 --rounds 3 --json $(LOCAL)/contrastive_loss.json
 	$(PY) -m bench.report --results $(LOCAL) --output $(LOCAL)/benchmarks.md
 
