@@ -32,7 +32,7 @@ help:
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
 	@echo "  bench        every operation beside its peers, with pictures: bench/results/local"
-	@echo "  bench-full   the same with more and larger shapes, about an hour"
+	@echo "  bench-full   the same with more and larger shapes, an hour or two"
 	@echo "  bench-gpu    the Triton kernels, on an NVIDIA GPU; ARGS=--dry-run needs none"
 	@echo "  bench-compare  the last run against the committed one; fails where a case became slower"
 	@echo "  bench-report the page of the docs, from the committed runs"
@@ -117,7 +117,7 @@ bench: setup
 	$(PY) -m bench.contrastive_loss --batch 2048 --rounds 3 --json $(LOCAL)/contrastive_loss.json
 	$(PY) -m bench.report --results $(LOCAL) --output $(LOCAL)/benchmarks.md
 
-# The tables of the docs, in their full sizes: an hour.
+# The tables of the docs, in their full sizes: an hour or two.
 bench-full: setup
 	$(BENCH) --size full
 	$(PY) -m bench.expert_mlp --json $(LOCAL)/expert_mlp.json

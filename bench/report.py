@@ -31,8 +31,9 @@ each of them. Data are random. The floor is the larger of the FLOP over this mac
 and the bytes over its bandwidth, both measured in the same run; a share above 100 % means that the
 data stayed in a cache.
 
-`make bench` repeats everything here (`make bench-full` with more shapes); one operation alone:
-`python -m bench expert_mlp`. `make bench-compare` holds your run against the committed one.
+`make bench` repeats most of this in a quarter of an hour on two cores, whole jobs on fewer texts;
+`make bench-full` all of it, with more shapes; one operation alone: `python -m bench expert_mlp`.
+`make bench-compare` holds your run against the committed one.
 """
 FILES = {
     "route": "route",
