@@ -142,6 +142,16 @@ def test_the_widths_of_models(tokens, k, experts, dim, hidden, dtype):
         assert_right(inputs, plan)
 
 
+@pytest.mark.parametrize("recompute", [None, "up"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_blocks_of_rows_and_of_units(dtype, gated, recompute):
+    """2,300 rows per expert: three blocks in the backward, whose sums are added up."""
+    inputs, plan = problem(2300, 2, 2, 40, 600, gated=gated, dtype=dtype)
+    with num_threads(2):
+        assert_right(inputs, plan, gated=gated, recompute=recompute)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_tokens(dtype):
     inputs, plan = problem(tokens=0, dtype=dtype)
