@@ -36,9 +36,7 @@ def check_right(subject: Subject, arguments: Arguments) -> None:
     tolerance = max(TOLERANCES.get(dtype, 0.0) for dtype in inputs)
     for position, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         error = _error(ours, theirs)
-        if (
-            error > tolerance
-        ):  # unless it cancels so much that the reference in this dtype errs, too
+        if error > tolerance:  # fine if sums cancel so much that the reference errs, too
             error -= 4 * _error(subject.run(arguments, False)[position], theirs)
         assert error <= tolerance, f"output {position}: error {error:.1e}"
 
