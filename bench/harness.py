@@ -23,8 +23,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from moe_fast.files import atomic_write
-
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 FEWEST_ROUNDS = 5  # quartiles of fewer say nothing
@@ -278,6 +276,9 @@ def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
 
     Dataclasses within are written as objects; missing folders are made.
     """
+    # Here: bench.gpu chooses Triton's interpreter before moe_fast is imported.
+    from moe_fast.files import atomic_write
+
     text = json.dumps(record, indent=2, default=asdict) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
