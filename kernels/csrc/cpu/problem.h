@@ -51,7 +51,7 @@ const float* weights_of(const Tensor& top_k_weights, int64_t num_tokens);
 
 // An empty tensor [sizes] on the CPU, of like's dtype or another. Where it is large and the system
 // lends large pages to those who ask, it asks: torch gets fresh memory for each large tensor, and a
-// page fault per 4 KiB of the weights' gradients costs as much as a third of a small batch's work.
+// page fault per 4 KiB of the weights' gradients costs up to a fifth of a training step's experts.
 Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes,
                   std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
 
