@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from moe_fast.extras import missing
+
 try:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import quantize_embeddings
 except ImportError as error:
-    raise ImportError(
-        "MoESentenceTransformer needs sentence-transformers: pip install 'moe-fast[train]'."
-    ) from error
+    raise missing("sentence_transformers", "train", "MoESentenceTransformer", error) from error
 
 import moe_fast.models  # noqa: F401  registers the architectures
 from moe_fast.files import atomic_folder, atomic_write
@@ -40,6 +40,7 @@ from moe_fast.models.model_card import describe_mixture
 from moe_fast.models.modeling import MoEModelMixin, replaced_files
 from moe_fast.models.upcycle import upcycle
 from moe_fast.ops.attention import attention_kernel
+from moe_fast.version import install_command
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +307,7 @@ def _default_domain(config: Any, domain: str | None) -> Iterator[None]:
 def _with_usage(card: str, domain: str | None) -> str:
     """sentence-transformers' usage example, made to run on a mixture."""
     load = "from sentence_transformers import SentenceTransformer\n"
-    register = "import moe_fast  # registers the architecture: pip install 'moe-fast[train]'\n"
+    register = f"import moe_fast  # registers the architecture: {install_command('train')}\n"
     if register not in card:
         card = card.replace(load, register + load, 1)
     if domain is None:
