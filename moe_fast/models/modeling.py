@@ -23,6 +23,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
+from moe_fast import compat
 from moe_fast.files import atomic_folder
 from moe_fast.layers import (
     MoEBertLayer,
@@ -43,6 +44,7 @@ from moe_fast.models.loading import check_checkpoint, shortened
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
+from moe_fast.models.weights import check_no_adapter
 from moe_fast.ops.checks import check_shape, compute_dtype
 from moe_fast.version import __version__
 
@@ -59,7 +61,7 @@ def replaced_files(model: PreTrainedModel, variant: str | None = None) -> tuple[
 
     There are none for a model with an adapter, which is saved alone, beside whatever is there.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if compat.saves_adapter_alone(model):
         return ()
     part = "" if variant is None else f".{variant}"
     return (
@@ -186,7 +188,13 @@ class MoEModelMixin(PreTrainedModel):
         files of others, and a ``README.md`` that somebody else wrote, are kept: see
         :func:`moe_fast.files.atomic_folder`. With ``distributed_checkpoint=True``, where every
         process writes files of its own, the files are written in place.
+
+        Raises:
+            ValueError: for adapters that ``peft.get_peft_model`` put in, which its ``PeftModel``
+                saves: a folder with their wrapped weights could not be loaded.
         """
+        if not compat.saves_adapter_alone(self):
+            check_no_adapter(self)
         self.config.moe_fast_version = __version__
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -195,7 +203,8 @@ class MoEModelMixin(PreTrainedModel):
             kwargs.setdefault("repo_id", Path(save_directory).resolve().name)
         replaced = replaced_files(self, kwargs.get("variant"))
         with atomic_folder(save_directory, replaces=replaced) as temporary:
-            super().save_pretrained(str(temporary), is_main_process=True, **kwargs)
+            with compat.adapter_methods():
+                super().save_pretrained(str(temporary), is_main_process=True, **kwargs)
             if not has_foreign_card(save_directory):
                 write_model_card(self, temporary)
 
@@ -210,7 +219,13 @@ class MoEModelMixin(PreTrainedModel):
                 "saved as a reference to its base; this one was made in memory. Save it with "
                 "save_pretrained, load it, and add the adapter to that."
             )
-        super().add_adapter(*args, **kwargs)
+        with compat.adapter_methods():
+            super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; where it refuses the installed peft, the error says what works."""
+        with compat.adapter_methods():
+            return super().load_adapter(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but refused where domain tokens are the vocabulary's last rows."""
