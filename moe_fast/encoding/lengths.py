@@ -177,10 +177,9 @@ class _Reader:
     def __init__(self, tokenizer: Any, limit: int | None) -> None:
         self._tokenizer = tokenizer
         self._from_the_end = tokenizer.truncation_side == "left"
-        bounded = limit is not None and limit < _NO_LIMIT
         self._options: dict[str, Any] = {"padding": False, "truncation": False, "verbose": False}
         self._cut = self._options | {"truncation": True, "max_length": limit}
-        self._limit = limit if bounded else math.inf
+        self._limit = math.inf if limit is None or limit >= _NO_LIMIT else limit
         self.enough = self._limit + _MARGIN
         self.most_characters = max(_CHARACTERS_PER_TOKEN * self._limit, _LEAST_CHARACTERS)
 

@@ -302,7 +302,14 @@ class MoESentenceTransformer(SentenceTransformer):
             config.domain_id(name)
         return names
 
-    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+    def save(
+        self,
+        path: str,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """As ``SentenceTransformer.save``, but whole or not at all.
 
         An old model in ``path`` stays until the new one takes its place in one step; files of
@@ -311,7 +318,9 @@ class MoESentenceTransformer(SentenceTransformer):
         if path is None:  # nothing to do, as for the stock class
             return
         with atomic_folder(path, replaces=replaced_files(self.transformers_model)) as temporary:
-            super().save(str(temporary), *args, **kwargs)
+            super().save(str(temporary), model_name, create_model_card, *args, **kwargs)
+            if not create_model_card:  # the encoder, which lies in the same folder, has its own
+                Path(temporary, "README.md").unlink(missing_ok=True)
         self.model_card_data.save_dir = str(path)
 
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
@@ -468,7 +477,7 @@ def extract_sentence_transformer(
 
 def _encoder(model: SentenceTransformer) -> nn.Module:
     check_one_encoder(model)
-    encoder = model.transformers_model
+    encoder: nn.Module | None = model.transformers_model
     if encoder is None or getattr(model[0], "model", None) is not encoder:
         raise TypeError(
             f"model's first module must hold a transformers encoder; got {type(model[0]).__name__}."
