@@ -85,6 +85,7 @@ def test_a_long_value_is_shortened_in_the_message():
         {str(n): n for n in range(10**5)},
         10**5000,
     ],
+    ids=["text", "control characters", "bytes", "list", "mapping", "number"],
 )
 def test_a_shown_value_is_short_and_has_no_control_characters(value):
     said = checks.shown(value)
