@@ -46,7 +46,6 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
     )
 
 
