@@ -29,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-quick test test-oldest test-newest test-python test-slow test-install test-sanitize fuzz bench bench-full bench-gpu \
+.PHONY: help setup lock demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
   bench-compare bench-report bench-instructions lint format clean
 
 help:
@@ -43,7 +43,8 @@ help:
 	@echo "               the newest of PyPI; BEYOND='transformers peft' goes past our upper bounds for these. Slow:"
 	@echo "               each has its own environment, $(VENV)-oldest and $(VENV)-newest"
 	@echo "  test-python  the same in $(VENV)-PYTHON, on another Python: make test-python PYTHON=python3.12"
-	@echo "  test-slow    the slow tests"
+	@echo "  test-slow    the slow tests, but those of the next targets"
+	@echo "  test-kernels   every Triton kernel compiled for four GPUs, against the committed table: minutes"
 	@echo "  test-install   wheels, sdist and editable installs, with and without compilers, in fresh environments"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
@@ -120,8 +121,15 @@ test-newest:
 test-python:
 	$(MAKE) test VENV=$(VENV)-$(notdir $(PYTHON))
 
+# Whole files that have a target of their own are left to it. Tests go to the processes one by one,
+# for they take from seconds to a minute.
+CUDA_ON_CPU := tests/ops/test_cuda_kernels.py
+WHOLE_TABLE := tests/triton_ops/test_whole_table.py
 test-slow: setup
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(WHOLE_TABLE) $(ARGS)
+
+test-kernels: setup
+	$(PYTEST) $(WHOLE_TABLE) $(ARGS)
 
 test-install: setup
 	$(PYTEST) $(ARGS) tests/test_packaging.py
@@ -136,11 +144,11 @@ test-sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  MOE_FAST_NATIVE_LIBRARY=$(CURDIR)/$(SANITIZE)/lib/_native.so CI=true \
-	  $(PYTEST) -k "not compiles and not other_processors" $(ARGS) tests/ops/test_plan_cpp.py \
+	  $(PYTEST) -n $(WORKERS) -k "not compiles" $(ARGS) tests/ops/test_plan_cpp.py \
 	  tests/ops/test_gather_rows.py tests/ops/test_combine_rows.py \
 	  tests/ops/test_expert_mlp_cpp.py tests/ops/test_expert_linear_cpp.py tests/ops/test_route_cpp.py \
 	  tests/ops/test_attention_cpp.py
-	CI=true $(PYTEST) $(ARGS) tests/ops/test_cuda_kernels.py
+	CI=true $(PYTEST) -n $(WORKERS) $(ARGS) $(CUDA_ON_CPU)
 
 # FUZZ_SEED=... repeats a run.
 FUZZ_SECONDS ?= 600
