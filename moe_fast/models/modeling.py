@@ -39,10 +39,11 @@ from moe_fast.models.configuration import (
     MoERobertaConfig,
     MoEXLMRobertaConfig,
 )
-from moe_fast.models.loading import check_checkpoint, shortened
+from moe_fast.models.loading import check_checkpoint
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
+from moe_fast.models.strict import check_loading_info
 from moe_fast.ops.checks import check_shape, compute_dtype
 from moe_fast.version import __version__
 
@@ -169,12 +170,7 @@ class MoEModelMixin(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        missing = sorted(n for n in info["missing_keys"] if not n.startswith("pooler."))
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks weights of {cls.__name__}: "
-                f"{shortened(missing)}."
-            )
+        check_loading_info(info, model, pretrained_model_name_or_path)
         return (model, info) if wanted else model
 
     def save_pretrained(
