@@ -67,25 +67,30 @@ def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
     file system that has no locks.
 
     Args:
-        path: the file or folder that will be written; the folders above it are created.
+        path: the file or folder that will be written. Folders above it are created, and go again
+            where nothing was put into them.
 
     Raises:
         RuntimeError: another run, in this process or another one, holds ``path``; it is named.
         FileExistsError, OSError: what stands in the place of the lock is not one of ours.
     """
     place = _lock_place(Path(path))
+    made = [folder for folder in place.parents if not folder.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
     lock = _locked_file(place, path)
     try:
         yield
     finally:
         place.unlink(missing_ok=True)  # still locked: nobody else holds this very file
         os.close(lock)
+        with contextlib.suppress(OSError):  # a folder that something was put into stays
+            for folder in made:
+                folder.rmdir()
 
 
 def _lock_place(path: Path) -> Path:
     target = Path(os.path.realpath(path)) if path.is_dir() else path
     parent = Path(os.path.realpath(target.parent))
-    parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir() and not _replaceable(target):
         parent = target
     return parent / _lock_name(target)

@@ -130,9 +130,11 @@ class TestExclusive:
                 pass
             with exclusive(path.with_name("y.npy")):
                 pass
-        with exclusive(path):
             assert os.listdir(path.parent) == [".x.npy.lock"]
-        assert os.listdir(path.parent) == []
+        assert os.listdir(tmp_path) == [], "a folder that it made goes again"
+        with exclusive(path):
+            path.write_text("result")
+        assert os.listdir(path.parent) == ["x.npy"]
 
     def test_it_dies_with_its_process(self, tmp_path: Path) -> None:
         code = (
