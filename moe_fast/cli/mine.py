@@ -9,6 +9,7 @@ import typer
 
 from moe_fast.cli.command import Run
 from moe_fast.cli.options import BatchSize, Device, Output, Overwrite, Truncate
+from moe_fast.cli.outputs import one_at_a_time
 
 EXAMPLE = "moe-fast mine pairs.jsonl --model mixture --negatives 2 --max-ratio 2 -o mined.jsonl"
 _SEARCH, _LEAVE_OUT = "Search", "What is left out"
@@ -18,6 +19,7 @@ def _option(panel: str, text: str, *flags: str, **settings: Any) -> Any:
     return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
 
 
+@one_at_a_time
 def run_command(
     data: Annotated[
         list[str],

@@ -3,10 +3,10 @@
 The texts are cut into chunks of equal size. Each chunk's vectors go to a file of their own in
 ``OUTPUT.parts``, written whole or not at all, beside a manifest of what is being computed. A run
 that was killed is started again with the same arguments: chunks that are there are not computed
-again, and one that was killed while it cleaned up cleans up. Two runs with one output at the same
-time are refused. Chunk i holds the same texts and is computed in the same way (same model, batches and
-threads) whichever process does it and whenever, so the result has the same bytes however often the
-run was stopped. At the end the chunks are copied into the output one by one.
+again, and one that was killed while it cleaned up ends that. A second run with the same output is
+refused meanwhile. Chunk i holds the same texts and is computed in the same way (same model, batches
+and threads) whichever process does it and whenever, so the result has the same bytes however often
+the run was stopped. At the end the chunks are copied into the output one by one.
 """
 
 from __future__ import annotations

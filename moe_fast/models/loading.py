@@ -60,7 +60,7 @@ def load_encoder(path: str) -> Any:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming(path: str | os.PathLike[str] | None) -> Iterator[None]:
     """Have the errors of the libraries that read a model say which model it is.
 
     Raises:
@@ -72,12 +72,12 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        message = str(error)
-        if os.fspath(path) in message and isinstance(error, (ValueError, TypeError, OSError)):
+        message, name = str(error), str(path)
+        if name in message and isinstance(error, (ValueError, TypeError, OSError)):
             raise
         kind = "" if isinstance(error, (ValueError, TypeError, OSError)) else type(error).__name__
         what = ": ".join(part for part in (kind, message) if part)
-        raise ValueError(f"model {os.fspath(path)!r} cannot be loaded: {what}") from error
+        raise ValueError(f"model {name!r} cannot be loaded: {what}") from error
 
 
 def tokenizer_beside(path: str) -> Any:
