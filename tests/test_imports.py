@@ -76,4 +76,4 @@ def test_sentence_transformers_is_asked_for_by_name():
         "except ImportError as e: print(e)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'moe-fast[train]'" in result.stdout, result.stderr
+    assert "pip install -e '.[train]'" in result.stdout, result.stderr

@@ -225,7 +225,7 @@ def nvcc(setup_py) -> None:
         return
     if os.environ.get("CI") == "true":
         pytest.fail("CI needs nvcc: pip install '.[cuda-build]'", pytrace=False)
-    pytest.skip("nvcc was not found: pip install 'moe-fast[cuda-build]'")
+    pytest.skip("nvcc was not found: pip install -e '.[cuda-build]'")
 
 
 @pytest.mark.slow

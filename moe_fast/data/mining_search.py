@@ -6,13 +6,13 @@ compared.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moe_fast.extras import require
 
 Positives = Sequence[Sequence[int]]
 """Of each query, the rows of the documents that answer it."""
@@ -47,7 +47,7 @@ def search_vectors(
     Raises:
         ImportError: faiss is not installed.
     """
-    faiss = _require("faiss", "faiss-cpu")
+    faiss = require("faiss", "search", "mining")
     index = faiss.IndexFlatIP(documents.shape[1])
     index.add(np.ascontiguousarray(documents, np.float32))
     asked = np.ascontiguousarray(queries, np.float32)
@@ -68,7 +68,7 @@ def search_words(
     Raises:
         ImportError: bm25s is not installed.
     """
-    bm25s = _require("bm25s", "bm25s")
+    bm25s = require("bm25s", "search", "mining")
 
     def words(texts: Sequence[str]) -> list[list[str]]:
         return bm25s.tokenize(list(texts), stopwords=None, return_ids=False, show_progress=False)
@@ -86,12 +86,3 @@ def search_words(
         rows[number], scores[number] = best, of_all[best]
         own[number] = of_all[list(positives[number])].max()
     return Found(rows, scores, own)
-
-
-def _require(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"mining needs {package}, which is not installed: pip install 'moe-fast[search]'"
-        ) from error

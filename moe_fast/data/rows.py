@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
+from moe_fast.extras import missing
+
 FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 Row = dict[str, Any]
 CSV_CELL_LIMIT = 1 << 30  # characters; Python's own 131,072 refuses long documents
@@ -137,7 +139,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ImportError("reading Parquet needs pyarrow: pip install 'moe-fast[train]'") from error
+        raise missing("pyarrow", "train", "reading Parquet", error) from error
     number = 0
     try:
         with pq.ParquetFile(path) as file:

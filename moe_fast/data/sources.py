@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe_fast.data.rows import FORMATS, Row, file_format, read_rows
+from moe_fast.extras import require
 
 
 class Source(Protocol):
@@ -95,13 +96,7 @@ def require_datasets() -> Any:
     Raises:
         ImportError: it is not installed; the message names the extra.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            "reading data needs datasets, which is not installed: pip install 'moe-fast[train]'"
-        ) from error
-    return datasets
+    return require("datasets", "train", "reading data")
 
 
 def _open_folder(path: Path, split: str, name: str | None, streaming: bool) -> Source:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_fast.extras import require
 from moe_fast.files import atomic_folder
 from moe_fast.inference.vectors import Vectors
 from moe_fast.ops.checks import check_count
@@ -139,11 +140,7 @@ def load_index(folder: str | os.PathLike[str]) -> VectorIndex:
 
 def require_faiss() -> Any:
     """The library, or an error that says how to get it."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("search needs faiss: pip install 'moe-fast[search]'") from error
-    return faiss
+    return require("faiss", "search", "search")
 
 
 def _prepared(vectors: NDArray[np.floating], normalize: bool) -> NDArray[np.float32]:

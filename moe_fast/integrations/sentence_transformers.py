@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from moe_fast.extras import missing
+
 try:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import quantize_embeddings
 except ImportError as error:
-    raise ImportError(
-        "MoESentenceTransformer needs sentence-transformers: pip install 'moe-fast[train]'."
-    ) from error
+    raise missing("sentence_transformers", "train", "MoESentenceTransformer", error) from error
 
 from transformers.utils import cached_file
 
@@ -43,6 +43,7 @@ from moe_fast.models.modeling import MoEModelMixin, replaced_files
 from moe_fast.models.strict import check_encoder_weights
 from moe_fast.models.upcycle import upcycle
 from moe_fast.ops.attention import attention_kernel
+from moe_fast.version import install_command
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +310,7 @@ def _default_domain(config: Any, domain: str | None) -> Iterator[None]:
 def _with_usage(card: str, domain: str | None) -> str:
     """sentence-transformers' usage example, made to run on a mixture."""
     load = "from sentence_transformers import SentenceTransformer\n"
-    register = "import moe_fast  # registers the architecture: pip install 'moe-fast[train]'\n"
+    register = f"import moe_fast  # registers the architecture: {install_command('train')}\n"
     if register not in card:
         card = card.replace(load, register + load, 1)
     if domain is None:

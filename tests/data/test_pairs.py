@@ -163,5 +163,5 @@ def test_a_missing_file_says_so(tmp_path: Path):
 
 def test_without_datasets_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'moe-fast\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[train\]'"):
         read_pairs(write_jsonl(tmp_path / "p.jsonl", [{"a": "x", "b": "y"}]))

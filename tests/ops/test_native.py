@@ -29,7 +29,7 @@ def cuda_library() -> Path:
     if reason is not None and os.environ.get("CI") == "true":
         pytest.fail(f"CI needs the CUDA half: {reason}", pytrace=False)
     elif reason is not None:
-        pytest.skip(f"{reason} (pip install 'moe-fast[cuda-build]', make setup)")
+        pytest.skip(f"{reason} (pip install -e '.[cuda-build]', make setup)")
     return FOLDER / "_native_cuda.so"
 
 
