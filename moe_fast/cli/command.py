@@ -181,11 +181,16 @@ def _errors(name: str, debug: bool) -> Iterator[None]:
             raise
         _close_progress_bars()
         texts = [str(error), *getattr(error, "__notes__", ())]
-        message = " ".join(" ".join(texts).split()) or "no message"
+        message = printable(" ".join(" ".join(texts).split())) or "no message"
         expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
         kind = "" if isinstance(error, expected) else f"{type(error).__name__}: "
         print(f"moe-fast {name}: error: {kind}{message}", file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+def printable(text: str) -> str:
+    """Text that may come from a file, its control characters escaped: none reaches a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _close_progress_bars() -> None:

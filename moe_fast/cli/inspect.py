@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_fast.cli.command import Run
+from moe_fast.cli.command import Run, printable
 from moe_fast.cli.options import (
     TEXT,
     BatchSize,
@@ -86,8 +86,8 @@ def run_command(
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return printable(", ".join(map(str, value))) or "none"
+    return f"{value:,}" if isinstance(value, int) else printable(str(value))
 
 
 def _usage(

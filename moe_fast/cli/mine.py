@@ -18,6 +18,7 @@ from moe_fast.cli.options import (
     SkipInvalid,
     Truncate,
 )
+from moe_fast.cli.outputs import one_at_a_time
 
 EXAMPLE = "moe-fast mine pairs.jsonl --model mixture --negatives 2 --max-ratio 2 -o mined.jsonl"
 _SEARCH, _LEAVE_OUT = "Search", "What is left out"
@@ -27,6 +28,7 @@ def _option(panel: str, text: str, *flags: str, **settings: Any) -> Any:
     return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
 
 
+@one_at_a_time
 def run_command(
     data: Annotated[
         list[str],

@@ -25,7 +25,7 @@ _state: dict[str, Any] = {}  # a worker's model and parts, for all the chunks it
 
 @contextmanager
 def worker_pool(
-    processes: int, settings: EncoderSettings, parts: Parts, threads: int
+    processes: int, settings: EncoderSettings, parts: Parts
 ) -> Iterator[Callable[[Chunk], Future[EmbeddedChunk]]]:
     """A function that sends a chunk to the next free worker.
 
@@ -34,7 +34,7 @@ def worker_pool(
     """
     # spawn: a forked process must not use CUDA, nor the parent's thread pools
     context = multiprocessing.get_context("spawn")
-    arguments = (settings, parts, threads)
+    arguments = (settings, parts)
     with ProcessPoolExecutor(processes, context, _start, arguments) as pool:
         try:
             yield lambda chunk: pool.submit(_embed, chunk)
@@ -45,9 +45,9 @@ def worker_pool(
             ) from error
 
 
-def _start(settings: EncoderSettings, parts: Parts, threads: int) -> None:
+def _start(settings: EncoderSettings, parts: Parts) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(parts.threads)
     _state.update(encoder=TextEncoder(settings), parts=parts)
 
 

@@ -31,6 +31,8 @@ try:
 except ImportError as error:
     raise missing("sentence_transformers", "train", "MoESentenceTransformer", error) from error
 
+from transformers.utils import cached_file
+
 import moe_fast.models  # noqa: F401  registers the architectures
 from moe_fast.encoding.batches import padded_batch
 from moe_fast.encoding.encoder import check_one_encoder
@@ -45,9 +47,10 @@ from moe_fast.encoding.prompts import prompt_of
 from moe_fast.files import atomic_folder, atomic_write
 from moe_fast.models.extract import extract_expert
 from moe_fast.models.join import check_same_tokenizers, join_encoders, mean_state
-from moe_fast.models.loading import check_checkpoint
+from moe_fast.models.loading import check_checkpoint, naming, read_modules
 from moe_fast.models.model_card import describe_mixture
 from moe_fast.models.modeling import MoEModelMixin, replaced_files
+from moe_fast.models.strict import check_encoder_weights
 from moe_fast.models.upcycle import upcycle
 from moe_fast.ops.attention import attention_kernel
 from moe_fast.ops.route import NonFiniteLogitsError
@@ -379,9 +382,20 @@ def _as_list(values: Any) -> list[Any] | None:
         return None
 
 
-def load_sentence_transformer(path: str) -> SentenceTransformer:
-    """The stock ``SentenceTransformer`` in a folder or under a hub id, on the CPU."""
-    return SentenceTransformer(path, device="cpu")
+def load_sentence_transformer(path: str, device: str | None = "cpu") -> SentenceTransformer:
+    """The stock ``SentenceTransformer`` in a folder or under a hub id.
+
+    Raises:
+        ValueError: for weights that its encoder lacks, which would be made up.
+    """
+    with naming(path):
+        model = SentenceTransformer(path, device=device)
+        encoder = model.transformers_model
+        if encoder is not None and not getattr(encoder, "_hf_peft_config_loaded", False):
+            modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
+            folder = read_modules(Path(modules))[0][0] if modules else ""
+            check_encoder_weights(encoder, path, folder)
+    return model
 
 
 def upcycle_sentence_transformer(

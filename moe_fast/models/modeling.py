@@ -41,10 +41,11 @@ from moe_fast.models.configuration import (
     MoERobertaConfig,
     MoEXLMRobertaConfig,
 )
-from moe_fast.models.loading import check_checkpoint, shortened
+from moe_fast.models.loading import check_checkpoint, naming
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
+from moe_fast.models.strict import check_loading_info
 from moe_fast.models.weights import check_no_adapter
 from moe_fast.ops.checks import check_shape, compute_dtype
 from moe_fast.version import __version__
@@ -169,15 +170,11 @@ class MoEModelMixin(PreTrainedModel):
         if isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
             check_checkpoint(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        missing = sorted(n for n in info["missing_keys"] if not n.startswith("pooler."))
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks weights of {cls.__name__}: "
-                f"{shortened(missing)}."
+        with naming(pretrained_model_name_or_path):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
+        check_loading_info(info, model, pretrained_model_name_or_path)
         return (model, info) if wanted else model
 
     def save_pretrained(
