@@ -123,7 +123,7 @@ def _global_parameters(allowed: Mapping[str, Any]) -> list[inspect.Parameter]:
         "config": (
             Path | None,
             typer.Option(
-                help="YAML file of settings, by the names of the flags; flags go before it.",
+                help="YAML file of settings, named as the flags; a flag given as well wins.",
                 is_eager=True,
                 callback=load,
                 rich_help_panel=panel,
@@ -132,12 +132,20 @@ def _global_parameters(allowed: Mapping[str, Any]) -> list[inspect.Parameter]:
         ),
         "backend": (
             Backend,
-            typer.Option(help="Implementation of the MoE operations.", rich_help_panel=panel),
+            typer.Option(
+                help="Implementation of the operations; auto takes the fastest for each device.",
+                rich_help_panel=panel,
+            ),
             "auto",
         ),
         "seed": (
             int,
-            typer.Option(help="Of every random draw.", min=0, max=2**32 - 1, rich_help_panel=panel),
+            typer.Option(
+                help="Where every random draw begins; the same seed gives the same result.",
+                min=0,
+                max=2**32 - 1,
+                rich_help_panel=panel,
+            ),
             0,
         ),
         "quiet": (
@@ -151,7 +159,9 @@ def _global_parameters(allowed: Mapping[str, Any]) -> list[inspect.Parameter]:
         ),
         "debug": (
             bool,
-            typer.Option("--debug", help="On failure, show the traceback.", rich_help_panel=panel),
+            typer.Option(
+                "--debug", help="On failure, show Python's traceback.", rich_help_panel=panel
+            ),
             False,
         ),
     }

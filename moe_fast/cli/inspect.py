@@ -38,7 +38,8 @@ def run_command(
         typer.Option(
             metavar="FILE",
             help="File of texts whose tokens are counted per expert: .txt, .jsonl, .csv (each also "
-            ".gz) or .parquet; DOMAIN=FILE gives its texts that domain. May be given several times.",
+            ".gz) or .parquet; DOMAIN=FILE gives its texts that domain; may be given several "
+            "times.",
         ),
     ] = None,
     output: Annotated[

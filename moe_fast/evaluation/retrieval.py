@@ -204,7 +204,8 @@ def _others(query: str, hits: Mapping[str, float], depth: int | None = None) -> 
 
 def _check_domains(model: Any, retrieval: Retrieval) -> None:
     """Raise before anything is encoded where a text's domain is none of the model's."""
-    known = set(getattr(model.transformers_model.config, "domains", ()))
+    config = getattr(getattr(model, "transformers_model", None), "config", None)
+    known = set(getattr(config, "domains", None) or ())
     for kind, domains in (("queries", retrieval.domains), ("corpus", retrieval.corpus_domains)):
         unknown = sorted(set((domains or {}).values()) - known)
         if unknown and known:
@@ -253,8 +254,8 @@ def evaluate_run(
         linear gains), per domain where the queries have domains, and over all. As in BEIR and
         trec_eval, a query without judgements is not scored, and one whose judgements are all 0 or
         less scores 0. Details: the numbers of queries (scored), of those without a relevant
-        document and, over all, of queries without judgements and of own documents left out of
-        the hits.
+        document and, over all, of queries without judgements and of those whose own document
+        is in the corpus and ignored.
 
     Raises:
         ValueError: an unknown measure; no query with a relevant document; qrels of unknown
@@ -265,9 +266,7 @@ def evaluate_run(
     check_measures(measures)
     check_qrels(retrieval)
     _check_run(run, retrieval)
-    own = 0
     if ignore_identical_ids:
-        own = sum(query in hits for query, hits in run.items())
         run = {query: _others(query, hits) for query, hits in run.items()}
     queries = [query for query in retrieval.queries if retrieval.qrels.get(query)]
     qrels = {query: retrieval.qrels[query] for query in queries}
@@ -282,7 +281,8 @@ def evaluate_run(
     details = _details(items, qrels)
     details[ALL_DOMAINS] |= {
         "queries_without_judgements": len(retrieval.queries) - len(queries),
-        "own_documents_ignored": own,
+        "own_documents_ignored": ignore_identical_ids
+        * sum(query in retrieval.corpus for query in queries),
     }
     return evaluation_of(
         "retrieval",
@@ -368,7 +368,7 @@ def check_qrels(retrieval: Retrieval) -> None:
         unknown = judged.keys() - retrieval.corpus.keys()
         if unknown:
             raise ValueError(f"qrels: query {query!r}: unknown document {min(unknown)!r}")
-    if not any(_relevant(judged) for judged in retrieval.qrels.values()):
+    if retrieval.queries and not any(map(_relevant, retrieval.qrels.values())):
         raise ValueError(
             f"qrels: none of the {len(retrieval.queries)} queries has a relevant document"
         )
