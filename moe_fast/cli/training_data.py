@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from moe_fast.cli.command import Run
@@ -25,10 +24,11 @@ def read_data(sources: list[str], positives_only: bool, keep: Sequence[str] = ()
     from datasets import concatenate_datasets
 
     from moe_fast.data import read_training_data
+    from moe_fast.data.sources import split_domain
 
     parts = []
     for source in sources:
-        domain, path = _split_domain(source)
+        domain, path = split_domain(source)
         rows = read_training_data(path, keep=keep)
         if domain is not None:
             if "domain" in rows.column_names:
@@ -41,14 +41,6 @@ def read_data(sources: list[str], positives_only: bool, keep: Sequence[str] = ()
                 f"{sorted(parts[0].column_names)}; all files must have the same"
             )
     return concatenate_datasets(parts)
-
-
-def _split_domain(source: str) -> tuple[str | None, str]:
-    """(domain, path) of DOMAIN=FILE; a file whose own name has a "=" is taken as it is."""
-    domain, equals, path = source.partition("=")
-    if not equals or Path(source).exists():
-        return None, source
-    return domain, path
 
 
 def _positives(rows: Any, path: str, positives_only: bool) -> Any:

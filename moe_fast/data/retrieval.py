@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.data import checks
-from moe_fast.data.rows import open_binary, read_lines, read_rows, unique_keys
+from moe_fast.data.lines import open_binary, read_lines
+from moe_fast.data.rows import read_rows, unique_keys
 
 MAX_RELEVANCE = 1_000_000  # trec_eval's memory and time grow with the largest
 

@@ -95,7 +95,6 @@ MISTAKES = [
     ("p.jsonl", '{"a": "x", "b": "y\\ud800"}', "line 1: b is not valid Unicode"),
     ("p.jsonl", '{"a": "x", "b": "y", "domain": ""}', "line 1: domain is empty"),
     ("p.jsonl", '{"a": "x", "b": "y", "label": 2}', "line 1: label=2; allowed are 0 and 1"),
-    ("p.jsonl", '{"a": "x", "b": "y", "label": true}', "label=True; allowed are 0 and 1"),
     ("p.jsonl", '{"a": "x", "b": "y", "label": 0.5}', "label=0.5; allowed are 0 and 1"),
     ("p.csv", "a,b,label\nx,y,yes\n", "line 2: label='yes'; allowed are 0 and 1"),
     (
