@@ -235,7 +235,7 @@ def _read_retrieval(source: str, on_missing: Literal["error", "drop"]) -> Retrie
     from moe_fast.data.sources import split_domain
 
     domain, path = split_domain(source)
-    found = read_retrieval(path, **({} if on_missing == "error" else {"on_missing": on_missing}))
+    found = read_retrieval(path, on_missing=on_missing)
     if domain is None:
         return found
     if found.domains is not None or found.corpus_domains is not None:

@@ -148,22 +148,6 @@ def split_domain(source: str) -> tuple[str | None, str]:
     return domain, path
 
 
-def split_domain(source: str) -> tuple[str | None, str]:
-    """(domain, path) of DOMAIN=FILE; a file whose own name has a "=" is taken as it is.
-
-    Raises:
-        ValueError: nothing before or behind the "=".
-    """
-    domain, equals, path = source.partition("=")
-    if not equals or os.path.exists(source):
-        return None, source
-    if not domain.strip() or not path:
-        raise ValueError(
-            f"{source!r}: expected DOMAIN=FILE; the {'file' if domain else 'domain'} is missing"
-        )
-    return domain, path
-
-
 def require_datasets() -> Any:
     """Import the datasets library.
 
