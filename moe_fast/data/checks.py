@@ -34,6 +34,13 @@ def shown(value: Any, length: int = 60) -> str:
     return text if len(text) <= length + 20 else f"{text[:length]}..."
 
 
+def reason(error: BaseException, length: int = 300) -> str:
+    """What an error of another library says, on one line, escaped and cut."""
+    text = " ".join(str(error)[: 2 * length].split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def listed(names: Collection[Any], most: int = SHOWN_NAMES) -> str:
     """Names for a message, as a list that is cut after `most`, with how many there are."""
     first = [shown(name) for _, name in zip(range(most), names, strict=False)]

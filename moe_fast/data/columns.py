@@ -31,7 +31,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "neg": ("negative", "negatives", "hard_negative", "hard_negatives"),
     "label": ("labels",),
     "domain": ("domains",),
-    "score": ("scores", "similarity_score", "label", "labels"),
+    "score": ("scores", "similarity_score"),
     "id": ("_id",),
     "_id": ("id",),
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moe_fast.data.checks import shown
+from moe_fast.data.checks import reason, shown
 
 MAX_LINE = 1 << 28  # bytes; a file without line ends is no file of lines
 BOMB_BYTES, BOMB_RATIO = 1 << 28, 200  # text shrinks to a tenth or so, at the most 1,030-fold
@@ -42,7 +42,7 @@ def check_file(path: Path) -> None:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no such file: {path}") from error
     except (OSError, ValueError) as error:  # too long a name, a NUL byte in it
-        raise ValueError(f"path={shown(str(path), 500)}: {shown(str(error), 200)}") from error
+        raise ValueError(f"path={shown(str(path), 500)}: {reason(error)}") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise ValueError(f"{path} is {kind}, not a regular file")
@@ -104,7 +104,7 @@ def _decode(raw: bytes, where: str, *, first: bool) -> str:
             f"{where}: not UTF-8 ({error}); save the file as UTF-8, which spreadsheet programs "
             "call 'CSV UTF-8'"
         ) from error
-    if "\0" in text:
+    if first and "\0" in text:
         raise ValueError(f"{where}: a NUL byte, which no text has; is the file UTF-16?")
     return text
 
@@ -122,14 +122,15 @@ class _Unzipped(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._unzipped.readinto(buffer)
-        self._bytes += count
+        data = self._unzipped.read1(len(buffer))  # whole reads lose what precedes a broken part
+        buffer[: len(data)] = data
+        self._bytes += len(data)
         if self._bytes > BOMB_BYTES and self._bytes > BOMB_RATIO * self._file.tell():
             raise ValueError(
                 f"{self._path}: unfolds to more than {BOMB_RATIO} times its size, as no text does; "
                 "unpack it first if that is meant"
             )
-        return count
+        return len(data)
 
     def close(self) -> None:
         self._unzipped.close()

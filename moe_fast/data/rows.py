@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.data import csv_rows
-from moe_fast.data.checks import listed, shown
+from moe_fast.data.checks import listed, reason, shown
 from moe_fast.data.lines import Refuse, check_file, read_lines, refuse
 
 FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
@@ -112,7 +112,7 @@ def _parse(text: str, where: str) -> Row:
     try:
         row = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:  # the latter: nested too deeply
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
+        raise ValueError(f"{where}: not valid JSON ({reason(error)})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {shown(text.strip())}")
     return row
@@ -141,7 +141,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
             return read()
         except Exception as error:  # damaged files raise whatever Arrow's readers stumble on
             raise ValueError(
-                f"{path}, after row {number}: not readable as Parquet ({shown(str(error), 200)})"
+                f"{path}, after row {number}: not readable as Parquet ({reason(error)})"
             ) from error
 
     with attempt(partial(pq.ParquetFile, path)) as file:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from moe_fast.data.checks import shown
+from moe_fast.data.checks import reason
 from moe_fast.data.lines import Refuse, check_file, refuse
 from moe_fast.data.rows import (
     FORMATS,
@@ -195,9 +195,7 @@ def _open_folder(path: Path, split: str, name: str | None, streaming: bool) -> S
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # a damaged folder raises whatever its readers stumble on
-        raise ValueError(
-            f"{path}: not readable as a saved dataset ({shown(str(error), 200)})"
-        ) from error
+        raise ValueError(f"{path}: not readable as a saved dataset ({reason(error)})") from error
     splits = data if isinstance(data, dict) else {str(data.split or split): data}
     if split not in splits:
         raise ValueError(f"{path}: no split {split!r}; splits present: {sorted(splits)}")
@@ -214,6 +212,6 @@ def _load(source: str, split: str, name: str | None, streaming: bool) -> Source:
             f"of a Hugging Face dataset: {error}"
         ) from error
     except Exception as error:  # whatever a damaged folder or an id that is none leads to
-        cause = shown(str(error.__cause__ or error), 300)
-        raise ValueError(f"{source}: not readable as a dataset ({cause})") from error
+        cause = reason(error.__cause__ or error)
+        raise ValueError(f"{source}: not readable ({cause})") from error
     return DatasetSource(data, f"{source}, split {split}")
