@@ -99,7 +99,7 @@ def _write(rows: Rows, path: str | os.PathLike[str], check: Check, formats: Iter
 
 def _write_jsonl(rows: Iterator[Row], path: Path) -> int:
     count = 0
-    with _text(path) as file:
+    with open_text(path) as file:
         for count, row in enumerate(rows, start=1):  # noqa: B007
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return count
@@ -107,7 +107,7 @@ def _write_jsonl(rows: Iterator[Row], path: Path) -> int:
 
 def _write_csv(rows: Iterator[Row], path: Path, delimiter: str = ",") -> int:
     count = 0
-    with _text(path) as file:
+    with open_text(path) as file:
         # all text in quotes: a lone carriage return or an empty cell is then text as well
         writer = csv.writer(
             file, delimiter=delimiter, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"
@@ -135,8 +135,8 @@ def _write_parquet(rows: Iterator[Row], path: Path) -> int:
 
 
 @contextmanager
-def _text(path: Path) -> Iterator[IO[str]]:
-    """A UTF-8 file to write, through gzip where its name ends so."""
+def open_text(path: Path) -> Iterator[IO[str]]:
+    """Open a UTF-8 file to write, through gzip where its name ends so."""
     with ExitStack() as stack:
         file: Any = stack.enter_context(path.open("wb"))
         if path.suffix.lower() == ".gz":  # no name and no time inside: equal rows, equal bytes

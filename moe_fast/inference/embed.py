@@ -95,8 +95,10 @@ def embed_file(
 
     Args:
         source: ``.txt``, ``.jsonl``, ``.csv`` (also ``.gz``) or ``.parquet``.
-        output: ``.npy``, an array [N, d], or ``.parquet`` with the columns ``id`` (the source's
-            ``id`` or ``_id``, else the row number from 0, as text) and ``embedding``.
+        output: ``.npy``, an array [N, d], with the ids beside it (see
+            :mod:`moe_fast.inference.vectors`), or ``.parquet`` with the columns ``id`` and
+            ``embedding``. Ids are the source's ``id`` or ``_id``, else the row number from 0, as
+            text.
         settings: the model and how to call it.
         columns, domain_column: see :func:`moe_fast.inference.texts.read_text_rows`.
         chunk_size: texts per chunk: what a kill can lose, per process.
