@@ -29,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-quick test test-oldest test-newest test-python test-slow test-install test-sanitize fuzz bench bench-full bench-gpu \
+.PHONY: help setup lock wheel demo demo-quick test test-oldest test-newest test-python test-slow test-install test-sanitize fuzz bench bench-full bench-gpu \
   bench-compare bench-report bench-instructions lint format clean
 
 help:
@@ -56,6 +56,7 @@ help:
 	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
 	@echo "  lint         ruff (rules and format) and mypy"
 	@echo "  format       let ruff mend what it can"
+	@echo "  wheel        an sdist and a manylinux wheel in dist, checked"
 	@echo "  lock         write constraints.txt and constraints-oldest.txt anew, from pyproject.toml"
 	@echo "  clean        remove what was built, $(VENV) included"
 	@echo
@@ -85,8 +86,12 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
 	$(if $(BEYOND),$(PIP) --upgrade $(BEYOND))
 	@if [ -e moe_fast/_native_cuda.so ]; then echo "moe_fast: the native library is built, for CPU and CUDA."; \
 	 elif [ -e moe_fast/_native.so ]; then echo "moe_fast: the native library is built, for the CPU (no nvcc)."; \
-	 else echo "moe_fast: no native library; pip install -v --no-build-isolation -e . says why."; fi
+	 else echo "moe_fast: no native library; $(PY) -m pip install -v --no-build-isolation -e . says why."; fi
 	@touch $@
+
+wheel: setup
+	rm -rf dist
+	.ci/wheel $(abspath $(PY)) dist
 
 # uv resolves, for every Python and platform at once or for the lower bounds; pip installs.
 COMPILE := build/uv/bin/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --extra dev \
@@ -124,7 +129,7 @@ test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
 
 test-install: setup
-	$(PYTEST) $(ARGS) tests/test_packaging.py
+	$(PYTEST) $(ARGS) tests/test_packaging.py tests/test_installs.py
 
 # The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
 # is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.
@@ -193,12 +198,13 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info moe_fast/_native*.so
+	rm -rf $(VENV) .venv-* build dist *.egg-info moe_fast/_native*.so
 	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
