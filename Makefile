@@ -29,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock wheel demo demo-quick test test-oldest test-newest test-python test-slow test-install test-sanitize fuzz bench bench-full bench-gpu \
+.PHONY: look-again help setup lock wheel demo demo-quick test test-oldest test-newest test-python test-slow test-install test-sanitize fuzz bench bench-full bench-gpu \
   bench-compare bench-report bench-instructions lint format clean
 
 help:
@@ -69,8 +69,8 @@ help:
 
 setup: $(VENV)/.ready
 
-# torch alone and first: nothing later gets to choose another one.
-$(VENV)/.torch: $(LOCK)
+# torch alone and first: nothing later gets to choose another one. What is newest changes from day to day.
+$(VENV)/.torch: $(LOCK) $(if $(LOCK),,look-again)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "moe_fast needs Python 3.11 or newer, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	       "Choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -117,9 +117,7 @@ test: setup
 test-oldest:
 	$(MAKE) test RELEASES=oldest
 
-# What is newest changes from day to day: look again.
 test-newest:
-	rm -f $(VENV)-newest/.torch
 	$(MAKE) test RELEASES=newest
 
 test-python:
