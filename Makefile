@@ -29,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
+.PHONY: look-again help setup lock wheel demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
   bench-compare bench-report bench-instructions lint format clean
 
 help:
@@ -57,6 +57,7 @@ help:
 	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
 	@echo "  lint         ruff (rules and format) and mypy"
 	@echo "  format       let ruff mend what it can"
+	@echo "  wheel        an sdist and a manylinux wheel in dist, checked"
 	@echo "  lock         write constraints.txt and constraints-oldest.txt anew, from pyproject.toml"
 	@echo "  clean        remove what was built, $(VENV) included"
 	@echo
@@ -69,8 +70,8 @@ help:
 
 setup: $(VENV)/.ready
 
-# torch alone and first: nothing later gets to choose another one.
-$(VENV)/.torch: $(LOCK)
+# torch alone and first: nothing later gets to choose another one. What is newest changes from day to day.
+$(VENV)/.torch: $(LOCK) $(if $(LOCK),,look-again)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "moe_fast needs Python 3.11 or newer, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	       "Choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -86,8 +87,12 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
 	$(if $(BEYOND),$(PIP) --upgrade $(BEYOND))
 	@if [ -e moe_fast/_native_cuda.so ]; then echo "moe_fast: the native library is built, for CPU and CUDA."; \
 	 elif [ -e moe_fast/_native.so ]; then echo "moe_fast: the native library is built, for the CPU (no nvcc)."; \
-	 else echo "moe_fast: no native library; pip install -v --no-build-isolation -e . says why."; fi
+	 else echo "moe_fast: no native library; $(PY) -m pip install -v --no-build-isolation -e . says why."; fi
 	@touch $@
+
+wheel: setup
+	rm -rf dist
+	.ci/wheel $(abspath $(PY)) dist
 
 # uv resolves, for every Python and platform at once or for the lower bounds; pip installs.
 COMPILE := build/uv/bin/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --extra dev \
@@ -113,9 +118,7 @@ test: setup
 test-oldest:
 	$(MAKE) test RELEASES=oldest
 
-# What is newest changes from day to day: look again.
 test-newest:
-	rm -f $(VENV)-newest/.torch
 	$(MAKE) test RELEASES=newest
 
 test-python:
@@ -132,7 +135,7 @@ test-kernels: setup
 	$(PYTEST) $(WHOLE_TABLE) $(ARGS)
 
 test-install: setup
-	$(PYTEST) $(ARGS) tests/test_packaging.py
+	$(PYTEST) $(ARGS) tests/test_packaging.py tests/test_installs.py
 
 # The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
 # is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.
@@ -201,12 +204,13 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info moe_fast/_native*.so
+	rm -rf $(VENV) .venv-* build dist *.egg-info moe_fast/_native*.so
 	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
