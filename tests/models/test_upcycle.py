@@ -21,8 +21,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("target", ["mlp", "intermediate", "output"])
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [
+        (torch.float32, "mlp"),
+        (torch.float64, "mlp"),
+        (torch.float64, "intermediate"),
+        (torch.float64, "output"),
+    ],
+)
 @pytest.mark.parametrize(("settings", "how", "tolerance"), CASES)
 def test_output_equals_the_dense_models(dense, batch, dtype, target, settings, how, tolerance):
     dense = dense.to(dtype)
