@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.training.callbacks import ExpertUsageCallback
 from moe_fast.training.checkpoints import WholeCheckpointTrainer
 from moe_fast.training.checks import (
@@ -101,6 +102,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         max_length: int | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_one_encoder(model)
         self._domain_column = domain_column
         self._collation = {
             "swap_pairs": swap_pairs,
