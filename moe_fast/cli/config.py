@@ -70,8 +70,8 @@ def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no YAML mapping, or too long or deep a one; a key twice, an unknown key (with the nearest known ones), or
-            a value of a wrong type.
+        ValueError: no YAML mapping, or too long or deep a one; a key twice, an unknown key
+            (with the nearest known ones), or a value of a wrong type.
     """
     settings = {}
     for key, value in load_mapping(path).items():

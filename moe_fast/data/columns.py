@@ -19,10 +19,11 @@ from moe_fast.data.rows import Row
 
 Value = Callable[[Any, str, str], Any]  # (value, column, place) -> the value, checked
 
-_FIRST = ("anchor", "query", "question", "sentence1", "sentence_1", "sentence_a", "text1")
-_FIRST += ("text_1", "premise")
-_SECOND = ("positive", "document", "passage", "answer", "sentence2", "sentence_2", "sentence_b")
-_SECOND += ("text2", "text_2", "hypothesis")
+_FIRST = tuple("anchor query question sentence1 sentence_1 sentence_a text1 text_1 premise".split())
+_SECOND = tuple(
+    "positive document passage answer sentence2 sentence_2 sentence_b text2 text_2 "
+    "hypothesis".split()
+)
 SPELLINGS: dict[str, tuple[str, ...]] = {
     "a": _FIRST,
     "b": _SECOND,

@@ -62,10 +62,9 @@ def read_rows(
     path = Path(path)
     kind = file_format(path)
     check_file(path)
-    if kind in CSV_FORMATS:
-        return _read_csv(path, delimiter or resolve_delimiter(path), invalid)
+    delimiter = resolve_delimiter(path, delimiter)
     if delimiter is not None:
-        raise ValueError(f"delimiter={delimiter!r}: {path} is no CSV file")
+        return _read_csv(path, delimiter, invalid)
     return _read_jsonl(path, invalid) if kind == ".jsonl" else _read_parquet(path)
 
 
