@@ -13,13 +13,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 # What a label says by its name, in the words of common datasets (GLUE, NLI, BEIR).
-POSITIVE = frozenset(
-    "1 1.0 true positive entailment duplicate equivalent paraphrase relevant".split()
-)
-NEGATIVE = frozenset(
-    "0 0.0 false negative contradiction not_entailment not_duplicate not_equivalent "
-    "not_paraphrase not_relevant irrelevant".split()
-)
+POSITIVE = {"1", "1.0", "true", "positive", "entailment", "duplicate", "equivalent"}
+POSITIVE |= {"paraphrase", "relevant"}
+NEGATIVE = {"0", "0.0", "false", "negative", "contradiction", "not_entailment", "not_duplicate"}
+NEGATIVE |= {"not_equivalent", "not_paraphrase", "not_relevant", "irrelevant"}
 
 SHOWN_NAMES = 20
 _LONGEST_NAME = 100  # characters, to look for a spelling that is near

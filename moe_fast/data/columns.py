@@ -19,14 +19,13 @@ from moe_fast.data.rows import Row
 
 Value = Callable[[Any, str, str], Any]  # (value, column, place) -> the value, checked
 
-_FIRST = tuple("anchor query question sentence1 sentence_1 sentence_a text1 text_1 premise".split())
-_SECOND = tuple(
-    "positive document passage answer sentence2 sentence_2 sentence_b text2 text_2 "
-    "hypothesis".split()
-)
+_FIRST = ["anchor", "query", "question", "sentence1", "sentence_1", "sentence_a", "text1"]
+_FIRST += ["text_1", "premise"]
+_SECOND = ["positive", "document", "passage", "answer", "sentence2", "sentence_2", "sentence_b"]
+_SECOND += ["text2", "text_2", "hypothesis"]
 SPELLINGS: dict[str, tuple[str, ...]] = {
-    "a": _FIRST,
-    "b": _SECOND,
+    "a": tuple(_FIRST),
+    "b": tuple(_SECOND),
     "query": ("a", *(name for name in _FIRST if name != "query")),
     "pos": ("positives", "b", *_SECOND),
     "neg": ("negative", "negatives", "hard_negative", "hard_negatives"),
