@@ -17,8 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from moe_fast.data.checks import reason, shown
 from moe_fast.files import atomic_write
+from moe_fast.messages import reason, shown
 
 # Settings of NAME=VALUE, which a file may also hold as a mapping of names to values.
 NAMED = ("data", "eval_data", "columns", "models")

@@ -28,11 +28,11 @@ from hashlib import blake2b
 from typing import Any
 
 from moe_fast.data import checks
-from moe_fast.data.checks import listed, shown
 from moe_fast.data.columns import match_columns, numbered
 from moe_fast.data.mining_search import Found, search_vectors, search_words
 from moe_fast.data.rows import Row
 from moe_fast.data.sources import DatasetSource
+from moe_fast.messages import listed, shown
 from moe_fast.ops.checks import check_count
 
 BM25 = "bm25"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_fast.data import checks
-from moe_fast.data.checks import reason, shown
 from moe_fast.data.lines import open_binary, read_lines
 from moe_fast.data.rows import read_rows, unique_keys
+from moe_fast.messages import reason, shown
 
 logger = logging.getLogger(__name__)
 MAX_RELEVANCE = 1_000_000  # trec_eval's memory and time grow with the largest

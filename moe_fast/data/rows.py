@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.data import csv_rows
-from moe_fast.data.checks import listed, reason, shown
 from moe_fast.data.lines import Refuse, check_file, read_lines, refuse
+from moe_fast.messages import listed, reason, shown
 
 FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 CSV_FORMATS = (".csv", ".tsv")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from moe_fast.data.checks import reason
 from moe_fast.data.lines import Refuse, check_file, refuse
 from moe_fast.data.rows import (
     FORMATS,
@@ -18,6 +17,7 @@ from moe_fast.data.rows import (
     read_rows,
     resolve_delimiter,
 )
+from moe_fast.messages import reason
 
 
 class Source(Protocol):
