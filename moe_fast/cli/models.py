@@ -14,10 +14,13 @@ def load_converted(path: str) -> Any:
     """The SentenceTransformer at `path`, or the bare encoder where it is none, on the CPU."""
     from transformers import AutoModel
 
+    from moe_fast.inference.adapters import adapter_folder
     from moe_fast.inference.models import check_model_path, has_modules, load_model
 
     check_model_path(path)
-    return load_model(path, device="cpu") if has_modules(path) else AutoModel.from_pretrained(path)
+    if has_modules(path) or adapter_folder(path) is not None:
+        return load_model(path, device="cpu")
+    return AutoModel.from_pretrained(path)
 
 
 def save_converted(model: Any, output: Path, source: str, run: Run) -> None:
