@@ -14,8 +14,8 @@ def load_converted(path: str) -> Any:
     """The SentenceTransformer at `path`, or the bare encoder where it is none, on the CPU."""
     from transformers import AutoModel
 
-    from moe_fast.inference.adapters import adapter_folder
     from moe_fast.inference.models import check_model_path, has_modules, load_model
+    from moe_fast.models.adapters import adapter_folder
 
     check_model_path(path)
     if has_modules(path) or adapter_folder(path) is not None:

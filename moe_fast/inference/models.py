@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from moe_fast.inference.adapters import adapter_folder, load_with_adapter
+from moe_fast.models.adapters import adapter_folder, base_of, load_with_adapter
 from moe_fast.models.architectures import ARCHITECTURES
 from moe_fast.models.loading import check_checkpoint
 
@@ -83,13 +83,15 @@ def model_fingerprint(path: str) -> str:
     """What the model's weights and settings are, so that a change of either shows.
 
     A folder: the SHA-256 of the names and contents of its files, hidden ones and cards aside. A hub
-    id: the commit that the cache holds.
+    id: the commit that the cache holds. An adapter's base belongs to it.
     """
     folder = Path(path)
     if not folder.is_dir():
         config = _cached(path, "config.json") or _cached(path, "modules.json")
         return config.parent.name if config else path  # .../snapshots/COMMIT/config.json
     digest = hashlib.sha256()
+    if (adapter := adapter_folder(path)) is not None:
+        digest.update(model_fingerprint(base_of(path, adapter)).encode())
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)

@@ -30,7 +30,8 @@ def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
         path: of the model: a bare adapter, or a ``SentenceTransformer`` on one, whose further
             modules and prompts are taken.
         adapter: what :func:`adapter_folder` found there.
-        load_base: a function from the base model's path to its ``SentenceTransformer``.
+        load_base: a function from the base model's path to the model, a ``SentenceTransformer`` or
+            a bare encoder.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -41,34 +42,50 @@ def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
         raise ImportError(f"{path} is an adapter, which needs PEFT: pip install peft")
     from peft import PeftModel
 
-    model = load_base(_base_of(path, adapter))
+    base = base_of(path, adapter)
     if not (adapter / WEIGHTS).is_file():
         raise ValueError(
             f"{adapter} has no {WEIGHTS}: save the adapter as safetensors (save_pretrained's "
             "default); files of another format are not read"
         )
+    model = load_base(base)
     try:
-        wrapped = PeftModel.from_pretrained(model.transformers_model, str(adapter))
+        wrapped = PeftModel.from_pretrained(_encoder(model), str(adapter))
         encoder = wrapped.merge_and_unload(safe_merge=True)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter in {adapter} does not fit its base: {error}") from error
     encoder.requires_grad_(True)  # PEFT had frozen all but the adapter
-    model[0].model = encoder
-    return _with_modules_of(path, model) if (Path(path) / "modules.json").is_file() else model
+    if encoder is not _encoder(model):
+        raise ValueError(f"the adapter in {adapter} is of a kind that is not merged in place")
+    if not (Path(path) / "modules.json").is_file():
+        return model
+    if not hasattr(model, "encode"):
+        raise ValueError(f"{path} is a SentenceTransformer, and its base {base} a bare encoder")
+    return _with_modules_of(path, model)
 
 
-def _base_of(path: str, adapter: Path) -> str:
+def _encoder(model: Any) -> Any:
+    return getattr(model, "transformers_model", model)
+
+
+def base_of(path: str, adapter: Path) -> str:
+    """The path or hub id of the base model that an adapter names.
+
+    Raises:
+        ValueError: none is named, or it is an adapter itself.
+        FileNotFoundError: a folder is named that is not there.
+    """
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{adapter / CONFIG}: base_model_name_or_path must name the base model; got {base!r}"
         )
-    if Path(base).is_dir() and Path(base).resolve() == Path(path).resolve():
-        raise ValueError(f"{adapter / CONFIG}: the adapter names itself as its base")
     if Path(base).is_dir() and adapter_folder(base) is not None:
-        raise ValueError(f"the adapter in {path} is one of another adapter, {base}: merge that first")
-    if "/" in base and not Path(base).is_dir() and Path(base).is_absolute():
+        raise ValueError(
+            f"the adapter in {path} names an adapter as its base, {base}: merge that one first"
+        )
+    if Path(base).is_absolute() and not Path(base).is_dir():
         raise FileNotFoundError(
             f"the adapter in {path} belongs to the base model {base!r}, and there is no such "
             f"folder: put it there, or name its place in {adapter / CONFIG}"
