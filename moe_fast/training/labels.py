@@ -78,10 +78,11 @@ def check_label_batch(loss: nn.Module, labels: Any) -> None:
     Raises:
         ValueError: as there.
     """
-    if isinstance(labels, Tensor) and labels.dim() == 1 and ignores_labels(loss):
-        if not bool(torch.all(labels == 1)):
-            counts = _others(labels.tolist(), None)
-            raise ValueError(_message(loss, "a batch of the data", "label", counts, len(labels)))
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or not ignores_labels(loss):
+        return
+    if not bool(torch.all(labels == 1)):
+        counts = _others(labels.tolist(), None)
+        raise ValueError(_message(loss, "a batch of the data", "label", counts, len(labels)))
 
 
 def _others(values: Iterable[Any], classes: Sequence[str] | None) -> dict[str, int]:
