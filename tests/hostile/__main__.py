@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
         if given.sample is not None:
             chosen = random.Random(given.seed).sample(chosen, min(given.sample, len(chosen)))
-        results = list(run_cases(chosen, folder, given.processes)) if chosen else []
+        results = []
+        for result in run_cases(chosen, folder, given.processes) if chosen else ():
+            results.append(result)
+            if not result.is_right:
+                print(f"{len(results)} of {len(chosen)}: {shown(result)}", file=sys.stderr)
         print(summary(results))
         kills = run_kills(given.kills, folder, given.seed) if given.kills else []
     for kill in kills:
@@ -66,10 +70,13 @@ def summary(results: Sequence[Result]) -> str:
     if bad:
         lines.append(f"{clear} of {len(bad)} bad inputs ({clear / len(bad):.1%}): a clear error")
     wrong = sorted((r for r in results if not r.is_right), key=lambda r: (r.group, r.name))
-    for result in wrong:
-        message = result.message.encode("unicode_escape").decode()[:300]
-        lines.append(f"  {result.outcome}: {result.group}, {result.name}  {message}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {shown(result)}" for result in wrong)])
+
+
+def shown(result: Result) -> str:
+    """A line about one case."""
+    message = result.message.encode("unicode_escape").decode()[:300]
+    return f"{result.outcome}: {result.group}, {result.name}  {message}"
 
 
 def is_good(results: Sequence[Result]) -> bool:
