@@ -27,6 +27,7 @@ _NO_LIMIT = 10**9  # tokenizers write 10**30 where they have none
 _SHOWN = 60
 # Tokens beside a cut through a text may differ from those of the whole text; so many are not used.
 _MARGIN = 64
+_GROWTH = 16  # of a part with too few tokens, such as blanks or one endless word; seldom
 
 
 class TokenizedText(NamedTuple):
@@ -132,7 +133,7 @@ def _tokenized(
             text, piece = chunk[i - start], pieces[i - start]
             size = reader.most_characters
             while len(piece) < len(text) and row.length <= reader.enough:
-                size *= 2
+                size *= _GROWTH
                 piece = reader.piece(text, size)
                 (row,) = reader.read([piece])
             whole = len(piece) == len(text)
