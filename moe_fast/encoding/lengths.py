@@ -38,12 +38,12 @@ class TokenizedText(NamedTuple):
     Attributes:
         ids: [n] int32.
         type_ids: [n] int32, or ``None`` where the model takes none.
-        index: the text's place in what the caller gave.
+        place: the text's index in what the caller gave.
     """
 
     ids: NDArray[np.int32]
     type_ids: NDArray[np.int32] | None
-    index: int
+    place: int
 
 
 @dataclass
@@ -150,7 +150,8 @@ def _chunks(
     texts: Sequence[str], prompt: str, most_characters: float
 ) -> Iterator[tuple[int, list[str]]]:
     """(Index of the first, texts behind their prompt): few enough to be tokenized at once."""
-    start, chunk, size = 0, [], 0.0
+    start, size = 0, 0.0
+    chunk: list[str] = []
     for i, text in enumerate(texts):
         if chunk and (len(chunk) == _TEXTS_AT_ONCE or size > _CHARACTERS_AT_ONCE):
             yield start, chunk
