@@ -202,7 +202,7 @@ class MoESentenceTransformer(SentenceTransformer):
         if prompt:
             features["prompt_length"] = prompt_length(self.tokenizer, prompt, self.max_seq_length)
         if self._compiled_call_impl is None:  # it would be compiled anew for every batch's
-            features["text_index"] = [text.index for text in inputs]
+            features["text_index"] = [text.place for text in inputs]
         return features
 
     def forward(self, input: dict[str, Any], packed: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -492,8 +492,8 @@ def extract_sentence_transformer(
 
 def _encoder(model: SentenceTransformer) -> nn.Module:
     check_one_encoder(model)
-    encoder: nn.Module | None = model.transformers_model
-    if encoder is None or getattr(model[0], "model", None) is not encoder:
+    encoder = getattr(model[0], "model", None)
+    if not isinstance(encoder, nn.Module) or encoder is not model.transformers_model:
         raise TypeError(
             f"model's first module must hold a transformers encoder; got {type(model[0]).__name__}."
         )
