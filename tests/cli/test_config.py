@@ -52,7 +52,7 @@ def test_null_is_the_default(tmp_path):
     [
         ("batchsize: 4", "unknown key 'batchsize'; the nearest known are batch-size"),
         ("learning_rat: 4", "unknown key 'learning_rat'; the nearest known are learning-rate"),
-        ("zzz: 4", "unknown key 'zzz'; known are batch-size, domain, domains"),
+        ("zzz: 4", "unknown key 'zzz'; known are batch-size, columns, data"),
         ("batch-size: 1.5", r"batch-size must be a whole number; got 1.5 \(float\)"),
         ("batch-size: true", r"batch-size must be a whole number; got True \(bool\)"),
         ("batch-size: '4'", r"batch-size must be a whole number; got '4' \(str\)"),

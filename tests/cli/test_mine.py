@@ -77,7 +77,7 @@ def test_failures(moe_fast_cli, workspace):
 def test_files_as_spreadsheets_have_them(moe_fast_cli, workspace):
     """Semicolons, quotes, an empty cell, and names of their own."""
     pytest.importorskip("bm25s")
-    rows = [("what is c", "c is a language"), ("", "x"), ("what is r", "r; a language")]
+    rows = [("what is c", "c is a language"), ("", "x"), ("what is r", "r; is a language")]
     text = "Title;Body\n" + "".join(f'"{a}";"{b}"\n' for a, b in rows)
     (workspace / "mine.csv").write_text(text, encoding="utf-8-sig")
     flags = ["--bm25", "--max-ratio", 0, "--columns", "a=Title,b=Body", "-o", "mined.jsonl"]
@@ -87,7 +87,7 @@ def test_files_as_spreadsheets_have_them(moe_fast_cli, workspace):
     assert result.exit_code == 0, result.output
     mined = read_flag_rows("mined.jsonl")
     assert mined["domain"] == ["law", "law"] and mined["query"] == ["what is c", "what is r"]
-    assert mined["neg"] == [["r; a language"], ["c is a language"]]
+    assert mined["neg"] == [["r; is a language"], ["c is a language"]]
 
 
 @pytest.mark.parametrize(

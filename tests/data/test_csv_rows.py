@@ -33,6 +33,8 @@ TABLE = st.integers(1, 4).flatmap(
 def test_what_python_writes_is_read_with_the_lines_where_records_begin(
     rows: list[list[str]], delimiter: str, quoting: int, end: str, mark: str
 ):
+    if quoting == csv.QUOTE_MINIMAL and end == "\n":  # Python then leaves carriage returns bare
+        rows = [[cell.replace("\r", "") for cell in row] for row in rows]
     header = [f"c{n}" for n in range(len(rows[0]) if rows else 2)]
     file = io.StringIO(newline="")
     writer = csv.writer(file, delimiter=delimiter, quoting=quoting, lineterminator=end)
