@@ -47,6 +47,7 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
     _staging: str | None = None
     _resumed_at: DataPosition | None = None
     _batches_done = 0  # of the pass that is going on
+    _batches_of_pass: int | None = None  # as announced; a stream announces none
     _pass = 0
 
     def train(
@@ -121,14 +122,18 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
             return start
         return self._resumed_at.epoch, self._resumed_at.batches
 
-    def _begin_pass(self, epoch: int) -> None:
+    def _begin_pass(self, epoch: int, dataloader: Any) -> None:
+        sized = hasattr(self.train_dataset, "__len__")
+        self._batches_of_pass = len(dataloader) if sized else None
         resumed = self._resumed_at
         self._pass = epoch
         self._batches_done = resumed.batches if resumed and resumed.epoch == epoch else 0
 
     def _position(self) -> DataPosition:
         loading = self.accelerator.gradient_state
-        if loading.in_dataloader and not loading.end_of_dataloader:
+        more = loading.in_dataloader and not loading.end_of_dataloader
+        # A pass ends after the announced number of batches, also where there are more.
+        if more and self._batches_done != self._batches_of_pass:
             return DataPosition(self._pass, self._batches_done)
         streamed = not hasattr(self.train_dataset, "__len__")
         rest = self._batches_done % self.args.gradient_accumulation_steps if streamed else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -166,7 +168,10 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             self.train_dataset, self.eval_dataset = (
                 data if data is None else data.remove_columns(self._domain_column) for data in kept
             )
-        super().add_model_card_callback(default_args_dict)
+        # It shows a progress bar, whatever the arguments say.
+        quiet = redirect_stderr(StringIO()) if self.args.disable_tqdm else nullcontext()
+        with quiet:
+            super().add_model_card_callback(default_args_dict)
         self.train_dataset, self.eval_dataset = kept
 
     def _check_columns(self, collator: DomainDataCollator) -> None:
@@ -382,7 +387,7 @@ class _SetEpoch(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._trainer._begin_pass(self._epoch)
+        self._trainer._begin_pass(self._epoch, train_dataloader)
         if isinstance(self._trainer.data_collator, DomainDataCollator):
             self._trainer.data_collator.set_epoch(self._epoch)
         sampler = getattr(train_dataloader, "batch_sampler", None)
