@@ -28,6 +28,7 @@ help:
 	@echo "  test         the tests but the slow ones; ARGS='-k plan' and the like go to pytest"
 	@echo "  test-slow    the slow tests"
 	@echo "  test-install   wheels, sdist and editable installs, with and without compilers, in fresh environments"
+	@echo "  test-hostile   a thousand bad inputs and forty kills; how many errors are clear"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
@@ -86,6 +87,10 @@ test-install: setup
 # The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
 # is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.
 SANITIZE := build/sanitize
+.PHONY: test-hostile
+test-hostile: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.hostile $(ARGS)
+
 test-sanitize: setup
 	$(VENV)/bin/cmake -S . -B $(SANITIZE) -DMOE_SANITIZE=ON -DMOE_CUDA=OFF -DCMAKE_BUILD_TYPE=Release \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DMOE_OUTPUT_DIR=$(CURDIR)/$(SANITIZE)/lib
