@@ -84,13 +84,13 @@ test-slow: setup
 test-install: setup
 	$(PYTEST) $(ARGS) tests/test_packaging.py
 
-# The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
-# is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.
-SANITIZE := build/sanitize
 .PHONY: test-hostile
 test-hostile: setup
 	OMP_NUM_THREADS=1 $(PY) -m tests.hostile $(ARGS)
 
+# The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
+# is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.
+SANITIZE := build/sanitize
 test-sanitize: setup
 	$(VENV)/bin/cmake -S . -B $(SANITIZE) -DMOE_SANITIZE=ON -DMOE_CUDA=OFF -DCMAKE_BUILD_TYPE=Release \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DMOE_OUTPUT_DIR=$(CURDIR)/$(SANITIZE)/lib

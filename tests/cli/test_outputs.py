@@ -1,5 +1,7 @@
 """--overwrite: what a command reads, and where it stands, is never what it replaces."""
 
+import json
+
 import pytest
 
 from tests.cli.conftest import write_jsonl
@@ -41,3 +43,24 @@ def test_a_model_may_be_replaced_by_its_successor(inputs, moe_fast_cli):
     result = moe_fast_cli("extract", "m", "--expert", 1, "-o", "m", "--overwrite")
     assert result.exit_code == 0, result.output
     assert "the model is dense" in moe_fast_cli("inspect", "m").stdout
+
+
+def test_control_characters_of_files_are_escaped_where_they_are_shown(inputs, moe_fast_cli):
+    """A file must not write to the terminal of whoever reads a message about it."""
+    config = inputs / "mixture" / "config.json"
+    planted = json.loads(config.read_text()) | {"default_domain": "\x1b[2Jx"}
+    config.write_text(json.dumps(planted))
+    result = moe_fast_cli("inspect", "mixture")
+    assert result.exit_code == 1 and "\x1b" not in result.output + result.stderr
+    assert r"\x1b[2Jx" in result.stderr
+
+
+def test_a_second_run_on_an_output_is_refused(inputs, moe_fast_cli):
+    from moe_fast.files import exclusive
+
+    mine = ["mine", "pairs.jsonl", "--bm25", "-o", "mined.jsonl"]
+    with exclusive("mined.jsonl"):
+        result = moe_fast_cli(*mine)
+    assert result.exit_code == 1 and "mined.jsonl is being written by another run" in result.stderr
+    assert moe_fast_cli(*mine).exit_code == 0
+    assert not list(inputs.glob(".mined*"))
