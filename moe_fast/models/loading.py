@@ -186,8 +186,12 @@ def _check_sizes(folder: Path) -> None:
             f"{folder} holds whole numbers or truth values where weights must be floating numbers, "
             f"and no quantization_config says what they mean: {shortened(integers)}."
         )
-    layers = config.get("num_hidden_layers")
-    if dtypes and isinstance(layers, int) and layers > len(dtypes):
+    layers = config.get("num_hidden_layers", 1)
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        raise ValueError(
+            f"{folder / _CONFIG}: num_hidden_layers must be a whole number above 0; got {layers!r}."
+        )
+    if dtypes and layers > len(dtypes):
         raise ValueError(
             f"{folder / _CONFIG}: num_hidden_layers={layers}, but only {len(dtypes)} weights are "
             "stored."
@@ -202,6 +206,8 @@ def check_safetensors(file: Path) -> None:
             "it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
             "'model.safetensors')."
         )
+    if not file.is_file():
+        raise ValueError(f"{file} must be a file of weights; it is a folder, or no file.")
     try:
         with safe_open(file, framework="pt"):
             pass

@@ -27,7 +27,7 @@ def cases() -> Iterator[Case]:
                     "",
                     nothing,
                     _use(call, changed),
-                    tuple(arguments),
+                    (*arguments, "plan"),
                 )
 
 
