@@ -46,6 +46,7 @@ help:
 	@echo "  test-slow    the slow tests, but those of the next targets"
 	@echo "  test-kernels   every Triton kernel compiled for four GPUs, against the committed table: minutes"
 	@echo "  test-install   wheels, sdist and editable installs, with and without compilers, in fresh environments"
+	@echo "  test-hostile   a thousand bad inputs and forty kills; how many errors are clear"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
@@ -136,6 +137,10 @@ test-kernels: setup
 
 test-install: setup
 	$(PYTEST) $(ARGS) tests/test_packaging.py tests/test_installs.py
+
+.PHONY: test-hostile
+test-hostile: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.hostile $(ARGS)
 
 # The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
 # is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.

@@ -25,6 +25,10 @@ _JSON_FILES = ("*config*.json", "modules.json", "tokenizer.json", "vocab.json", 
 _WEIGHT_FILES = ("model*.safetensors", "adapter_model*.safetensors")
 _MODULES_WITH_FILES = ("Transformer", "Pooling", "Dense")
 _DENSE_WEIGHTS = (SAFE_WEIGHTS_NAME, "pytorch_model.bin")
+_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("vocab_size", "max_position_embeddings"),
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")  # safetensors' names
 _INTEGER_BUFFERS = ("position_ids", "token_type_ids", "num_batches_tracked")
@@ -191,6 +195,8 @@ def _check_sizes(folder: Path) -> None:
             f"{folder} holds whole numbers or truth values where weights must be floating numbers, "
             f"and no quantization_config says what they mean: {shortened(integers)}."
         )
+    for name in _SIZES:
+        _check_size(config, name, folder / _CONFIG)
     layers = config.get("num_hidden_layers")
     if dtypes and isinstance(layers, int) and layers > len(dtypes):
         raise ValueError(
@@ -207,6 +213,8 @@ def check_safetensors(file: Path) -> None:
             "it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
             "'model.safetensors')."
         )
+    if not file.is_file():
+        raise ValueError(f"{file} must be a file of weights; it is a folder, or no file.")
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -214,6 +222,12 @@ def check_safetensors(file: Path) -> None:
         raise ValueError(
             f"{file} is damaged or half-written ({file.stat().st_size} bytes): {error}."
         ) from None
+
+
+def _check_size(config: dict[str, Any], name: str, file: Path) -> None:
+    """Of what kind a size is, the library that reads it knows; none is below 1."""
+    if isinstance(config.get(name), int) and config[name] < 1:
+        raise ValueError(f"{file}: {name} must be at least 1; got {config[name]}.")
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -278,8 +292,18 @@ def _check_modules(modules: Path) -> None:
             _check_encoder_files(folder)
         if kind in _MODULES_WITH_FILES[1:] and not (folder / _CONFIG).is_file():
             raise FileNotFoundError(f"{folder} has no {_CONFIG}: it is half-written.")
+        if kind == "Pooling":
+            _check_pooling(folder / _CONFIG)
         if kind == "Dense" and not any((folder / name).is_file() for name in _DENSE_WEIGHTS):
             raise FileNotFoundError(f"{folder} has no weights ({_DENSE_WEIGHTS[0]}).")
+
+
+def _check_pooling(file: Path) -> None:
+    config = read_object(file)
+    for name in ("word_embedding_dimension", "embedding_dimension"):
+        size = config.get(name, 1)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{file}: {name} must be a whole number above 0; got {size!r}.")
 
 
 def read_modules(modules: Path) -> list[tuple[str, str]]:

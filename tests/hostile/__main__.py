@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not result.is_right:
                 print(f"{len(results)} of {len(chosen)}: {shown(result)}", file=sys.stderr)
         print(summary(results))
-        kills = run_kills(given.kills, folder, given.seed) if given.kills else []
+        kills = run_kills(given.kills, folder, given.seed, given.processes) if given.kills else []
     for kill in kills:
         print(kill)
     print(f"{time.monotonic() - start:.0f} s")

@@ -12,6 +12,12 @@ from moe_fast import ops
 from tests.hostile.cases import Case, nothing
 
 T, D, H, E, K = 5, 8, 6, 3, 2
+# Other inputs that are right: fewer choices, ids that are documented to be skipped, a batch of one.
+_RIGHT = {
+    ("plan", "top_k_index", "too narrow"),
+    ("plan", "top_k_index", "out of range"),
+    ("route", "x", "one dimension more"),
+}
 
 
 def cases() -> Iterator[Case]:
@@ -27,7 +33,8 @@ def cases() -> Iterator[Case]:
                     "",
                     nothing,
                     _use(call, changed),
-                    tuple(arguments),
+                    (*arguments, "plan"),
+                    control=(name, argument, how) in _RIGHT,
                 )
 
 

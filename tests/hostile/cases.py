@@ -58,8 +58,8 @@ class Result:
 def try_case(case: Case, bases: Path, folder: Path) -> Result:
     """Copy, damage, use, judge."""
     copy = folder / (case.base or "nothing")
-    if case.base:
-        source = bases / case.base
+    source = bases / (case.base or "nothing")
+    if source.exists():  # else the damage makes the file
         shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
     case.damage(copy)
     try:

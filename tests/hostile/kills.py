@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.hostile.bases import lines
@@ -37,17 +39,16 @@ class Command:
 
 @dataclass(frozen=True)
 class Kill:
-    """One command that was killed, once or more, and run again."""
+    """One command that was killed after some seconds, and run again."""
 
     command: str
-    seconds: list[float]
+    seconds: float
     is_right: bool
     message: str
 
     def __str__(self) -> str:
-        at = ", ".join(f"{s:.2f}" for s in self.seconds)
         end = "the same bytes" if self.is_right else f"WRONG: {self.message}"
-        return f"{self.command} killed after {at} s: {end}"
+        return f"{self.command} killed after {self.seconds:.2f} s: {end}"
 
 
 def commands(folder: Path) -> list[Command]:
@@ -76,55 +77,63 @@ def commands(folder: Path) -> list[Command]:
     ]
 
 
-def run_kills(count: int, folder: Path, seed: int) -> list[Kill]:
-    """Kill each command in turn at moments drawn evenly from its time."""
+def run_kills(count: int, folder: Path, seed: int, processes: int) -> list[Kill]:
+    """Kill each command in turn at moments drawn evenly from its time.
+
+    Args:
+        processes: commands at a time; each is also run whole first.
+    """
     rng = random.Random(seed)
-    runs = commands(folder)
-    wanted, seconds = {}, {}
-    for command in runs:
-        place = folder / "whole" / command.name
-        place.mkdir(parents=True)
-        begin = time.monotonic()
-        process = start(command, place / command.output)
-        code, said = process.wait(), process.stderr.read().decode() if process.stderr else ""
-        if code:
-            raise RuntimeError(f"{command.name} fails unkilled: {said}")
-        seconds[command.name] = time.monotonic() - begin
-        wanted[command.name] = content(place / command.output)
-    kills = []
-    for number in range(count):
-        command = runs[number % len(runs)]
-        place = folder / f"kill{number}"
-        place.mkdir()
-        kills.append(kill_once(command, place, seconds[command.name], wanted[command.name], rng))
-    return kills
+    runs = commands(folder)[:count]
+    with ThreadPoolExecutor(processes) as pool:
+        whole = dict(zip(runs, pool.map(partial(run_whole, folder=folder), runs), strict=True))
+        drawn = [(runs[i % len(runs)], folder / f"kill{i}", rng.random()) for i in range(count)]
+        return list(pool.map(lambda kill: kill_once(*kill, *whole[kill[0]]), drawn))
+
+
+def run_whole(command: Command, folder: Path) -> tuple[float, dict[str, str]]:
+    """How long a command takes undisturbed, and what comes out."""
+    place = folder / "whole" / command.name
+    place.mkdir(parents=True)
+    begin = time.monotonic()
+    code, said = ended(start(command, place / command.output))
+    if code:
+        raise RuntimeError(f"{command.name} fails unkilled: {said}")
+    return time.monotonic() - begin, content(place / command.output)
 
 
 def kill_once(
-    command: Command, place: Path, seconds: float, wanted: dict[str, str], rng: random.Random
+    command: Command, place: Path, share: float, seconds: float, wanted: dict[str, str]
 ) -> Kill:
-    """Kill a command at a random moment, run it again, compare."""
-    output = place / command.output
-    # The first third is loading, in which nothing happens that could go wrong.
-    moment = seconds * rng.uniform(0.3, 1.0)
+    """Kill a command at a moment of its time, run it again, compare.
+
+    Args:
+        share: in [0, 1): of the time in which it works; it loads for the first third.
+        seconds, wanted: how long it takes, and what should come out.
+    """
+    place.mkdir()
+    output, moment = place / command.output, seconds * (0.3 + 0.7 * share)
     process = start(command, output)
     try:
         process.wait(moment)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    ended(process)
     resumes = command.again and any(output.glob("checkpoint-*"))
-    process = start(command, output, *(command.again if resumes else ()))
-    code = process.wait()
-    said = process.stderr.read().decode() if process.stderr else ""
-    whole = "exists already" in said  # it had ended before the kill
-    if code and not whole:
-        return Kill(command.name, [moment], False, said[-500:])
+    code, said = ended(start(command, output, *(command.again if resumes else ())))
+    if code and "exists already" not in said:  # else it had ended before the kill
+        return Kill(command.name, moment, False, said[-500:])
     found = content(output)
     differing = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
     left = [p.name for p in place.iterdir() if p.name.startswith(".") or p.suffix == ".parts"]
     wrong = [*(f"{name} differs" for name in differing), *(f"{name} is left" for name in left)]
-    return Kill(command.name, [moment], not wrong, "; ".join(wrong)[:500])
+    return Kill(command.name, moment, not wrong, "; ".join(wrong)[:500])
+
+
+def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    """The exit code of a process and what it said on stderr."""
+    said = process.communicate()[1].decode(errors="replace")
+    return process.returncode, said
 
 
 def start(command: Command, output: Path, *more: str) -> subprocess.Popen[bytes]:

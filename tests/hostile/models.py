@@ -164,7 +164,7 @@ _MOE = {
     "domain_token_replaces": ("x", -5, 10**9, [], True),
     "fused_output": ("x", 1, None, []),
     "moe_fast_version": ("99.0", "latest", 1, [], "\x1b[31m", "1; rm -rf ~"),
-    "model_type": ("bert", "moe_roberta", "nobody's", 1, None, []),
+    "model_type": ("bert", "moe_modernbert", "nobody's", 1, None, []),
 }
 
 
