@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
 from moe_fast.files import check_output
 from moe_fast.inference.encoder import EncoderSettings, TextEncoder, torch_threads
 from moe_fast.inference.models import file_sha256, model_fingerprint
@@ -39,12 +40,14 @@ class EmbeddedFile:
         path: the output.
         rows, dimension: its shape.
         resumed_rows: rows that an earlier, interrupted run had computed.
+        truncated_rows: texts that this run cut, see ``EncoderSettings.truncate``.
     """
 
     path: Path
     rows: int
     dimension: int
     resumed_rows: int
+    truncated_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ class Chunk:
     number: int
     first: int
     rows: list[TextRow]
+
+
+@dataclass(frozen=True)
+class EmbeddedChunk:
+    """What became of a :class:`Chunk`: its number of texts, and of those that were cut."""
+
+    size: int
+    truncated: TruncatedTexts
 
 
 def embed_file(
@@ -116,7 +127,8 @@ def embed_file(
     encoder = TextEncoder(settings)
     encoder.check_domains(sorted(domains))
     # One text shows whether any can be embedded, before anything is written.
-    dimension = encoder.encode([first.text], _domains([first])).shape[1]
+    with counted_truncation():  # it is counted where it is embedded
+        dimension = encoder.encode([first.text], _domains([first])).shape[1]
     parts = Parts(output, dimension, settings.dtype)
     manifest = _manifest(source, settings, reading, chunk_size, output)
     threads = parts.open(
@@ -131,14 +143,17 @@ def embed_file(
     with tqdm(total=count, unit=" texts", desc="embed", disable=not progress) as bar:
         missing = _Missing(chunks, parts, bar)
         if alone is not None:
-            sizes = _in_this_process(missing, alone, parts, threads)
+            finished = _in_this_process(missing, alone, parts, threads)
         else:
-            sizes = _in_workers(missing, settings, parts, processes, threads)
-        for size in sizes:
-            bar.update(size)
+            finished = _in_workers(missing, settings, parts, processes, threads)
+        truncated = TruncatedTexts()
+        for done in finished:
+            bar.update(done.size)
+            truncated.add(done.truncated.num_long, done.truncated.limit)
+    truncated.warn(count - missing.found)
     write_vectors(output, parts.read(chunks=-(-count // chunk_size)), (count, dimension))
     parts.remove()
-    return EmbeddedFile(output, count, dimension, missing.found)
+    return EmbeddedFile(output, count, dimension, missing.found, truncated.num_long)
 
 
 def _look_through(
@@ -213,24 +228,25 @@ class _Missing:
 
 def _in_this_process(
     chunks: Iterable[Chunk], encoder: TextEncoder, parts: Parts, threads: int
-) -> Iterator[int]:
-    """The sizes of the chunks as they get done."""
+) -> Iterator[EmbeddedChunk]:
+    """The chunks as they get done."""
     with torch_threads(threads):
         for chunk in chunks:
             yield embed_chunk(encoder, parts, chunk)
 
 
-def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> int:
-    """Compute and write one chunk; returns its number of texts."""
+def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> EmbeddedChunk:
+    """Compute and write one chunk."""
     texts = [row.text for row in chunk.rows]
     try:
-        vectors = encoder.encode(texts, _domains(chunk.rows))
+        with counted_truncation() as truncated:
+            vectors = encoder.encode(texts, _domains(chunk.rows))
     except ValueError as error:
         raise ValueError(
             f"in the {len(texts)} texts from {chunk.rows[0].where}: {error}"
         ) from error
     parts.write(chunk.number, vectors, [row.id for row in chunk.rows])
-    return len(texts)
+    return EmbeddedChunk(len(texts), truncated)
 
 
 def _domains(rows: list[TextRow]) -> list[str] | None:
@@ -240,10 +256,10 @@ def _domains(rows: list[TextRow]) -> list[str] | None:
 
 def _in_workers(
     chunks: Iterable[Chunk], settings: EncoderSettings, parts: Parts, processes: int, threads: int
-) -> Iterator[int]:
-    """The sizes of the chunks as they get done; at most two per worker are held in memory."""
+) -> Iterator[EmbeddedChunk]:
+    """The chunks as they get done; at most two per worker are held in memory."""
     with worker_pool(processes, settings, parts, threads) as submit:
-        pending: set[Future[int]] = set()
+        pending: set[Future[EmbeddedChunk]] = set()
         try:
             for chunk in chunks:
                 pending.add(submit(chunk))

@@ -18,7 +18,7 @@ from moe_fast.inference.encoder import EncoderSettings, TextEncoder
 from moe_fast.inference.parts import Parts
 
 if TYPE_CHECKING:
-    from moe_fast.inference.embed import Chunk
+    from moe_fast.inference.embed import Chunk, EmbeddedChunk
 
 _state: dict[str, Any] = {}  # a worker's model and parts, for all the chunks it gets
 
@@ -26,8 +26,8 @@ _state: dict[str, Any] = {}  # a worker's model and parts, for all the chunks it
 @contextmanager
 def worker_pool(
     processes: int, settings: EncoderSettings, parts: Parts, threads: int
-) -> Iterator[Callable[[Chunk], Future[int]]]:
-    """A function that sends a chunk to the next free worker and gives its number of texts back.
+) -> Iterator[Callable[[Chunk], Future[EmbeddedChunk]]]:
+    """A function that sends a chunk to the next free worker.
 
     Raises:
         RuntimeError: a worker died.
@@ -51,7 +51,7 @@ def _start(settings: EncoderSettings, parts: Parts, threads: int) -> None:
     _state.update(encoder=TextEncoder(settings), parts=parts)
 
 
-def _embed(chunk: Chunk) -> int:
+def _embed(chunk: Chunk) -> EmbeddedChunk:
     from moe_fast.inference.embed import embed_chunk
 
     return embed_chunk(_state["encoder"], _state["parts"], chunk)

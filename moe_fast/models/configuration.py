@@ -8,6 +8,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 from transformers import BertConfig, ModernBertConfig, RobertaConfig, XLMRobertaConfig
 
+from moe_fast.layers.attention import AttentionOfTheCall
 from moe_fast.layers.moe_mlp import TARGETS
 from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.ops.route import check_experts_per_tok, resolve_weight_mode
@@ -15,7 +16,7 @@ from moe_fast.version import __version__
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class MoEConfigFields:
+class MoEConfigFields(AttentionOfTheCall):
     """What every moe_fast configuration adds to its dense one.
 
     Attributes:

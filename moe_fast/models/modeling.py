@@ -34,6 +34,7 @@ from moe_fast.layers import (
     MoEXLMRobertaLayer,
     RouterOutput,
 )
+from moe_fast.layers.attention import packed_attention
 from moe_fast.models.configuration import (
     MoEBertConfig,
     MoEModernBertConfig,
@@ -246,7 +247,16 @@ class MoEModelMixin(PreTrainedModel):
         output_router_logits: bool | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        """Resolve the routing, run the dense model's forward, put the routing in the output."""
+        """Resolve the routing, run the dense model's forward, put the routing in the output.
+
+        Among ``kwargs``, ``packed=True`` leaves the padding out of this one batch, whatever the
+        configuration's attention is.
+        """
+        if kwargs.pop("packed", False):
+            with packed_attention():
+                return self._moe_forward(
+                    dense_inputs, expert_ids, domain, domain_ids, output_router_logits, kwargs
+                )
         kwargs.pop("text_hash", None)  # our collator's, for the losses
         return_dict = kwargs.pop("return_dict", None)
         if output_router_logits is None:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends, native
-from moe_fast.ops.route import backward, fake, fake_backward, save_for_backward
+from moe_fast.ops.route import (
+    NonFiniteLogitsError,
+    backward,
+    fake,
+    fake_backward,
+    save_for_backward,
+)
 from moe_fast.ops.shortcut import register_op
 
 
@@ -21,10 +27,15 @@ def _route(
     token_mask: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return native.call(
-        torch.ops.moe_fast_cpp.route,
-        *(x, router_weight, num_experts_per_tok, mode, weight_mode, token_mask, starts),
-    )
+    try:
+        return native.call(
+            torch.ops.moe_fast_cpp.route,
+            *(x, router_weight, num_experts_per_tok, mode, weight_mode, token_mask, starts),
+        )
+    except ValueError as error:
+        if str(error).startswith(NonFiniteLogitsError.START):
+            raise NonFiniteLogitsError(str(error)) from None
+        raise
 
 
 def _route_backward(
