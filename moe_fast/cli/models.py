@@ -15,9 +15,12 @@ def load_converted(path: str) -> Any:
     from transformers import AutoModel
 
     from moe_fast.inference.models import check_model_path, has_modules, load_model
+    from moe_fast.models.adapters import adapter_folder
 
     check_model_path(path)
-    return load_model(path, device="cpu") if has_modules(path) else AutoModel.from_pretrained(path)
+    if has_modules(path) or adapter_folder(path) is not None:
+        return load_model(path, device="cpu")
+    return AutoModel.from_pretrained(path)
 
 
 def save_converted(model: Any, output: Path, source: str, run: Run) -> None:

@@ -15,6 +15,8 @@ from transformers.utils import (
     cached_file,
 )
 
+from moe_fast.models.adapters import adapter_folder, load_with_adapter
+
 _CONFIG = "config.json"
 # What loading reads; other files in the folder are nobody's concern.
 _JSON_FILES = ("*config*.json", "modules.json", "tokenizer.json", "vocab.json", "special_tokens*")
@@ -30,6 +32,9 @@ def load_dense(path: str) -> Any:
         ValueError: for a damaged file in a local folder, which the message names.
         OSError: as transformers, for what is not there.
     """
+    adapter = adapter_folder(path)
+    if adapter is not None:
+        return load_with_adapter(path, adapter, load_dense)
     check_checkpoint(path)
     if cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False):
         from moe_fast.integrations.sentence_transformers import load_sentence_transformer

@@ -95,9 +95,8 @@ MISTAKES = [
     ("p.jsonl", '{"a": "x", "b": "y\\ud800"}', "line 1: b is not valid Unicode"),
     ("p.jsonl", '{"a": "x", "b": "y", "domain": ""}', "line 1: domain is empty"),
     ("p.jsonl", '{"a": "x", "b": "y", "label": 2}', "line 1: label=2; allowed are 0 and 1"),
-    ("p.jsonl", '{"a": "x", "b": "y", "label": true}', "label=True; allowed are 0 and 1"),
     ("p.jsonl", '{"a": "x", "b": "y", "label": 0.5}', "label=0.5; allowed are 0 and 1"),
-    ("p.csv", "a,b,label\nx,y,yes\n", "line 2: label='yes'; allowed are 0 and 1"),
+    ("p.csv", "a,b,label\nx,y,yes\n", "line 2: label='yes'; allowed are 0 and 1, true and"),
     (
         "p.jsonl",
         '{"a": "x", "b": "y", "label": 1}\n{"a": "x", "b": "y"}',
@@ -107,7 +106,7 @@ MISTAKES = [
     ("p.csv", "", r"p\.csv: no rows"),
     ("p.csv", "a,b\n", r"p\.csv: no rows"),
     ("p.parquet", "", "not readable as Parquet"),
-    ("p.tsv", "", r"unknown format; supported are \.jsonl, \.jsonl\.gz, \.csv"),
+    ("p.xlsx", "", r"unknown format; supported are \.jsonl, \.jsonl\.gz, \.csv"),
 ]
 
 
