@@ -213,7 +213,9 @@ def _close_progress_bars() -> None:
     """End the line of a bar that was running, or the error would stand behind it."""
     from tqdm import tqdm
 
-    for bar in list(getattr(tqdm, "_instances", ())):
+    from moe_fast.compat import running_bars
+
+    for bar in running_bars(tqdm):
         bar.leave = True
         bar.close()
 

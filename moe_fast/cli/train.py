@@ -133,7 +133,10 @@ def run_command(
     load_balance: Annotated[
         float,
         _option(
-            _LOSS, "Weight of the term that evens out the experts, such as .05; 0: none.", min=0
+            _LOSS,
+            "Weight of the term that evens out the experts, such as .05 with --router-reduction "
+            "mean; summed, .05 divided by the number of MoE layers. 0: none.",
+            min=0,
         ),
     ] = 0.0,
     z_loss: Annotated[
@@ -148,6 +151,10 @@ def run_command(
         float,
         _option(_LOSS, "Weight of the term that gives domain i expert i, such as .1.", min=0),
     ] = 0.0,
+    router_reduction: Annotated[
+        Literal["sum", "mean"],
+        _option(_LOSS, "Router terms over the MoE layers: their sum, or their mean."),
+    ] = "sum",
     joint_decay: Annotated[
         float | None,
         _option(

@@ -256,7 +256,11 @@ def _with_router_terms(options: SimpleNamespace, loss: Any, data_domains: list[s
     named = getattr(loss.model.transformers_model.config, "domains", ())
     num_domains = None if named else len(data_domains) or None
     return RouterLoss(
-        loss, joint_decay=options.joint_decay, num_domains=num_domains, **coefficients
+        loss,
+        reduction=options.router_reduction,
+        joint_decay=options.joint_decay,
+        num_domains=num_domains,
+        **coefficients,
     )
 
 

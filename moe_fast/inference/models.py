@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
+from moe_fast.compat import file_of
 from moe_fast.models.adapters import adapter_folder, base_of, load_with_adapter
 from moe_fast.models.architectures import ARCHITECTURES
 from moe_fast.models.loading import check_checkpoint, naming, read_modules, read_object
@@ -113,7 +112,7 @@ def _cached(path: str, name: str) -> Path | None:
         file = Path(path, name)
         return file if file.is_file() else None
     try:
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        found = file_of(path, name)
     except OSError:
         return None
     return Path(found) if found else None

@@ -14,9 +14,9 @@ from transformers import AutoModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    cached_file,
 )
 
+from moe_fast.compat import file_of
 from moe_fast.models.adapters import adapter_folder, load_with_adapter
 
 _CONFIG = "config.json"
@@ -45,7 +45,7 @@ def load_dense(path: str) -> Any:
     adapter = adapter_folder(path)
     if adapter is not None:
         return load_with_adapter(path, adapter, load_dense)
-    if cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False):
+    if file_of(path, "modules.json"):
         from moe_fast.integrations.sentence_transformers import load_sentence_transformer
 
         check_checkpoint(path)

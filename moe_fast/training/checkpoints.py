@@ -20,9 +20,9 @@ from sentence_transformers import SentenceTransformerTrainer
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     get_last_checkpoint,
-    rotate_checkpoints,
 )
 
+from moe_fast import compat
 from moe_fast.files import atomic_folder
 from moe_fast.training.locks import hold_folder
 from moe_fast.training.position import POSITION_NAME, DataPosition
@@ -50,6 +50,7 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
     _batches_of_pass: int | None = None  # as announced; a stream announces none
     _pass = 0
 
+    @compat.overrides
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -109,12 +110,8 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
                 "uninterrupted one. Resume with args.ignore_data_skip=True if that is meant, which "
                 "starts the data anew."
             )
-        if not hasattr(SentenceTransformerTrainer, "_init_training_state"):
-            raise ValueError(
-                "with this version of transformers training on streamed data cannot be resumed "
-                "exactly: install another one, or use a datasets.Dataset."
-            )
 
+    @compat.overrides
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """The pass and its batches to skip: as the checkpoint says, not as the steps suggest."""
         start: tuple[int, int] = super()._init_training_state(*args, **kwargs)
@@ -139,6 +136,7 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
         rest = self._batches_done % self.args.gradient_accumulation_steps if streamed else 0
         return DataPosition(self._pass + 1, 0, unfinished=rest)
 
+    @compat.overrides
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; batches are counted, for checkpoints to say how many are done."""
         loss = super().training_step(*args, **kwargs)
@@ -147,9 +145,11 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
 
     # --- saving ----------------------------------------------------------------------------------
 
+    @compat.overrides
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
+    @compat.overrides
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -178,17 +178,20 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
             self._push_from_checkpoint(place)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(run_dir, self.args.save_total_limit, best, use_mtime=True)
+            compat.rotate_checkpoints(run_dir, self.args.save_total_limit, best, use_mtime=True)
 
+    @compat.overrides
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else it is not in its place yet
             super()._push_from_checkpoint(checkpoint_folder)
 
+    @compat.overrides
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; every process waits for the one that writes."""
         super().save_model(output_dir, _internal_call)
         self.accelerator.wait_for_everyone()
 
+    @compat.overrides
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:  # sentence-transformers has every process write the same files
             super()._save(output_dir, state_dict)

@@ -92,6 +92,8 @@ def test_what_is_written_has_the_format_of_its_name(moe_fast_cli, workspace):
         result = moe_fast_cli("inspect", "mixture", *texts, "-o", name)
         assert result.exit_code == 0, result.output
         assert (workspace / name).read_bytes().startswith(start)
+
+
 def test_control_characters_of_files_are_escaped_where_they_are_shown(inputs, moe_fast_cli):
     """A file must not write to the terminal of whoever reads a message about it."""
     shutil.copytree((inputs / "mixture").resolve(), inputs / "planted")
