@@ -159,7 +159,7 @@ def run_command(
         float | None,
         _option(
             _LOSS,
-            "For --mutual-information: weight of the batches before in a running average, in (0, 1).",
+            "For --mutual-information: weight of earlier batches in a running average, in (0, 1).",
         ),
     ] = None,
     batch_size: Annotated[int, _option(_STEPS, "Rows per step and process.", min=1)] = 32,

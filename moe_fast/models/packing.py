@@ -173,7 +173,7 @@ def packing_of(
     attention = attention_of(config)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
-        if attention != ATTENTION and not attention.startswith("flash_attention"):
+        if attention != ATTENTION and not (attention or "").startswith("flash_attention"):
             raise ValueError(
                 f"cu_seq_lens_q needs attn_implementation={ATTENTION!r} or FlashAttention's; with "
                 f"{attention!r} a packed batch's texts would see each other."

@@ -28,10 +28,11 @@ _POSITIVE_NAMES = {"1", "true", "yes", "positive", "pos"}
 
 def ignores_labels(loss: nn.Module) -> bool:
     """Whether a loss, or the one that it wraps, takes every pair for a positive one."""
-    while loss is not None:
-        if isinstance(loss, _NO_LABELS):
+    inner: Any = loss
+    while inner is not None:
+        if isinstance(inner, _NO_LABELS):
             return True
-        loss = getattr(loss, "loss", None)
+        inner = getattr(inner, "loss", None)
     return False
 
 
