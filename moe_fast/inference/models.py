@@ -10,7 +10,8 @@ from typing import Any
 from moe_fast.compat import file_of
 from moe_fast.models.adapters import adapter_folder, base_of, load_with_adapter
 from moe_fast.models.architectures import ARCHITECTURES
-from moe_fast.models.loading import check_checkpoint, naming, read_modules, read_object
+from moe_fast.models.json_files import read_modules, read_object
+from moe_fast.models.loading import check_checkpoint, naming
 
 _SEPARATORS = ("/", ".", "~")
 

@@ -48,7 +48,8 @@ from moe_fast.encoding.prompts import prompt_of
 from moe_fast.files import atomic_folder, atomic_write
 from moe_fast.models.extract import extract_expert
 from moe_fast.models.join import check_same_tokenizers, join_encoders, mean_state
-from moe_fast.models.loading import check_checkpoint, naming, read_modules
+from moe_fast.models.json_files import read_modules
+from moe_fast.models.loading import check_checkpoint, naming
 from moe_fast.models.model_card import describe_mixture
 from moe_fast.models.modeling import MoEModelMixin, replaced_files
 from moe_fast.models.strict import check_encoder_weights

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from moe_fast.extras import missing
+from moe_fast.models.json_files import read_json, read_modules, read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -18,8 +20,7 @@ def adapter_folder(path: str) -> Path | None:
     folder = Path(path)
     modules = folder / "modules.json"
     if modules.is_file():
-        entries = json.loads(modules.read_text(encoding="utf-8"))
-        folder /= entries[0].get("path", "")
+        folder /= read_modules(modules)[0][0]
     return folder if (folder / CONFIG).is_file() else None
 
 
@@ -39,7 +40,7 @@ def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
         ValueError: the adapter's files cannot be used.
     """
     if find_spec("peft") is None:
-        raise ImportError(f"{path} is an adapter, which needs PEFT: pip install peft")
+        raise missing("peft", "peft", f"{path}, an adapter,")
     from peft import PeftModel
 
     base = base_of(path, adapter)
@@ -75,8 +76,7 @@ def base_of(path: str, adapter: Path) -> str:
         ValueError: none is named, or it is an adapter itself.
         FileNotFoundError: a folder is named that is not there.
     """
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    base = read_object(adapter / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{adapter / CONFIG}: base_model_name_or_path must name the base model; got {base!r}"
@@ -98,14 +98,14 @@ def _with_modules_of(path: str, model: Any) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import import_from_string
 
-    entries = json.loads((Path(path) / "modules.json").read_text(encoding="utf-8"))[1:]
+    entries = read_json(Path(path) / "modules.json")[1:]  # looked at when the adapter was found
     others = []
     for entry in entries:
         if not str(entry["type"]).startswith("sentence_transformers."):
             raise ValueError(f"{path}: a module of {entry['type']} is not loaded")
         others.append(import_from_string(entry["type"]).load(path, subfolder=entry["path"]))
     file = Path(path) / "config_sentence_transformers.json"
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    saved = read_object(file) if file.is_file() else {}
     new: SentenceTransformer = type(model)(
         modules=[model[0], *others],
         device=str(model.device),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -18,10 +17,15 @@ from transformers.utils import (
 
 from moe_fast.compat import file_of
 from moe_fast.models.adapters import adapter_folder, load_with_adapter
+from moe_fast.models.json_files import read_json, read_modules, read_object
 
 _CONFIG = "config.json"
 # What loading reads; other files in the folder are nobody's concern.
-_JSON_FILES = ("*config*.json", "modules.json", "tokenizer.json", "vocab.json", "special_tokens*")
+_JSON_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json"),
+    *("config_sentence_transformers.json", "sentence_*_config.json"),
+    *("tokenizer.json", "vocab.json", "special_tokens_map.json"),
+)
 _WEIGHT_FILES = ("model*.safetensors", "adapter_model*.safetensors")
 _MODULES_WITH_FILES = ("Transformer", "Pooling", "Dense")
 _DENSE_WEIGHTS = (SAFE_WEIGHTS_NAME, "pytorch_model.bin")
@@ -154,8 +158,7 @@ def stored_dtypes(file: Path) -> dict[str, str]:
 def _check_files(folder: Path) -> None:
     for pattern in _JSON_FILES:
         for file in sorted(folder.glob(pattern)):
-            if file.name != "modules.json":
-                read_object(file)
+            read_object(file)
     for pattern in _WEIGHT_FILES:
         for file in sorted(folder.glob(pattern)):
             check_safetensors(file)
@@ -236,7 +239,7 @@ def read_index(index: Path) -> dict[str, str]:
     Raises:
         ValueError: unless the file is JSON with a ``weight_map`` of names.
     """
-    content = _read_json(index)
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map: it is damaged.")
@@ -304,51 +307,3 @@ def _check_pooling(file: Path) -> None:
         size = config.get(name, 1)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{file}: {name} must be a whole number above 0; got {size!r}.")
-
-
-def read_modules(modules: Path) -> list[tuple[str, str]]:
-    """The modules of a ``modules.json``: each one's folder, inside the model's, and its kind.
-
-    Raises:
-        ValueError: unless the file lists modules, at least one, each a path and a type.
-    """
-    content = _read_json(modules)
-    fits = isinstance(content, list) and all(
-        isinstance(module, dict)
-        and isinstance(module.get("path"), str)
-        and isinstance(module.get("type"), str)
-        for module in content
-    )
-    if not fits or not content:
-        raise ValueError(
-            f"{modules} is damaged: it must list modules, at least one, each a path and a type."
-        )
-    for module in content:
-        path = PurePath(module["path"])
-        if path.is_absolute() or ".." in path.parts or "\\" in module["path"]:
-            raise ValueError(
-                f"{modules}: a module's path must lie inside the model's folder; got "
-                f"{module['path']!r}."
-            )
-    return [(module["path"], module["type"].rpartition(".")[2]) for module in content]
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: naming the file, for anything else.
-    """
-    content = _read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{file} is damaged: it must hold a JSON object; got a {type(content).__name__}."
-        )
-    return content
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, huge int
-        raise ValueError(f"{file} is damaged or half-written; it is not JSON: {error}.") from None
