@@ -26,14 +26,23 @@ Method = Callable[..., Any]
 
 
 def _found(module: str, name: str) -> Any:
-    """An object of another library by its name there, or ``None``: then the caller says what."""
+    """What has this name in another library, ``None`` if nothing has: then the caller says what.
+
+    Args:
+        module: its module.
+        name: the object's, with dots for parts of it; or a further module's.
+    """
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
+        return found
     except (ImportError, AttributeError):
+        pass
+    try:  # a package need not have its modules as attributes
+        return importlib.import_module(f"{module}.{name}")
+    except ImportError:
         return None
-    return found
 
 
 def _version(package: str) -> str | None:

@@ -31,8 +31,6 @@ try:
 except ImportError as error:
     raise missing("sentence_transformers", "train", "MoESentenceTransformer", error) from error
 
-from transformers.utils import cached_file
-
 import moe_fast.models  # noqa: F401  registers the architectures
 from moe_fast import compat
 from moe_fast.encoding.batches import padded_batch
@@ -399,8 +397,8 @@ def load_sentence_transformer(path: str, device: str | None = "cpu") -> Sentence
     with naming(path):
         model = SentenceTransformer(path, device=device)
         encoder = model.transformers_model
-        if encoder is not None and not getattr(encoder, "_hf_peft_config_loaded", False):
-            modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
+        if encoder is not None and not compat.saves_adapter_alone(encoder):
+            modules = compat.file_of(path, "modules.json")
             folder = read_modules(Path(modules))[0][0] if modules else ""
             check_encoder_weights(encoder, path, folder)
     return model
