@@ -25,12 +25,12 @@ from torch import Tensor, nn
 Method = Callable[..., Any]
 
 
-def _found(module: str, name: str) -> Any:
-    """An object of another library by its name there, or ``None``: then the caller says what."""
+def _found(module: str, *names: str) -> Any:
+    """A module of another library or a thing in it, or ``None``: then the caller says what."""
     try:
         found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
+        for name in names:
+            found = getattr(found, name)
     except (ImportError, AttributeError):
         return None
     return found
@@ -215,7 +215,7 @@ def initialization() -> Any:
     Raises:
         RuntimeError: it is gone: torch's own functions would overwrite loaded weights.
     """
-    found = _found("transformers", "initialization")
+    found = _found("transformers.initialization")
     if found is None:
         raise _gone("transformers", "initialization", "new weights cannot be initialised")
     return found
@@ -270,7 +270,7 @@ def checkpoints_reentrantly(layer: nn.Module) -> bool:
 # --- transformers: attention, experts, files -----------------------------------------------------
 
 
-def attention_of(config: Any) -> str | None:
+def attention_of(config: Any) -> Any:
     """The name of the attention that a configuration asks for.
 
     Raises:
