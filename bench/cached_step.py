@@ -32,7 +32,7 @@ BASELINE = "plain"
 MAX_RELATIVE_ERROR = 2e-4
 CASES = ("equal", "natural", "router")
 DOMAINS = 4
-ROUTER = {
+ROUTER: dict[str, Any] = {
     "load_balance": 0.05,
     "z_loss": 0.01,
     "mutual_information": 0.01,

@@ -25,18 +25,12 @@ from torch import Tensor, nn
 Method = Callable[..., Any]
 
 
-def _found(module: str, name: str) -> Any:
-    """What has this name in another library, ``None`` if nothing has: then the caller says what.
-
-    Args:
-        module: its module.
-        name: the object's, with dots for parts of it; or a further module's.
-    """
+def _found(module: str, *names: str) -> Any:
+    """A module of another library or a thing in it, or ``None``: then the caller says what."""
     try:
         found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-        return found
+        for name in names:
+            found = getattr(found, name)
     except (ImportError, AttributeError):
         pass
     try:  # a package need not have its modules as attributes
@@ -224,7 +218,7 @@ def initialization() -> Any:
     Raises:
         RuntimeError: it is gone: torch's own functions would overwrite loaded weights.
     """
-    found = _found("transformers", "initialization")
+    found = _found("transformers.initialization")
     if found is None:
         raise _gone("transformers", "initialization", "new weights cannot be initialised")
     return found
@@ -279,7 +273,7 @@ def checkpoints_reentrantly(layer: nn.Module) -> bool:
 # --- transformers: attention, experts, files -----------------------------------------------------
 
 
-def attention_of(config: Any) -> str | None:
+def attention_of(config: Any) -> Any:
     """The name of the attention that a configuration asks for.
 
     Raises:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import moe_fast
 from moe_fast import compat
@@ -222,15 +223,14 @@ from tests.models.tiny import build
 dense = build("bert")
 x = torch.arange(5, 17).view(2, 6)
 want = dense(x).last_hidden_state
-for module, name in {gone!r}:
+for module, *names in {gone!r}:
     owner = importlib.import_module(module)
-    with contextlib.suppress(ImportError):  # what is no module is an attribute
-        importlib.import_module(module + "." + name)
-    for part in name.split(".")[:-1]:
-        owner = getattr(owner, part)
-    getattr(owner, name.split(".")[-1])  # a lazy module has it from here on
-    delattr(owner, name.split(".")[-1])
-    sys.modules[module + "." + name] = None
+    for name in names[:-1]:
+        owner = getattr(owner, name)
+    if names:
+        delattr(owner, names[-1])
+    else:
+        sys.modules[module] = None
 with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     import moe_fast
@@ -245,13 +245,29 @@ GONE = [
     ("transformers.integrations.moe", "_default_apply_gate"),
     ("transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
     ("transformers.masking_utils", "flash_attention_mask"),
-    ("transformers", "BertModel._no_split_modules"),
+    ("transformers", "BertModel", "_no_split_modules"),
 ]
 
 
 def _run_without(gone, code):
     script = WITHOUT.format(gone=gone, code=code.replace("\n", "\n    "))
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("path", [*GONE, ("transformers.initialization",)])
+def test_every_name_of_an_import_is_there(path):
+    assert compat._found(*path) is not None
+
+
+def test_nobody_looks_in_plain_eager_mode_alone(recwarn):
+    assert compat.nobody_looks()
+    with torch.autograd.forward_ad.dual_level():
+        assert not compat.nobody_looks()
+    seen = []
+    torch.func.vmap(lambda x: seen.append(compat.nobody_looks()) or x)(torch.ones(2))
+    with FlopCounterMode(display=False):
+        seen.append(compat.nobody_looks())
+    assert seen == [False, False] and not recwarn.list
 
 
 def test_without_any_name_of_an_import_models_still_run():
@@ -275,10 +291,11 @@ except RuntimeError as error:
 
 def test_without_transformers_initialization_no_weight_is_overwritten():
     code = """
-print("imported", moe_fast.ops.plan)
-moe_fast.upcycle(dense, num_experts=2)
+moe = moe_fast.upcycle(dense, num_experts=2)
+print("imported", moe(x).last_hidden_state.shape)
+type(moe)(moe.config)
 """
-    result = _run_without([("transformers", "initialization")], code)
+    result = _run_without([("transformers.initialization",)], code)
     assert "imported" in result.stdout and result.returncode == 1
     assert "RuntimeError: transformers" in result.stderr
     assert "no longer has initialization" in result.stderr
