@@ -32,11 +32,8 @@ def _found(module: str, *names: str) -> Any:
         for name in names:
             found = getattr(found, name)
     except (ImportError, AttributeError):
-        pass
-    try:  # a package need not have its modules as attributes
-        return importlib.import_module(f"{module}.{name}")
-    except ImportError:
         return None
+    return found
 
 
 def _version(package: str) -> str | None:

@@ -216,7 +216,7 @@ def test_the_classes_look_before_they_are_used(cls, monkeypatch):
 # --- names that are gone -------------------------------------------------------------------------
 
 WITHOUT = """
-import contextlib, importlib, sys, warnings
+import importlib, sys, warnings
 import torch, transformers
 import transformers.integrations.moe, transformers.utils.output_capturing
 from tests.models.tiny import build
