@@ -114,7 +114,7 @@ demo-quick: setup
 	$(PY) -m moe_fast.demo --quick $(ARGS)
 
 test: setup
-	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 test-oldest:
 	$(MAKE) test RELEASES=oldest
