@@ -393,13 +393,16 @@ def load_sentence_transformer(path: str, device: str | None = "cpu") -> Sentence
 
     Raises:
         ValueError: for weights that its encoder lacks, which would be made up.
+        TypeError: for a model of several encoders.
     """
     with naming(path):
         model = SentenceTransformer(path, device=device)
-        encoder = model.transformers_model
-        if encoder is not None and not compat.saves_adapter_alone(encoder):
-            modules = compat.file_of(path, "modules.json")
-            folder = read_modules(Path(modules))[0][0] if modules else ""
+    check_one_encoder(model)
+    encoder = model.transformers_model
+    if encoder is not None and not compat.saves_adapter_alone(encoder):
+        modules = compat.file_of(path, "modules.json")
+        folder = read_modules(Path(modules))[0][0] if modules else ""
+        with naming(path):
             check_encoder_weights(encoder, path, folder)
     return model
 

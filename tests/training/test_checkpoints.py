@@ -170,16 +170,16 @@ def test_a_full_disk_at_any_of_torchs_files(tmp_path, monkeypatch, call):
 
 
 def test_older_checkpoints_go_only_when_the_new_one_is_in_its_place(tmp_path, monkeypatch):
-    from moe_fast.training import checkpoints
+    from moe_fast import compat
 
     seen = []
-    rotate = checkpoints.rotate_checkpoints
+    rotate = compat.rotate_checkpoints
 
     def record(output_dir, *args, **kwargs):
         seen.append(folder_names(output_dir))
         rotate(output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoints, "rotate_checkpoints", record)
+    monkeypatch.setattr(compat, "rotate_checkpoints", record)
     make_trainer(tmp_path, max_steps=6, save_total_limit=1).train()
     assert seen == [
         {"checkpoint-2"},
