@@ -500,6 +500,7 @@ def test_config_is_for_the_model_card():
     assert loss.get_config_dict() == {
         "loss": "InfoNCELoss",
         **COEFFICIENTS,
+        "reduction": "sum",
         "num_domains": 3,
         "joint_decay": 0.5,
     }
