@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from tiny_models import folder_names, make_moe, make_pairs
 from transformers import TrainerCallback, TrainerState
 
+from moe_fast import compat
 from moe_fast.losses import InfoNCELoss
 from moe_fast.training import DomainBatchSampler, MoESentenceTransformerTrainer
 from moe_fast.training.checkpoints import STAGING_NAME, check_checkpoint, clear_leftovers
