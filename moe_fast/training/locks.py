@@ -48,9 +48,7 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 yield path
             finally:
                 _held.discard(key)
-                with contextlib.suppress(
-                    OSError
-                ):  # forked processes may hold it, too
+                with contextlib.suppress(OSError):  # forked processes may hold it, too
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
             return
         finally:

@@ -171,7 +171,6 @@ def test_a_full_disk_at_any_of_torchs_files(tmp_path, monkeypatch, call):
 
 
 def test_older_checkpoints_go_only_when_the_new_one_is_in_its_place(tmp_path, monkeypatch):
-    from moe_fast import compat
 
     seen = []
     rotate = compat.rotate_checkpoints
