@@ -44,7 +44,7 @@ help:
 	@echo "               each has its own environment, $(VENV)-oldest and $(VENV)-newest"
 	@echo "  test-python  the same in $(VENV)-PYTHON, on another Python: make test-python PYTHON=python3.12"
 	@echo "  test-slow    the slow tests, but those of the next targets"
-	@echo "  test-kernels   every Triton kernel compiled for four GPUs, against the committed table: minutes"
+	@echo "  test-kernels   the slow tests of the Triton kernels: interpreted, and compiled for four GPUs; many minutes"
 	@echo "  test-install   wheels, sdist and editable installs, with and without compilers, in fresh environments"
 	@echo "  test-hostile   a thousand bad inputs and forty kills; how many errors are clear"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
@@ -128,12 +128,12 @@ test-python:
 # Whole files that have a target of their own are left to it. Tests go to the processes one by one,
 # for they take from seconds to a minute.
 CUDA_ON_CPU := tests/ops/test_cuda_kernels.py
-WHOLE_TABLE := tests/triton_ops/test_whole_table.py
+TRITON := tests/triton_ops
 test-slow: setup
-	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(WHOLE_TABLE) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(TRITON) $(ARGS)
 
 test-kernels: setup
-	$(PYTEST) $(WHOLE_TABLE) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow $(TRITON) $(ARGS)
 
 test-install: setup
 	$(PYTEST) $(ARGS) tests/test_packaging.py tests/test_installs.py

@@ -84,7 +84,6 @@ def _spoilt(value: Any) -> Iterator[tuple[str, Any]]:
     yield "a scalar", value.flatten()[0]
     yield "truth values", value.bool()
     yield "complex", value.to(torch.complex64)
-    yield "meta", value.to("meta")
     if value.is_floating_point():
         yield "whole numbers", value.int()
         yield "float64", value.double()
