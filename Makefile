@@ -129,8 +129,9 @@ test-python:
 # for they take from seconds to a minute.
 CUDA_ON_CPU := tests/ops/test_cuda_kernels.py
 TRITON := tests/triton_ops
+INSTALLS := tests/test_installs.py
 test-slow: setup
-	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(TRITON) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(TRITON) --ignore $(INSTALLS) $(ARGS)
 
 test-kernels: setup
 	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow $(TRITON) $(ARGS)
