@@ -26,7 +26,7 @@ from moe_fast.version import build_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")
-SOURCES += ("CHANGELOG.md", ".ci", "moe_fast", "kernels", "bench")
+SOURCES += ("CHANGELOG.md", ".ci", "moe_fast", "moe_fast_cli.py", "kernels", "bench")
 CPU_ONLY = "-DMOE_CUDA=OFF"
 # What is compiled does not matter where only the install is tested: as fast as it compiles.
 QUICK = f"{CPU_ONLY} -DCMAKE_CXX_FLAGS_RELEASE=-O0"
@@ -181,7 +181,7 @@ def test_the_files_of_a_release(source, tmp_path):
     assert {"moe_fast/py.typed", "moe_fast/triton_ops/__init__.py"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"moe_fast"}  # no library of torch's beside it
+    assert tops == {"moe_fast", "moe_fast_cli.py"}  # no library of torch's beside it
     python = make_environment(tmp_path / "env", *SITE_PACKAGES)
     libraries, _ = install(python, wheel, "--no-index", PATH="")
     assert libraries == {"_native.so", "_native_cuda.so"}
