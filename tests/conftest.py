@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # Examples may be slow on a busy machine; in CI the same ones are drawn every time.
 settings.register_profile("moe_fast", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("moe_fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin first: at the end, all but one of several processes would wait."""
+    items.sort(key=lambda item: "triton_ops" not in item.path.parts)

@@ -13,7 +13,7 @@ import typer
 from moe_fast.cli.command import Run
 from moe_fast.cli.options import MOST_THREADS, Overwrite
 
-EXAMPLE = "moe-fast bench plan --size tiny -o bench.json"
+EXAMPLE = "moe-fast bench plan --size tiny --processes 1 -o bench.json"
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 

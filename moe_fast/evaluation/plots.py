@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -104,8 +105,8 @@ def plot_losses(
         style, width = _STYLES[index % len(_STYLES)]
         axis.plot(x, loss, color=colour, alpha=0.2, linewidth=0.8)
         axis.plot(x, running_mean(loss, window), style, color=colour, linewidth=width, label=name)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
+    axis.set_xlabel(textwrap.fill(x_label, 80))
+    axis.set_ylabel(textwrap.fill(y_label, 48))
     axis.set_title(
         f"Loss while training (thin: each step; thick: mean of the last {window} steps)",
         fontsize=12,

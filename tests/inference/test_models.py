@@ -22,7 +22,8 @@ def test_no_such_folder(path):
         load_model(path)
 
 
-def test_no_such_id():
+def test_no_such_id(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries for long
     with pytest.raises(
         FileNotFoundError, match="'nobody/nothing': there is no such folder, and no"
     ):

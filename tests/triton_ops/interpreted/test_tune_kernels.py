@@ -107,6 +107,7 @@ def test_a_faster_configuration_is_chosen_and_gives_the_same():
         assert (choice.before_ms, choice.after_ms) == (32.0**3, 16.0**3)
 
 
+@pytest.mark.slow
 def test_grouped_mm_is_chosen_where_it_is_faster_and_serves_forward_and_backward(monkeypatch):
     def timer(launch, config):
         return 1.0 if config.implementation == "grouped_mm" else 2.0
@@ -127,6 +128,7 @@ def test_grouped_mm_is_chosen_where_it_is_faster_and_serves_forward_and_backward
         assert_close(ours, theirs, TOLERANCES[torch.float32])
 
 
+@pytest.mark.slow
 def test_results_that_differ_are_not_chosen(monkeypatch):
     up = next(tune.products(PROBLEM, CPU))
     monkeypatch.setattr(tune, "products", lambda *_: [up])
@@ -136,6 +138,7 @@ def test_results_that_differ_are_not_chosen(monkeypatch):
     assert all(choice.tried > 10 for choice in found.values())
 
 
+@pytest.mark.slow
 def test_a_configuration_that_the_gpu_refuses_is_not_chosen():
     def timer(launch, config):
         if config.block_m == 16:
@@ -146,6 +149,7 @@ def test_a_configuration_that_the_gpu_refuses_is_not_chosen():
     assert all(choice.after == Config(32, 16, 16, 4, 1) for choice in found.values())
 
 
+@pytest.mark.slow
 def test_what_descriptors_and_grouped_mm_refuse_is_not_chosen_and_other_errors_are_raised():
     def timer(launch, config):
         if config.descriptors or config.implementation == "grouped_mm":
