@@ -125,6 +125,8 @@ def _unicode(value: str, name: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair, Arrow cannot
         raise ValueError(f"{where}: {name} is not valid Unicode ({error})") from error
+    if "\0" in value:
+        raise ValueError(f"{where}: {name} has a NUL character, which no text has; {shown(value)}")
     return value
 
 

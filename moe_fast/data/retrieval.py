@@ -208,7 +208,7 @@ def _read_qrels(path: Path) -> Qrels:
     for line, text in read_lines(path):
         where = f"{path}, line {line}"
         cells = text.rstrip("\r\n").split("\t")
-        if not text.strip() or (line == 1 and cells[-1].strip() == "score"):
+        if not text.strip("\r\n ") or (line == 1 and cells[-1].strip() == "score"):
             continue
         if len(cells) != 3:
             raise ValueError(

@@ -77,7 +77,7 @@ def is_mixture(path: str) -> bool:
         return False
     kind = read_object(config).get("model_type")
     ours: list[Any] = [architecture.moe_config for architecture in ARCHITECTURES]
-    return kind in {config.model_type for config in ours}
+    return kind in [config.model_type for config in ours]  # whatever a file has there
 
 
 def model_fingerprint(path: str) -> str:

@@ -143,9 +143,10 @@ def _open_npy(path: Path) -> Vectors:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path}: not readable as .npy ({error})") from error
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+    if array.ndim != 2 or not array.shape[1] or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
-            f"{path}: must hold floating numbers [N, d]; got {array.dtype}, shape {array.shape}"
+            f"{path}: must hold floating numbers [N, d], d of at least 1; got {array.dtype}, shape "
+            f"{array.shape}"
         )
 
     path_of_ids = ids_path(path)
@@ -223,15 +224,18 @@ def _batches(file: Any, columns: list[str], path: Path) -> Iterator[Any]:
 def _matrix(column: Any, path: Path) -> NDArray[np.floating]:
     """A column of lists as [n, d]."""
     import pyarrow.compute as pc
+    import pyarrow.types as kinds
 
-    lengths = set(pc.list_value_length(column).to_pylist())
+    kind = column.type
+    is_list = kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
+    is_matrix = is_list and kinds.is_floating(kind.value_type)
+    lengths = set(pc.list_value_length(column).to_pylist()) if is_matrix else set()
+    if len(lengths) != 1 or lengths <= {None, 0}:
+        raise ValueError(
+            f"{path}: column 'embedding' must hold lists of floating numbers, all of one length, "
+            f"none empty; got {kind}, lengths {sorted(map(str, lengths))[:5]}"
+        )
     flat = column.flatten()
-    values = flat.to_numpy(zero_copy_only=False)
     if flat.null_count:
         raise ValueError(f"{path}: column 'embedding' must hold numbers alone; got null in a list")
-    if len(lengths) != 1 or None in lengths or not np.issubdtype(values.dtype, np.floating):
-        raise ValueError(
-            f"{path}: column 'embedding' must hold lists of floating numbers, all of one length; "
-            f"got {column.type}, lengths {sorted(map(str, lengths))[:5]}"
-        )
-    return values.reshape(len(column), lengths.pop())
+    return flat.to_numpy(zero_copy_only=False).reshape(len(column), lengths.pop())

@@ -282,6 +282,7 @@ def _check_shards(index: Path) -> None:
 
 def _check_modules(modules: Path) -> None:
     """The folders of sentence-transformers' modules; some kinds have no files, and no folder."""
+    width = None  # of what the module before gives, where it is an encoder
     for path, kind in read_modules(modules):
         folder = modules.parent / path
         if not folder.is_dir() and kind in _MODULES_WITH_FILES:
@@ -296,14 +297,25 @@ def _check_modules(modules: Path) -> None:
         if kind in _MODULES_WITH_FILES[1:] and not (folder / _CONFIG).is_file():
             raise FileNotFoundError(f"{folder} has no {_CONFIG}: it is half-written.")
         if kind == "Pooling":
-            _check_pooling(folder / _CONFIG)
+            _check_pooling(folder / _CONFIG, width)
+        width = _width(folder / _CONFIG) if kind == "Transformer" else None
         if kind == "Dense" and not any((folder / name).is_file() for name in _DENSE_WEIGHTS):
             raise FileNotFoundError(f"{folder} has no weights ({_DENSE_WEIGHTS[0]}).")
 
 
-def _check_pooling(file: Path) -> None:
+def _width(config: Path) -> Any:
+    """The width of an encoder, where its configuration calls it as most do."""
+    return read_object(config).get("hidden_size") if config.is_file() else None  # an adapter
+
+
+def _check_pooling(file: Path, width: Any) -> None:
+    """Sizes that a pooling states, and those of the encoder before it; None where not known."""
     config = read_object(file)
     for name in ("word_embedding_dimension", "embedding_dimension"):
         size = config.get(name, 1)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{file}: {name} must be a whole number above 0; got {size!r}.")
+        if name in config and isinstance(width, int) and size != width:
+            raise ValueError(
+                f"{file}: {name} must be the encoder's hidden_size, {width}; got {size}."
+            )

@@ -43,6 +43,8 @@ def test_what_is_allowed_is_given_back(check, value, expected):
         (checks.text, b"x"),
         (checks.text, "\t\n"),
         (checks.text, "\udc80"),
+        (checks.text, "x\0"),
+        (checks.texts, ["x", "\0"]),
         (checks.texts, ("x",)),
         (checks.number, None),
         (checks.number, [1]),
@@ -61,6 +63,7 @@ def test_what_is_allowed_is_given_back(check, value, expected):
         (checks.label, -1),
         (checks.label, [1]),
         (checks.scalar, "\ud800"),
+        (checks.scalar, "\0"),
         (checks.scalar, {"a": 1}),
     ],
 )

@@ -110,6 +110,7 @@ def test_splits(tmp_path: Path):
         ),
         ({"qrels": QRELS + "q2 d1 1\n"}, "line 5: 1 cells between tabs; expected query id"),
         ({"qrels": "q2\td1\t0.5\n"}, "line 1: relevance must be a whole number .*got '0.5'"),
+        ({"qrels": QRELS + "\t\t\n"}, "line 5: relevance must be a whole number .*got ''"),
         ({"qrels": "q2\td1\t1_0\n"}, "line 1: relevance must be a whole number .*got '1_0'"),
         ({"qrels": "q2\td1\t2147483647\n"}, "line 1: relevance .*to 1,000,000, got 2147483647"),
         ({"qrels": "\n"}, r"test\.tsv: no judgements"),

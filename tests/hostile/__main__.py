@@ -69,6 +69,9 @@ def summary(results: Sequence[Result]) -> str:
     clear = sum(result.outcome == CLEAR for result in bad)
     if bad:
         lines.append(f"{clear} of {len(bad)} bad inputs ({clear / len(bad):.1%}): a clear error")
+    if results:
+        slowest = max(results, key=lambda result: result.seconds)
+        lines.append(f"the slowest, after {slowest.seconds:.1f} s: {slowest.group}, {slowest.name}")
     wrong = sorted((r for r in results if not r.is_right), key=lambda r: (r.group, r.name))
     return "\n".join([*lines, *(f"  {shown(result)}" for result in wrong)])
 

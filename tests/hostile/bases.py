@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-TEXTS = ["w1 w2", "w3", "w4 w5 w6", "w7 w8"]
+TEXTS = ["w1 w2", "w3", "w4 w5 w6", "w7 w8", "w9"]
 
 
 def make_bases(folder: Path) -> None:
@@ -36,12 +36,15 @@ def make_models(folder: Path) -> None:
 
 
 def make_data(folder: Path) -> None:
-    """Files of pairs, FlagEmbedding rows, texts, a retrieval set and settings."""
+    """Files of pairs, FlagEmbedding rows, texts, a retrieval set and settings.
+
+    Their rows are odd in number: half of a file must not end with a line, for that is a file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pairs = [{"a": f"w{i} w2", "b": f"w{i} w3", "domain": "law"} for i in range(6)]
-    flag = [{"query": f"w{i}", "pos": [f"w{i} w2"], "neg": ["w9", "w8"]} for i in range(6)]
+    pairs = [{"a": f"w{i} w2", "b": f"w{i} w3", "domain": "law"} for i in range(7)]
+    flag = [{"query": f"w{i}", "pos": [f"w{i} w2"], "neg": ["w9", "w8"]} for i in range(7)]
     texts = [{"id": f"t{i}", "text": text} for i, text in enumerate(TEXTS)]
     for name, rows in (("pairs", pairs), ("flag", flag), ("texts", texts)):
         lines(folder / f"{name}.jsonl", rows)

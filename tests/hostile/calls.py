@@ -12,8 +12,10 @@ from moe_fast import ops
 from tests.hostile.cases import Case, nothing
 
 T, D, H, E, K = 5, 8, 6, 3, 2
-# Other inputs that are right: fewer choices, ids that are documented to be skipped, a batch of one.
+# Other inputs that are right: fewer choices, ids that are documented to be skipped, a batch of one,
+# weights in a documented dtype.
 _RIGHT = {
+    ("expert_mlp", "top_k_weights", "float64"),
     ("plan", "top_k_index", "too narrow"),
     ("plan", "top_k_index", "out of range"),
     ("route", "x", "one dimension more"),

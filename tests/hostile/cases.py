@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +42,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """How a case ended: one of OUTCOMES, and what was said."""
+    """How a case ended: one of OUTCOMES, what was said, and after how long by the clock."""
 
     group: str
     name: str
     control: bool
     outcome: str
     message: str
+    seconds: float = 0.0
 
     @property
     def is_right(self) -> bool:
@@ -62,6 +64,7 @@ def try_case(case: Case, bases: Path, folder: Path) -> Result:
     if source.exists():  # else the damage makes the file
         shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
     case.damage(copy)
+    begin = time.monotonic()
     try:
         case.use(copy)
     except MemoryError as error:
@@ -74,7 +77,8 @@ def try_case(case: Case, bases: Path, folder: Path) -> Result:
         message = f"{type(error).__name__}: {notes}"
     else:
         outcome, message = ACCEPTED, ""
-    return Result(case.group, case.name, case.control, outcome, message[:_LONGEST])
+    seconds = time.monotonic() - begin
+    return Result(case.group, case.name, case.control, outcome, message[:_LONGEST], seconds)
 
 
 def all_cases() -> list[Case]:

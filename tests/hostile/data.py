@@ -13,6 +13,13 @@ import numpy as np
 from tests.hostile.bases import lines
 from tests.hostile.cases import Case, damaged_bytes, nothing
 
+_NUL = {  # no text has one
+    "pairs.jsonl": '{"a": "w1", "b": "w2\\u0000", "domain": "law"}',
+    "pairs.csv": "w1,w2\0,law",
+    "flag.jsonl": '{"query": "w1", "pos": ["w2"], "neg": ["\\u0000"]}',
+    "texts.jsonl": '{"id": "t9", "text": "w1\\u0000"}',
+    "texts.txt": "w1\0w2",
+}
 _LOSSY = ("last bytes cut", "first half")  # half of a text is a text
 
 
@@ -53,6 +60,8 @@ def _tables() -> Iterator[Case]:
     }
     for file, use in readers.items():
         yield Case("control", f"{file} as it is", file, nothing, use, control=True)
+        if not file.endswith(".parquet"):  # nobody can know that there was more
+            yield Case("control", f"{file}: lines cut off", file, _first_lines, use, control=True)
         plain = file.endswith((".txt", ".csv"))
         for name, spoil in damaged_bytes():
             if not (plain and name in (*_LOSSY, "first byte cut")):
@@ -76,6 +85,8 @@ def _tables() -> Iterator[Case]:
         yield Case("table", f"pairs.csv: line {line!r}", "pairs.csv", _more(line), pairs)
     for header in ("a,a,b", "", "x,y,z", "a;b;domain", ",,"):
         yield Case("table", f"pairs.csv: header {header!r}", "pairs.csv", _header(header), pairs)
+    for file, line in _NUL.items():
+        yield Case("table", f"{file}: a NUL byte", file, _more(line), readers[file])
     for line in ("", " ", "\t"):
         yield Case("table", f"texts.txt: line {line!r}", "texts.txt", _more(line), texts)
     wide = json.dumps({f"c{i}": 1 for i in range(60_000)})
@@ -99,6 +110,10 @@ def _more(line: str) -> Callable[[Path], Any]:
 
 def _header(line: str) -> Callable[[Path], Any]:
     return lambda path: path.write_text("\n".join([line, *path.read_text().splitlines()[1:]]))
+
+
+def _first_lines(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
 
 
 def _zipped(cut: int) -> Callable[[Path], Any]:

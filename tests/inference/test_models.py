@@ -1,5 +1,6 @@
 """Loading by path: which class, and what is said when there is nothing."""
 
+import json
 import shutil
 
 import pytest
@@ -35,6 +36,15 @@ def test_a_half_written_checkpoint_is_named(models, tmp_path):
     weights = next((tmp_path / "moe").rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=weights.name):
+        load_model(str(tmp_path / "moe"))
+
+
+@pytest.mark.parametrize("kind", [[], {}, 1, None, True])
+def test_a_model_type_that_is_no_name(kind, models, tmp_path):
+    shutil.copytree(models / "moe", tmp_path / "moe")
+    file = tmp_path / "moe" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": kind}))
+    with pytest.raises(ValueError, match="moe"):
         load_model(str(tmp_path / "moe"))
 
 

@@ -125,11 +125,13 @@ def test_files_that_hold_no_vectors(tmp_path):
     np.save(tmp_path / "flat.npy", np.zeros(3))
     np.save(tmp_path / "int.npy", np.zeros((2, 2), int))
     np.save(tmp_path / "object.npy", np.array([{}], object))
+    np.save(tmp_path / "no-columns.npy", np.zeros((2, 0)))
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY\x01\x00")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "text.parquet")
     for name, message in {
-        "flat.npy": r"must hold floating numbers \[N, d\]; got float64, shape \(3,\)",
+        "flat.npy": r"must hold floating numbers \[N, d\], .* got float64, shape \(3,\)",
+        "no-columns.npy": r"d of at least 1; got float64, shape \(2, 0\)",
         "int.npy": "got int64",
         "object.npy": "not readable as .npy",
         "broken.npy": "not readable as .npy",
@@ -140,7 +142,11 @@ def test_files_that_hold_no_vectors(tmp_path):
             open_vectors(tmp_path / name)
 
 
-@pytest.mark.parametrize("lists", [[[1.0], [1.0, 2.0]], [[1.0], None], [[1], [2]]])
+@pytest.mark.parametrize(
+    "lists",
+    [[[1.0], [1.0, 2.0]], [[1.0], None], [[1], [2]], ["x"], [1.0], [None], [[]], [[[1.0]]]],
+    ids=str,
+)
 def test_lists_that_make_no_matrix(lists, tmp_path):
     pq.write_table(pa.table({"embedding": lists}), tmp_path / "v.parquet")
     with pytest.raises(ValueError, match="lists of floating numbers, all of one length"):

@@ -167,6 +167,11 @@ def test_a_configuration_given_beside_the_weights(bert, tmp_path):
             FileNotFoundError,
             "names the folder '1_Pooling', which is not there",
         ),
+        (
+            lambda f: (f / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 5}'),
+            ValueError,
+            r"config\.json: embedding_dimension must be the encoder's hidden_size, 32; got 5",
+        ),
         (lambda f: cut(f / "model.safetensors"), ValueError, r"model\.safetensors is damaged"),
         (
             lambda f: (f / "tokenizer.json").write_text("{"),
