@@ -30,7 +30,7 @@ NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc 
 
 .DEFAULT_GOAL := help
 .PHONY: look-again help setup lock wheel demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
-  bench-compare bench-report bench-instructions lint format clean
+  bench-compare bench-report bench-instructions lint lint-schemas format clean
 
 help:
 	@echo "moe_fast: make <target>. The first one to run sets everything up in $(VENV)."
@@ -56,7 +56,7 @@ help:
 	@echo "  bench-compare  the last run against the committed one; fails where a case became slower"
 	@echo "  bench-report the page of the docs, from the committed runs"
 	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
-	@echo "  lint         ruff (rules and format) and mypy"
+	@echo "  lint         ruff (rules and format), mypy, and the schemas of GitHub's files and CITATION.cff"
 	@echo "  format       let ruff mend what it can"
 	@echo "  wheel        an sdist and a manylinux wheel in dist, checked"
 	@echo "  lock         write constraints.txt and constraints-oldest.txt anew, from pyproject.toml"
@@ -210,7 +210,15 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(MAKE) --no-print-directory lint-schemas
+
+SCHEMA := $(VENV)/bin/check-jsonschema --builtin-schema
+FORMS := .github/ISSUE_TEMPLATE
+lint-schemas: setup
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) vendor.github-issue-config $(FORMS)/config.yml
+	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard $(FORMS)/*.yml))
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
 
 format: setup
 	$(PY) -m ruff check --fix .
