@@ -31,7 +31,7 @@ from moe_fast.ops import available_backends, show_backends, use_backend  # noqa:
 from moe_fast.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
-    from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
+    from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 
 __all__ = [
     "MoEBertLayer",
@@ -55,7 +55,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load what needs an extra only when it is asked for."""
     if name == "MoESentenceTransformer":
-        from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
+        from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 
         return MoESentenceTransformer
     raise AttributeError(f"module 'moe_fast' has no attribute {name!r}")

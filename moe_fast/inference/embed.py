@@ -23,9 +23,9 @@ import torch
 from tqdm.auto import tqdm
 
 from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
+from moe_fast.encoding.model_paths import file_sha256, model_fingerprint
 from moe_fast.files import check_output, exclusive
 from moe_fast.inference.encoder import EncoderSettings, TextEncoder, torch_threads
-from moe_fast.inference.models import file_sha256, model_fingerprint
 from moe_fast.inference.parts import Parts, has_parts, open_parts
 from moe_fast.inference.texts import TextRow, read_text_rows
 from moe_fast.inference.threads import check_threads

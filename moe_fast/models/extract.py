@@ -37,7 +37,7 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
     """
     if not isinstance(model, PreTrainedModel) and hasattr(model, "encode"):
         # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
-        from moe_fast.integrations.sentence_transformers import extract_sentence_transformer
+        from moe_fast.conversion.pipelines import extract_sentence_transformer
 
         return extract_sentence_transformer(model, expert, keep_domain_tokens=keep_domain_tokens)
     if not isinstance(model, MoEModelMixin):

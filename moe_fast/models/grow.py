@@ -43,7 +43,7 @@ def add_expert(
             ``from_expert``.
     """
     if _is_sentence_transformer(model):
-        from moe_fast.integrations.sentence_transformers import with_mapped_encoder
+        from moe_fast.conversion.pipelines import with_mapped_encoder
 
         return with_mapped_encoder(model, lambda m: add_expert(m, domain, from_expert=from_expert))
     config = _config_of(model)
@@ -77,7 +77,7 @@ def remove_expert(model: Any, expert: int | str) -> Any:
             K experts would remain.
     """
     if _is_sentence_transformer(model):
-        from moe_fast.integrations.sentence_transformers import with_mapped_encoder
+        from moe_fast.conversion.pipelines import with_mapped_encoder
 
         return with_mapped_encoder(model, lambda m: remove_expert(m, expert))
     config = _config_of(model)

@@ -174,7 +174,7 @@ def import_checkpoint(
     """
     if not isinstance(like, MoEModelMixin) and hasattr(like, "encode"):
         # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
-        from moe_fast.integrations.sentence_transformers import with_mapped_encoder
+        from moe_fast.conversion.pipelines import with_mapped_encoder
 
         return with_mapped_encoder(like, lambda m: import_checkpoint(checkpoint, m, style=style))
     if not isinstance(like, MoEModelMixin):

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moe_fast.encoding.loading import load_as_saved
 from moe_fast.models.architectures import architecture_of
-from moe_fast.models.loading import load_dense, tokenizer_beside
+from moe_fast.models.loading import tokenizer_beside
 from moe_fast.models.modeling import MoEModelMixin
 from moe_fast.models.upcycle import upcycle
 from moe_fast.models.weights import embedding_name, mean_of
@@ -80,13 +81,13 @@ def from_experts(
     _check_arguments(models, shared, upcycle_kwargs)
     paths = [os.fspath(m) if isinstance(m, (str, os.PathLike)) else None for m in models]
     loaded = [
-        m if path is None else load_dense(path) for m, path in zip(models, paths, strict=True)
+        m if path is None else load_as_saved(path) for m, path in zip(models, paths, strict=True)
     ]
     settings = {"domains": domains, "routing": routing, "shared": shared, **upcycle_kwargs}
     bare = [isinstance(model, PreTrainedModel) for model in loaded]
     if not any(bare) and all(hasattr(model, "encode") for model in loaded):
         # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
-        from moe_fast.integrations.sentence_transformers import join_sentence_transformers
+        from moe_fast.conversion.pipelines import join_sentence_transformers
 
         return join_sentence_transformers(loaded, **settings)
     if not all(bare):

@@ -15,8 +15,6 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from moe_fast.compat import file_of
-from moe_fast.models.adapters import adapter_folder, load_with_adapter
 from moe_fast.models.json_files import read_json, read_modules, read_object
 
 _CONFIG = "config.json"
@@ -38,30 +36,13 @@ _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")  # sa
 _INTEGER_BUFFERS = ("position_ids", "token_type_ids", "num_batches_tracked")
 
 
-def load_dense(path: str) -> Any:
-    """The SentenceTransformer in a folder or under a hub id, or else the bare encoder.
+def load_encoder(path: str) -> Any:
+    """The bare encoder in a folder or under a hub id, dense or mixture.
 
     Raises:
         ValueError: for a damaged file in a local folder, which the message names, and for weights
             that the checkpoint lacks.
         OSError: as transformers, for what is not there.
-    """
-    adapter = adapter_folder(path)
-    if adapter is not None:
-        return load_with_adapter(path, adapter, load_dense)
-    if file_of(path, "modules.json"):
-        from moe_fast.integrations.sentence_transformers import load_sentence_transformer
-
-        check_checkpoint(path)
-        return load_sentence_transformer(path)
-    return load_encoder(path)
-
-
-def load_encoder(path: str) -> Any:
-    """The bare encoder in a folder or under a hub id, dense or mixture.
-
-    Raises:
-        ValueError, OSError: as :func:`load_dense`.
     """
     from moe_fast.models.strict import check_loading_info
 

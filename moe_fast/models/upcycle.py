@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_fast.compat import attention_of
+from moe_fast.encoding.loading import load_as_saved
 from moe_fast.models.architectures import Architecture, architecture_of
-from moe_fast.models.loading import load_dense, tokenizer_beside
+from moe_fast.models.loading import tokenizer_beside
 from moe_fast.models.modeling import MoEModelMixin
 from moe_fast.models.trainable import set_trainable
 from moe_fast.models.weights import embedding_name, load_exactly
@@ -80,7 +81,7 @@ def upcycle(
     check_choice("router_init", router_init, ROUTER_INITS)
     model = model_or_path
     if isinstance(model, (str, os.PathLike)):
-        model = load_dense(os.fspath(model))
+        model = load_as_saved(os.fspath(model))
         if (
             cls_token_id is None
             and domains
@@ -92,7 +93,7 @@ def upcycle(
         raise TypeError(f"model_or_path must be a model or a path; got {type(model).__name__}.")
     if not isinstance(model, PreTrainedModel) and hasattr(model, "encode"):
         # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
-        from moe_fast.integrations.sentence_transformers import upcycle_sentence_transformer
+        from moe_fast.conversion.pipelines import upcycle_sentence_transformer
 
         return upcycle_sentence_transformer(model, **settings)
     return _upcycle_model(model, **settings)

@@ -1,0 +1,1 @@
+"""Making one model of others: upcycle, extract, join, grow, import."""
