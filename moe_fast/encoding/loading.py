@@ -10,8 +10,9 @@ from moe_fast import compat
 from moe_fast.encoding.adapters import adapter_folder, load_with_adapter
 from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.encoding.model_paths import check_model_path, has_modules, is_mixture, model_file
+from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.json_files import read_modules
-from moe_fast.models.loading import check_checkpoint, load_encoder, naming
+from moe_fast.models.loading import load_encoder, naming
 from moe_fast.models.strict import check_encoder_weights
 
 

@@ -38,8 +38,9 @@ from moe_fast.encoding.lengths import (
 from moe_fast.encoding.model_card import describe_use, domain_of_the_card, use_domain
 from moe_fast.encoding.prompts import prompt_of
 from moe_fast.files import atomic_folder
-from moe_fast.models.loading import check_checkpoint
-from moe_fast.models.modeling import MoEModelMixin, replaced_files
+from moe_fast.models.checkpoint_files import check_checkpoint
+from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.saving import replaced_files
 from moe_fast.ops.attention import attention_kernel
 from moe_fast.ops.route import NonFiniteLogitsError
 
