@@ -56,7 +56,8 @@ help:
 	@echo "  bench-compare  the last run against the committed one; fails where a case became slower"
 	@echo "  bench-report the page of the docs, from the committed runs"
 	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
-	@echo "  lint         ruff (rules and format), mypy, and the schemas of GitHub's files and CITATION.cff"
+	@echo "  lint         ruff (rules and format), mypy, import-linter (imports go down the floors only), and"
+	@echo "               the schemas of GitHub's files and CITATION.cff"
 	@echo "  format       let ruff mend what it can"
 	@echo "  wheel        an sdist and a manylinux wheel in dist, checked"
 	@echo "  lock         write constraints.txt and constraints-oldest.txt anew, from pyproject.toml"
@@ -210,6 +211,7 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
 	$(MAKE) --no-print-directory lint-schemas
 
 SCHEMA := $(VENV)/bin/check-jsonschema --builtin-schema

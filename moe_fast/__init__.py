@@ -17,9 +17,7 @@ if (_root / "kernels" / "triton_ops").is_dir():  # a checkout: kernels/triton_op
     __path__.append(str(_root / "kernels"))
 
 from moe_fast import losses, ops  # noqa: E402
-from moe_fast.integrations import transformers_experts as _transformers_experts  # noqa: E402, F401
-from moe_fast.layers import MoEBertLayer, MoEMLP  # noqa: E402
-from moe_fast.models import (  # noqa: E402
+from moe_fast.conversion import (  # noqa: E402
     add_expert,
     extract_expert,
     from_experts,
@@ -27,11 +25,13 @@ from moe_fast.models import (  # noqa: E402
     remove_expert,
     upcycle,
 )
+from moe_fast.integrations import transformers_experts as _transformers_experts  # noqa: E402, F401
+from moe_fast.layers import MoEBertLayer, MoEMLP  # noqa: E402
 from moe_fast.ops import available_backends, show_backends, use_backend  # noqa: E402
 from moe_fast.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
-    from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
+    from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 
 __all__ = [
     "MoEBertLayer",
@@ -55,7 +55,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load what needs an extra only when it is asked for."""
     if name == "MoESentenceTransformer":
-        from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
+        from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 
         return MoESentenceTransformer
     raise AttributeError(f"module 'moe_fast' has no attribute {name!r}")

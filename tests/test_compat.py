@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe_fast
 from moe_fast import compat
-from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
+from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 from moe_fast.layers import MoERouter
 from moe_fast.layers.attention import packed_attention
 from moe_fast.models import modeling

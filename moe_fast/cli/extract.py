@@ -34,11 +34,12 @@ def run_command(
 ) -> None:
     """Make a dense model of one expert of a mixture."""
     import moe_fast
-    from moe_fast.cli.models import describe_size, load_converted, save_converted
+    from moe_fast.cli.models import describe_size, save_converted
+    from moe_fast.encoding.loading import load_as_saved
     from moe_fast.files import check_output
 
     check_output(output, overwrite)
-    mixture = load_converted(model)
+    mixture = load_as_saved(model)
     config = getattr(mixture, "transformers_model", mixture).config
     is_number = expert.isdigit() and expert not in getattr(config, "domains", ())
     dense = moe_fast.extract_expert(

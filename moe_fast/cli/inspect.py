@@ -67,9 +67,9 @@ def run_command(
     run: Run,
 ) -> None:
     """Show a model's layers, experts, parameters and routing, and where tokens go."""
-    from moe_fast.cli.models import describe_model, load_converted
+    from moe_fast.cli.models import describe_model
+    from moe_fast.encoding.loading import load_as_saved, load_model
     from moe_fast.files import check_output
-    from moe_fast.inference.models import load_model
 
     if output is not None and not texts:
         raise typer.BadParameter("--output draws the tokens of texts: give --texts as well")
@@ -77,7 +77,7 @@ def run_command(
         if path is not None:
             check_output(path, overwrite)
     files = [file_and_domain(source, domain, domain_column) for source in texts or ()]
-    loaded = load_model(model, device=device) if files else load_converted(model)
+    loaded = load_model(model, device=device) if files else load_as_saved(model)
     shown = describe_model(loaded, model)
     print("\n".join(f"{name:22} {_shown(value)}" for name, value in shown.items()))
     if files:

@@ -49,8 +49,8 @@ def run_command(
     """Join dense models, one per domain, into one mixture."""
     import moe_fast
     from moe_fast.cli.models import describe_size, save_converted
+    from moe_fast.encoding.model_paths import check_model_path
     from moe_fast.files import check_output
-    from moe_fast.inference.models import check_model_path
 
     named = named_paths(models, "DOMAIN=MODEL")
     if len(named) < 2:

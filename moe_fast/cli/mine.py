@@ -141,7 +141,7 @@ def _retriever(model: str | None, device: str | None, **options: Any) -> tuple[A
         from moe_fast.data.mining import BM25
 
         return BM25, None
-    from moe_fast.evaluation.encoding import EncodeOptions
+    from moe_fast.encoding.options import EncodeOptions
     from moe_fast.inference import load_model
 
     return load_model(model, device=device), EncodeOptions(**options)

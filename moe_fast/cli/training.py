@@ -149,8 +149,8 @@ def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -
         ValueError: experts asked for of a model that has some; parts of a dense model to freeze.
     """
     import moe_fast
+    from moe_fast.conversion import set_trainable
     from moe_fast.inference import load_model
-    from moe_fast.models import set_trainable
     from moe_fast.training.trainable import precisions
 
     model = load_model(options.model, device="cpu")  # the trainer moves it

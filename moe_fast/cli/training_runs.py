@@ -112,7 +112,7 @@ def resume_command(checkpoints: Path) -> str:
 
 def describe_inputs(model: str, rows: Any, evaluation: Any) -> dict[str, str | None]:
     """What must not change under an interrupted run: the contents of its model and its data."""
-    from moe_fast.inference.models import model_fingerprint
+    from moe_fast.encoding.model_paths import model_fingerprint
 
     return {
         "model": model_fingerprint(model),

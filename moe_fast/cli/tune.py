@@ -58,9 +58,9 @@ def _first_mixture(model: str) -> Any:
     Raises:
         ValueError: for a dense model.
     """
-    from moe_fast.cli.models import load_converted
+    from moe_fast.encoding.loading import load_as_saved
 
-    loaded = load_converted(model)
+    loaded = load_as_saved(model)
     encoder = getattr(loaded, "transformers_model", loaded)
     mlps = encoder.moe_mlps() if hasattr(encoder, "moe_mlps") else {}
     if not mlps:

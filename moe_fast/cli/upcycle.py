@@ -88,8 +88,8 @@ def run_command(
     """Turn a dense encoder into a mixture of experts that gives the same embeddings."""
     import moe_fast
     from moe_fast.cli.models import describe_size, save_converted
+    from moe_fast.encoding.model_paths import check_model_path
     from moe_fast.files import check_output
-    from moe_fast.inference.models import check_model_path
 
     names = split_commas(domains)
     if num_experts is None and not names:

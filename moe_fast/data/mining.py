@@ -32,6 +32,9 @@ from moe_fast.data.columns import match_columns, numbered
 from moe_fast.data.mining_search import Found, search_vectors, search_words
 from moe_fast.data.rows import Row
 from moe_fast.data.sources import DatasetSource
+from moe_fast.encoding.domains import domains_of
+from moe_fast.encoding.options import EncodeOptions
+from moe_fast.encoding.vectors import embed
 from moe_fast.messages import listed, shown
 from moe_fast.ops.checks import check_count
 
@@ -119,7 +122,7 @@ def mine_hard_negatives(
     *,
     settings: MiningSettings | None = None,
     corpus: Iterable[str] = (),
-    encode_options: Any = None,
+    encode_options: EncodeOptions | None = None,
 ) -> MinedRows:
     """Find each row's hard negatives among the positives of all rows, and in a corpus.
 
@@ -131,7 +134,7 @@ def mine_hard_negatives(
             where the rows have it), or ``"bm25"``.
         settings: see :class:`MiningSettings`.
         corpus: further texts, which answer no query that is known; of no domain.
-        encode_options: :class:`moe_fast.evaluation.encoding.EncodeOptions`; for a model only.
+        encode_options: :class:`moe_fast.encoding.options.EncodeOptions`; for a model only.
 
     Returns:
         Rows of ``query``, ``pos``, ``neg`` and the rows' ``domain`` and group column; with
@@ -255,7 +258,11 @@ def plain(text: str) -> str:
 
 
 def _search(
-    retriever: Any, rows: Sequence[Row], pool: _Pool, settings: MiningSettings, options: Any
+    retriever: Any,
+    rows: Sequence[Row],
+    pool: _Pool,
+    settings: MiningSettings,
+    options: EncodeOptions | None,
 ) -> Found:
     """The best documents of every row's query, its own positives not counted in the depth."""
     queries = [row["query"] for row in rows]
@@ -264,11 +271,9 @@ def _search(
         if retriever != BM25:
             raise ValueError(f"retriever must be a model or {BM25!r}; got {retriever!r}.")
         return search_words(queries, pool.texts, pool.positives, k)
-    from moe_fast.evaluation.encoding import EncodeOptions, embed, wants_domains
-
     options = options or EncodeOptions()
     domains: Sequence[Any] | None = None
-    if wants_domains(retriever) and "domain" in rows[0] and options.domain is None:
+    if domains_of(retriever) and "domain" in rows[0] and options.domain is None:
         if None in pool.domains:
             raise ValueError(
                 "the model wants each text's domain, which the texts of a corpus do not have: "

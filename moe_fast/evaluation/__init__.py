@@ -9,8 +9,9 @@ for training in `moe_fast.evaluation.evaluator`.
 
 from __future__ import annotations
 
+from moe_fast.encoding.options import EncodeOptions
+from moe_fast.encoding.vectors import embed
 from moe_fast.evaluation.bootstrap import bootstrap_interval, paired_difference
-from moe_fast.evaluation.encoding import EncodeOptions, embed
 from moe_fast.evaluation.exact_search import search
 from moe_fast.evaluation.expert_usage import expert_usage
 from moe_fast.evaluation.pairs import evaluate_pairs

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_fast.evaluation.encoding import all_cosines
+from moe_fast.evaluation.cosines import all_cosines
 from moe_fast.evaluation.optional import require
 
 MAX_RESAMPLED_POSITIVES = 1000  # distinct cosines of positives that a resampled ladder keeps

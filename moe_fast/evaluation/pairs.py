@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_fast.encoding.options import EncodeOptions
 from moe_fast.evaluation.columns import read_columns
-from moe_fast.evaluation.encoding import EncodeOptions, embed_pairs, pairwise_cosine
+from moe_fast.evaluation.cosines import embed_pairs, pairwise_cosine
 from moe_fast.evaluation.ladder import (
     Ladder,
     Resampled,

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_fast.encoding.domains import domains_of
+from moe_fast.encoding.options import EncodeOptions, Role, passes_domain
+from moe_fast.encoding.vectors import embed
 from moe_fast.evaluation.bootstrap import Estimate as Estimate
-from moe_fast.evaluation.encoding import EncodeOptions, Role, embed, passes_domain
 from moe_fast.evaluation.exact_search import search
 from moe_fast.evaluation.ir_metrics import check_measures, query_scores
 from moe_fast.evaluation.result import (
@@ -204,8 +206,7 @@ def _others(query: str, hits: Mapping[str, float], depth: int | None = None) -> 
 
 def _check_domains(model: Any, retrieval: Retrieval) -> None:
     """Raise before anything is encoded where a text's domain is none of the model's."""
-    config = getattr(getattr(model, "transformers_model", None), "config", None)
-    known = set(getattr(config, "domains", None) or ())
+    known = set(domains_of(model))
     for kind, domains in (("queries", retrieval.domains), ("corpus", retrieval.corpus_domains)):
         unknown = sorted(set((domains or {}).values()) - known)
         if unknown and known:

@@ -23,9 +23,10 @@ import torch
 from tqdm.auto import tqdm
 
 from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
+from moe_fast.encoding.model_paths import file_sha256, model_fingerprint
 from moe_fast.files import check_output, exclusive
+from moe_fast.inference.chunks import Chunk, EmbeddedChunk, domains_of_rows, embed_chunk
 from moe_fast.inference.encoder import EncoderSettings, TextEncoder, torch_threads
-from moe_fast.inference.models import file_sha256, model_fingerprint
 from moe_fast.inference.parts import Parts, has_parts, open_parts
 from moe_fast.inference.texts import TextRow, read_text_rows
 from moe_fast.inference.threads import check_threads
@@ -50,29 +51,6 @@ class EmbeddedFile:
     dimension: int
     resumed_rows: int
     truncated_rows: int = 0
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A run of texts.
-
-    Attributes:
-        number: of the chunk, from 0.
-        first: row number of its first text.
-        rows: its texts.
-    """
-
-    number: int
-    first: int
-    rows: list[TextRow]
-
-
-@dataclass(frozen=True)
-class EmbeddedChunk:
-    """What became of a :class:`Chunk`: its number of texts, and of those that were cut."""
-
-    size: int
-    truncated: TruncatedTexts
 
 
 def embed_file(
@@ -132,10 +110,10 @@ def embed_file(
     with exclusive(output):
         first, count, domains = _look_through(source, **reading)
         encoder = TextEncoder(settings)
-        encoder.check_domains(sorted(domains))
+        encoder.checkdomains_of_rows(sorted(domains))
         # One text shows whether any can be embedded, before anything is written.
         with counted_truncation():  # it is counted where it is embedded
-            dimension = encoder.encode([first.text], _domains([first])).shape[1]
+            dimension = encoder.encode([first.text], domains_of_rows([first])).shape[1]
         sizes = [min(chunk_size, count - start) for start in range(0, count, chunk_size)]
         parts = open_parts(
             output,
@@ -243,25 +221,6 @@ def _in_this_process(
     with torch_threads(parts.threads):
         for chunk in chunks:
             yield embed_chunk(encoder, parts, chunk)
-
-
-def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> EmbeddedChunk:
-    """Compute and write one chunk."""
-    texts = [row.text for row in chunk.rows]
-    try:
-        with counted_truncation() as truncated:
-            vectors = encoder.encode(texts, _domains(chunk.rows))
-    except ValueError as error:
-        raise ValueError(
-            f"in the {len(texts)} texts from {chunk.rows[0].where}: {error}"
-        ) from error
-    parts.write(chunk.number, vectors, [row.id for row in chunk.rows])
-    return EmbeddedChunk(len(texts), truncated)
-
-
-def _domains(rows: list[TextRow]) -> list[str] | None:
-    """The domain of each row; ``None`` where the file was not asked for them."""
-    return [row.domain for row in rows if row.domain is not None] or None
 
 
 def _in_workers(

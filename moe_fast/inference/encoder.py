@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moe_fast.encoding.domains import domains_of
 from moe_fast.encoding.encoder import check_one_encoder
-from moe_fast.encoding.lengths import measure_texts, shortened
-from moe_fast.encoding.prompts import prompt_of
-from moe_fast.inference.models import load_model
+from moe_fast.encoding.loading import load_model
+from moe_fast.encoding.vectors import encode_texts
 from moe_fast.ops.checks import check_choice, check_count
 
 Precision = Literal["float32", "float16"]
@@ -69,10 +69,10 @@ class TextEncoder:
 
     def check_domains(self, names: Sequence[str | None]) -> None:
         """Raise for a name that is none of the model's domains."""
-        known = getattr(self.model.transformers_model.config, "domains", None)
+        known = domains_of(self.model)
         for name in names:
-            if name is not None and name not in (known or ()):
-                listed = ", ".join(known or ()) or "it has none"
+            if name is not None and name not in known:
+                listed = ", ".join(known) or "it has none"
                 raise ValueError(f"domain must be one of the model's ({listed}); got {name!r}")
 
     def encode(self, texts: Sequence[str], domains: Sequence[str] | None) -> NDArray[np.floating]:
@@ -89,33 +89,17 @@ class TextEncoder:
         domain = self.settings.domain if domains is None else list(domains)
         if domain is not None:
             options["domain"] = domain
-        given = list(texts)
-        if hasattr(self.model, "truncate"):  # a mixture measures the texts itself
-            options["truncate"] = self.settings.truncate
-        else:
-            given = self._fitting(given)
-        vectors = self.model.encode(
-            given,
+        return encode_texts(
+            self.model,
+            texts,
+            truncate=self.settings.truncate,
+            dtype=self.settings.dtype,
             batch_size=self.settings.batch_size,
             normalize_embeddings=self.settings.normalize,
             show_progress_bar=False,
             convert_to_numpy=True,
             **options,
-        ).astype(self.settings.dtype)
-        wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if len(wrong):
-            raise ValueError(
-                f"the model gives NaN or infinite numbers (as {self.settings.dtype}) for text "
-                f"{wrong[0]}, {texts[wrong[0]][:60]!r}"
-            )
-        return vectors
-
-    def _fitting(self, texts: list[str]) -> list[str]:
-        """Texts that a stock ``SentenceTransformer``, which says nothing, may be given to cut."""
-        prompt = prompt_of(self.model, None, self.settings.prompt_name)
-        long = measure_texts(self.model.tokenizer, texts, prompt, self.model.max_seq_length)
-        long.settle(self.settings.truncate)
-        return shortened(texts, prompt, long)
+        )
 
 
 @contextmanager

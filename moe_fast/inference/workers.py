@@ -10,15 +10,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from moe_fast.inference.chunks import Chunk, EmbeddedChunk, embed_chunk
 from moe_fast.inference.encoder import EncoderSettings, TextEncoder
 from moe_fast.inference.parts import Parts
-
-if TYPE_CHECKING:
-    from moe_fast.inference.embed import Chunk, EmbeddedChunk
 
 _state: dict[str, Any] = {}  # a worker's model and parts, for all the chunks it gets
 
@@ -52,8 +50,6 @@ def _start(settings: EncoderSettings, parts: Parts) -> None:
 
 
 def _embed(chunk: Chunk) -> EmbeddedChunk:
-    from moe_fast.inference.embed import embed_chunk
-
     return embed_chunk(_state["encoder"], _state["parts"], chunk)
 
 

@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise missing("mteb", "mteb", "MTEBEncoder", error) from error
 
-from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
+from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 
 
 class MTEBEncoder(SentenceTransformerEncoderWrapper):

@@ -1,4 +1,4 @@
-"""Configurations and models that transformers' AutoConfig and AutoModel load, and conversions."""
+"""Configurations and models that transformers' AutoConfig and AutoModel load."""
 
 from transformers import AutoConfig, AutoModel
 
@@ -9,10 +9,6 @@ from moe_fast.models.configuration import (
     MoERobertaConfig,
     MoEXLMRobertaConfig,
 )
-from moe_fast.models.extract import extract_expert
-from moe_fast.models.grow import add_expert, remove_expert
-from moe_fast.models.importing import IMPORT_STYLES, KeyRule, import_checkpoint
-from moe_fast.models.join import from_experts
 from moe_fast.models.modeling import (
     MoEBertModel,
     MoEModelOutput,
@@ -21,8 +17,6 @@ from moe_fast.models.modeling import (
     MoERobertaModel,
     MoEXLMRobertaModel,
 )
-from moe_fast.models.trainable import set_trainable
-from moe_fast.models.upcycle import upcycle
 
 for _architecture in ARCHITECTURES:
     _config = _architecture.moe_config
@@ -30,8 +24,6 @@ for _architecture in ARCHITECTURES:
     AutoModel.register(_config, _architecture.moe_model, exist_ok=True)
 
 __all__ = [
-    "IMPORT_STYLES",
-    "KeyRule",
     "MoEBertConfig",
     "MoEBertModel",
     "MoEModelOutput",
@@ -42,11 +34,4 @@ __all__ = [
     "MoERobertaModel",
     "MoEXLMRobertaConfig",
     "MoEXLMRobertaModel",
-    "add_expert",
-    "extract_expert",
-    "from_experts",
-    "import_checkpoint",
-    "remove_expert",
-    "set_trainable",
-    "upcycle",
 ]

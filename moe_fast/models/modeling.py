@@ -33,18 +33,19 @@ from moe_fast.layers import (
     RouterOutput,
 )
 from moe_fast.layers.attention import packed_attention
+from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.configuration import (
     MoEBertConfig,
     MoEModernBertConfig,
     MoERobertaConfig,
     MoEXLMRobertaConfig,
 )
-from moe_fast.models.loading import check_checkpoint, naming
+from moe_fast.models.loading import naming
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
+from moe_fast.models.saving import check_no_adapter, replaced_files
 from moe_fast.models.strict import check_loading_info
-from moe_fast.models.weights import check_no_adapter
 from moe_fast.ops.checks import check_shape, compute_dtype
 from moe_fast.version import __version__
 
@@ -52,21 +53,6 @@ _ROUTING_OUTPUTS = {
     name: (MoERouter, RouterOutput._fields.index(name))
     for name in ("router_logits", "tokens_per_expert")
 }
-
-
-def replaced_files(model: PreTrainedModel, variant: str | None = None) -> tuple[str, ...]:
-    """Patterns of the weight files of an earlier save, which must not outlive a new one.
-
-    There are none for a model with an adapter, which is saved alone, beside whatever is there.
-    """
-    if compat.saves_adapter_alone(model):
-        return ()
-    part = "" if variant is None else f".{variant}"
-    return (
-        f"model{part}.safetensors",
-        f"model{part}-?????-of-?????.safetensors",
-        f"model.safetensors.index{part}.json",
-    )
 
 
 @dataclass

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_fast.models.loading import shortened, stored_names
+from moe_fast.models.checkpoint_files import shortened, stored_names
 
 logger = logging.getLogger(__name__)
 

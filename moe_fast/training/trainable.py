@@ -12,8 +12,8 @@ from torch import nn
 _HALF = (torch.float16, torch.bfloat16)
 _REMEDY = (
     "Make trainable what is to be trained: model.requires_grad_(True), "
-    'moe_fast.models.set_trainable(model.transformers_model, "experts") or, for a saved adapter, '
-    "load it with is_trainable=True; on the command line: --trainable all."
+    'moe_fast.conversion.set_trainable(model.transformers_model, "experts") or, for a saved '
+    "adapter, load it with is_trainable=True; on the command line: --trainable all."
 )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_fast.data import MiningSettings, mine_hard_negatives, read_flag_rows, read_pairs
-from moe_fast.evaluation.encoding import EncodeOptions
+from moe_fast.encoding.options import EncodeOptions
 from moe_fast.inference import load_model
 from tests.cli.conftest import read_jsonl, write_jsonl
 

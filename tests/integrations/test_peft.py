@@ -259,7 +259,7 @@ def test_an_adapter_needs_a_base_that_was_saved(folder):
     """Not the dense model that the mixture came from, which the adapter does not fit."""
     names = ["a", "b", "c"]
     fresh = moe_fast.upcycle(folder, num_experts=3, routing="enforced", domains=names)
-    for model in (fresh, moe_fast.models.add_expert(fresh, "d")):
+    for model in (fresh, moe_fast.add_expert(fresh, "d")):
         with pytest.raises(
             ValueError, match="add_adapter needs a mixture loaded from where it was"
         ):

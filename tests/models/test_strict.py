@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe_fast
-from moe_fast.models.loading import check_checkpoint, load_encoder
+from moe_fast.models.checkpoint_files import check_checkpoint
+from moe_fast.models.loading import load_encoder
 from tests.models.tiny import build, save_sentence_transformer
 
 WEIGHTS = "model.safetensors"

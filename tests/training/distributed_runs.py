@@ -15,13 +15,13 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from tiny_models import DOMAINS, make_moe, make_pairs
 from torch import Tensor, distributed, nn
 
+from moe_fast.conversion import set_trainable
 from moe_fast.losses import (
     CachedLoss,
     ContrastiveLearningPenaltyLoss,
     InfoNCELoss,
     RouterLoss,
 )
-from moe_fast.models import set_trainable
 from moe_fast.training import (
     DomainBatchSampler,
     ExpertUsageCallback,

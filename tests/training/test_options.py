@@ -22,13 +22,13 @@ from tiny_models import (
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from moe_fast.conversion import set_trainable
 from moe_fast.losses import (
     ContrastiveLearningPenaltyLoss,
     DistillationLoss,
     InfoNCELoss,
     RouterLoss,
 )
-from moe_fast.models import set_trainable
 from moe_fast.training import (
     DomainBatchSampler,
     DomainDataCollator,

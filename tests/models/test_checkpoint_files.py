@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, AutoModel
 
 import moe_fast
-from moe_fast.models.loading import check_checkpoint
+from moe_fast.models.checkpoint_files import check_checkpoint
 from tests.models.tiny import build, save_sentence_transformer
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fast.conversion.door import given, mixture_of
+from moe_fast.conversion.extract import expert_index
+from moe_fast.conversion.weights import embedding_name, load_exactly, mean_of
 from moe_fast.models.architectures import architecture_of
-from moe_fast.models.extract import expert_index
 from moe_fast.models.modeling import MoEModelMixin
-from moe_fast.models.weights import check_no_adapter, embedding_name, load_exactly, mean_of
 
 
 def add_expert(
@@ -42,20 +43,18 @@ def add_expert(
         ValueError: for a domain that is known already, missing or without use, and an unknown
             ``from_expert``.
     """
-    if _is_sentence_transformer(model):
-        from moe_fast.integrations.sentence_transformers import with_mapped_encoder
-
-        return with_mapped_encoder(model, lambda m: add_expert(m, domain, from_expert=from_expert))
-    config = _config_of(model)
+    source = given(model)
+    mixture = mixture_of(source)
+    config = mixture.config
     everyone = [[expert] for expert in range(config.num_experts)]
-    source = (
+    copied = (
         list(range(config.num_experts))
         if from_expert is None
         else [expert_index(config, from_expert, "from_expert")]
     )
     _check_new_domain(config, domain)
     domains = [*config.domains, *([] if domain is None else [domain])]
-    return _regroup(model, [*everyone, source], domains)
+    return source.around(_regroup(mixture, [*everyone, copied], domains))
 
 
 def remove_expert(model: Any, expert: int | str) -> Any:
@@ -76,11 +75,9 @@ def remove_expert(model: Any, expert: int | str) -> Any:
         ValueError: for an unknown expert, the expert of ``default_domain``, and where fewer than
             K experts would remain.
     """
-    if _is_sentence_transformer(model):
-        from moe_fast.integrations.sentence_transformers import with_mapped_encoder
-
-        return with_mapped_encoder(model, lambda m: remove_expert(m, expert))
-    config = _config_of(model)
+    source = given(model)
+    mixture = mixture_of(source)
+    config = mixture.config
     index = expert_index(config, expert)
     needed = 1 if config.routing == "dense" else config.num_experts_per_tok
     if config.num_experts <= needed:
@@ -97,19 +94,7 @@ def remove_expert(model: Any, expert: int | str) -> Any:
                 "model.config.default_domain to another domain, or None, first."
             )
     kept = [[e] for e in range(config.num_experts) if e != index]
-    return _regroup(model, kept, domains)
-
-
-def _is_sentence_transformer(model: Any) -> bool:
-    """A SentenceTransformer holds its encoder in its first module; that floor lies above this."""
-    return not isinstance(model, MoEModelMixin) and hasattr(model, "encode")
-
-
-def _config_of(model: Any) -> Any:
-    if not isinstance(model, MoEModelMixin):
-        raise TypeError(f"model must be a mixture of experts; got {type(model).__name__}.")
-    check_no_adapter(model)
-    return model.config
+    return source.around(_regroup(mixture, kept, domains))
 
 
 def _check_new_domain(config: Any, domain: str | None) -> None:

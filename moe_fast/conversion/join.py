@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moe_fast.compat import child_modules
+from moe_fast.conversion.door import Given, loaded
+from moe_fast.conversion.upcycle import upcycle
+from moe_fast.conversion.weights import embedding_name, mean_of
 from moe_fast.models.architectures import architecture_of
-from moe_fast.models.loading import load_dense, tokenizer_beside
 from moe_fast.models.modeling import MoEModelMixin
-from moe_fast.models.upcycle import upcycle
-from moe_fast.models.weights import embedding_name, mean_of
 from moe_fast.ops.checks import check_choice
 
 SHARED = ("first", "mean")
@@ -78,26 +79,43 @@ def from_experts(
         ValueError: for models that differ in more than weights; the message says in what.
     """
     _check_arguments(models, shared, upcycle_kwargs)
-    paths = [os.fspath(m) if isinstance(m, (str, os.PathLike)) else None for m in models]
-    loaded = [
-        m if path is None else load_dense(path) for m, path in zip(models, paths, strict=True)
-    ]
-    settings = {"domains": domains, "routing": routing, "shared": shared, **upcycle_kwargs}
-    bare = [isinstance(model, PreTrainedModel) for model in loaded]
-    if not any(bare) and all(hasattr(model, "encode") for model in loaded):
-        # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
-        from moe_fast.integrations.sentence_transformers import join_sentence_transformers
+    sources = [loaded(model, f"models[{i}]") for i, model in enumerate(models)]
+    _check_one_kind(sources)
+    check_same_tokenizers([source.tokenizer for source in sources])
+    sources[0].check_domains(routing, domains)
+    if upcycle_kwargs.get("cls_token_id") is None:
+        known = [s.tokenizer.cls_token_id for s in sources if s.tokenizer is not None]
+        upcycle_kwargs["cls_token_id"] = known[0] if known else None
+    settings = {"domains": domains, "routing": routing, **upcycle_kwargs}
+    encoders = [source.encoder for source in sources]
+    joined = sources[0].around(_join_encoders(encoders, shared=shared, **settings))
+    if shared == "mean" and sources[0].pipeline is not None:
+        _average_modules(joined, [source.pipeline for source in sources])
+    return joined
 
-        return join_sentence_transformers(loaded, **settings)
-    if not all(bare):
-        kinds = ", ".join(type(model).__name__ for model in loaded)
+
+def _check_one_kind(sources: Sequence[Given]) -> None:
+    """All are bare, or all are pipelines that differ in their weights alone."""
+    bare = [source.pipeline is None for source in sources]
+    if all(bare):
+        return
+    if any(bare):
+        kinds = ", ".join(
+            type(s.encoder if s.pipeline is None else s.pipeline).__name__ for s in sources
+        )
         raise TypeError(f"models must all be encoders or all SentenceTransformers; got {kinds}.")
-    tokenizers = [None if path is None else tokenizer_beside(path) for path in paths]
-    check_same_tokenizers(tokenizers)
-    if settings.get("cls_token_id") is None:
-        known = [t.cls_token_id for t in tokenizers if t is not None]
-        settings["cls_token_id"] = known[0] if known else None
-    return join_encoders(loaded, **settings)
+    from moe_fast.conversion.pipelines import settings_of
+
+    want = settings_of(sources[0].pipeline)
+    for i, source in enumerate(sources):
+        _refuse(i, _setting_differences(want, settings_of(source.pipeline)))
+
+
+def _average_modules(joined: Any, pipelines: Sequence[Any]) -> None:
+    """Give the modules behind the encoder that have weights (``Dense``) their mean."""
+    for name in list(child_modules(joined))[1:]:
+        states = [pipeline.get_submodule(name).state_dict() for pipeline in pipelines]
+        joined.get_submodule(name).load_state_dict(_mean_state(states))
 
 
 def _check_arguments(models: Any, shared: str, upcycle_kwargs: dict[str, Any]) -> None:
@@ -114,7 +132,7 @@ def _check_arguments(models: Any, shared: str, upcycle_kwargs: dict[str, Any]) -
         )
 
 
-def join_encoders(
+def _join_encoders(
     encoders: Sequence[PreTrainedModel], *, shared: str, **settings: Any
 ) -> MoEModelMixin:
     """:func:`from_experts` of bare encoders, their tokenizers known to agree."""
@@ -140,11 +158,11 @@ def join_encoders(
 def _mean_model(encoders: Sequence[PreTrainedModel]) -> PreTrainedModel:
     """A copy of the first encoder with the mean weights."""
     mean = copy.deepcopy(encoders[0])
-    mean.load_state_dict(mean_state([encoder.state_dict() for encoder in encoders]))
+    mean.load_state_dict(_mean_state([encoder.state_dict() for encoder in encoders]))
     return mean
 
 
-def mean_state(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _mean_state(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The mean of several state dicts with the same names, tensor by tensor."""
     return {name: mean_of([state[name] for state in states]) for name in states[0]}
 
@@ -163,23 +181,33 @@ def _check_same_models(encoders: Sequence[PreTrainedModel]) -> None:
             if type(model) is not type(first)
             else [*_config_differences(first, model), *_weight_differences(first, model)]
         )
-        if differences:
-            raise ValueError(
-                f"models must differ in their weights alone; model {i} differs from model 0 in "
-                f"{'; '.join(differences)}."
-            )
+        _refuse(i, differences)
+
+
+def _refuse(i: int, differences: list[str]) -> None:
+    if differences:
+        raise ValueError(
+            f"models must differ in their weights alone; model {i} differs from model 0 in "
+            f"{'; '.join(differences)}."
+        )
 
 
 def _config_differences(first: PreTrainedModel, other: PreTrainedModel) -> list[str]:
-    want, have = first.config.to_dict(), other.config.to_dict()
-    names = [
-        name
-        for name in sorted({*want, *have} - _BOOKKEEPING)
-        if not name.startswith("_") and "dropout" not in name
-    ]
+    return _setting_differences(_settings(first), _settings(other))
+
+
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in _BOOKKEEPING and not name.startswith("_") and "dropout" not in name
+    }
+
+
+def _setting_differences(want: dict[str, Any], have: dict[str, Any]) -> list[str]:
     return [
         f"{name}: {have.get(name)!r} instead of {want.get(name)!r}"
-        for name in names
+        for name in sorted({*want, *have})
         if want.get(name) != have.get(name)
     ]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_fast.models.weights import mean_of
+from moe_fast.conversion.weights import mean_of
 
 
 def test_equal_tensors_give_themselves():

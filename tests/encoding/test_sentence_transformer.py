@@ -331,7 +331,7 @@ def test_an_expert_more_and_one_fewer(enforced):
 
 def test_an_imported_checkpoint(enforced, dense):
     like = moe_fast.upcycle(dense, num_experts=3, routing="enforced", domains=DOMAINS)
-    rules = [moe_fast.models.KeyRule("(?P<rest>.*)", "{rest}")]
+    rules = [moe_fast.conversion.KeyRule("(?P<rest>.*)", "{rest}")]
     state = enforced.transformers_model.state_dict()
     got = moe_fast.import_checkpoint(state, like, style=rules)
     assert type(got) is moe_fast.MoESentenceTransformer

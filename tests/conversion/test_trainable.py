@@ -3,7 +3,7 @@
 import pytest
 
 import moe_fast
-from moe_fast.models import set_trainable
+from moe_fast.conversion import set_trainable
 from tests.models.tiny import CLS, NAMES, build
 
 EXPERTS = {"up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import moe_fast
-from moe_fast.inference import load_model
-from moe_fast.inference.models import model_fingerprint
-from moe_fast.models.adapters import adapter_folder
+from moe_fast.encoding.adapters import adapter_folder
+from moe_fast.encoding.loading import load_model
+from moe_fast.encoding.model_paths import model_fingerprint
 from tests.models.tiny import save_sentence_transformer
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moe_fast.compat import attention_of
+from moe_fast.conversion.door import given, mixture_of
+from moe_fast.conversion.weights import embedding_name, load_exactly
 from moe_fast.models.architectures import Architecture, architecture_of
 from moe_fast.models.configuration import MoEConfigFields
 from moe_fast.models.modeling import MoEModelMixin
-from moe_fast.models.weights import check_no_adapter, embedding_name, load_exactly
 
 
 def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = False) -> Any:
@@ -35,14 +35,8 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
         ValueError: for an expert that is out of range or unknown; the message lists the allowed.
             For a model with PEFT adapters: merge them first.
     """
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "encode"):
-        # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
-        from moe_fast.integrations.sentence_transformers import extract_sentence_transformer
-
-        return extract_sentence_transformer(model, expert, keep_domain_tokens=keep_domain_tokens)
-    if not isinstance(model, MoEModelMixin):
-        raise TypeError(f"model must be a mixture of experts; got {type(model).__name__}.")
-    check_no_adapter(model)
+    source = given(model)
+    model = mixture_of(source)
     index = expert_index(model.config, expert)
     architecture = architecture_of(model)
     weights = _dense_state(architecture, model, index)
@@ -52,7 +46,7 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
     with torch.device("meta"):
         dense = architecture.build_dense(config, model)
     load_exactly(dense, weights, buffers_of=model)
-    return dense.train(model.training)
+    return source.around(dense.train(model.training))
 
 
 def expert_index(config: MoEConfigFields, expert: int | str, name: str = "expert") -> int:

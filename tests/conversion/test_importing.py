@@ -10,7 +10,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import moe_fast
-from moe_fast.models import KeyRule
+from moe_fast.conversion import KeyRule
 from tests.models.tiny import build, relative_error, same_weights
 
 E, H, D = 3, 48, 32

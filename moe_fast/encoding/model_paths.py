@@ -1,52 +1,17 @@
-"""Loading a sentence encoder, dense or mixture, by its folder or hub id."""
+"""What lies at a model's path, a folder or a hub id, told before anything is loaded."""
 
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_fast.compat import file_of
-from moe_fast.models.adapters import adapter_folder, base_of, load_with_adapter
+from moe_fast.encoding.adapters import adapter_folder, base_of
 from moe_fast.models.architectures import ARCHITECTURES
 from moe_fast.models.json_files import read_modules, read_object
-from moe_fast.models.loading import check_checkpoint, naming
 
 _SEPARATORS = ("/", ".", "~")
-
-
-def load_model(path: str, *, device: str | None = None) -> Any:
-    """The model in a folder or under a hub id, ready to encode.
-
-    Args:
-        path: of a ``SentenceTransformer``, or of a bare encoder, which gets mean pooling (as
-            sentence-transformers does, with a warning), or of a PEFT adapter of either, which is
-            merged into its base.
-        device: as in PyTorch; ``None``: a GPU where there is one, else the CPU.
-
-    Returns:
-        A ``MoESentenceTransformer`` for a mixture, a ``SentenceTransformer`` for a dense model.
-
-    Raises:
-        FileNotFoundError: `path` looks like a folder, and there is none.
-        OSError, ValueError: a checkpoint that is incomplete or cannot be read; weights that it
-            lacks.
-        ImportError: sentence-transformers is not installed.
-    """
-    check_model_path(path)
-    adapter = adapter_folder(path)
-    if adapter is not None:
-        return load_with_adapter(path, adapter, partial(load_model, device=device))
-    check_checkpoint(path)
-    if is_mixture(path):
-        from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
-
-        with naming(path):
-            return MoESentenceTransformer(path, device=device)
-    from moe_fast.integrations.sentence_transformers import load_sentence_transformer
-
-    return load_sentence_transformer(path, device)
 
 
 def check_model_path(path: str) -> None:
@@ -56,7 +21,7 @@ def check_model_path(path: str) -> None:
     is_id = path.count("/") <= 1 and not path.startswith(_SEPARATORS) and not path.endswith("/")
     if not path or Path(path).exists() or not is_id:
         raise FileNotFoundError(f"model {path!r}: there is no such folder")
-    if not _cached(path, "config.json") and not _cached(path, "modules.json"):
+    if not model_file(path, "config.json") and not model_file(path, "modules.json"):
         raise FileNotFoundError(
             f"model {path!r}: there is no such folder, and no such model on the Hugging Face hub "
             "(or the hub cannot be reached)"
@@ -65,14 +30,14 @@ def check_model_path(path: str) -> None:
 
 def has_modules(path: str) -> bool:
     """Whether there is a SentenceTransformer at `path`, not a bare encoder."""
-    return _cached(path, "modules.json") is not None
+    return model_file(path, "modules.json") is not None
 
 
 def is_mixture(path: str) -> bool:
     """Whether the model at `path` is one of moe_fast's, by its configuration alone."""
-    modules = _cached(path, "modules.json")
+    modules = model_file(path, "modules.json")
     first = read_modules(modules)[0][0] if modules else ""
-    config = _cached(path, f"{first}/config.json" if first else "config.json")
+    config = model_file(path, f"{first}/config.json" if first else "config.json")
     if config is None:
         return False
     kind = read_object(config).get("model_type")
@@ -88,7 +53,7 @@ def model_fingerprint(path: str) -> str:
     """
     folder = Path(path)
     if not folder.is_dir():
-        config = _cached(path, "config.json") or _cached(path, "modules.json")
+        config = model_file(path, "config.json") or model_file(path, "modules.json")
         return config.parent.name if config else path  # .../snapshots/COMMIT/config.json
     digest = hashlib.sha256()
     if (adapter := adapter_folder(path)) is not None:
@@ -107,7 +72,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _cached(path: str, name: str) -> Path | None:
+def model_file(path: str, name: str) -> Path | None:
     """A file of the model, in its folder or in the hub's cache (downloaded where missing)."""
     if Path(path).is_dir():
         file = Path(path, name)

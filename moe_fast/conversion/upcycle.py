@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_fast.compat import attention_of
+from moe_fast.conversion.door import loaded
+from moe_fast.conversion.trainable import set_trainable
+from moe_fast.conversion.weights import embedding_name, load_exactly
 from moe_fast.models.architectures import Architecture, architecture_of
-from moe_fast.models.loading import load_dense, tokenizer_beside
 from moe_fast.models.modeling import MoEModelMixin
-from moe_fast.models.trainable import set_trainable
-from moe_fast.models.weights import embedding_name, load_exactly
 from moe_fast.ops.checks import check_choice
 
 ROUTER_INITS = ("normal", "kaiming_uniform")
@@ -76,55 +76,17 @@ def upcycle(
         TypeError: for an unsupported architecture; the message lists the supported ones.
         ValueError: for settings that do not go together, naming the argument.
     """
-    settings = {k: v for k, v in locals().items() if k != "model_or_path"}
     check_choice("router_init", router_init, ROUTER_INITS)
-    model = model_or_path
-    if isinstance(model, (str, os.PathLike)):
-        model = load_dense(os.fspath(model))
-        if (
-            cls_token_id is None
-            and domains
-            and domain_tokens
-            and isinstance(model, PreTrainedModel)
-        ):
-            settings["cls_token_id"] = cls_token_id_beside(os.fspath(model_or_path))
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model_or_path must be a model or a path; got {type(model).__name__}.")
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "encode"):
-        # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
-        from moe_fast.integrations.sentence_transformers import upcycle_sentence_transformer
-
-        return upcycle_sentence_transformer(model, **settings)
-    return _upcycle_model(model, **settings)
-
-
-def cls_token_id_beside(path: str) -> int | None:
-    """[CLS]'s id from the tokenizer in the same folder, where there is one."""
-    return getattr(tokenizer_beside(path), "cls_token_id", None)
-
-
-def _upcycle_model(
-    model: PreTrainedModel,
-    *,
-    num_experts: int,
-    num_experts_per_tok: int,
-    routing: str,
-    weight_mode: str,
-    layers: str | Sequence[int],
-    target: str,
-    domains: Sequence[str] | None,
-    default_domain: str | None,
-    domain_tokens: bool,
-    cls_token_id: int | None,
-    router_init: str,
-    trainable: str,
-    seed: int,
-) -> MoEModelMixin:
+    if isinstance(domains, str):
+        raise TypeError(f"domains must be a sequence of names; got the str {domains!r}.")
+    source = loaded(model_or_path)
+    source.check_domains(routing, domains)
+    model = source.encoder
     architecture = architecture_of(model)
     if isinstance(model, MoEModelMixin):
         raise TypeError(f"model must be dense; got {type(model).__name__}, a mixture already.")
-    if domains is not None and isinstance(domains, str):
-        raise TypeError(f"domains must be a sequence of names; got the str {domains!r}.")
+    if cls_token_id is None and domains and domain_tokens:
+        cls_token_id = getattr(source.tokenizer, "cls_token_id", None)
     config = _moe_config(
         architecture,
         model,
@@ -145,7 +107,7 @@ def _upcycle_model(
     weights.update(_router_weights(moe, model, router_init, seed))
     load_exactly(moe, weights, buffers_of=model)
     set_trainable(moe, trainable)
-    return moe.train(model.training)
+    return source.around(moe.train(model.training))
 
 
 def _public_name(model: PreTrainedModel) -> str:

@@ -22,10 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from moe_fast.conversion.door import given, mixture_of
+from moe_fast.conversion.weights import load_exactly
 from moe_fast.models.architectures import architecture_of
-from moe_fast.models.loading import check_checkpoint, check_safetensors, read_index, shortened
-from moe_fast.models.modeling import MoEModelMixin
-from moe_fast.models.weights import load_exactly
+from moe_fast.models.checkpoint_files import (
+    check_checkpoint,
+    check_safetensors,
+    read_index,
+    shortened,
+)
 from moe_fast.ops.checks import check_choice
 
 logger = logging.getLogger(__name__)
@@ -172,13 +177,8 @@ def import_checkpoint(
             twice, shapes that do not fit, and a dtype that ``like``'s cannot hold.
         FileNotFoundError: where there is no checkpoint.
     """
-    if not isinstance(like, MoEModelMixin) and hasattr(like, "encode"):
-        # A SentenceTransformer holds its encoder in its first module; that floor lies above this.
-        from moe_fast.integrations.sentence_transformers import with_mapped_encoder
-
-        return with_mapped_encoder(like, lambda m: import_checkpoint(checkpoint, m, style=style))
-    if not isinstance(like, MoEModelMixin):
-        raise TypeError(f"like must be a mixture of experts; got {type(like).__name__}.")
+    source = given(like)
+    like = mixture_of(source, "like")
     if isinstance(style, str):
         check_choice("style (or a sequence of KeyRule)", style, IMPORT_STYLES)
     rules = IMPORT_STYLES[style] if isinstance(style, str) else style
@@ -194,7 +194,7 @@ def import_checkpoint(
     with torch.device("meta"):
         new = architecture_of(like).build_moe(config, like)
     load_exactly(new, weights, buffers_of=like)
-    return new.train(like.training)
+    return source.around(new.train(like.training))
 
 
 def _check_rules(rules: Sequence[KeyRule]) -> None:

@@ -7,33 +7,26 @@ stock class takes one ``domain`` for a whole call, this one also one per text.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
-import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from moe_fast.extras import missing
 
 try:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Transformer
-    from sentence_transformers.util import quantize_embeddings
 except ImportError as error:
     raise missing("sentence_transformers", "train", "MoESentenceTransformer", error) from error
 
 import moe_fast.models  # noqa: F401  registers the architectures
 from moe_fast import compat
 from moe_fast.encoding.batches import padded_batch
+from moe_fast.encoding.domains import checked_domain, encode_by_domain
 from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.encoding.lengths import (
     TokenizedText,
@@ -42,19 +35,14 @@ from moe_fast.encoding.lengths import (
     shortened,
     tokenize_texts,
 )
+from moe_fast.encoding.model_card import describe_use, domain_of_the_card, use_domain
 from moe_fast.encoding.prompts import prompt_of
-from moe_fast.files import atomic_folder, atomic_write
-from moe_fast.models.extract import extract_expert
-from moe_fast.models.join import check_same_tokenizers, join_encoders, mean_state
-from moe_fast.models.json_files import read_modules
-from moe_fast.models.loading import check_checkpoint, naming
-from moe_fast.models.model_card import describe_mixture
-from moe_fast.models.modeling import MoEModelMixin, replaced_files
-from moe_fast.models.strict import check_encoder_weights
-from moe_fast.models.upcycle import upcycle
+from moe_fast.files import atomic_folder
+from moe_fast.models.checkpoint_files import check_checkpoint
+from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.saving import replaced_files
 from moe_fast.ops.attention import attention_kernel
 from moe_fast.ops.route import NonFiniteLogitsError
-from moe_fast.version import install_command
 
 # Names of encode's positional arguments behind the texts.
 _ENCODE_OPTIONS = tuple(inspect.signature(SentenceTransformer.encode).parameters)[2:]
@@ -140,12 +128,13 @@ class MoESentenceTransformer(SentenceTransformer):
         kwargs.update(zip(_ENCODE_OPTIONS, args, strict=False))
         singular = self.is_singular_input(inputs)
         texts = [inputs] if singular else list(inputs)
-        domain = self._checked_domain(domain, len(texts))
+        config = self.transformers_model.config
+        domain = checked_domain(config, use_domain(domain), len(texts))
         if self.packed if packed is None else packed:
             kwargs["packed"] = True
         texts = self._prepared(texts, kwargs, self.truncate if truncate is None else truncate)
         if isinstance(domain, list) and not singular and texts:
-            return self._encode_by_domain(texts, domain, kwargs)
+            return encode_by_domain(super().encode, texts, domain, kwargs)
         if isinstance(domain, list):
             domain = domain[0] if domain else None
         options = {} if domain is None else {"domain": domain}
@@ -255,61 +244,6 @@ class MoESentenceTransformer(SentenceTransformer):
                 return NonFiniteLogitsError(f"text {place}: {of_the_text}")
         return error
 
-    def _encode_by_domain(
-        self, texts: list[Any], domains: list[str], kwargs: dict[str, Any]
-    ) -> Any:
-        """One call per domain, its results put back where its texts stood."""
-        precision = kwargs.get("precision") or "float32"
-        if precision != "float32":  # its ranges are those of all texts, not of one domain's
-            options = kwargs | {"precision": "float32"}
-            vectors = self._encode_by_domain(texts, domains, options)
-            codes = quantize_embeddings(vectors, precision=precision)
-            if isinstance(vectors, np.ndarray):
-                return codes
-            codes = torch.as_tensor(codes)
-            return codes if isinstance(vectors, torch.Tensor) else list(codes)
-        places: list[int] = []
-        parts = []
-        for name in sorted(set(domains)):
-            here = [i for i, d in enumerate(domains) if d == name]
-            places += here
-            parts.append(super().encode([texts[i] for i in here], domain=name, **kwargs))
-        order = np.argsort(places)
-        if isinstance(parts[0], torch.Tensor):
-            return torch.cat(parts)[torch.from_numpy(order).to(parts[0].device)]
-        if isinstance(parts[0], np.ndarray):
-            return np.concatenate(parts)[order]
-        flat = [item for part in parts for item in part]
-        return [flat[i] for i in order]
-
-    def _checked_domain(self, domain: Any, num_texts: int) -> str | list[str] | None:
-        """``domain`` as one name, a list with one name per text, or ``None``."""
-        config = self.transformers_model.config
-        domain = _domain_of_the_card.get() if domain is None else domain
-        if domain is None:
-            if config.routing == "enforced" and config.default_domain is None:
-                raise ValueError(
-                    "domain must be given: the model routes by domain and has no default_domain. "
-                    f"Known domains: {', '.join(config.domains) or 'none'}; got None."
-                )
-            return None
-        if isinstance(domain, str):
-            config.domain_id(domain)
-            return domain
-        names = None if isinstance(domain, (Mapping, Set, bytes)) else _as_list(domain)
-        if names is None or not all(isinstance(name, str) for name in names):
-            raise TypeError(
-                f"domain must be a name (str) or a sequence of names, one per text; got {domain!r}."
-            )
-        if len(names) != num_texts:
-            raise ValueError(
-                f"domain must be one name or one per text; got {len(names)} names for "
-                f"{num_texts} texts."
-            )
-        for name in dict.fromkeys(names):
-            config.domain_id(name)
-        return names
-
     @compat.overrides
     def save(
         self,
@@ -335,197 +269,6 @@ class MoESentenceTransformer(SentenceTransformer):
     @compat.overrides
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
         """As sentence-transformers', with a section that says how the mixture was made."""
-        model = self.transformers_model
-        domain = model.config.default_domain
-        if domain is None and model.config.routing == "enforced" and model.config.domains:
-            domain = model.config.domains[0]
-        with _default_domain(domain):
+        with domain_of_the_card(self.transformers_model.config):
             super()._create_model_card(path, *args, **kwargs)
-        card = Path(path, "README.md")
-        text = card.read_text(encoding="utf-8") if card.exists() else ""
-        text = _with_usage(text.split(_CARD_HEADING)[0].rstrip(), domain)
-        text += "\n\n" + describe_mixture(
-            model.config, model.num_parameters(), model.num_parameters(only_active=True)
-        )
-        with atomic_write(card) as partial:
-            partial.write_text(text, encoding="utf-8")
-
-
-_CARD_HEADING = "\n## Mixture of experts\n"
-
-
-# Of calls that name none, within a thread.
-_domain_of_the_card: ContextVar[str | None] = ContextVar("moe_fast_card_domain", default=None)
-
-
-@contextmanager
-def _default_domain(domain: str | None) -> Iterator[None]:
-    """Let sentence-transformers run its usage example on a model that needs a domain."""
-    token = _domain_of_the_card.set(domain)
-    try:
-        yield
-    finally:
-        _domain_of_the_card.reset(token)
-
-
-def _with_usage(card: str, domain: str | None) -> str:
-    """sentence-transformers' usage example, made to run on a mixture."""
-    load = "from sentence_transformers import SentenceTransformer\n"
-    register = f"import moe_fast  # registers the architecture: {install_command('train')}\n"
-    if register not in card:
-        card = card.replace(load, register + load, 1)
-    if domain is None:
-        return card
-    call = r"(model\.encode\w*\(\w+)\)"
-    return re.sub(call, lambda match: f"{match[1]}, domain={domain!r})", card)
-
-
-def _as_list(values: Any) -> list[Any] | None:
-    """``values`` as a list; ``None`` for what cannot be gone through."""
-    try:
-        return list(values)
-    except TypeError:
-        return None
-
-
-def load_sentence_transformer(path: str, device: str | None = "cpu") -> SentenceTransformer:
-    """The stock ``SentenceTransformer`` in a folder or under a hub id.
-
-    Raises:
-        ValueError: for weights that its encoder lacks, which would be made up.
-        TypeError: for a model of several encoders.
-    """
-    with naming(path):
-        model = SentenceTransformer(path, device=device)
-    check_one_encoder(model)
-    encoder = model.transformers_model
-    if encoder is not None and not compat.saves_adapter_alone(encoder):
-        modules = compat.file_of(path, "modules.json")
-        folder = read_modules(Path(modules))[0][0] if modules else ""
-        with naming(path):
-            check_encoder_weights(encoder, path, folder)
-    return model
-
-
-def upcycle_sentence_transformer(
-    model: SentenceTransformer, **settings: Any
-) -> MoESentenceTransformer:
-    """What :func:`moe_fast.upcycle` does with a ``SentenceTransformer``."""
-    settings = _completed(model, settings)
-    return _with_encoder(MoESentenceTransformer, model, upcycle(_encoder(model), **settings))
-
-
-def join_sentence_transformers(
-    models: Sequence[SentenceTransformer], *, shared: str, **settings: Any
-) -> MoESentenceTransformer:
-    """What :func:`moe_fast.from_experts` does with several ``SentenceTransformer``s.
-
-    Modules behind the encoder that have weights (``Dense``) follow ``shared``.
-    """
-    first = models[0]
-    encoders = [_encoder(model) for model in models]
-    for i, model in enumerate(models[1:], 1):
-        _check_same_pipeline(first, model, i)
-    check_same_tokenizers([model.tokenizer for model in models])
-    settings = _completed(first, settings)
-    joined = _with_encoder(
-        MoESentenceTransformer, first, join_encoders(encoders, shared=shared, **settings)
-    )
-    if shared == "mean":
-        for name in list(compat.child_modules(first))[1:]:
-            states = [model.get_submodule(name).state_dict() for model in models]
-            joined.get_submodule(name).load_state_dict(mean_state(states))
-    return joined
-
-
-def _completed(model: SentenceTransformer, settings: dict[str, Any]) -> dict[str, Any]:
-    """upcycle's settings, with what a ``SentenceTransformer`` knows or needs."""
-    if settings["routing"] == "enforced" and not settings["domains"]:
-        raise ValueError(
-            "domains must be given with routing='enforced' for a SentenceTransformer, whose encode "
-            "chooses the expert by domain; got none."
-        )
-    if settings.get("cls_token_id") is None and model.tokenizer is not None:
-        settings = {**settings, "cls_token_id": model.tokenizer.cls_token_id}
-    return settings
-
-
-def _check_same_pipeline(first: SentenceTransformer, other: SentenceTransformer, i: int) -> None:
-    """All but the weights must agree, or what differs would be dropped unseen."""
-    want, have = _pipeline(first), _pipeline(other)
-    differences = [
-        f"{name}: {have.get(name)!r} instead of {want.get(name)!r}"
-        for name in sorted({*want, *have})
-        if want.get(name) != have.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"models must differ in their weights alone; model {i} differs from model 0 in "
-            f"{'; '.join(differences)}."
-        )
-
-
-def _pipeline(model: SentenceTransformer) -> dict[str, Any]:
-    names = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
-    settings = {name: getattr(model, name) for name in (*names, "max_seq_length")}
-    for i, module in enumerate(model):
-        settings[f"module {i}"] = type(module).__name__
-        if hasattr(module, "get_config_dict"):
-            config = module.get_config_dict()
-            settings.update((f"module {i}'s {key}", value) for key, value in config.items())
-    return settings
-
-
-def with_mapped_encoder(
-    model: SentenceTransformer, change: Callable[[Any], nn.Module]
-) -> MoESentenceTransformer:
-    """A copy of a mixture whose encoder is ``change`` of the old one."""
-    new = _with_encoder(MoESentenceTransformer, model, change(_encoder(model)))
-    new.truncate = getattr(model, "truncate", False)
-    new.packed = getattr(model, "packed", True)
-    return new
-
-
-def extract_sentence_transformer(
-    model: SentenceTransformer, expert: int | str, *, keep_domain_tokens: bool
-) -> SentenceTransformer:
-    """What :func:`moe_fast.extract_expert` does with a ``SentenceTransformer``."""
-    dense = extract_expert(_encoder(model), expert, keep_domain_tokens=keep_domain_tokens)
-    extracted = _with_encoder(SentenceTransformer, model, dense)
-    extracted.module_kwargs = {
-        name: [k for k in keys if k != "domain"]
-        for name, keys in (model.module_kwargs or {}).items()
-    }
-    return extracted
-
-
-def _encoder(model: SentenceTransformer) -> nn.Module:
-    check_one_encoder(model)
-    encoder = getattr(model[0], "model", None)
-    if not isinstance(encoder, nn.Module) or encoder is not model.transformers_model:
-        raise TypeError(
-            f"model's first module must hold a transformers encoder; got {type(model[0]).__name__}."
-        )
-    return encoder
-
-
-def _with_encoder(
-    cls: type[SentenceTransformer], model: SentenceTransformer, encoder: nn.Module
-) -> SentenceTransformer:
-    """A copy of ``model`` as ``cls`` whose transformers encoder is ``encoder``."""
-    old = _encoder(model)
-    # The old encoder is shared into the copy, not copied, and then replaced.
-    modules = OrderedDict(copy.deepcopy(compat.child_modules(model), {id(old): old}))
-    first = next(iter(modules.values()))
-    first.model = encoder
-    compat.forwards_names(first, ("expert_ids", "domain", "domain_ids"))
-    new = cls(
-        modules=modules,
-        device=str(model.device),
-        prompts=copy.deepcopy(model.prompts),
-        default_prompt_name=model.default_prompt_name,
-    )
-    new.module_kwargs = {**copy.deepcopy(model.module_kwargs or {}), **(new.module_kwargs or {})}
-    new.similarity_fn_name = model.similarity_fn_name
-    new.truncate_dim = model.truncate_dim
-    return new.train(model.training)
+        describe_use(self.transformers_model, Path(path, "README.md"))

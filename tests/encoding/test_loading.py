@@ -7,8 +7,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from moe_fast import MoESentenceTransformer
-from moe_fast.inference import load_model
-from moe_fast.inference.models import is_mixture, model_fingerprint
+from moe_fast.encoding.loading import load_model
+from moe_fast.encoding.model_paths import is_mixture, model_fingerprint
 
 
 def test_the_class_is_told_by_the_configuration(models):

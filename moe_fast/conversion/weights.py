@@ -16,15 +16,6 @@ def embedding_name(model: PreTrainedModel) -> str:
     return next(f"{n}.weight" for n, m in model.named_modules() if m is embeddings)
 
 
-def check_no_adapter(model: PreTrainedModel) -> None:
-    """Raise ``ValueError`` for a model with PEFT adapters, whose weights are not all its own."""
-    if any(hasattr(module, "get_base_layer") for module in model.modules()):
-        raise ValueError(
-            "model must have no PEFT adapters in it: merge them first, with "
-            "PeftModel.merge_and_unload(), or save them alone, with PeftModel.save_pretrained()."
-        )
-
-
 def mean_of(values: Sequence[Tensor]) -> Tensor:
     """The mean of tensors of one shape, in the dtype and on the device of the first.
 

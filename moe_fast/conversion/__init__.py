@@ -1,0 +1,20 @@
+"""Making one model of others: upcycle, extract, join, grow, import, and what of it is trained."""
+
+from moe_fast.conversion.extract import extract_expert
+from moe_fast.conversion.grow import add_expert, remove_expert
+from moe_fast.conversion.importing import IMPORT_STYLES, KeyRule, import_checkpoint
+from moe_fast.conversion.join import from_experts
+from moe_fast.conversion.trainable import set_trainable
+from moe_fast.conversion.upcycle import upcycle
+
+__all__ = [
+    "IMPORT_STYLES",
+    "KeyRule",
+    "add_expert",
+    "extract_expert",
+    "from_experts",
+    "import_checkpoint",
+    "remove_expert",
+    "set_trainable",
+    "upcycle",
+]

@@ -1,0 +1,92 @@
+"""Which domain a text is of, and texts of several domains in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def domains_of(model: Any) -> list[str]:
+    """The domains that its encoder knows: experts chosen by domain, or tokens of domains."""
+    config = getattr(getattr(model, "transformers_model", None), "config", None)
+    return list(getattr(config, "domains", None) or ())
+
+
+def checked_domain(config: Any, domain: Any, num_texts: int) -> str | list[str] | None:
+    """``domain`` as one name, a list with one name per text, or ``None``.
+
+    Raises:
+        ValueError: for an unknown domain, none where one is needed, and a number of names that is
+            not that of the texts.
+        TypeError: for what is neither a name nor a sequence of names.
+    """
+    if domain is None:
+        if config.routing == "enforced" and config.default_domain is None:
+            raise ValueError(
+                "domain must be given: the model routes by domain and has no default_domain. "
+                f"Known domains: {', '.join(config.domains) or 'none'}; got None."
+            )
+        return None
+    if isinstance(domain, str):
+        config.domain_id(domain)
+        return domain
+    names = None if isinstance(domain, (Mapping, Set, bytes)) else _as_list(domain)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"domain must be a name (str) or a sequence of names, one per text; got {domain!r}."
+        )
+    if len(names) != num_texts:
+        raise ValueError(
+            f"domain must be one name or one per text; got {len(names)} names for "
+            f"{num_texts} texts."
+        )
+    for name in dict.fromkeys(names):
+        config.domain_id(name)
+    return names
+
+
+def encode_by_domain(
+    encode: Callable[..., Any], texts: list[Any], domains: list[str], options: dict[str, Any]
+) -> Any:
+    """One call per domain, its results put back where its texts stood.
+
+    Args:
+        encode: ``SentenceTransformer.encode`` of the model.
+        texts, domains: N texts, at least one, and the domain of each.
+        options: the keywords of ``encode`` but ``domain``.
+    """
+    precision = options.get("precision") or "float32"
+    if precision != "float32":  # its ranges are those of all texts, not of one domain's
+        from sentence_transformers.util import quantize_embeddings
+
+        exact = options | {"precision": "float32"}
+        vectors = encode_by_domain(encode, texts, domains, exact)
+        codes = quantize_embeddings(vectors, precision=precision)
+        if isinstance(vectors, np.ndarray):
+            return codes
+        codes = torch.as_tensor(codes)
+        return codes if isinstance(vectors, torch.Tensor) else list(codes)
+    places: list[int] = []
+    parts = []
+    for name in sorted(set(domains)):
+        here = [i for i, d in enumerate(domains) if d == name]
+        places += here
+        parts.append(encode([texts[i] for i in here], domain=name, **options))
+    order = np.argsort(places)
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)[torch.from_numpy(order).to(parts[0].device)]
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)[order]
+    flat = [item for part in parts for item in part]
+    return [flat[i] for i in order]
+
+
+def _as_list(values: Any) -> list[Any] | None:
+    """``values`` as a list; ``None`` for what cannot be gone through."""
+    try:
+        return list(values)
+    except TypeError:
+        return None

@@ -1,0 +1,71 @@
+"""Loading a model by its folder or hub id: to encode with, or to convert."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moe_fast import compat
+from moe_fast.encoding.adapters import adapter_folder, load_with_adapter
+from moe_fast.encoding.encoder import check_one_encoder
+from moe_fast.encoding.model_paths import check_model_path, has_modules, is_mixture, model_file
+from moe_fast.models.checkpoint_files import check_checkpoint
+from moe_fast.models.json_files import read_modules
+from moe_fast.models.loading import load_encoder, naming
+from moe_fast.models.strict import check_encoder_weights
+
+
+def load_model(path: str, *, device: str | None = None) -> Any:
+    """The model in a folder or under a hub id, ready to encode.
+
+    Args:
+        path: of a ``SentenceTransformer``, or of a bare encoder, which gets mean pooling (as
+            sentence-transformers does, with a warning), or of a PEFT adapter of either, which is
+            merged into its base.
+        device: as in PyTorch; ``None``: a GPU where there is one, else the CPU.
+
+    Returns:
+        A ``MoESentenceTransformer`` for a mixture, a ``SentenceTransformer`` for a dense model.
+
+    Raises:
+        FileNotFoundError: `path` looks like a folder, and there is none.
+        OSError, ValueError: a checkpoint that is incomplete or cannot be read; weights that it
+            lacks.
+        TypeError: a model of several encoders.
+        ImportError: sentence-transformers is not installed.
+    """
+    check_model_path(path)
+    adapter = adapter_folder(path)
+    if adapter is not None:
+        return load_with_adapter(path, adapter, partial(load_model, device=device))
+    check_checkpoint(path)
+    from moe_fast.encoding.sentence_transformer import MoESentenceTransformer, SentenceTransformer
+
+    with naming(path):
+        if is_mixture(path):
+            return MoESentenceTransformer(path, device=device)
+        model = SentenceTransformer(path, device=device)
+    _check_weights(model, path)
+    return model
+
+
+def load_as_saved(path: str) -> Any:
+    """As :func:`load_model`, on the CPU, but a bare encoder stays one, dense or mixture."""
+    check_model_path(path)
+    adapter = adapter_folder(path)
+    if adapter is not None:
+        return load_with_adapter(path, adapter, load_as_saved)
+    return load_model(path, device="cpu") if has_modules(path) else load_encoder(path)
+
+
+def _check_weights(model: Any, path: str) -> None:
+    """Raise for weights that a stock model's encoder lacks, which would be made up."""
+    check_one_encoder(model)
+    encoder = model.transformers_model
+    if encoder is None or compat.saves_adapter_alone(encoder):
+        return
+    modules = model_file(path, "modules.json")
+    folder = read_modules(Path(modules))[0][0] if modules else ""
+    with naming(path):
+        check_encoder_weights(encoder, path, folder)

@@ -1,0 +1,52 @@
+"""A chunk of the texts of a file, and its embedding, in whichever process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
+from moe_fast.inference.encoder import TextEncoder
+from moe_fast.inference.parts import Parts
+from moe_fast.inference.texts import TextRow
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of texts.
+
+    Attributes:
+        number: of the chunk, from 0.
+        first: row number of its first text.
+        rows: its texts.
+    """
+
+    number: int
+    first: int
+    rows: list[TextRow]
+
+
+@dataclass(frozen=True)
+class EmbeddedChunk:
+    """What became of a :class:`Chunk`: its number of texts, and of those that were cut."""
+
+    size: int
+    truncated: TruncatedTexts
+
+
+def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> EmbeddedChunk:
+    """Compute and write one chunk."""
+    texts = [row.text for row in chunk.rows]
+    try:
+        with counted_truncation() as truncated:
+            vectors = encoder.encode(texts, domains_of_rows(chunk.rows))
+    except ValueError as error:
+        raise ValueError(
+            f"in the {len(texts)} texts from {chunk.rows[0].where}: {error}"
+        ) from error
+    parts.write(chunk.number, vectors, [row.id for row in chunk.rows])
+    return EmbeddedChunk(len(texts), truncated)
+
+
+def domains_of_rows(rows: list[TextRow]) -> list[str] | None:
+    """The domain of each row; ``None`` where the file was not asked for them."""
+    return [row.domain for row in rows if row.domain is not None] or None
