@@ -39,7 +39,7 @@ from moe_fast.models.loading import check_checkpoint
 from moe_fast.models.model_card import describe_mixture
 from moe_fast.models.modeling import MoEModelMixin, replaced_files
 from moe_fast.models.upcycle import upcycle
-from moe_fast.ops.attention import attention_kernel
+from moe_fast.ops.varlen_attention.maintained import attention_kernel
 
 logger = logging.getLogger(__name__)
 
