@@ -1,7 +1,19 @@
 # `make` or `make help` lists what there is.
 
-PYTHON ?= python3
-VENV ?= .venv
+# Which releases of what we depend on: locked (constraints.txt), oldest (constraints-oldest.txt: our
+# lower bounds) or newest (what PyPI serves within our upper bounds). Each set has its own environment.
+RELEASES ?= locked
+LOCK_locked := constraints-torch.txt constraints.txt
+LOCK_oldest := constraints-oldest.txt
+LOCK_newest :=
+ifeq ($(origin LOCK_$(RELEASES)),undefined)
+  $(error RELEASES must be locked, oldest or newest; got '$(RELEASES)')
+endif
+LOCK := $(LOCK_$(RELEASES))
+# Packages to upgrade past our bounds, to see what their next releases break: BEYOND="transformers peft".
+BEYOND ?=
+PYTHON ?= $(if $(filter oldest,$(RELEASES)),python3.11,python3)
+VENV ?= .venv$(if $(filter locked,$(RELEASES)),,-$(RELEASES))
 # Extra arguments for pip where it installs torch, such as another index.
 TORCH_ARGS ?=
 # Arguments for `make demo`, for what reads texts in `make bench` (--data FILE), and for pytest in
@@ -11,22 +23,28 @@ WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
+LOCKED := $(PIP) $(addprefix -c ,$(LOCK)) $(if $(LOCK),,--upgrade --upgrade-strategy eager)
 # One thread per test process: several processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-quick test test-slow test-install test-sanitize fuzz bench bench-full bench-gpu \
+.PHONY: help setup lock demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
   bench-compare bench-report bench-instructions lint format clean
 
 help:
 	@echo "moe_fast: make <target>. The first one to run sets everything up in $(VENV)."
 	@echo
-	@echo "  setup        $(VENV) with torch $(shell sed -n 's/^torch==//p' constraints.txt), moe_fast and all tools (done once; again when the build changes)"
+	@echo "  setup        $(VENV) with torch $(shell sed -n 's/^torch==//p' constraints-torch.txt), moe_fast and all tools (done once; again when the build changes)"
 	@echo "  demo         upcycle, fine-tune and compare on real text, up to 20 minutes on two cores; ARGS=... for more"
 	@echo "  demo-quick   the same on little data, about 3 minutes"
 	@echo "  test         the tests but the slow ones; ARGS='-k plan' and the like go to pytest"
-	@echo "  test-slow    the slow tests"
+	@echo "  test-oldest, test-newest   the same with the oldest releases that we support (on Python 3.11), and with"
+	@echo "               the newest of PyPI; BEYOND='transformers peft' goes past our upper bounds for these. Slow:"
+	@echo "               each has its own environment, $(VENV)-oldest and $(VENV)-newest"
+	@echo "  test-python  the same in $(VENV)-PYTHON, on another Python: make test-python PYTHON=python3.12"
+	@echo "  test-slow    the slow tests, but those of the next targets"
+	@echo "  test-kernels   every Triton kernel compiled for four GPUs, against the committed table: minutes"
 	@echo "  test-install   wheels, sdist and editable installs, with and without compilers, in fresh environments"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
@@ -39,9 +57,11 @@ help:
 	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
 	@echo "  lint         ruff (rules and format) and mypy"
 	@echo "  format       let ruff mend what it can"
+	@echo "  lock         write constraints.txt and constraints-oldest.txt anew, from pyproject.toml"
 	@echo "  clean        remove what was built, $(VENV) included"
 	@echo
 	@echo "  PYTHON=python3.12    another Python for $(VENV), 3.11 or newer"
+	@echo "  RELEASES=oldest|newest  for any target: with these releases, in an environment of their own"
 	@echo "  TORCH_ARGS='--index-url https://download.pytorch.org/whl/cpu'"
 	@echo "                       the CPU-only torch, a much smaller download on Linux"
 	@echo "  MOE_FAST_NATIVE=0|1  leave the compiled library out, or insist on it (default: where it can be built)"
@@ -49,24 +69,37 @@ help:
 
 setup: $(VENV)/.ready
 
-# torch alone and first, by the constraints file: nothing later gets to choose another one.
-$(VENV)/.torch: constraints.txt
+# torch alone and first: nothing later gets to choose another one.
+$(VENV)/.torch: $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "moe_fast needs Python 3.11 or newer, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	       "Choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH_ARGS) -c constraints.txt torch
+	$(LOCKED) $(TORCH_ARGS) $(shell grep -o '"torch>=[^"]*"' pyproject.toml)
 	@touch $@
 
+# nvcc where CI needs it: the GPU's kernels are compiled there, without a GPU.
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
-	$(PIP) "setuptools>=77" "cmake>=3.21" ninja
-	@if [ "$$CI" = true ] && ! command -v nvcc >/dev/null; then \
-	   MOE_FAST_NATIVE=0 $(PIP) -c constraints.txt --no-build-isolation -e ".[cuda-build]"; fi
-	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(LOCKED) setuptools cmake ninja \
+	  $(if $(filter true,$(CI)),$(shell command -v nvcc >/dev/null || grep -o '"nvidia-[^"]*"' pyproject.toml))
+	$(LOCKED) --no-build-isolation -e ".[dev]"
+	$(if $(BEYOND),$(PIP) --upgrade $(BEYOND))
 	@if [ -e moe_fast/_native_cuda.so ]; then echo "moe_fast: the native library is built, for CPU and CUDA."; \
 	 elif [ -e moe_fast/_native.so ]; then echo "moe_fast: the native library is built, for the CPU (no nvcc)."; \
 	 else echo "moe_fast: no native library; pip install -v --no-build-isolation -e . says why."; fi
 	@touch $@
+
+# uv resolves, for every Python and platform at once or for the lower bounds; pip installs.
+COMPILE := build/uv/bin/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --extra dev \
+  --no-annotate --custom-compile-command "make lock"
+lock:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(COMPILE) --universal -c constraints-torch.txt -o constraints.txt
+	$(COMPILE) --python-platform linux --resolution lowest-direct -o constraints-oldest.txt
+	sed -E -i.bak '/^(cuda|nvidia)-/d' constraints.txt constraints-oldest.txt
+	sed -E -i.bak '/^(torch|triton)=/d' constraints.txt
+	rm constraints.txt.bak constraints-oldest.txt.bak
 
 demo: setup
 	$(PY) -m moe_fast.demo $(ARGS)
@@ -77,8 +110,26 @@ demo-quick: setup
 test: setup
 	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
 
+test-oldest:
+	$(MAKE) test RELEASES=oldest
+
+# What is newest changes from day to day: look again.
+test-newest:
+	rm -f $(VENV)-newest/.torch
+	$(MAKE) test RELEASES=newest
+
+test-python:
+	$(MAKE) test VENV=$(VENV)-$(notdir $(PYTHON))
+
+# Whole files that have a target of their own are left to it. Tests go to the processes one by one,
+# for they take from seconds to a minute.
+CUDA_ON_CPU := tests/ops/test_cuda_kernels.py
+WHOLE_TABLE := tests/triton_ops/test_whole_table.py
 test-slow: setup
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(WHOLE_TABLE) $(ARGS)
+
+test-kernels: setup
+	$(PYTEST) $(WHOLE_TABLE) $(ARGS)
 
 test-install: setup
 	$(PYTEST) $(ARGS) tests/test_packaging.py
@@ -93,11 +144,11 @@ test-sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  MOE_FAST_NATIVE_LIBRARY=$(CURDIR)/$(SANITIZE)/lib/_native.so CI=true \
-	  $(PYTEST) -k "not compiles and not other_processors" $(ARGS) tests/ops/test_plan_cpp.py \
+	  $(PYTEST) -n $(WORKERS) -k "not compiles" $(ARGS) tests/ops/test_plan_cpp.py \
 	  tests/ops/test_gather_rows.py tests/ops/test_combine_rows.py \
 	  tests/ops/test_expert_mlp_cpp.py tests/ops/test_expert_linear_cpp.py tests/ops/test_route_cpp.py \
 	  tests/ops/test_attention_cpp.py
-	CI=true $(PYTEST) $(ARGS) tests/ops/test_cuda_kernels.py
+	CI=true $(PYTEST) -n $(WORKERS) $(ARGS) $(CUDA_ON_CPU)
 
 # FUZZ_SEED=... repeats a run.
 FUZZ_SECONDS ?= 600

@@ -215,6 +215,7 @@ def main() -> None:
             "moe_fast.triton_ops",
             *(f"moe_fast.triton_ops.{name}" for name in triton_ops),
         ],
+        py_modules=["moe_fast_cli"],  # what the program `moe-fast` runs
         package_dir={
             "moe_fast": "moe_fast",
             "moe_fast.bench": "bench",

@@ -156,10 +156,12 @@ def recorded(target: str) -> Iterator[list[Launch]]:
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
+    seen: set[Launch] = set()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = as_launch(self, args, kwargs)
-        if launch not in launches:
+        if launch not in seen:
+            seen.add(launch)
             launches.append(launch)
 
     with (
@@ -430,10 +432,23 @@ def faults(launch: Launch, target: str, used: Resources) -> list[str]:
     return found
 
 
+def launches_of(target: str, names: Sequence[str]) -> dict[str, Launch]:
+    """What the problems launch on ``target``, by a name of its own."""
+    with recorded(target) as launches:
+        for name in names:
+            with tf32(PROBLEMS[name].tf32):
+                launch_everything(PROBLEMS[name])
+    named: dict[str, Launch] = {}
+    for launch in launches:
+        named[_unique(launch, named)] = launch
+    return named
+
+
 def measure(
     targets: Sequence[str],
     names: Sequence[str],
     only: str = "",
+    every: int = 1,
     workers: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, dict[str, dict]], list[str]]:
@@ -442,24 +457,23 @@ def measure(
     Args:
         targets, names: of ``TARGETS`` and ``PROBLEMS``.
         only: a regular expression on the kernels' names.
+        every: compile one of so many, a sample.
         workers: kernels to compile at a time.
         report: gets a line per kernel.
     """
     resources: dict[str, dict[str, dict]] = {}
     wrong: list[str] = []
     for target in targets:
-        with recorded(target) as launches:
-            for name in names:
-                with tf32(PROBLEMS[name].tf32):
-                    launch_everything(PROBLEMS[name])
-        launches = [launch for launch in launches if re.search(only, launch.name)]
+        named = [(n, one) for n, one in launches_of(target, names).items() if re.search(only, n)]
+        named = named[::every]
         rows = resources.setdefault(target, {})
         with parsing_in_turn(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            launches = [launch for _, launch in named]
             compiled = pool.map(functools.partial(compile_launch, target=target), launches)
-            for launch, used in zip(launches, compiled, strict=True):
-                rows[_unique(launch, rows)] = dataclasses.asdict(used)
-                wrong += [f"{target} {launch.name}: {p}" for p in faults(launch, target, used)]
-                report(f"{target} {launch.name}: {used}")
+            for (name, launch), used in zip(named, compiled, strict=True):
+                rows[name] = dataclasses.asdict(used)
+                wrong += [f"{target} {name}: {p}" for p in faults(launch, target, used)]
+                report(f"{target} {name}: {used}")
     return resources, wrong
 
 
@@ -475,7 +489,7 @@ def format_table(version: str, resources: dict[str, dict[str, dict]]) -> str:
     return f'{{\n "triton": "{version}",\n "resources": {{\n{body}\n }}\n}}\n'
 
 
-def _unique(launch: Launch, rows: dict) -> str:
+def _unique(launch: Launch, rows: dict[str, Launch]) -> str:
     """Launches of one name differ in divisibility and in arguments that are 1: number them."""
     name, number = launch.name, 2
     while name in rows:
@@ -490,6 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--only", default="", help="regular expression on the kernels' names")
+    parser.add_argument("--every", type=int, default=1, help="compile one kernel of so many")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="compile so many at once"
     )
@@ -498,7 +513,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels are not compiled.")
     resources, wrong = measure(
-        arguments.targets, arguments.problems, arguments.only, arguments.workers, print
+        arguments.targets,
+        arguments.problems,
+        arguments.only,
+        arguments.every,
+        arguments.workers,
+        print,
     )
     for line in wrong:
         print(f"PROBLEM {line}", file=sys.stderr)

@@ -9,6 +9,8 @@ import logging
 import os
 import secrets
 import shutil
+import socket
+import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 PARTIAL, PREVIOUS = ".partial", ".previous"  # endings of what a killed process leaves behind
 _open_folders: set[Path] = set()  # temporary folders that this process is filling
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
+_LOCK_TITLE = "moe_fast writes here: "  # how a lock file begins
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -37,7 +41,8 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """
     path = Path(path)
     is_folder = path.is_dir()
-    if os.path.lexists(path) and not overwrite and not (is_folder and not any(path.iterdir())):
+    is_empty = is_folder and all(entry.name == _lock_name(path) for entry in path.iterdir())
+    if os.path.lexists(path) and not overwrite and not is_empty:
         raise FileExistsError(
             f"{path} exists already and is kept. Choose another path, or pass overwrite=True "
             "(--overwrite) to replace it."
@@ -53,21 +58,157 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
 
 
 @contextlib.contextmanager
+def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold an output for this run until the block ends: a second run that asks for it is refused.
+
+    The lock is one on the file ``.NAME.lock`` beside ``path`` (inside it, where ``path`` is a mount
+    point or its parent cannot be written). It dies with the process, however that ends, and the
+    file goes with the block; a file that a killed run left is taken over. Nothing is locked on a
+    file system that has no locks.
+
+    Args:
+        path: the file or folder that will be written. Folders above it are created, and go again
+            where nothing was put into them.
+
+    Raises:
+        RuntimeError: another run, in this process or another one, holds ``path``; it is named.
+        FileExistsError, OSError: what stands in the place of the lock is not one of ours.
+    """
+    place = _lock_place(Path(path))
+    made = [folder for folder in place.parents if not folder.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = _locked_file(place, path)
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)  # still locked: nobody else holds this very file
+        os.close(lock)
+        with contextlib.suppress(OSError):  # a folder that something was put into stays
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock_place(path: Path) -> Path:
+    target = Path(os.path.realpath(path)) if path.is_dir() else path
+    parent = Path(os.path.realpath(target.parent))
+    if target.is_dir() and not _replaceable(target):
+        parent = target
+    return parent / _lock_name(target)
+
+
+def _lock_name(target: Path) -> str:
+    return f".{target.name}.lock"
+
+
+def _locked_file(place: Path, path: str | os.PathLike[str]) -> int:
+    """A lock on the file ``place``, which says whose it is."""
+    import fcntl  # POSIX alone
+
+    while True:
+        lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            holder = _holder(lock, place, path)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise RuntimeError(
+                f"{path} is being written by another run ({holder}). Wait for it, or choose "
+                "another output."
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(lock)
+                raise
+        if _is_at(lock, place):  # else its holder removed it before it could be locked
+            break
+        os.close(lock)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{_LOCK_TITLE}process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock
+
+
+def _holder(lock: int, place: Path, path: str | os.PathLike[str]) -> str:
+    """Whose lock a file is, for a message; an error for one that is none of ours."""
+    about = os.fstat(lock)
+    regular = stat.S_ISREG(about.st_mode) and about.st_nlink <= 1
+    found = os.pread(lock, 500, 0).decode("utf-8", "replace") if regular else ""
+    if not regular or (found and not found.startswith(_LOCK_TITLE)):
+        raise FileExistsError(
+            f"{place} is where the lock on {path} belongs, and holds something else. Move it away."
+        )
+    return _printable(found.removeprefix(_LOCK_TITLE).strip()) or "which began just now"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still what ``path`` names."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`, renamed to `path` when the block ends without an error.
 
     The folder is created where missing. After an error the old file, if any, is untouched and the
-    temporary one is gone. The suffix stays the same, since some writers choose the format by it.
+    temporary one is gone; one that a killed process left goes at the next call. Its name cannot be
+    foreseen and nothing is there before, so that nobody's link is followed. The suffix stays the
+    same, since some writers choose the format by it. A new file has the modes that the umask says,
+    a replaced one keeps its own; in place of a link comes a file.
+
+    Raises:
+        IsADirectoryError: where ``path`` is a folder.
     """
     path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(f"{path} must be a file; it is a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    for leftover in path.parent.glob(
+        f".{_escape(path.stem)}.????????{PARTIAL}{_escape(path.suffix)}"
+    ):
+        _remove_unlocked(leftover)
+    mode = _mode_of(path)
+    temporary, lock = _locked_temporary(path, 0o666 if mode is None else 0o600)
     try:
         yield temporary
+        if mode is not None:
+            temporary.chmod(mode)
         _sync(temporary)  # or a power cut could leave the new name with no content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _mode_of(path: Path) -> int | None:
+    """The modes of a regular file; ``None`` where there is none."""
+    try:
+        found = path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    return stat.S_IMODE(found) if stat.S_ISREG(found) else None
+
+
+def _locked_temporary(path: Path, mode: int) -> tuple[Path, int]:
+    """A new file beside ``path`` and a lock on it, which dies with this process."""
+    import fcntl
+
+    while True:
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{PARTIAL}{path.suffix}")
+        try:
+            lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        except FileExistsError:
+            continue
+        with contextlib.suppress(OSError):  # no locks on this file system: nothing is cleared
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_at(lock, temporary):  # it may have been cleared before it was locked
+            return temporary, lock
+        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -104,7 +245,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replaces: Sequence[str] = ())
         yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    replaceable = os.access(target.parent, os.W_OK | os.X_OK) and not os.path.ismount(target)
+    replaceable = _replaceable(target)
     place = target.parent if replaceable else target
     _clear_leftovers(place, target)
     temporary, lock = _locked_folder(place, target)
@@ -123,6 +264,11 @@ def atomic_folder(path: str | os.PathLike[str], *, replaces: Sequence[str] = ())
         # After an exchange this name is the old folder's.
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether another folder can take the place of this one."""
+    return os.access(folder.parent, os.W_OK | os.X_OK) and not os.path.ismount(folder)
 
 
 def _locked_folder(place: Path, target: Path) -> tuple[Path, int]:
@@ -154,17 +300,20 @@ def _escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _remove_unlocked(folder: Path) -> None:
-    """Remove a folder unless a living process has locked it."""
+def _remove_unlocked(leftover: Path) -> None:
+    """Remove a file or folder unless a living process has locked it."""
     import fcntl
 
     try:
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError:  # another process was faster
+        lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # another process was faster, or it is none of ours
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        if stat.S_ISDIR(os.fstat(lock).st_mode):
+            shutil.rmtree(leftover, ignore_errors=True)
+        elif stat.S_ISREG(os.fstat(lock).st_mode):
+            leftover.unlink(missing_ok=True)
     except OSError:
         return
     finally:
@@ -250,6 +399,8 @@ def _move_files(temporary: Path, target: Path, replaces: Sequence[str]) -> None:
         os.replace(temporary / path, target / path)
     for path in [p for p in target.rglob("*") if not p.is_dir()]:
         relative = path.relative_to(target)
+        if relative.name == _lock_name(target):  # its holder removes it
+            continue
         if relative not in new and _matches(relative, replaces):
             path.unlink()
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from moe_fast import files
-from moe_fast.files import atomic_folder, atomic_write, check_output
+from moe_fast.files import atomic_folder, atomic_write, check_output, exclusive
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -53,6 +56,136 @@ class TestAtomicWrite:
             assert temporary.suffix == ".png" and temporary.parent == path.parent
             temporary.write_bytes(b"x")
         assert path.read_bytes() == b"x"
+
+    def test_a_planted_link_is_replaced_and_not_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "victim").write_text("precious")
+        path = tmp_path / "table.md"
+        path.symlink_to("victim")
+        with atomic_write(path) as temporary:
+            assert temporary.lstat().st_size == 0 and not temporary.is_symlink()
+            temporary.write_text("new")
+        assert (tmp_path / "victim").read_text() == "precious"
+        assert path.read_text() == "new" and not path.is_symlink()
+
+    def test_names_cannot_be_foreseen(self, tmp_path: Path) -> None:
+        names = set()
+        for _ in range(3):
+            with atomic_write(tmp_path / "x") as temporary:
+                names.add(temporary.name)
+        assert len(names) == 3
+
+    def test_modes_are_kept_and_new_files_follow_the_umask(self, tmp_path: Path) -> None:
+        private, new = fill(tmp_path, private="old") / "private", tmp_path / "new"
+        private.chmod(0o640)
+        before = os.umask(0o027)
+        try:
+            for path in (private, new):
+                with atomic_write(path) as temporary:
+                    temporary.write_text("new")
+                    if path == private:
+                        assert temporary.stat().st_mode & 0o077 == 0, "nor readable meanwhile"
+        finally:
+            os.umask(before)
+        assert private.stat().st_mode & 0o777 == 0o640
+        assert new.stat().st_mode & 0o777 == 0o640
+
+    def test_a_read_only_file_stays_one(self, tmp_path: Path) -> None:
+        path = fill(tmp_path, x="old") / "x"
+        path.chmod(0o444)
+        with atomic_write(path) as temporary:
+            temporary.write_text("new")
+        assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o444
+
+    def test_what_a_killed_process_left_goes_and_other_files_stay(self, tmp_path: Path) -> None:
+        left, living = ".x.0123abcd.partial.npy", ".x.4567abcd.partial.npy"
+        others = [".x.npy", ".x.partial.npy", ".y.0123abcd.partial.npy", "x.0123abcd.partial.npy"]
+        for name in (left, living, *others):
+            (tmp_path / name).write_text("half")
+        with exclusive_flock(tmp_path / living), atomic_write(tmp_path / "x.npy") as temporary:
+            temporary.write_text("new")
+        assert sorted(os.listdir(tmp_path)) == sorted([living, *others, "x.npy"])
+
+    def test_a_folder_in_its_place_is_an_error(self, tmp_path: Path) -> None:
+        (tmp_path / "x").mkdir()
+        with pytest.raises(IsADirectoryError, match="x must be a file"):
+            atomic_write(tmp_path / "x").__enter__()
+
+
+@contextlib.contextmanager
+def exclusive_flock(path: Path) -> Iterator[None]:
+    """Hold a file as a living process does."""
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class TestExclusive:
+    def test_a_second_run_is_refused_by_name_and_the_next_is_not(self, tmp_path: Path) -> None:
+        path = tmp_path / "made" / "x.npy"
+        with exclusive(path):
+            with (
+                pytest.raises(RuntimeError, match=rf"x.npy is being .*\(process {os.getpid()} on"),
+                exclusive(path),
+            ):
+                pass
+            with exclusive(path.with_name("y.npy")):
+                pass
+            assert os.listdir(path.parent) == [".x.npy.lock"]
+        assert os.listdir(tmp_path) == [], "a folder that it made goes again"
+        with exclusive(path):
+            path.write_text("result")
+        assert os.listdir(path.parent) == ["x.npy"]
+
+    def test_it_dies_with_its_process(self, tmp_path: Path) -> None:
+        code = (
+            "import os, signal, files\n"
+            f"with files.exclusive({str(tmp_path / 'x')!r}): os.kill(os.getpid(), signal.SIGKILL)"
+        )
+        subprocess.run([sys.executable, "-c", code], cwd=Path(files.__file__).parent)
+        assert os.listdir(tmp_path) == [".x.lock"]
+        with exclusive(tmp_path / "x"):
+            assert str(os.getpid()) in (tmp_path / ".x.lock").read_text()
+        assert os.listdir(tmp_path) == []
+
+    def test_a_folder_has_one_lock_under_all_its_names(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "latest").symlink_to("real")
+        with (
+            exclusive(tmp_path / "latest"),
+            pytest.raises(RuntimeError, match="another run"),
+            exclusive(tmp_path / "real"),
+        ):
+            pass
+
+    def test_a_mount_point_is_locked_inside_and_counts_as_empty(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "mount"
+        path.mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda given: Path(given) == path)
+        with exclusive(path):
+            assert check_output(path) == path
+            with atomic_folder(path, replaces=["*"]) as temporary:
+                fill(temporary, a="new")
+            assert sorted(os.listdir(path)) == [".mount.lock", "a"]
+        assert os.listdir(path) == ["a"]
+
+    @pytest.mark.parametrize("plant", ["text", "symlink", "hard link", "folder"])
+    def test_what_is_no_lock_is_refused_and_kept(self, tmp_path: Path, plant: str) -> None:
+        fill(tmp_path, victim="" if plant == "hard link" else "precious")
+        victim, place = tmp_path / "victim", tmp_path / ".x.lock"
+        if plant == "text":
+            place.write_text("precious")
+        elif plant == "symlink":
+            place.symlink_to("victim")
+        elif plant == "hard link":
+            os.link(victim, place)
+        else:
+            place.mkdir()
+        content = victim.read_text()
+        with pytest.raises(OSError, match=r"\.x\.lock"), exclusive(tmp_path / "x"):
+            pass
+        assert victim.read_text() == content and os.path.lexists(place)
 
 
 class TestAtomicFolder:

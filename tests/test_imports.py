@@ -22,25 +22,37 @@ FORBIDDEN = (
 )
 
 
-def _modules_after(code: str) -> set[str]:
-    script = f"import sys, json; {code}; print(json.dumps(sorted(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    return {name.partition(".")[0] for name in json.loads(result.stdout.splitlines()[-1])}
+def _run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+LOADED = """
+import sys, json
+import torch
+from transformers import AutoModel
+{peers}
+before = set(sys.modules)
+import moe_fast
+print(json.dumps([sorted(set(sys.modules) - before), sorted(sys.modules)]))
+"""
 
 
 def test_no_extra_is_loaded():
     """Beyond what transformers' own models load by themselves, where anything."""
-    peers = "; ".join(
+    peers = "\n".join(
         f"import transformers.models.{m}.modeling_{m}"
         for m in ("bert", "roberta", "xlm_roberta", "modernbert")
     )
-    base = _modules_after(f"import torch; from transformers import AutoModel; {peers}")
-    ours = _modules_after("import moe_fast")
-    assert not {"sentence_transformers", "datasets"} & ours
+    ours, loaded = (
+        {name.partition(".")[0] for name in names}
+        for names in json.loads(_run(LOADED.format(peers=peers)).splitlines()[-1])
+    )
+    assert not {"sentence_transformers", "datasets"} & loaded
     # Where Triton is installed, torch and transformers load it before us.
-    assert not (ours - base) & set(FORBIDDEN)
+    assert not ours & set(FORBIDDEN)
 
 
 def test_public_names():
@@ -69,11 +81,23 @@ def test_unknown_name():
         _ = moe_fast.nothing
 
 
-def test_sentence_transformers_is_asked_for_by_name():
-    code = (
-        "import sys; sys.modules['sentence_transformers'] = None; import moe_fast\n"
-        "try: moe_fast.MoESentenceTransformer\n"
-        "except ImportError as e: print(e)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'moe-fast[train]'" in result.stdout, result.stderr
+ABSENT = """
+import importlib.util, sys
+sys.modules["sentence_transformers"] = None
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+import moe_fast
+from moe_fast.ops import backends
+try:
+    moe_fast.MoESentenceTransformer
+except ImportError as error:
+    print(error)
+for op in ("route", "plan", "expert_mlp", "expert_mlp_norm", "expert_linear", "info_nce"):
+    print(*(backends.why_unavailable(op, "triton", d) for d in ("cpu", "mps")))
+"""
+
+
+def test_what_is_not_installed_is_asked_for_by_name():
+    printed = _run(ABSENT)
+    assert "pip install -e '.[train]'" in printed
+    assert printed.count("triton is not installed") == 12

@@ -19,12 +19,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import moe_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")
-SOURCES += ("CHANGELOG.md", "constraints.txt", "moe_fast", "kernels", "bench")
+SOURCES += ("CHANGELOG.md", "moe_fast", "kernels", "bench")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -51,18 +55,78 @@ def test_triton_ops_is_part_of_moe_fast():
     assert Path(spec.origin).parent.name == "triton_ops"
 
 
-def test_torch_is_chosen_by_the_constraints_alone():
-    assert not [r for r in PYPROJECT["build-system"]["requires"] if r.startswith("torch")]
-    assert "\ntorch==" in (ROOT / "constraints.txt").read_text()
-    assert "torch>=2.11" in PYPROJECT["project"]["dependencies"]
-
-
 def test_version_has_one_source():
     attr = PYPROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"]
     assert attr == "moe_fast.version.__version__"
     assert runpy.run_path(str(ROOT / "moe_fast" / "version.py"))["__version__"] == (
         moe_fast.__version__
     )
+
+
+# --- releases: pyproject.toml's bounds and the locks written from them ----------------------------
+
+
+def direct_requirements() -> dict[str, Requirement]:
+    """What the core and the extra ``dev`` ask for, moe_fast's own extras resolved."""
+    project = PYPROJECT["project"]
+    extras, lines = ["dev"], list(project["dependencies"])
+    for extra in extras:
+        for line in project["optional-dependencies"][extra]:
+            requirement = Requirement(line)
+            if requirement.name == "moe-fast":
+                extras += sorted(requirement.extras)
+            else:
+                lines.append(line)
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+
+
+def pins(name: str, python: str = "3.11") -> dict[str, Version]:
+    """The pins of a constraints file that hold on Linux for ``python``."""
+    environment = default_environment() | {
+        "python_version": python,
+        "python_full_version": f"{python}.1",
+        "sys_platform": "linux",
+        "platform_machine": "x86_64",
+    }
+    found = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "==" and not Version(specifier.version).local, line
+            if requirement.marker is None or requirement.marker.evaluate(environment):
+                found[canonicalize_name(requirement.name)] = Version(specifier.version)
+    return found
+
+
+def test_torch_is_chosen_by_hand_alone():
+    assert not [r for r in PYPROJECT["build-system"]["requires"] if r.startswith("torch")]
+    assert {"torch", "triton"} <= set(pins("constraints-torch.txt"))
+    assert not [n for n in pins("constraints.txt") if n.startswith(("torch", "triton", "nvidia"))]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_lock_holds_all_that_make_installs(python):
+    locked = pins("constraints.txt", python) | pins("constraints-torch.txt", python)
+    for name, requirement in direct_requirements().items():
+        assert requirement.specifier.contains(locked[name]), requirement
+
+
+def test_the_oldest_releases_are_the_lower_bounds():
+    oldest = pins("constraints-oldest.txt")
+    assert str(oldest["torch"]) == "2.11.0" and str(oldest["transformers"]) == "5.17.0"
+    assert str(oldest["sentence-transformers"]) == "6.2.0"
+    for name, requirement in direct_requirements().items():
+        bounds = [s.version for s in requirement.specifier if s.operator == ">="]
+        for bound in bounds:
+            assert f"{oldest[name]}.".startswith(f"{bound}."), requirement
+        assert bounds or name == "triton", requirement  # triton's is torch's choice
+
+
+def test_what_changes_under_us_has_an_upper_bound():
+    for name, requirement in direct_requirements().items():
+        bounded = any(s.operator == "<" for s in requirement.specifier)
+        assert bounded or name in {"pyarrow", "triton"}, requirement
 
 
 # --- what setup.py decides -----------------------------------------------------------------------
@@ -225,7 +289,7 @@ def nvcc(setup_py) -> None:
         return
     if os.environ.get("CI") == "true":
         pytest.fail("CI needs nvcc: pip install '.[cuda-build]'", pytrace=False)
-    pytest.skip("nvcc was not found: pip install 'moe-fast[cuda-build]'")
+    pytest.skip("nvcc was not found: pip install -e '.[cuda-build]'")
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from moe_fast.cli import (
@@ -20,6 +22,7 @@ from moe_fast.cli import (
     upcycle,
 )
 from moe_fast.cli.command import command
+from moe_fast.version import __version__
 
 app = typer.Typer(
     help="Mixture-of-experts text encoders: make, train, measure and use them.",
@@ -44,6 +47,23 @@ COMMANDS = {
     "demo": demo,
 }
 """The module of each command, with its function ``run_command`` and its ``EXAMPLE``."""
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"moe-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
 
 for _name, _module in COMMANDS.items():
     command(app, _name, _module.EXAMPLE)(_module.run_command)

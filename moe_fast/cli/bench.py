@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from moe_fast.cli.command import Run
-from moe_fast.cli.options import Overwrite
+from moe_fast.cli.options import MOST_THREADS, Overwrite
 
 EXAMPLE = "moe-fast bench plan --size tiny -o bench.json"
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -21,26 +21,36 @@ def run_command(
     operations: Annotated[
         list[str] | None,
         typer.Argument(
-            help="route, plan, expert_mlp, moe_mlp, info_nce, training_step, growth, "
-            "peak_memory; by default all."
+            help="What to measure: route, plan, expert_mlp, moe_mlp, info_nce, training_step, "
+            "growth, peak_memory; by default all."
         ),
     ] = None,
     *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write the measurements to, as JSON.")
+        Path, typer.Option("--output", "-o", help="File to write the measurements to, .json.")
     ] = Path("moe-fast-bench.json"),
     size: Annotated[
         Literal["tiny", "quick", "default", "full"],
-        typer.Option(help="How much to measure; tiny only shows that everything runs."),
+        typer.Option(help="How many sizes to measure; tiny only shows that everything runs."),
     ] = "quick",
     processes: Annotated[
-        int, typer.Option(min=1, help="Fresh ones to measure in, one by one; 1 is this one.")
+        int,
+        typer.Option(
+            min=1, help="Fresh processes to measure in, one after the other; 1: this process alone."
+        ),
     ] = 3,
     seconds: Annotated[
         float,
-        typer.Option(min=0, help="For each comparison in each, once five rounds are done."),
+        typer.Option(
+            min=0, help="Seconds for each comparison in each process, once five rounds are done."
+        ),
     ] = 0.4,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST_THREADS, help="Threads of PyTorch; by default its own number."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from moe_fast.cli.command import Run
-from moe_fast.cli.options import Output, Overwrite, split_commas
+from moe_fast.cli.options import Columns, Output, Overwrite, SkipInvalid, column_names, split_commas
 
 EXAMPLE = "moe-fast cocite papers.jsonl --fractions .5,.5,0 -o cited-pairs"
 _FRACTIONS = [".8,.1,.1"]
@@ -38,6 +38,8 @@ def run_command(
     file_format: Annotated[
         Literal["jsonl", "csv", "parquet"], typer.Option("--format", help="Of the files.")
     ] = "jsonl",
+    columns: Columns = None,
+    skip_invalid: SkipInvalid = False,
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
@@ -55,6 +57,8 @@ def run_command(
     check_output(output, overwrite)
     pairs = cocitation_pairs(
         papers,
+        columns=column_names(columns),
+        skip_invalid=skip_invalid,
         min_cocitations=min_cocitations,
         negatives_per_positive=negatives_per_positive,
         fractions=shares,

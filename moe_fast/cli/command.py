@@ -8,8 +8,9 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from moe_fast.cli.config import read_config, write_config
-from moe_fast.cli.outputs import check_inputs_survive
+from moe_fast.cli.outputs import check_inputs_survive, check_names
 
 Backend = Literal["auto", "triton", "cpp", "tiled", "torch"]
 _NOT_SETTINGS = ("config", "quiet", "debug")
@@ -32,7 +33,7 @@ class Run:
         command: the command's name.
         settings: every parameter of the command with its resolved value.
         seed: of every random draw.
-        quiet: no progress bars and no notes; results and errors are still printed.
+        quiet: no progress bars, notes or warnings; results and errors are still printed.
     """
 
     command: str
@@ -85,6 +86,7 @@ def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable], C
         @functools.wraps(function)
         def run(ctx: typer.Context, **values: Any) -> None:
             _check_finite(values)
+            check_names(name, values)
             settings = {k: v for k, v in values.items() if k not in _NOT_SETTINGS}
             arguments = {parameter.name: values[parameter.name] for parameter in own}
             state = Run(name, settings, values["seed"], values["quiet"])
@@ -121,7 +123,7 @@ def _global_parameters(allowed: Mapping[str, Any]) -> list[inspect.Parameter]:
         "config": (
             Path | None,
             typer.Option(
-                help="YAML file of settings, by the names of the flags; flags go before it.",
+                help="YAML file of settings, named as the flags; a flag given as well wins.",
                 is_eager=True,
                 callback=load,
                 rich_help_panel=panel,
@@ -130,22 +132,36 @@ def _global_parameters(allowed: Mapping[str, Any]) -> list[inspect.Parameter]:
         ),
         "backend": (
             Backend,
-            typer.Option(help="Implementation of the MoE operations.", rich_help_panel=panel),
+            typer.Option(
+                help="Implementation of the operations; auto takes the fastest for each device.",
+                rich_help_panel=panel,
+            ),
             "auto",
         ),
         "seed": (
             int,
-            typer.Option(help="Of every random draw.", min=0, max=2**32 - 1, rich_help_panel=panel),
+            typer.Option(
+                help="Where every random draw begins; the same seed gives the same result.",
+                min=0,
+                max=2**32 - 1,
+                rich_help_panel=panel,
+            ),
             0,
         ),
         "quiet": (
             bool,
-            typer.Option("--quiet", help="No progress, no notes.", rich_help_panel=panel),
+            typer.Option(
+                "--quiet",
+                help="No progress bars, notes or warnings; results and errors alone.",
+                rich_help_panel=panel,
+            ),
             False,
         ),
         "debug": (
             bool,
-            typer.Option("--debug", help="On failure, show the traceback.", rich_help_panel=panel),
+            typer.Option(
+                "--debug", help="On failure, show Python's traceback.", rich_help_panel=panel
+            ),
             False,
         ),
     }
@@ -181,11 +197,16 @@ def _errors(name: str, debug: bool) -> Iterator[None]:
             raise
         _close_progress_bars()
         texts = [str(error), *getattr(error, "__notes__", ())]
-        message = " ".join(" ".join(texts).split()) or "no message"
+        message = printable(" ".join(" ".join(texts).split())) or "no message"
         expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
         kind = "" if isinstance(error, expected) else f"{type(error).__name__}: "
         print(f"moe-fast {name}: error: {kind}{message}", file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+def printable(text: str) -> str:
+    """Text that may come from a file, its control characters escaped: none reaches a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _close_progress_bars() -> None:
@@ -200,30 +221,52 @@ def _close_progress_bars() -> None:
 @contextmanager
 def _environment(backend: str, run: Run) -> Iterator[None]:
     """The backend, the global random state and the libraries' talk, for one command."""
+    _load_package()
     from transformers import set_seed
 
     from moe_fast.ops import use_backend
 
     set_seed(run.seed)
-    with _talk(run.quiet), use_backend(backend):
+    with _talk(), _silence() if run.quiet else nullcontext(), use_backend(backend):
         yield
 
 
+def _load_package() -> None:
+    """Run ``moe_fast/__init__.py``, where the program (moe_fast_cli.py) has put that off."""
+    package = sys.modules["moe_fast"]
+    if not hasattr(package, "__version__"):
+        package.__spec__.loader.exec_module(package)  # type: ignore[union-attr]
+
+
 @contextmanager
-def _talk(quiet: bool) -> Iterator[None]:
-    """The libraries say what concerns the user, and less if quiet; afterwards as before."""
+def _talk() -> Iterator[None]:
+    """The libraries say what concerns the user; afterwards as before."""
     from transformers.utils import logging as library
 
-    ours = logging.getLogger("moe_fast")
-    verbosity, level, bars = library.get_verbosity(), ours.level, library.is_progress_bar_enabled()
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()
     library.disable_progress_bar()  # those of loading and saving; training's stays
-    if quiet:
-        ours.setLevel(logging.ERROR)
     try:
         yield
     finally:
         library.set_verbosity(verbosity)
-        ours.setLevel(level)
         if bars:
             library.enable_progress_bar()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings, by logging or by ``warnings``, and no bars, here and in worker processes."""
+    level = logging.root.manager.disable
+    quiet = {"PYTHONWARNINGS": "ignore", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    before = {name: os.environ.get(name) for name in quiet}
+    os.environ.update(quiet)  # datasets and the workers start later
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

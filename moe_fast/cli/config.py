@@ -8,8 +8,8 @@ runs: nothing in it is ignored, and no value is cast to another type.
 from __future__ import annotations
 
 import difflib
-import math
 import re
+import sys
 import types
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -17,7 +17,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from moe_fast.data.checks import reason, shown
 from moe_fast.files import atomic_write
+
+# Settings of NAME=VALUE, which a file may also hold as a mapping of names to values.
+NAMED = ("data", "eval_data", "columns", "models")
+MAX_BYTES = 1 << 18  # of a file; PyYAML takes its time
+
+
+_LARGEST = sys.float_info.max
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,11 +34,15 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # nested, they grow without bound
+                raise yaml.constructor.ConstructorError(
+                    None, None, "merge keys (<<) are not read", key_node.start_mark
+                )
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if not isinstance(key, Hashable) or key in seen:
                 problem = "is there twice" if isinstance(key, Hashable) else "is no name"
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} {problem}", key_node.start_mark
+                    None, None, f"the key {shown(key)} {problem}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -50,13 +62,15 @@ def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
         path: the file, a mapping of names to values.
         allowed: {name of a parameter, with underscores: its type}. Types are ``str``, ``int``,
             ``float``, ``bool``, ``Path``, ``Literal``, lists of them, and unions with ``None``.
+            What is in `NAMED` may be a mapping of names to a text or a list of texts: ``data: {law:
+            law.jsonl}`` is ``data: [law=law.jsonl]``.
 
     Returns:
         {name with underscores: value}; keys whose value is null are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no YAML mapping; a key twice, an unknown key (with the nearest known ones), or
+        ValueError: no YAML mapping, or too long or deep a one; a key twice, an unknown key (with the nearest known ones), or
             a value of a wrong type.
     """
     settings = {}
@@ -66,9 +80,12 @@ def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: {_unknown(str(key), allowed)}")
         if name in settings:
             raise ValueError(f"{path}: the key {name.replace('_', '-')!r} is there twice")
+        if isinstance(value, dict) and name in NAMED:
+            value = _named(value, f"{path}: {name.replace('_', '-')}")
         if not _fits(value, allowed[name]):
+            mapping = ", or a mapping of names to texts" if name in NAMED else ""
             raise ValueError(
-                f"{path}: {key} must be {_describe(allowed[name])}; got {value!r} "
+                f"{path}: {key} must be {_describe(allowed[name])}{mapping}; got {shown(value)} "
                 f"({type(value).__name__})"
             )
         settings[name] = value
@@ -98,10 +115,14 @@ def load_mapping(path: Path) -> dict[Any, Any]:
     """What a YAML file says, unchecked but for its form; see `read_config`."""
     if not path.is_file():
         raise FileNotFoundError(f"--config: there is no file {path}")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path}: {size:,} bytes; a file of settings has at most {MAX_BYTES:,}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: not valid YAML (nested too deeply)") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: no UTF-8, no date
+        raise ValueError(f"{path}: not valid YAML ({reason(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: must be a mapping of settings (name: value); got {type(content).__name__}"
@@ -109,12 +130,25 @@ def load_mapping(path: Path) -> dict[Any, Any]:
     return content
 
 
+def _named(values: dict[Any, Any], where: str) -> list[str]:
+    """NAME=VALUE of each name and value of a mapping."""
+    found = []
+    for name, value in values.items():
+        every = value if isinstance(value, list) else [value]
+        if not isinstance(name, str) or not name.strip() or "=" in name:
+            raise ValueError(f"{where}: a name must be text without '='; got {shown(name)}")
+        if not every or not all(isinstance(one, str) and one for one in every):
+            raise ValueError(f"{where}: {shown(name)} must be text or texts; got {shown(value)}")
+        found += [f"{name}={one}" for one in every]
+    return found
+
+
 def _unknown(key: str, allowed: Mapping[str, Any]) -> str:
     known = sorted(name.replace("_", "-") for name in allowed)
-    nearest = difflib.get_close_matches(key.replace("_", "-"), known, n=3, cutoff=0.5)
+    nearest = difflib.get_close_matches(key[:100].replace("_", "-"), known, n=3, cutoff=0.5)
     if nearest:
-        return f"unknown key {key!r}; the nearest known are {', '.join(nearest)}"
-    return f"unknown key {key!r}; known are {', '.join(known)}"
+        return f"unknown key {shown(key)}; the nearest known are {', '.join(nearest)}"
+    return f"unknown key {shown(key)}; known are {', '.join(known)}"
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -132,7 +166,7 @@ def _fits(value: Any, kind: Any) -> bool:
             found = value in get_args(member) and isinstance(value, str)
         elif member is float:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            found = is_number and math.isfinite(value)
+            found = is_number and -_LARGEST <= value <= _LARGEST  # not NaN either
         elif member is int:
             found = isinstance(value, int) and not isinstance(value, bool)
         elif member is Path:

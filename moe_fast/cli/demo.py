@@ -15,15 +15,25 @@ EXAMPLE = "moe-fast demo --quick --output demo-output"
 def run_command(
     *,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Little data: minutes, numbers that mean little.")
+        bool,
+        typer.Option("--quick", help="Take little data: minutes, and numbers that mean little."),
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to write the table, the numbers and the pictures to."
+        ),
+    ] = Path("demo-output"),
     train_pairs: Annotated[
-        int | None, typer.Option(min=1, help="Training pairs of each variant.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of training pairs of each variant; by default all, with --quick 250.",
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where to compute, as PyTorch names it: cpu, cuda ...")
+    ] = "cpu",
     run: Run,
 ) -> None:
     """Train and compare a dense model and two mixtures on documentation, offline."""

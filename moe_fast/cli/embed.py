@@ -9,16 +9,17 @@ import typer
 
 from moe_fast.cli.command import Run
 from moe_fast.cli.options import (
+    MOST_THREADS,
     TEXT,
     BatchSize,
     Device,
     Domain,
     DomainColumn,
     ModelArgument,
-    Output,
     Overwrite,
     TextColumn,
     Truncate,
+    file_and_domain,
 )
 
 EXAMPLE = "moe-fast embed mixture texts.jsonl --domain law -o vectors.npy"
@@ -26,26 +27,69 @@ EXAMPLE = "moe-fast embed mixture texts.jsonl --domain law -o vectors.npy"
 
 def run_command(
     model: ModelArgument,
-    texts: Annotated[Path, typer.Argument(help=".txt, .jsonl, .csv (also .gz) or .parquet.")],
+    texts: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="File of texts, .txt (one per line), .jsonl, .csv (each also .gz) or .parquet; "
+            "DOMAIN=FILE gives all of its texts that domain.",
+        ),
+    ],
     *,
-    output: Output,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write: .npy, with the ids in FILE.npy.ids.jsonl beside it, or .parquet, "
+            "with columns id and embedding.",
+        ),
+    ],
     text_column: TextColumn = TEXT,
     domain: Domain = None,
     domain_column: DomainColumn = None,
     prompt_name: Annotated[
-        str | None, typer.Option(help="Which of the model's prompts goes in front of each text.")
+        str | None,
+        typer.Option(
+            help="Name of the model's prompt to put in front of each text; by default "
+            "the model's default prompt, where it has one."
+        ),
     ] = None,
     batch_size: BatchSize = 32,
     chunk_size: Annotated[
-        int, typer.Option(min=1, help="Texts that are kept together when the run is interrupted.")
+        int,
+        typer.Option(
+            min=1, help="Texts that are computed and kept together; a kill loses one such chunk."
+        ),
     ] = 1024,
-    processes: Annotated[int, typer.Option(min=1, help="Each holds a copy of the model.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Per process.")] = None,
-    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of the vectors.")] = (
-        "float32"
-    ),
-    normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = False,
-    truncate: Truncate = False,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="Processes that embed at the same time; each holds a copy of the model.",
+        ),
+    ] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="Threads of each process; by default PyTorch's number divided by --processes.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="Type of the numbers in the file: 4 or 2 bytes each."),
+    ] = "float32",
+    normalize: Annotated[
+        bool,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Scale every vector to length 1, so that dot products are cosines.",
+        ),
+    ] = False,
+    truncate: Truncate = True,
     device: Device = None,
     overwrite: Overwrite = False,
     run: Run,
@@ -58,6 +102,7 @@ def run_command(
     from moe_fast.inference.embed import embed_file
     from moe_fast.inference.encoder import EncoderSettings
 
+    source, domain, domain_column = file_and_domain(texts, domain, domain_column)
     settings = EncoderSettings(
         model=model,
         domain=domain,
@@ -69,7 +114,7 @@ def run_command(
         device=device,
     )
     embedded = embed_file(
-        texts,
+        source,
         output,
         settings,
         columns=tuple(text_column),

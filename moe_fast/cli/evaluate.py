@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,70 +11,127 @@ import typer
 
 from moe_fast.cli.command import Run
 from moe_fast.cli.options import BatchSize, Device, ModelArgument, Overwrite, Truncate, split_commas
+from moe_fast.cli.outputs import write_json
 
 if TYPE_CHECKING:
+    from moe_fast.data import Retrieval
     from moe_fast.evaluation import Evaluation
 
 EXAMPLE = "moe-fast evaluate mixture --pairs pairs.jsonl --against other-mixture --json scores.json"
 _DATA = "What to measure on"
+_RETRIEVAL, _NUMBERS = "Retrieval", "Numbers"
 _MEASURES = ["nDCG@10,MRR@10,Recall@10"]
+
+
+def _option(panel: str, text: str, *flags: str, **settings: Any) -> Any:
+    return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
 
 
 def run_command(
     model: ModelArgument,
     *,
     pairs: Annotated[
-        Path | None,
-        typer.Option(help="Pairs, with labels or positives alone.", rich_help_panel=_DATA),
+        list[str] | None,
+        _option(
+            _DATA,
+            "File or dataset of pairs, with labels 0 and 1 or of positives alone; DOMAIN=FILE "
+            "gives all of them that domain. May be given several times.",
+        ),
     ] = None,
     dev: Annotated[
-        Path | None,
-        typer.Option(
-            help="Labelled pairs that choose the accuracy's threshold.", rich_help_panel=_DATA
+        list[str] | None,
+        _option(
+            _DATA, "Likewise labelled pairs, which choose the threshold of the pairs' accuracy."
         ),
     ] = None,
     retrieval: Annotated[
-        Path | None,
-        typer.Option(
-            help="BEIR folder, or a .json file of corpus, queries and qrels.", rich_help_panel=_DATA
+        str | None,
+        _option(
+            _DATA,
+            "Folder in BEIR's layout, or a .json or .json.gz file of corpus, queries and qrels; "
+            "DOMAIN=FOLDER gives all of its texts that domain.",
         ),
     ] = None,
     sts: Annotated[
-        Path | None, typer.Option(help="Sentence pairs with scores.", rich_help_panel=_DATA)
+        list[str] | None,
+        _option(
+            _DATA,
+            "File or dataset of sentence pairs with a score each, on any scale; DOMAIN=FILE. May "
+            "be given several times.",
+        ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another model: show the paired differences to it.")
+        str | None,
+        typer.Option(
+            help="Folder or hub id of another model: show the differences to it, paired by query "
+            "or pair."
+        ),
     ] = None,
-    json_output: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+    json_output: Annotated[
+        Path | None,
+        typer.Option("--json", help="File to write all numbers to: .json or .json.gz."),
+    ] = None,
     measures: Annotated[
-        list[str], typer.Option(help="Of the retrieval: nDCG@k, MRR@k, Recall@k, MAP@k, MAP.")
+        list[str],
+        _option(
+            _RETRIEVAL, "Measures: nDCG@k, MRR@k, Recall@k, MAP@k, or MAP (of the first 1000)."
+        ),
     ] = _MEASURES,
+    ignore_identical_ids: Annotated[
+        bool,
+        _option(
+            _RETRIEVAL,
+            "Leave out of a query's hits the document with the query's own id, as BEIR does.",
+            "--ignore-identical-ids/--keep-identical-ids",
+        ),
+    ] = True,
+    on_missing: Annotated[
+        Literal["error", "drop"],
+        _option(
+            _RETRIEVAL,
+            "What happens to judgements of documents or queries that the set lacks; what is "
+            "dropped is counted.",
+        ),
+    ] = "error",
     threshold: Annotated[
-        Literal["shared", "per_domain"], typer.Option(help="Of the pairs' F1.")
+        Literal["shared", "per_domain"],
+        _option(_NUMBERS, "Whether the pairs' F1 has one cosine as threshold, or one per domain."),
     ] = "shared",
     resamples: Annotated[
-        int, typer.Option(min=0, help="Of the bootstrap intervals; 0 for none.")
+        int, _option(_NUMBERS, "Resamples of the bootstrap intervals; 0 for no intervals.", min=0)
     ] = 2000,
-    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
+    confidence: Annotated[
+        float, _option(_NUMBERS, "Confidence of the intervals, between 0 and 1.")
+    ] = 0.95,
     domain: Annotated[
-        str | None, typer.Option(help="Of texts whose file names none, for models with domains.")
+        str | None,
+        typer.Option(
+            help="Domain of texts whose file names none, for a model with domains; other models "
+            "do without."
+        ),
     ] = None,
-    query_prompt: Annotated[str | None, typer.Option(help="Put before queries, or a.")] = None,
-    document_prompt: Annotated[str | None, typer.Option(help="Put before documents, or b.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    query_prompt: Annotated[
+        str | None, typer.Option(help="Text to put before every query (before a, of pairs).")
+    ] = None,
+    document_prompt: Annotated[
+        str | None, typer.Option(help="Text to put before every document (before b, of pairs).")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown.")
+    ] = False,
     batch_size: BatchSize = 32,
-    truncate: Truncate = False,
+    truncate: Truncate = True,
     device: Device = None,
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
     """Measure a model on pairs, retrieval or STS: per domain and over all, with intervals."""
     from moe_fast.evaluation import Bootstrap, EncodeOptions, compare, format_table
-    from moe_fast.files import atomic_write, check_output
+    from moe_fast.files import check_output
 
-    if pairs is None and retrieval is None and sts is None:
+    if not pairs and retrieval is None and not sts:
         raise typer.BadParameter("give --pairs, --retrieval or --sts, at least one")
-    if dev is not None and pairs is None:
+    if dev and not pairs:
         raise typer.BadParameter("--dev goes with --pairs")
     if json_output is not None:
         check_output(json_output, overwrite)
@@ -87,12 +144,14 @@ def run_command(
     )
     common = {"encode": encode, "bootstrap": Bootstrap(confidence, resamples, run.seed)}
     tasks = read_tasks(
-        pairs=pairs,
-        dev=dev,
+        pairs=pairs or (),
+        dev=dev or (),
         retrieval=retrieval,
-        sts=sts,
+        sts=sts or (),
         threshold=threshold,
         measures=split_commas(measures),
+        on_missing=on_missing,
+        ignore_identical_ids=ignore_identical_ids,
     )
     names = [model] if against is None else [model, against]
     found = [_measure(name, tasks, domain, device, common) for name in names]
@@ -106,41 +165,86 @@ def run_command(
             "comparisons": [comparison.to_dict() for comparison in comparisons],
         }
     if json_output is not None:
-        with atomic_write(json_output) as temporary:
-            temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_json(results, json_output)
         run.save_settings(json_output)
 
 
 def read_tasks(
     *,
-    pairs: Path | None,
-    dev: Path | None,
-    retrieval: Path | None,
-    sts: Path | None,
+    pairs: Sequence[str],
+    dev: Sequence[str],
+    retrieval: str | None,
+    sts: Sequence[str],
     threshold: Literal["shared", "per_domain"],
     measures: list[str],
+    on_missing: Literal["error", "drop"],
+    ignore_identical_ids: bool,
 ) -> dict[str, Callable[..., Evaluation]]:
     """{name: function of a model}; all data is read, and checked, before any model is loaded."""
     from functools import partial
 
-    from moe_fast.data import read_pairs, read_retrieval, read_sts
+    from moe_fast.data import read_pairs, read_sts
     from moe_fast.evaluation import evaluate_pairs, evaluate_retrieval, evaluate_sts
 
     tasks: dict[str, Callable[..., Evaluation]] = {}
-    if pairs is not None:
+    if pairs:
         tasks["pairs"] = partial(
             evaluate_pairs,
-            dataset=read_pairs(pairs),
-            dev=None if dev is None else read_pairs(dev),
+            dataset=_read_rows(pairs, read_pairs),
+            dev=_read_rows(dev, read_pairs) if dev else None,
             threshold=threshold,
         )
     if retrieval is not None:
         tasks["retrieval"] = partial(
-            evaluate_retrieval, retrieval=read_retrieval(retrieval), measures=measures
+            evaluate_retrieval,
+            retrieval=_read_retrieval(retrieval, on_missing),
+            measures=measures,
+            ignore_identical_ids=ignore_identical_ids,
         )
-    if sts is not None:
-        tasks["sts"] = partial(evaluate_sts, dataset=read_sts(sts))
+    if sts:
+        tasks["sts"] = partial(evaluate_sts, dataset=_read_rows(sts, read_sts))
     return tasks
+
+
+def _read_rows(sources: Sequence[str], read: Callable[[str], Any]) -> Any:
+    """One dataset of all files, each maybe as DOMAIN=FILE, which gives its rows that domain."""
+    from datasets import concatenate_datasets
+
+    from moe_fast.data.sources import split_domain
+
+    parts: list[Any] = []
+    for source in sources:
+        domain, path = split_domain(source)
+        rows = read(path)
+        if domain is not None:
+            if "domain" in rows.column_names:
+                raise ValueError(f"{source}: the file has a column 'domain' already")
+            rows = rows.add_column("domain", [domain] * len(rows))
+        parts.append(rows)
+        if set(rows.column_names) != set(parts[0].column_names):
+            raise ValueError(
+                f"{source}: columns {sorted(rows.column_names)}, but {sources[0]} has "
+                f"{sorted(parts[0].column_names)}; all files must have the same"
+            )
+    return concatenate_datasets(parts)
+
+
+def _read_retrieval(source: str, on_missing: Literal["error", "drop"]) -> Retrieval:
+    """The set in FOLDER or FILE, or in DOMAIN=FOLDER, which gives its texts that domain."""
+    from moe_fast.data import read_retrieval
+    from moe_fast.data.sources import split_domain
+
+    domain, path = split_domain(source)
+    found = read_retrieval(path, on_missing=on_missing)
+    if domain is None:
+        return found
+    if found.domains is not None or found.corpus_domains is not None:
+        raise ValueError(f"{source}: the set names its texts' domains already")
+    return replace(
+        found,
+        domains=dict.fromkeys(found.queries, domain),
+        corpus_domains=dict.fromkeys(found.corpus, domain),
+    )
 
 
 def _measure(

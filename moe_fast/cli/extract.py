@@ -15,10 +15,19 @@ EXAMPLE = "moe-fast extract mixture --expert law -o law-alone"
 def run_command(
     model: ModelArgument,
     *,
-    expert: Annotated[str, typer.Option(help="A domain's name, or an expert's number from 0.")],
+    expert: Annotated[
+        str,
+        typer.Option(
+            help="The expert to extract: its domain's name, or its number, counted from 0."
+        ),
+    ],
     output: Output,
     keep_domain_tokens: Annotated[
-        bool, typer.Option("--keep-domain-tokens", help="Keep the domains' tokens.")
+        bool,
+        typer.Option(
+            "--keep-domain-tokens",
+            help="Keep the domains' tokens in the tokenizer; by default they are removed.",
+        ),
     ] = False,
     overwrite: Overwrite = False,
     run: Run,

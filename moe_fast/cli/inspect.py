@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_fast.cli.command import Run
+from moe_fast.cli.command import Run, printable
 from moe_fast.cli.options import (
     TEXT,
     BatchSize,
@@ -19,7 +19,9 @@ from moe_fast.cli.options import (
     Overwrite,
     TextColumn,
     Truncate,
+    file_and_domain,
 )
+from moe_fast.cli.outputs import write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,93 +34,110 @@ def run_command(
     model: ModelArgument,
     *,
     texts: Annotated[
-        Path | None, typer.Option(help="Texts whose tokens are counted per expert.")
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of texts whose tokens are counted per expert: .txt, .jsonl, .csv (each also "
+            ".gz) or .parquet; DOMAIN=FILE gives its texts that domain; may be given several "
+            "times.",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Picture of the tokens per expert.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Picture to draw of the tokens per expert: .png, .svg, .pdf, .jpg or .webp.",
+        ),
     ] = None,
     json_output: Annotated[
-        Path | None, typer.Option("--json", help="File to write all that is shown to.")
+        Path | None,
+        typer.Option("--json", help="File to write all that is shown to: .json or .json.gz."),
     ] = None,
     text_column: TextColumn = TEXT,
     domain: Domain = None,
     domain_column: DomainColumn = None,
     max_texts: Annotated[
-        int, typer.Option(min=1, help="Count the tokens of the first so many texts.")
+        int, typer.Option(min=1, help="Count the tokens of this many texts at most, of each file.")
     ] = 1000,
     batch_size: BatchSize = 32,
-    truncate: Truncate = False,
+    truncate: Truncate = True,
     device: Device = None,
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
     """Show a model's layers, experts, parameters and routing, and where tokens go."""
     from moe_fast.cli.models import describe_model, load_converted
-    from moe_fast.files import atomic_write, check_output
+    from moe_fast.files import check_output
     from moe_fast.inference.models import load_model
 
-    if output is not None and texts is None:
+    if output is not None and not texts:
         raise typer.BadParameter("--output draws the tokens of texts: give --texts as well")
     for path in (output, json_output):
         if path is not None:
             check_output(path, overwrite)
-    loaded = load_converted(model) if texts is None else load_model(model, device=device)
+    files = [file_and_domain(source, domain, domain_column) for source in texts or ()]
+    loaded = load_model(model, device=device) if files else load_converted(model)
     shown = describe_model(loaded, model)
     print("\n".join(f"{name:22} {_shown(value)}" for name, value in shown.items()))
-    if texts is not None:
-        reading = {"columns": tuple(text_column), "domain_column": domain_column}
-        names, usage = _usage(
-            loaded, texts, reading, domain, max_texts, batch_size=batch_size, truncate=truncate
-        )
-        _print_usage(names, usage, loaded.transformers_model.config.moe_layers)
-        shown |= {"usage_domains": names, "usage": usage.tolist()}
+    if files:
+        rows = _read_texts(files, tuple(text_column), max_texts)
+        names, usage = _usage(loaded, rows, batch_size=batch_size, truncate=truncate)
+        config = loaded.transformers_model.config
+        experts = expert_names(config)
+        _print_usage(names, experts, usage, config.moe_layers)
+        shown |= {"usage_domains": names, "usage_experts": experts, "usage": usage.tolist()}
         if output is not None:
             from moe_fast.evaluation.plots import plot_expert_usage
 
-            layers = loaded.transformers_model.config.moe_layers
-            plot_expert_usage({Path(model).name: usage}, names, output, layers=layers)
+            label = Path(model).name
+            plot_expert_usage({label: usage}, names, output, layers=config.moe_layers)
             run.save_settings(output)
             run.say(f"{output}: tokens per expert")
     if json_output is not None:
-        with atomic_write(json_output) as temporary:
-            temporary.write_text(json.dumps(shown, indent=2), encoding="utf-8")
+        write_json(shown, json_output)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return printable(", ".join(map(str, value))) or "none"
+    return f"{value:,}" if isinstance(value, int) else printable(str(value))
+
+
+def _read_texts(
+    files: list[tuple[Path, str | None, str | None]], columns: tuple[str, ...], most: int
+) -> list[tuple[str, str | None]]:
+    """(text, domain) of the first texts of each (file, domain, column of domains)."""
+    from itertools import islice
+
+    from moe_fast.inference.texts import read_text_rows
+
+    found: list[tuple[str, str | None]] = []
+    for path, domain, column in files:
+        rows = list(islice(read_text_rows(path, columns=columns, domain_column=column), most))
+        if not rows:
+            raise ValueError(f"{path}: no texts in this file")
+        found += [(row.text, row.domain or domain) for row in rows]
+    return found
 
 
 def _usage(
-    model: Any,
-    path: Path,
-    reading: dict[str, Any],
-    domain: str | None,
-    max_texts: int,
-    *,
-    batch_size: int,
-    truncate: bool,
+    model: Any, rows: list[tuple[str, str | None]], *, batch_size: int, truncate: bool
 ) -> tuple[list[str], NDArray]:
     """Names of the domains, and the shares [domain, layer, expert] of their tokens."""
-    from itertools import islice
-
     from moe_fast.cli.models import in_model_order
     from moe_fast.evaluation import expert_usage
-    from moe_fast.inference.texts import read_text_rows
 
     if not hasattr(model, "truncate"):
         raise ValueError("the model has no experts to count the tokens of; it is dense")
-    rows = list(islice(read_text_rows(path, **reading), max_texts))
-    if not rows:
-        raise ValueError(f"{path}: no texts in this file")
-    domains = [row.domain or domain for row in rows]
-    named = [name for name in domains if name is not None]
     known = model.transformers_model.config.domains
+    named = [domain for _, domain in rows if domain is not None]
+    if named and len(named) < len(rows):
+        raise ValueError("--texts: either all files name their texts' domains, or none does")
     order = in_model_order(named or [_ALL], known)
     usage = expert_usage(
         model,
-        [row.text for row in rows],
+        [text for text, _ in rows],
         named or [_ALL] * len(rows),
         order=order,
         pass_domain=bool(named and known),
@@ -129,12 +148,22 @@ def _usage(
     return order, usage
 
 
-def _print_usage(names: list[str], usage: NDArray, layers: list[int]) -> None:
+def expert_names(config: Any) -> list[str]:
+    """What the experts are called: by their domain where it chooses them, else by number."""
+    if config.routing == "enforced" and len(config.domains) == config.num_experts:
+        return list(config.domains)
+    return [str(expert) for expert in range(config.num_experts)]
+
+
+def _print_usage(
+    domains: list[str], experts: list[str], usage: NDArray, layers: Sequence[int]
+) -> None:
     """A line per domain and layer: the share of the tokens that each expert got."""
-    width = max(map(len, names))
-    print("\ntokens per expert, in percent")
-    for name, of_layers in zip(names, usage, strict=True):
+    width = max(len("domain"), *map(len, domains))
+    widths = [max(6, len(name) + 1) for name in experts]
+    heads = "".join(f"{name:>{w}}" for name, w in zip(experts, widths, strict=True))
+    print(f"\ntokens per expert, in percent\n  {'domain':{width}}  {'layer':5}{heads}")
+    for name, of_layers in zip(domains, usage, strict=True):
         for layer, shares in zip(layers, of_layers, strict=True):
-            print(
-                f"  {name:{width}}  layer {layer:<3}" + "".join(f"{100 * s:7.1f}" for s in shares)
-            )
+            cells = "".join(f"{100 * s:{w}.1f}" for s, w in zip(shares, widths, strict=True))
+            print(f"  {name:{width}}  {layer:<5}{cells}")

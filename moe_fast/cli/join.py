@@ -24,13 +24,18 @@ EXAMPLE = "moe-fast join law=law-model medicine=medicine-model -o joined"
 
 def run_command(
     models: Annotated[
-        list[str], typer.Argument(metavar="DOMAIN=MODEL...", help="One dense model per domain.")
+        list[str],
+        typer.Argument(
+            metavar="DOMAIN=MODEL...", help="Dense models, one per domain: folders or hub ids."
+        ),
     ],
     *,
     output: Output,
     shared: Annotated[
         Literal["first", "mean"],
-        typer.Option(help="All but the experts: the first model's weights, or the mean."),
+        typer.Option(
+            help="Where all weights but the experts come from: the first model, or the mean of all."
+        ),
     ] = "first",
     routing: Routing = None,
     num_experts_per_tok: ExpertsPerToken = 1,

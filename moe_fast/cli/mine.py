@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from moe_fast.cli.command import Run
-from moe_fast.cli.options import BatchSize, Device, Output, Overwrite, Truncate
+from moe_fast.cli.options import (
+    BatchSize,
+    Columns,
+    Delimiter,
+    Device,
+    Output,
+    Overwrite,
+    SkipInvalid,
+    Truncate,
+)
+from moe_fast.cli.outputs import one_at_a_time
 
 EXAMPLE = "moe-fast mine pairs.jsonl --model mixture --negatives 2 --max-ratio 2 -o mined.jsonl"
 _SEARCH, _LEAVE_OUT = "Search", "What is left out"
@@ -18,6 +28,7 @@ def _option(panel: str, text: str, *flags: str, **settings: Any) -> Any:
     return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
 
 
+@one_at_a_time
 def run_command(
     data: Annotated[
         list[str],
@@ -54,6 +65,9 @@ def run_command(
     positives_only: Annotated[
         bool, _option(_LEAVE_OUT, "Pairs with label 0.", "--positives-only")
     ] = False,
+    columns: Columns = None,
+    delimiter: Delimiter = None,
+    skip_invalid: SkipInvalid = False,
     query_prompt: Annotated[
         str | None, _option(_SEARCH, "Name of the model's prompt for queries.")
     ] = None,
@@ -70,7 +84,7 @@ def run_command(
 
     Each negative's own query goes with it, as neg_q, where all of them are known.
     """
-    from moe_fast.cli.training_data import read_data
+    from moe_fast.cli.training_data import check_delimiter, read_data
     from moe_fast.data import MiningSettings, mine_hard_negatives, write_flag_rows
     from moe_fast.files import check_output
 
@@ -89,7 +103,15 @@ def run_command(
         sample=sample,
         seed=run.seed,
     )
-    rows = read_data(data, positives_only, keep=[group_column] if group_column else [])
+    check_delimiter(delimiter, [*data, str(corpus)])
+    rows = read_data(
+        data,
+        positives_only,
+        keep=[group_column] if group_column else [],
+        columns=columns,
+        delimiter=delimiter,
+        skip_invalid=skip_invalid,
+    )
     if "neg" in rows.column_names and not any(rows["neg"]):
         rows = rows.remove_columns("neg")  # the reader's empty lists
     retriever, options = _retriever(
@@ -102,7 +124,11 @@ def run_command(
         show_progress_bar=not run.quiet,
     )
     mined = mine_hard_negatives(
-        rows, retriever, settings=settings, corpus=_corpus(corpus), encode_options=options
+        rows,
+        retriever,
+        settings=settings,
+        corpus=_corpus(corpus, delimiter),
+        encode_options=options,
     )
     write_flag_rows(mined.rows, output)
     run.save_settings(output)
@@ -121,10 +147,14 @@ def _retriever(model: str | None, device: str | None, **options: Any) -> tuple[A
     return load_model(model, device=device), EncodeOptions(**options)
 
 
-def _corpus(path: Path | None) -> list[str]:
+def _corpus(path: Path | None, delimiter: str | None) -> list[str]:
+    from moe_fast.cli.training_data import delimiter_for
     from moe_fast.data import read_texts
 
-    return [] if path is None else [text for _, text, _ in read_texts(path)]
+    if path is None:
+        return []
+    texts = read_texts(path, delimiter=delimiter_for(str(path), delimiter))
+    return [text for _, text, _ in texts]
 
 
 def _say(report: Any, output: Path, with_queries: bool, run: Run) -> None:

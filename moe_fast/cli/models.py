@@ -12,12 +12,11 @@ if TYPE_CHECKING:
 
 def load_converted(path: str) -> Any:
     """The SentenceTransformer at `path`, or the bare encoder where it is none, on the CPU."""
-    from transformers import AutoModel
-
     from moe_fast.inference.models import check_model_path, has_modules, load_model
+    from moe_fast.models.loading import load_encoder
 
     check_model_path(path)
-    return load_model(path, device="cpu") if has_modules(path) else AutoModel.from_pretrained(path)
+    return load_model(path, device="cpu") if has_modules(path) else load_encoder(path)
 
 
 def save_converted(model: Any, output: Path, source: str, run: Run) -> None:

@@ -1,12 +1,78 @@
-"""``--overwrite`` replaces a result, never what the command reads or stands in."""
+"""What a command writes: its name says its format, and it replaces nothing that is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
+
+JSON = (".json", ".json.gz")
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+RUNS = ("", ".trec", ".run", ".txt", ".trec.gz", ".run.gz", ".txt.gz")
+VECTORS = (".npy", ".parquet")
 _OUTPUTS = ("output", "json_output", "save_index")
+_FOLDER: tuple[str, ...] = ()
+_FORMATS: dict[str, dict[str, tuple[str, ...]]] = {  # command: {parameter: its formats}
+    "embed": {"output": VECTORS},
+    "search": {"output": RUNS, "save_index": _FOLDER},
+    "evaluate": {"json_output": JSON},
+    "inspect": {"output": PICTURES, "json_output": JSON},
+    "mine": {"output": (".jsonl", ".jsonl.gz", ".parquet")},
+    "bench": {"output": (".json",)},
+}
+_FILES = (  # suffixes of files, which no folder should be called by
+    *(".json", ".jsonl", ".csv", ".tsv", ".txt", ".yaml", ".yml", ".md", ".parquet", ".npy"),
+    *(".trec", ".gz", ".zip", ".tar", ".tgz", ".safetensors", ".bin", ".pt", ".faiss", *PICTURES),
+)
+
+
+def check_names(command: str, settings: Mapping[str, Any]) -> None:
+    """Look at the names of a command's outputs, before it does anything.
+
+    Raises:
+        typer.BadParameter: a name that promises a format which the command does not write there.
+    """
+    formats = _FORMATS.get(command, {"output": _FOLDER})
+    for name, allowed in formats.items():
+        path, flag = settings.get(name), "--" + name.removesuffix("_output").replace("_", "-")
+        if path is None:
+            continue
+        if allowed == _FOLDER:
+            check_folder(Path(path), flag)
+        else:
+            check_format(Path(path), allowed, flag)
+
+
+def check_format(path: Path, formats: Sequence[str], flag: str) -> None:
+    """Raise unless the name of a file ends in one of `formats`; "" stands for no suffix."""
+    name = path.name.lower()
+    if any(name.endswith(suffix) for suffix in formats if suffix):
+        return
+    if "" not in formats or path.suffix:
+        allowed = ", ".join(suffix or "no suffix" for suffix in formats)
+        raise typer.BadParameter(
+            f"{flag} {path}: the name says the format, which can be {allowed}; "
+            f"got {path.suffix or 'a name without a suffix'}"
+        )
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Raise for a folder that is called like a file."""
+    if path.suffix.lower() in _FILES:
+        raise typer.BadParameter(f"{flag} {path} will be a folder; {path.suffix} is for a file")
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON, compressed where the name ends in ``.gz``; whole or not at all."""
+    from moe_fast.data.write import open_text
+    from moe_fast.files import atomic_write
+
+    with atomic_write(path) as temporary, open_text(temporary) as file:
+        json.dump(content, file, indent=2)
 
 
 def check_inputs_survive(settings: Mapping[str, Any]) -> None:
@@ -38,3 +104,17 @@ def _paths(value: Any) -> Iterator[Path]:
         if isinstance(entry, (str, Path)) and str(entry):
             found = [Path(part) for part in (str(entry), str(entry).partition("=")[2]) if part]
             yield from (path for path in found if path.exists())
+
+
+def one_at_a_time(function: Callable[..., None]) -> Callable[..., None]:
+    """Have a command's function hold its ``output``: a second run on it is refused meanwhile."""
+
+    @functools.wraps(function)
+    def held(*, output: Path, overwrite: bool, **values: Any) -> None:
+        from moe_fast.files import check_output, exclusive
+
+        check_output(output, overwrite)
+        with exclusive(output):
+            function(output=output, overwrite=overwrite, **values)
+
+    return held

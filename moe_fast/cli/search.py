@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moe_fast.cli.command import Run
-from moe_fast.cli.options import TEXT, BatchSize, Device, Overwrite, TextColumn, Truncate
+from moe_fast.cli.options import (
+    TEXT,
+    BatchSize,
+    Device,
+    Overwrite,
+    TextColumn,
+    Truncate,
+    file_and_domain,
+)
 
 if TYPE_CHECKING:
     from moe_fast.inference.encoder import EncoderSettings
+    from moe_fast.inference.index import VectorIndex
     from moe_fast.inference.vectors import Vectors
 
 EXAMPLE = (
@@ -25,50 +34,80 @@ EXAMPLE = (
 def run_command(
     *,
     documents: Annotated[
-        Path | None,
-        typer.Option(help="Texts to embed, or vectors that embed has written (.npy, .parquet)."),
+        str | None,
+        typer.Option(
+            help="File of texts to embed (DOMAIN=FILE gives them a domain), or vectors that embed "
+            "has written (.npy, .parquet)."
+        ),
     ] = None,
     load_index: Annotated[
-        Path | None, typer.Option(help="A saved index, instead of --documents.")
+        Path | None,
+        typer.Option(help="Folder that --save-index has written, instead of --documents."),
     ] = None,
     queries: Annotated[
-        Path | None, typer.Option(help="Texts, or vectors. Without: build and save the index.")
+        str | None,
+        typer.Option(help="Likewise texts or vectors; without, the index is only built and saved."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Embeds what is texts.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the model that embeds texts; vectors need none."),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="TREC run file to write.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="TREC run file to write (.trec, .run, .txt, each also .gz, or no suffix): query, "
+            "Q0, document, rank, score, tag.",
+        ),
     ] = None,
     save_index: Annotated[Path | None, typer.Option(help="Folder to keep the index in.")] = None,
     index: Annotated[
-        str, typer.Option(help="faiss' factory string, e.g. IVF256,Flat; Flat is exact.")
+        str,
+        typer.Option(help="faiss' factory string: Flat is exact, IVF256,Flat or HNSW32 are not."),
     ] = "Flat",
     normalize: Annotated[
-        bool, typer.Option(help="Rank by cosine; otherwise by dot product.")
+        bool,
+        typer.Option(
+            "--normalize/--no-normalize", help="Rank by cosine; otherwise by the dot product."
+        ),
     ] = True,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Documents per query.")] = 100,
-    tag: Annotated[str, typer.Option(help="Name of the run, its last column.")] = "moe_fast",
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Documents per query, at most.")] = 100,
+    ignore_identical_ids: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-identical-ids/--keep-identical-ids",
+            help="Leave out the document with the query's own id, as BEIR does; row numbers are no "
+            "ids.",
+        ),
+    ] = True,
+    tag: Annotated[
+        str, typer.Option(help="Name of the run, the last column of the run file.")
+    ] = "moe_fast",
     text_column: TextColumn = TEXT,
     domain: Annotated[
-        str | None, typer.Option(help="Domain of all texts, where there is no --domain-column.")
+        str | None, typer.Option(help="Domain of all texts of files that name none.")
     ] = None,
     domain_column: Annotated[
-        str | None, typer.Option(help="Column with each text's domain, in both files.")
+        str | None,
+        typer.Option(help="Column that holds each text's domain, in each file without DOMAIN=."),
     ] = None,
     document_prompt: Annotated[
-        str | None, typer.Option(help="Name of the model's prompt for documents.")
+        str | None, typer.Option(help="Name of the model's prompt to put before documents.")
     ] = None,
     query_prompt: Annotated[
-        str | None, typer.Option(help="Name of the model's prompt for queries.")
+        str | None, typer.Option(help="Name of the model's prompt to put before queries.")
     ] = None,
     batch_size: BatchSize = 32,
-    truncate: Truncate = False,
+    truncate: Truncate = True,
     device: Device = None,
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
     """Build a faiss index, exact by default, and search it; writes a TREC run file.
 
-    Ids are those of the files' id or _id column, or row numbers from 0.
+    Ids are those of the files' id or _id column (beside .npy: of its file of ids), or row numbers
+    from 0.
     """
     from moe_fast.evaluation import write_run
     from moe_fast.files import check_output
@@ -82,21 +121,24 @@ def run_command(
             check_output(path, overwrite)
     library.require_faiss()
 
-    def vectors_of(path: Path, prompt_name: str | None, folder: str) -> Vectors:
+    def vectors_of(source: str, prompt_name: str | None, folder: str) -> Vectors:
         from moe_fast.inference.encoder import EncoderSettings
 
-        if model is None and not _is_vectors(path):
+        path, own_domain, column = file_and_domain(source, domain, domain_column)
+        if _is_vectors(path):
+            return _stored(path, run)
+        if model is None:
             raise typer.BadParameter(f"--model must be given to embed the texts in {path}")
         settings = EncoderSettings(
-            model=model or "",
-            domain=domain,
+            model=model,
+            domain=own_domain,
             prompt_name=prompt_name,
             batch_size=batch_size,
             truncate=truncate,
             device=device,
         )
-        reading = {"columns": tuple(text_column), "domain_column": domain_column}
-        return _vectors(path, settings, reading, Path(folder), progress=not run.quiet)
+        reading = {"columns": tuple(text_column), "domain_column": column}
+        return _embedded(path, settings, reading, Path(folder), progress=not run.quiet)
 
     with tempfile.TemporaryDirectory() as folder:
         if load_index is not None:
@@ -116,16 +158,22 @@ def run_command(
             run.say(f"{save_index}: {len(built.ids):,} documents, index {built.factory}")
         if queries is not None and output is not None:
             asked = vectors_of(queries, query_prompt, folder)
-            found = dict(_results(built, asked, k))
+            hits = _Hits(built, asked, k, ignore_identical_ids)
+            found = dict(hits)
             write_run(found, output, tag=tag)
             run.save_settings(output)
             run.say(f"{output}: {len(found):,} queries, {sum(map(len, found.values())):,} hits")
+            if hits.own:
+                run.say(
+                    f"{hits.own:,} documents with their query's own id are left out "
+                    "(--keep-identical-ids keeps them)"
+                )
 
 
 def _check_combination(
-    documents: Path | None,
+    documents: str | None,
     load_index: Path | None,
-    queries: Path | None,
+    queries: str | None,
     output: Path | None,
     save_index: Path | None,
 ) -> None:
@@ -146,31 +194,66 @@ def _is_vectors(path: Path) -> bool:
     return path.suffix == ".npy"
 
 
-def _vectors(
+def _stored(path: Path, run: Run) -> Vectors:
+    """The vectors in a file."""
+    from moe_fast.inference.vectors import open_vectors
+
+    vectors = open_vectors(path)
+    if not vectors.has_ids:
+        run.say(f"{path}: there are no ids beside it; they are the row numbers, from 0")
+    return vectors
+
+
+def _embedded(
     path: Path, settings: EncoderSettings, reading: dict[str, Any], folder: Path, *, progress: bool
 ) -> Vectors:
-    """The vectors in a file, or of the texts in it."""
+    """The vectors of the texts in a file."""
     from moe_fast.inference.embed import embed_file
     from moe_fast.inference.vectors import open_vectors
 
-    if _is_vectors(path):
-        return open_vectors(path)
     embedded = folder / f"{len(list(folder.iterdir()))}.parquet"
     embed_file(path, embedded, settings, **reading, progress=progress)
     return open_vectors(embedded)
 
 
-def _results(built: Any, queries: Vectors, k: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """(query id, {document id: score}, best first) of every query."""
-    from moe_fast.inference.index import search_index
+class _Hits:
+    """Iterates over (query id, {document id: score}, best first) of every query.
 
-    seen: set[str] = set()
-    for ids, vectors in queries.pieces():
-        for query in ids:
-            if query in seen:
-                raise ValueError(f"{queries.path}: query id {query!r} is there twice")
-            seen.add(query)
-        scores, rows = search_index(built, vectors, k)
-        for query, row_scores, row in zip(ids, scores.tolist(), rows.tolist(), strict=True):
-            hits = zip(row, row_scores, strict=True)
-            yield query, {built.ids[place]: score for place, score in hits if place >= 0}
+    Attributes:
+        own: how many documents were left out since they have their query's id.
+    """
+
+    def __init__(self, built: VectorIndex, queries: Vectors, k: int, ignore_own: bool) -> None:
+        self.built, self.queries, self.k = built, queries, k
+        numbers = _are_row_numbers(built.ids) or _are_row_numbers(_ids(queries))
+        self.ignore_own = ignore_own and not numbers
+        self.own = 0
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, float]]]:
+        from moe_fast.inference.index import search_index
+
+        seen: set[str] = set()
+        for ids, vectors in self.queries.pieces():
+            for query in ids:
+                if query in seen:
+                    raise ValueError(f"{self.queries.path}: query id {query!r} is there twice")
+                seen.add(query)
+            scores, rows = search_index(self.built, vectors, self.k + self.ignore_own)
+            for query, of_query, row in zip(ids, scores.tolist(), rows.tolist(), strict=True):
+                yield query, self._named(query, of_query, row)
+
+    def _named(self, query: str, scores: list[float], rows: list[int]) -> dict[str, float]:
+        hits = zip(rows, scores, strict=True)
+        named = {self.built.ids[row]: score for row, score in hits if row >= 0}
+        if self.ignore_own and named.pop(query, None) is not None:
+            self.own += 1
+        return dict(list(named.items())[: self.k])
+
+
+def _ids(vectors: Vectors) -> Iterator[str]:
+    return (key for keys, _ in vectors.pieces() for key in keys)
+
+
+def _are_row_numbers(ids: Iterable[str]) -> bool:
+    """Whether they only count rows, as the ids of texts that have none: equal ones mean nothing."""
+    return all(key == str(row) for row, key in enumerate(ids))

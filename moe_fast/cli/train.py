@@ -9,9 +9,12 @@ import typer
 
 from moe_fast.cli.command import Run
 from moe_fast.cli.options import (
+    Columns,
+    Delimiter,
     ModelArgument,
     Output,
     Overwrite,
+    SkipInvalid,
     numbers,
     split_commas,
 )
@@ -48,6 +51,9 @@ def run_command(
         _option(_DATA, "File or dataset of pairs, triplets or FlagEmbedding rows; DOMAIN=FILE."),
     ],
     eval_data: Annotated[list[str] | None, _option(_DATA, "Likewise, to evaluate on.")] = None,
+    columns: Columns = None,
+    delimiter: Delimiter = None,
+    skip_invalid: SkipInvalid = False,
     positives_only: Annotated[
         bool, _option(_DATA, "Leave out pairs with label 0.", "--positives-only")
     ] = False,

@@ -26,6 +26,7 @@ from moe_fast.cli.training_checks import (
     wants_experts,
 )
 from moe_fast.cli.training_data import (
+    check_delimiter,
     check_domains,
     columns_of,
     domains_of,
@@ -50,11 +51,13 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
         raise FileNotFoundError(f"--resume: there is no checkpoint in {checkpoints}")
     if options.resume:
         check_resumed(run.settings, checkpoints / "train.yaml")
-    train = for_loss(read_data(options.data, options.positives_only), options.loss, run)
+    check_delimiter(options.delimiter, [*options.data, *(options.eval_data or ())])
+    reading = {name: getattr(options, name) for name in ("columns", "delimiter", "skip_invalid")}
+    train = for_loss(read_data(options.data, options.positives_only, **reading), options.loss, run)
     evaluation = None
     if options.eval_data:
         evaluation = for_loss(
-            read_data(options.eval_data, options.positives_only), options.loss, run
+            read_data(options.eval_data, options.positives_only, **reading), options.loss, run
         )
     check_batches(options, train)
     model = prepare_model(options, domains_of(train))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_fast.cli.command import Run
+from moe_fast.cli.options import column_names, delimiter_character
+from moe_fast.data.rows import CSV_FORMATS
 
 
-def read_data(sources: list[str], positives_only: bool, keep: Sequence[str] = ()) -> Any:
+def read_data(
+    sources: list[str],
+    positives_only: bool,
+    keep: Sequence[str] = (),
+    *,
+    columns: Sequence[str] | None = None,
+    delimiter: str | None = None,
+    skip_invalid: bool = False,
+) -> Any:
     """One dataset of all sources.
 
     Args:
@@ -17,6 +26,9 @@ def read_data(sources: list[str], positives_only: bool, keep: Sequence[str] = ()
         positives_only: leave out pairs with label 0; otherwise they are an error, for a
             contrastive loss would take them for positives.
         keep: further columns to read.
+        columns: values of ``--columns``, for every source.
+        delimiter: value of ``--delimiter``, for the CSV files among the sources.
+        skip_invalid: leave out rows that cannot be read, with a warning.
 
     Raises:
         ValueError: sources with different columns; a domain for a file that has a column of them;
@@ -25,14 +37,22 @@ def read_data(sources: list[str], positives_only: bool, keep: Sequence[str] = ()
     from datasets import concatenate_datasets
 
     from moe_fast.data import read_training_data
+    from moe_fast.data.sources import split_domain
 
+    names = column_names(columns)
     parts = []
     for source in sources:
-        domain, path = _split_domain(source)
-        rows = read_training_data(path, keep=keep)
+        domain, path = split_domain(source)
+        rows = read_training_data(
+            path,
+            columns=names,
+            keep=keep,
+            delimiter=delimiter_for(path, delimiter),
+            skip_invalid=skip_invalid,
+        )
         if domain is not None:
             if "domain" in rows.column_names:
-                raise ValueError(f"{source}: the file has a column 'domain' already")
+                raise ValueError(f"{source}: the file has a column of domains already")
             rows = rows.add_column("domain", [domain] * len(rows))
         parts.append(_positives(rows, path, positives_only))
         if set(parts[-1].column_names) != set(parts[0].column_names):
@@ -43,12 +63,16 @@ def read_data(sources: list[str], positives_only: bool, keep: Sequence[str] = ()
     return concatenate_datasets(parts)
 
 
-def _split_domain(source: str) -> tuple[str | None, str]:
-    """(domain, path) of DOMAIN=FILE; a file whose own name has a "=" is taken as it is."""
-    domain, equals, path = source.partition("=")
-    if not equals or Path(source).exists():
-        return None, source
-    return domain, path
+def delimiter_for(path: str, delimiter: str | None) -> str | None:
+    """The character of ``--delimiter`` for a CSV file, None for any other file."""
+    character = delimiter_character(delimiter)
+    return character if path.lower().removesuffix(".gz").endswith(CSV_FORMATS) else None
+
+
+def check_delimiter(delimiter: str | None, sources: Iterable[str]) -> None:
+    """Raise ValueError where ``--delimiter`` is given and no source is a CSV file."""
+    if delimiter is not None and not any(delimiter_for(source, delimiter) for source in sources):
+        raise ValueError(f"--delimiter {delimiter!r}: there is no CSV file among the data")
 
 
 def _positives(rows: Any, path: str, positives_only: bool) -> Any:

@@ -21,8 +21,8 @@ def draw(folder: Path, trainer: Any, texts: Any, options: SimpleNamespace) -> li
 
     try:
         plot_training(trainer.state.log_history, folder / "training.png")
-    except ImportError:
-        return ["no pictures (pip install 'moe-fast[eval]')"]
+    except ImportError as error:
+        return [f"no pictures ({error})"]
     encoder = trainer.model.transformers_model
     if not hasattr(encoder, "moe_mlps"):
         return ["training.png"]

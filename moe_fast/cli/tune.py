@@ -16,13 +16,13 @@ def run_command(
     model: ModelArgument,
     *,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a typical batch, padding left out.")
+        int, typer.Option(min=1, help="Number of tokens of a typical batch, padding left out.")
     ] = 65_536,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
-        typer.Option(help="What the model computes in, autocast included."),
+        typer.Option(help="Type of the numbers that the model computes with, autocast included."),
     ] = "bfloat16",
-    seconds: Annotated[float, typer.Option(min=1, help="How long to search, about.")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds to search, about.")] = 120.0,
     device: Device = None,
     run: Run,
 ) -> None:

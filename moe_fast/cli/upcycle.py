@@ -16,20 +16,47 @@ def _experts(text: str, **settings: Any) -> Any:
     return typer.Option(help=text, rich_help_panel="Experts", **settings)
 
 
-NumExperts = Annotated[int | None, _experts("Experts; by default one per domain.", min=1)]
-ExpertsPerToken = Annotated[int, _experts("Experts that each token visits.", min=1)]
+NumExperts = Annotated[int | None, _experts("Number of experts; by default one per domain.", min=1)]
+ExpertsPerToken = Annotated[
+    int,
+    _experts(
+        "Number of experts that each token visits; each costs as much as the dense MLP.", min=1
+    ),
+]
 Routing = Annotated[
     Literal["token_topk", "sentence_topk", "sentence_switch", "enforced", "dense"] | None,
-    _experts("How experts are chosen; by default enforced with domains, else token_topk."),
+    _experts(
+        "How experts are chosen: by the text's domain (enforced), by a learned router for each "
+        "token (token_topk) or each sentence, or all at once (dense); by default enforced with "
+        "domains, else token_topk."
+    ),
 ]
 WeightMode = Annotated[
     Literal["auto", "renormalize", "probability", "straight_through", "one"],
-    _experts("Weights of the chosen experts."),
+    _experts(
+        "Weights of the chosen experts: the router's share among the chosen (renormalize) or among "
+        "all (probability), 1 with a gradient for the router (straight_through), or 1; auto is "
+        "straight_through for one expert per token, renormalize for more."
+    ),
 ]
-Layers = Annotated[list[str], _experts("all, single, alternate, or layer numbers such as 0,2,4.")]
-Target = Annotated[Literal["mlp", "intermediate", "output"], _experts("What is replicated.")]
-Domains = Annotated[list[str] | None, _experts("Names of the domains: law,medicine.")]
-DomainTokens = Annotated[bool, _experts("Give each domain a token in [CLS]'s place.")]
+Layers = Annotated[
+    list[str],
+    _experts(
+        "Layers that get experts: all, single (the middle one), alternate (every other), or "
+        "numbers, counted from 0, such as 0,2,4."
+    ),
+]
+Target = Annotated[
+    Literal["mlp", "intermediate", "output"],
+    _experts("What each expert has a copy of: the whole MLP, or one of its two projections."),
+]
+Domains = Annotated[
+    list[str] | None,
+    _experts("Names of the domains: law,medicine; with enforced routing the i-th has expert i."),
+]
+DomainTokens = Annotated[
+    bool, _experts("Give each domain a token of its own, put in the place of [CLS].")
+]
 ALL_LAYERS = ["all"]
 
 
@@ -44,10 +71,16 @@ def run_command(
     layers: Layers = ALL_LAYERS,
     target: Target = "mlp",
     domains: Domains = None,
-    default_domain: Annotated[str | None, _experts("Of texts that name none.")] = None,
+    default_domain: Annotated[
+        str | None, _experts("Domain of texts that name none; by default that is an error.")
+    ] = None,
     domain_tokens: DomainTokens = True,
     router_init: Annotated[
-        Literal["normal", "kaiming_uniform"], _experts("Initialisation of the router.")
+        Literal["normal", "kaiming_uniform"],
+        _experts(
+            "Distribution of the router's first weights: normal, as wide as the model's "
+            "initializer_range, or Kaiming uniform."
+        ),
     ] = "normal",
     overwrite: Overwrite = False,
     run: Run,

@@ -1,30 +1,101 @@
 """What a value of a row must be, and the message where it is something else.
 
-Every function takes the value, its column and its place (file and line), and gives the value back.
+Every check takes the value, its column and its place (file and line), and gives the value back.
+Values and names from a file stand in messages through `shown` and `listed` only.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+# What a label says by its name, in the words of common datasets (GLUE, NLI, BEIR).
+POSITIVE = ("1", "1.0", "true", "positive", "entailment", "duplicate", "equivalent", "paraphrase")
+POSITIVE += ("relevant",)
+NEGATIVE = ("0", "0.0", "false", "negative", "contradiction", "not_entailment", "not_duplicate")
+NEGATIVE += ("not_equivalent", "not_paraphrase", "not_relevant", "irrelevant")
+
+SHOWN_NAMES = 20
+_LONGEST_NAME = 100  # characters, to look for a spelling that is near
+
+
+def shown(value: Any, length: int = 60) -> str:
+    """A value for a message: ``repr``, so that control characters are escaped, cut to `length`."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = length
+    brief.maxlevel = 3
+    try:
+        text = brief.repr(value[: 2 * length] if isinstance(value, str | bytes) else value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= length + 20 else f"{text[:length]}..."
+
+
+def reason(error: BaseException, length: int = 300) -> str:
+    """What an error of another library says, on one line, escaped and cut."""
+    text = " ".join(str(error)[: 2 * length].split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def listed(names: Collection[Any], most: int = SHOWN_NAMES) -> str:
+    """Names for a message, as a list that is cut after `most`, with how many there are."""
+    first = [shown(name) for _, name in zip(range(most), names, strict=False)]
+    more = f", ... {len(names):,} in all" if len(names) > most else ""
+    return f"[{', '.join(first)}{more}]"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be, or None."""
+    if len(name) > _LONGEST_NAME:
+        return None
+    plain = {simplified(other): other for other in known if len(other) <= _LONGEST_NAME}
+    near = difflib.get_close_matches(simplified(name), plain, n=1, cutoff=0.75)
+    return plain[near[0]] if near else None
+
+
+def simplified(name: str) -> str:
+    """What spellings of one name have in common: ``Not-Duplicate`` is ``not_duplicate``."""
+    return "_".join(name.casefold().replace("-", " ").replace("_", " ").split())
 
 
 def text(value: Any, name: str, where: str) -> str:
     """A string that is more than white space."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} must be a string, got {_shown(value)}")
+        raise ValueError(f"{where}: {name} must be a string, got {_typed(value)}")
     if not value.strip():
         raise ValueError(f"{where}: {name} is empty")
     return _unicode(value, name, where)
 
 
 def texts(value: Any, name: str, where: str, *, allow_none: bool = False) -> list[str]:
-    """A list of strings, at least one unless `allow_none`."""
+    """A list of strings, at least one unless `allow_none`; a string is a list of one."""
+    if isinstance(value, str):
+        return [text(value, name, where)]
     items = _items(value, name, where)
     if not items and not allow_none:
         raise ValueError(f"{where}: {name} is an empty list")
     return [text(item, f"{name}[{i}]", where) for i, item in enumerate(items)]
+
+
+def identifier(value: Any, name: str, where: str) -> str:
+    """An id: a string that is not empty, or a whole number, given back as a string."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(f"{where}: {name}={shown(value)} does not fit 64 bits")
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} must be text or a whole number, got {_typed(value)}")
+    return text(value, name, where)
+
+
+def identifiers(value: Any, name: str, where: str) -> list[str]:
+    """A list of ids, maybe empty."""
+    items = _items(value, name, where)
+    return [identifier(item, f"{name}[{i}]", where) for i, item in enumerate(items)]
 
 
 def number(value: Any, name: str, where: str) -> float:
@@ -34,9 +105,9 @@ def number(value: Any, name: str, where: str) -> float:
             raise TypeError
         result = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{where}: {name} must be a number, got {_shown(value)}") from None
+        raise ValueError(f"{where}: {name} must be a number, got {_typed(value)}") from None
     if not math.isfinite(result):
-        raise ValueError(f"{where}: {name} must be finite, got {value}")
+        raise ValueError(f"{where}: {name} must be finite, got {shown(value)}")
     return result
 
 
@@ -47,13 +118,23 @@ def numbers(value: Any, name: str, where: str) -> list[float]:
 
 
 def label(value: Any, name: str, where: str) -> int:
-    """0 or 1, as a number or as a string."""
+    """1 or 0, of two texts that belong together or not.
+
+    Args:
+        value: a number or truth value that is 0 or 1, or a text that says so: a number, "true",
+            or a name in `POSITIVE` or `NEGATIVE`. Of a class label this is its name, never its
+            number: 0 is "entailment" in one dataset and "not_entailment" in another.
+    """
     if isinstance(value, str):
-        if value.strip() in ("0", "1"):
-            return int(value)
-    elif not isinstance(value, bool) and value in (0, 1):
+        said = simplified(value) if len(value) <= _LONGEST_NAME else ""
+        if said in POSITIVE or said in NEGATIVE:
+            return int(said in POSITIVE)
+    elif isinstance(value, bool | int | float) and value in (0, 1):
         return int(value)
-    raise ValueError(f"{where}: {name}={value!r}; allowed are 0 and 1")
+    raise ValueError(
+        f"{where}: {name}={shown(value)}; allowed are 0 and 1, true and false, or a name that says "
+        "as much, such as positive, negative, entailment, duplicate"
+    )
 
 
 def scalar(value: Any, name: str, where: str) -> str | bool | int | float:
@@ -62,10 +143,10 @@ def scalar(value: Any, name: str, where: str) -> str | bool | int | float:
         return _unicode(value, name, where)
     if not isinstance(value, bool | int | float):
         raise ValueError(
-            f"{where}: a column that is kept must hold text or numbers; {name} is {_shown(value)}"
+            f"{where}: a column that is kept must hold text or numbers; {name} is {_typed(value)}"
         )
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{where}: {name}={value} does not fit 64 bits")
+        raise ValueError(f"{where}: {name}={shown(value)} does not fit 64 bits")
     return value
 
 
@@ -73,7 +154,11 @@ def present(row: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     """Every one of `names` is a column of the row."""
     for name in names:
         if name not in row:
-            raise ValueError(f"{where}: column {name!r} is missing; columns present: {sorted(row)}")
+            near = nearest(name, list(row)[:1000])
+            hint = f" (did you mean {shown(near)}?)" if near else ""
+            raise ValueError(
+                f"{where}: column {name!r} is missing{hint}; columns present: {listed(sorted(row))}"
+            )
 
 
 def _unicode(value: str, name: str, where: str) -> str:
@@ -86,10 +171,9 @@ def _unicode(value: str, name: str, where: str) -> str:
 
 def _items(value: Any, name: str, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{where}: {name} must be a list, got {_shown(value)}")
+        raise ValueError(f"{where}: {name} must be a list, got {_typed(value)}")
     return value
 
 
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} ({shown if len(shown) <= 80 else shown[:77] + '...'})"
+def _typed(value: Any) -> str:
+    return f"{type(value).__name__} ({shown(value)})"

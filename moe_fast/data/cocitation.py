@@ -7,7 +7,6 @@ cleaning of their data only, the rest is from the paper's description and ours w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 from moe_fast.data.citation_graph import Ints, cocited, unlinked, without_surveys
 from moe_fast.data.papers import Papers, read_papers
 from moe_fast.data.rows import Row
+from moe_fast.data.sources import AnySource
 from moe_fast.data.splits import assign_groups, check_fractions
 from moe_fast.data.tables import dataset_from_rows
 
@@ -81,9 +81,10 @@ class CocitationPairs:
 
 
 def cocitation_pairs(
-    papers: str | os.PathLike[str],
+    papers: AnySource,
     *,
     columns: Mapping[str, str] | None = None,
+    skip_invalid: bool = False,
     min_cocitations: int = 1,
     negatives_per_positive: int = 1,
     fractions: Sequence[float] = (0.8, 0.1, 0.1),
@@ -110,7 +111,7 @@ def cocitation_pairs(
 
     Args:
         papers: see `read_papers`.
-        columns: see `read_papers`.
+        columns, skip_invalid: see `read_papers`.
         min_cocitations: at least 1.
         negatives_per_positive: at least 0; with 0 there is no column ``label``.
         fractions: of the papers in train, dev and test, adding up to 1; a split may be 0.
@@ -130,7 +131,7 @@ def cocitation_pairs(
         FileNotFoundError, ImportError: as `read_papers`.
     """
     _check_arguments(min_cocitations, negatives_per_positive, fractions, max_references, max_pairs)
-    graph = read_papers(papers, columns=columns)
+    graph = read_papers(papers, columns=columns, skip_invalid=skip_invalid)
     for_splits, for_draws = np.random.SeedSequence(seed).spawn(2)
     domains = _numbers(graph.domains or [""] * len(graph))
     split_of = _split_papers(domains, fractions, for_splits)

@@ -1,15 +1,146 @@
-"""Which columns of a source are read, and under which names."""
+"""Which columns of a source are read, and under which names.
+
+A column is found by the name that the caller gives, else by our own name, else by one of its
+`SPELLINGS`: the names of sentence-transformers and of common datasets, in any case, with spaces or
+dashes for underscores. What is found twice is an error; what is not read is named once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from moe_fast.data import checks
+from moe_fast.data.checks import listed, nearest, shown, simplified
 from moe_fast.data.rows import Row
 
 Value = Callable[[Any, str, str], Any]  # (value, column, place) -> the value, checked
+
+_FIRST = ("anchor", "query", "question", "sentence1", "sentence_1", "sentence_a", "text1")
+_FIRST += ("text_1", "premise")
+_SECOND = ("positive", "document", "passage", "answer", "sentence2", "sentence_2", "sentence_b")
+_SECOND += ("text2", "text_2", "hypothesis")
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "a": _FIRST,
+    "b": _SECOND,
+    "query": ("a", *(name for name in _FIRST if name != "query")),
+    "pos": ("positives", "b", *_SECOND),
+    "neg": ("negative", "negatives", "hard_negative", "hard_negatives"),
+    "label": ("labels",),
+    "domain": ("domains",),
+    "score": ("scores", "similarity_score"),
+    "id": ("_id",),
+    "_id": ("id",),
+}
+"""{our name: what it may also be called}, simplified as `checks.simplified` does."""
+
+NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?(?:_?([0-9]{1,6}))?")  # of a simplified name
+
+
+def match_columns(
+    present: Iterable[str],
+    wanted: Iterable[str],
+    given: Mapping[str, str] | None = None,
+    where: str = "columns",
+) -> dict[str, str]:
+    """Find the wanted columns among those of a source.
+
+    Args:
+        present: the source's columns.
+        wanted: our names.
+        given: {our name: the source's name}, taken as they are.
+        where: the place, for the message.
+
+    Returns:
+        {our name: the source's name} for what was given and what was found.
+
+    Raises:
+        ValueError: two columns may each be meant by one of our names, and neither has it.
+    """
+    present = dict.fromkeys(present)
+    found = dict(given or {})
+    taken = set(found.values())
+    for name in (wanted := [name for name in wanted if name not in found]):
+        if name in present and name not in taken:
+            found[name] = name
+            taken.add(name)
+    free: dict[str, list[str]] = {}
+    for column in present:
+        if column not in taken:
+            free.setdefault(simplified(column), []).append(column)
+    for name in wanted:
+        if name not in found:
+            spellings = (simplified(name), *SPELLINGS.get(name, ()))
+            columns = [column for spelling in spellings for column in free.get(spelling, ())]
+            _check_one(columns, name, where)
+            if columns:
+                found[name] = columns[0]
+    return found
+
+
+def match_negatives(
+    present: Iterable[str], given: Mapping[str, str] | None = None, where: str = "columns"
+) -> dict[str, str]:
+    """Find the columns of hard negatives: ``negative``, ``negative_2``, ``neg_3``, ...
+
+    Args:
+        present, given, where: as for `match_columns`.
+
+    Returns:
+        {``negative_k``: the source's name}, by k; a name without a number is ``negative_1``.
+
+    Raises:
+        ValueError: two columns have one number, and neither has our name.
+    """
+    given = {name: column for name, column in (given or {}).items() if numbered(name)}
+    columns: dict[int, list[str]] = {}
+    for column in present:
+        if column not in given.values() and (number := numbered(column)) is not None:
+            columns.setdefault(number, []).append(column)
+    found = dict(given)
+    for number, spelt in columns.items():
+        name = f"negative_{number}"
+        if name not in found:
+            spelt = [name] if name in spelt else spelt
+            _check_one(spelt, name, where)
+            found[name] = spelt[0]
+    return dict(sorted(found.items(), key=lambda item: numbered(item[0]) or 0))
+
+
+def numbered(column: str) -> int | None:
+    """The number of a column of hard negatives; None for any other column."""
+    match = NEGATIVE.fullmatch(simplified(column)) if len(column) < 100 else None
+    return None if match is None else int(match.group(1) or 1)
+
+
+def our_name(column: str) -> str | None:
+    """What a column of pairs or triplets is: ``a``, ``b``, ``negative_k``, ``label``, ``domain``.
+
+    None for a name that is none of their spellings.
+    """
+    if (number := numbered(column)) is not None:
+        return f"negative_{number}"
+    names = ("a", "b", "label", "domain")
+    plain = simplified(column)
+    return next((name for name in names if plain in (name, *SPELLINGS[name])), None)
+
+
+def ignored_note(ignored: Collection[str], known: Iterable[str]) -> str:
+    """What to say of columns that are not read, with the near misses among them named."""
+    known = list(known)
+    spellings = [*known, *(other for name in known for other in SPELLINGS.get(name, ()))]
+    near = []
+    for column in list(ignored)[: checks.SHOWN_NAMES]:
+        if meant := our_name(column) or nearest(column, spellings):
+            near.append(f"{shown(column)} is close to {meant!r}")
+    hint = f" ({'; '.join(near)})" if near else ""
+    return (
+        f"columns that are not read: {listed(ignored)}{hint}; another name for a column that is "
+        'read is given by columns={"our name": "its name"}, --columns OURS=ITS'
+    )
 
 
 @dataclass(frozen=True)
@@ -18,9 +149,10 @@ class Columns:
 
     Args:
         required: {our name: check}; must be in every row.
-        optional: {our name: check}; read where the row has them.
+        optional: {our name: check}; read where the row has them, not null.
         renamed: {our name: the source's name}; a column named here is required.
         keep: further columns of the source that are handed on unchanged; required as well.
+        spelt: {our name: the source's name} as found by their spelling; see `matched`.
 
     Raises:
         ValueError: a name in `renamed` or `keep` that cannot be meant.
@@ -30,17 +162,45 @@ class Columns:
     optional: Mapping[str, Value] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     keep: Sequence[str] = ()
+    spelt: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = [*self.required, *self.optional]
         for name in self.renamed:
-            if name not in known:
-                raise ValueError(f"columns: unknown column {name!r}; known are {known}")
+            if name not in self.known:
+                raise ValueError(f"columns: unknown column {name!r}; known are {self.known}")
         _check_unique("columns", (self.renamed.get(name, name) for name in self.required))
         _check_unique("columns", self.renamed.values())
         if isinstance(self.keep, str):
             raise ValueError(f"keep must be a list of column names; got {self.keep!r}")
-        _check_unique("keep", [*known, *self.keep])
+        _check_unique("keep", [*self.known, *self.keep])
+
+    @property
+    def known(self) -> list[str]:
+        """Our names, required and optional."""
+        return [*self.required, *self.optional]
+
+    def matched(self, present: Iterable[str], where: str) -> Columns:
+        """The same columns, found by their spellings among those of the first row.
+
+        Raises:
+            ValueError: two columns may each be meant by one of our names.
+        """
+        return replace(self, spelt=match_columns(present, self.known, self.renamed, where))
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """{our name: the source's name}, without what the source's name is another one of ours."""
+        names = {name: self.renamed.get(name, self.spelt.get(name, name)) for name in self.known}
+        return {
+            name: source
+            for name, source in names.items()
+            if name in self.required or name in self.renamed or source not in self._given
+        }
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The source's names of all columns that are read."""
+        return frozenset([*self.sources.values(), *self.keep])
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
         """The columns of one row, checked, under our names.
@@ -48,15 +208,27 @@ class Columns:
         Raises:
             ValueError: a column is missing, or a value is not what its check allows.
         """
-        sources = {name: self.renamed.get(name, name) for name in self.required}
-        for name in self.optional:
-            taken = name in self.renamed.values()  # it is another one of our columns
-            if name in self.renamed or (name in row and not taken):
-                sources[name] = self.renamed.get(name, name)
-        checks.present(row, [*sources.values(), *self.keep], where)
-        every = {**self.required, **self.optional}
-        read = {name: every[name](row[source], source, where) for name, source in sources.items()}
+        must = [self.sources[name] for name in (*self.required, *self.renamed)]
+        checks.present(row, [*must, *self.keep], where)
+        read = {}
+        for name, source in self.sources.items():
+            if name in self.required:
+                read[name] = self.required[name](row[source], name, where)
+            elif row.get(source) is not None:
+                read[name] = self.optional[name](row[source], name, where)
         return {**read, **{name: checks.scalar(row[name], name, where) for name in self.keep}}
+
+    @cached_property
+    def _given(self) -> frozenset[str]:
+        return frozenset(self.renamed.values())
+
+
+def _check_one(columns: Sequence[str], name: str, where: str) -> None:
+    if len(columns) > 1:
+        raise ValueError(
+            f"{where}: the columns {listed(columns)} may each be meant by {name!r}; say which, "
+            f'with columns={{"{name}": ...}} or --columns {name}=...'
+        )
 
 
 def _check_unique(argument: str, names: Iterable[str]) -> None:

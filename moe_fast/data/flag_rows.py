@@ -7,16 +7,16 @@ each) and ``"domain"``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moe_fast.data import checks
+from moe_fast.data.checks import shown
 from moe_fast.data.columns import Columns, Value
 from moe_fast.data.rows import Row
-from moe_fast.data.sources import open_source
+from moe_fast.data.sources import AnySource, first_row, open_source
 from moe_fast.data.tables import build_dataset
 
 if TYPE_CHECKING:
@@ -34,24 +34,27 @@ PARALLEL = {"neg_q": "neg", "pos_scores": "pos", "neg_scores": "neg"}  # must be
 
 
 def read_flag_rows(
-    source: str | os.PathLike[str],
+    source: AnySource,
     *,
     columns: Mapping[str, str] | None = None,
     keep: Sequence[str] = (),
     split: str = "train",
     name: str | None = None,
     streaming: bool = False,
+    delimiter: str | None = None,
+    skip_invalid: bool = False,
 ) -> Dataset | IterableDataset:
-    """Read FlagEmbedding rows; CSV cannot hold them.
+    """Read FlagEmbedding rows; a CSV file holds one positive and one negative each at the most.
 
     Args:
-        source, columns, keep, split, name, streaming: see `read_pairs`.
+        source, columns, keep, split, name, streaming, delimiter, skip_invalid: see `read_pairs`.
 
     Returns:
         A dataset with the columns ``query`` (str), ``pos`` and ``neg`` (lists of str), and where
         the source has them ``neg_q`` (list of str, as long as ``neg``), ``pos_scores`` and
         ``neg_scores`` (lists of float64, as long as ``pos`` and ``neg``) and ``domain`` (str).
-        ``neg`` is the empty list where a row has none: such rows wait to be mined.
+        ``neg`` is the empty list where a row has none: such rows wait to be mined. A text in place
+        of a list is a list of one.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as `read_pairs`; and ValueError for an empty
@@ -59,8 +62,10 @@ def read_flag_rows(
             ``pos`` and ``neg`` has, and a text that is in ``pos`` and in ``neg`` of one row.
     """
     check = flag_row_check(columns=columns, keep=keep)
-    opened = open_source(source, split=split, name=name, streaming=streaming)
-    return build_dataset(opened, check.read, streaming=streaming)
+    opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)
+    where, row = first_row(opened, skip_invalid)
+    check = FlagRowCheck(check.wanted.matched(row, where))
+    return build_dataset(opened, check, streaming=streaming, skip_invalid=skip_invalid)
 
 
 def flag_row_check(
@@ -76,6 +81,16 @@ class FlagRowCheck:
 
     wanted: Columns
 
+    @property
+    def known(self) -> list[str]:
+        """Our names of the columns."""
+        return self.wanted.known
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The source's names of the columns that are read."""
+        return self.wanted.reads
+
     def read(self, row: Mapping[str, Any], where: str) -> Row:
         """The row's columns, checked; ValueError with the place otherwise."""
         read = self.wanted.read(row, where)
@@ -89,5 +104,5 @@ class FlagRowCheck:
         if ("pos_scores" in read) != ("neg_scores" in read):
             raise ValueError(f"{where}: pos_scores and neg_scores must be given together")
         if both := set(read["pos"]).intersection(read["neg"]):
-            raise ValueError(f"{where}: a text is in pos and in neg: {min(both)[:60]!r}")
+            raise ValueError(f"{where}: a text is in pos and in neg: {shown(min(both))}")
         return read

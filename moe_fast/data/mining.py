@@ -8,6 +8,7 @@ than easy ones. What is left out, in this order, and counted:
     group        a positive of another row of the same group (a topic, a source document)
     domain       of another domain, where only the query's own is wanted
     no_query     whose own query is not known, where that is wanted
+    no_word      shares no word with the query, where words rank: found at random, and not hard
     margin       scores too close to the query's best positive, or above it
 
 Texts that differ in case and white space alone are one text throughout.
@@ -32,7 +33,7 @@ from moe_fast.data.rows import Row
 from moe_fast.ops.checks import check_count
 
 BM25 = "bm25"
-REASONS = ("positive", "same_text", "group", "domain", "no_query", "margin")
+REASONS = ("positive", "same_text", "group", "domain", "no_query", "no_word", "margin")
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,11 @@ def mine_hard_negatives(
     if len({"domain" in row for row in asked}) > 1:
         raise ValueError("column 'domain' must be in every row or in none; some rows lack it.")
     pool = _Pool.of(asked, corpus, settings.group)
+    by_words = isinstance(retriever, str)
     found = _search(retriever, asked, pool, settings, encode_options)
     left_out: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
     mined = [
-        _with_negatives(row, number, pool, found, settings, left_out)
+        _with_negatives(row, number, pool, found, settings, left_out, by_words)
         for number, row in enumerate(asked)
     ]
     result = [row for row in mined if row["neg"]]
@@ -280,6 +282,7 @@ def _with_negatives(
     found: Found,
     settings: MiningSettings,
     left_out: Counter[str],
+    by_words: bool,
 ) -> Row:
     """The row with ``neg`` and ``neg_q``; counts what is left out."""
     limit = _highest_score(float(found.positive_scores[number]), settings)
@@ -297,7 +300,11 @@ def _with_negatives(
             break
         if looked_at <= settings.skip:
             continue
-        reason = _why_not(row, place, score, limit, pool, settings)
+        reason = _why_not(row, place, pool, settings)
+        if reason is None and by_words and score <= 0:
+            reason = "no_word"
+        elif reason is None and score > limit:
+            reason = "margin"
         if reason is not None:
             left_out[reason] += 1
             continue
@@ -314,15 +321,8 @@ def _with_negatives(
     return {"query": row["query"], "pos": row["pos"], **negatives, **kept}
 
 
-def _why_not(
-    row: Row,
-    place: int,
-    score: float,
-    limit: float,
-    pool: _Pool,
-    settings: MiningSettings,
-) -> str | None:
-    """The reason to leave a candidate out, or ``None``."""
+def _why_not(row: Row, place: int, pool: _Pool, settings: MiningSettings) -> str | None:
+    """The reason to leave a candidate out whatever its score, or ``None``."""
     if plain(pool.texts[place]) == plain(row["query"]):
         return "same_text"
     if settings.group is not None and row[settings.group] in pool.groups[place]:
@@ -331,7 +331,7 @@ def _why_not(
         return "domain"
     if settings.known_queries and pool.queries[place] is None:
         return "no_query"
-    return "margin" if score > limit else None
+    return None
 
 
 def _highest_score(positive: float, settings: MiningSettings) -> float:

@@ -6,13 +6,14 @@ compared.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moe_fast.data.words import words
+from moe_fast.extras import require
 
 Positives = Sequence[Sequence[int]]
 """Of each query, the rows of the documents that answer it."""
@@ -47,7 +48,7 @@ def search_vectors(
     Raises:
         ImportError: faiss is not installed.
     """
-    faiss = _require("faiss", "faiss-cpu")
+    faiss = require("faiss", "search", "mining")
     index = faiss.IndexFlatIP(documents.shape[1])
     index.add(np.ascontiguousarray(documents, np.float32))
     asked = np.ascontiguousarray(queries, np.float32)
@@ -61,37 +62,31 @@ def search_words(
 ) -> Found:
     """By BM25, with bm25s and its defaults (Lucene's form, k1 = 1.5, b = .75; no stop words).
 
+    A score is 0 where query and document share no word, and positive otherwise.
+
     Args:
-        queries, documents: texts; what is no word of any document is ignored.
+        queries, documents: texts, taken apart by :func:`moe_fast.data.words.words`; what is no
+            word of any document is ignored.
         positives, k: as in :func:`search_vectors`.
 
     Raises:
         ImportError: bm25s is not installed.
     """
-    bm25s = _require("bm25s", "bm25s")
-
-    def words(texts: Sequence[str]) -> list[list[str]]:
-        return bm25s.tokenize(list(texts), stopwords=None, return_ids=False, show_progress=False)
-
+    bm25s = require("bm25s", "search", "mining")
+    of_documents = [words(text) for text in documents]
+    vocabulary = {word for found in of_documents for word in found}
     index = bm25s.BM25()
-    index.index(words(documents), show_progress=False)
+    if vocabulary:  # it cannot be made of nothing
+        index.index(of_documents, show_progress=False)
     k = min(k, len(documents))
     rows = np.empty((len(queries), k), np.int64)
     scores = np.empty((len(queries), k), np.float64)
     own = np.empty(len(queries), np.float64)
-    for number, query in enumerate(words(queries)):
+    for number, query in enumerate(queries):
+        known = [word for word in words(query) if word in vocabulary]
         # It cannot be asked for no words at all.
-        of_all = index.get_scores(query) if query else np.zeros(len(documents))
+        of_all = index.get_scores(known) if known else np.zeros(len(documents))
         best = np.argsort(-of_all, kind="stable")[:k]  # equal scores: lower row first
         rows[number], scores[number] = best, of_all[best]
         own[number] = of_all[list(positives[number])].max()
     return Found(rows, scores, own)
-
-
-def _require(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"mining needs {package}, which is not installed: pip install 'moe-fast[search]'"
-        ) from error

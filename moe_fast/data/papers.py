@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_fast.data import checks
+from moe_fast.data.checks import shown
 from moe_fast.data.columns import Columns, Value
 from moe_fast.data.rows import Row
-from moe_fast.data.sources import open_source
+from moe_fast.data.sources import AnySource, first_row, open_source
+from moe_fast.data.tables import placed_rows
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-_IDS = partial(checks.texts, allow_none=True)
-REQUIRED: dict[str, Value] = {"id": checks.text, "abstract": checks.text}
-OPTIONAL: dict[str, Value] = {"citing": _IDS, "cited_by": _IDS, "domain": checks.text}
+REQUIRED: dict[str, Value] = {"id": checks.identifier, "abstract": checks.text}
+OPTIONAL: dict[str, Value] = {
+    "citing": checks.identifiers,
+    "cited_by": checks.identifiers,
+    "domain": checks.text,
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,10 @@ class Papers:
 
 
 def read_papers(
-    source: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None
+    source: AnySource,
+    *,
+    columns: Mapping[str, str] | None = None,
+    skip_invalid: bool = False,
 ) -> Papers:
     """Read papers ``{"id", "abstract", "citing": [id, ...], "cited_by": [id, ...], "domain"}``.
 
@@ -63,22 +69,23 @@ def read_papers(
     Args:
         source: a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file, or a dataset as in `read_pairs`.
             ``citing`` (the papers that this one cites) or ``cited_by`` may be absent, not both;
-            ``domain`` is in every row or in none.
+            ``domain`` is in every row or in none. Ids are strings or whole numbers; 7 is "7".
         columns: {our name: the source's name} where they differ.
+        skip_invalid: see `read_pairs`; an id given twice is an error nevertheless.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an id given twice (both lines are named); ids that are no strings; as
+        ValueError: an id given twice (both lines are named); ids that are neither strings
+            nor whole numbers; as
             `read_pairs` otherwise.
         ImportError: scipy or datasets is not installed.
     """
-    wanted = Columns(REQUIRED, OPTIONAL, columns or {})
-    reading = _Reading()
     opened = open_source(source)
-    for where, row in opened.rows():
-        reading.add(wanted.read(row, where), where)
-    if not reading.places:
-        raise ValueError(f"{opened}: no rows")
+    where, row = first_row(opened, skip_invalid)
+    wanted = Columns(REQUIRED, OPTIONAL, columns or {}).matched(row, where)
+    reading = _Reading()
+    for where, row in placed_rows(opened, wanted, skip_invalid):
+        reading.add(row, where)
     return reading.finish()
 
 
@@ -99,7 +106,7 @@ class _Reading:
     def add(self, row: Row, where: str) -> None:
         if row["id"] in self.places:
             raise ValueError(
-                f"{where}: id {row['id']!r} was given before, {self.places[row['id']]}"
+                f"{where}: id {shown(row['id'])} was given before, {self.places[row['id']]}"
             )
         if "citing" not in row and "cited_by" not in row:
             raise ValueError(f"{where}: columns 'citing' and 'cited_by' are both missing")

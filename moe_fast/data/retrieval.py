@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_fast.data import checks
-from moe_fast.data.rows import open_binary, read_lines, read_rows, unique_keys
+from moe_fast.data.checks import reason, shown
+from moe_fast.data.lines import open_binary, read_lines
+from moe_fast.data.rows import read_rows, unique_keys
 
+logger = logging.getLogger(__name__)
 MAX_RELEVANCE = 1_000_000  # trec_eval's memory and time grow with the largest
 
 Texts = dict[str, str]
@@ -32,6 +36,7 @@ class Retrieval:
             has such a document.
         domains: {query id: domain}, for all queries, or None.
         corpus_domains: {document id: domain}, for all documents, or None.
+        dropped: how many ``documents``, ``queries`` and ``judgements`` a lenient reading left out.
     """
 
     corpus: Texts
@@ -39,19 +44,29 @@ class Retrieval:
     qrels: Qrels
     domains: Texts | None = None
     corpus_domains: Texts | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
-def read_retrieval(path: str | os.PathLike[str], *, split: str | None = None) -> Retrieval:
+def read_retrieval(
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    on_missing: Literal["error", "drop"] = "error",
+) -> Retrieval:
     """Read a retrieval set, checked whole.
 
     Args:
-        path: a folder in BEIR's layout: ``corpus.jsonl`` (``_id``, ``text``, optional ``title`` and
-            ``domain``), ``queries.jsonl`` (``_id``, ``text``, optional ``domain``), either also as
-            ``.gz``, and ``qrels/{split}.tsv`` (query id, document id, whole-number relevance; a
+        path: a folder in BEIR's layout: ``corpus.jsonl`` (``_id`` or ``id``, ``text``, optional
+            ``title`` and ``domain``), ``queries.jsonl`` (``_id`` or ``id``, ``text``, optional
+            ``domain``), either also as ``.gz``, and ``qrels/{split}.tsv`` (query id, document id, whole-number relevance; a
             header line or none). Or one ``.json`` or ``.json.gz`` file ``{"corpus": {id: text},
             "queries": {id: text}, "qrels": {id: {id: relevance}}}``, optionally with ``"domains"``
             and ``"corpus_domains"`` ``{id: domain}``.
         split: which file of the folder's qrels; by default the only one, or else ``test``.
+        on_missing: what becomes of judgements whose document or query is not there or has no text,
+            as some published sets have them: ``"error"``, or ``"drop"``, which leaves them out,
+            with the texts that are empty and the queries that then have no relevant document, and
+            warns how many. Ids are strings or whole numbers; 7 is "7".
 
     Returns:
         The set. A title is put before its document's text with a space between, as BEIR does.
@@ -64,9 +79,12 @@ def read_retrieval(path: str | os.PathLike[str], *, split: str | None = None) ->
             a relevance that is no whole number or beyond a million; a pair judged twice; text that
             is not UTF-8, or a line that cannot be parsed; several qrels files and no ``split``.
     """
+    if on_missing not in ("error", "drop"):
+        raise ValueError(f"on_missing must be 'error' or 'drop'; got {on_missing!r}")
     path = Path(path)
+    drops = _Drops(on_missing == "drop")
     if path.is_dir():
-        return _read_folder(path, split)
+        return drops.report(_read_folder(path, split, drops), path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     if not path.name.lower().endswith((".json", ".json.gz")):
@@ -75,15 +93,55 @@ def read_retrieval(path: str | os.PathLike[str], *, split: str | None = None) ->
         )
     if split is not None:
         raise ValueError(f"split={split!r}: {path} is one file, which has no splits")
-    return _read_json(path)
+    return drops.report(_read_json(path, drops), path)
 
 
-def _read_folder(folder: Path, split: str | None) -> Retrieval:
+@dataclass
+class _Drops:
+    """What a lenient reading leaves out, and how much of it; a strict one nothing.
+
+    Attributes:
+        lenient: whether anything may be left out.
+        counts: of each kind.
+    """
+
+    lenient: bool
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, kind: str, count: int = 1) -> None:
+        """Count what is left out."""
+        if count:
+            self.counts[kind] = self.counts.get(kind, 0) + count
+
+    def judgements(self, qrels: Qrels, corpus: Texts, queries: Texts) -> Qrels:
+        """The judgements whose document and query are there, of queries with a relevant one."""
+        if not self.lenient:
+            return qrels
+        kept: Qrels = {}
+        for query, row in qrels.items():
+            known = {document: r for document, r in row.items() if document in corpus}
+            is_kept = query in queries and any(r > 0 for r in known.values())
+            if is_kept:
+                kept[query] = known
+            else:
+                self.add("queries")
+            self.add("judgements", len(row) - (len(known) if is_kept else 0))
+        return kept
+
+    def report(self, read: Retrieval, path: Path) -> Retrieval:
+        """The set with the counts, of which a warning is given."""
+        if self.counts:
+            said = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
+            logger.warning("%s: left out, as on_missing='drop' asks: %s", path, said)
+        return replace(read, dropped=dict(self.counts))
+
+
+def _read_folder(folder: Path, split: str | None, drops: _Drops) -> Retrieval:
     corpus_path, queries_path = _find(folder, "corpus.jsonl"), _find(folder, "queries.jsonl")
     qrels_path = _find_qrels(folder / "qrels", split)
-    corpus, corpus_domains = _read_records(corpus_path)
-    queries, domains = _read_records(queries_path)
-    qrels = _read_qrels(qrels_path)
+    corpus, corpus_domains = _read_records(corpus_path, "documents", drops)
+    queries, domains = _read_records(queries_path, "texts of queries", drops)
+    qrels = drops.judgements(_read_qrels(qrels_path), corpus, queries)
     _check_qrels(qrels, corpus, queries, str(qrels_path))
     judged = {query: text for query, text in queries.items() if query in qrels}
     if domains is not None:
@@ -109,19 +167,23 @@ def _find_qrels(folder: Path, split: str | None) -> Path:
     return folder / f"{split}.tsv"
 
 
-def _read_records(path: Path) -> tuple[Texts, Texts | None]:
+def _read_records(path: Path, kind: str, drops: _Drops) -> tuple[Texts, Texts | None]:
     """{id: text} and {id: domain} of a corpus or queries file."""
     texts: Texts = {}
     domains: Texts = {}
     places: dict[str, str] = {}
     for where, row in read_rows(path):
-        checks.present(row, ("_id", "text"), where)
-        key = checks.text(row["_id"], "_id", where)
+        name = "id" if "id" in row and "_id" not in row else "_id"
+        checks.present(row, (name, "text"), where)
+        key = checks.identifier(row[name], name, where)
         if key in places:
-            raise ValueError(f"{where}: _id {key!r} was given before, {places[key]}")
+            raise ValueError(f"{where}: {name} {shown(key)} was given before, {places[key]}")
         places[key] = where
+        if drops.lenient and not (row["text"] or row.get("title")):
+            drops.add(kind)
+            continue
         texts[key] = _text(row, where)
-        if "domain" in row:
+        if row.get("domain") is not None:
             domains[key] = checks.text(row["domain"], "domain", where)
         if len(domains) not in (0, len(texts)):
             raise ValueError(f"{where}: domain must be in every row of the file or in none")
@@ -158,7 +220,7 @@ def _read_qrels(path: Path) -> Qrels:
         value = _relevance(int(relevance) if whole else relevance, where)
         if (query, document) in lines:
             raise ValueError(
-                f"{where}: query {query!r} and document {document!r} were judged before, in line "
+                f"{where}: query {shown(query)} and document {shown(document)} were judged before, in line "
                 f"{lines[query, document]}"
             )
         lines[query, document] = line
@@ -166,32 +228,45 @@ def _read_qrels(path: Path) -> Qrels:
     return qrels
 
 
-def _read_json(path: Path) -> Retrieval:
+def _read_json(path: Path, drops: _Drops) -> Retrieval:
     try:
         with open_binary(path) as file:
             data = json.load(file, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        raise ValueError(f"{path}: not readable as JSON ({reason(error)})") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(data).__name__}")
     checks.present(data, ("corpus", "queries", "qrels"), str(path))
-    corpus = _strings(data["corpus"], f"{path}, corpus")
-    queries = _strings(data["queries"], f"{path}, queries")
-    qrels = _relevances(data["qrels"], f"{path}, qrels")
+    corpus = _strings(data["corpus"], f"{path}, corpus", "documents", drops)
+    queries = _strings(data["queries"], f"{path}, queries", "texts of queries", drops)
+    relevances = _relevances(data["qrels"], f"{path}, qrels")
+    qrels = drops.judgements(relevances, corpus, queries)
     _check_qrels(qrels, corpus, queries, f"{path}, qrels")
+    if drops.lenient:
+        unjudged = [query for query in queries if query not in qrels]
+        drops.add("texts of queries", len(unjudged))
+        queries = {query: text for query, text in queries.items() if query in qrels}
     _check_same("queries", queries, "qrels", qrels, str(path))
     domains: dict[str, Texts | None] = {}
     for name, owners in (("domains", queries), ("corpus_domains", corpus)):
-        domains[name] = _strings(data[name], f"{path}, {name}") if name in data else None
-        if name in data:
-            _check_same("texts", owners, name, data[name], str(path))
+        domains[name] = None
+        if data.get(name) is not None:
+            read = _strings(data[name], f"{path}, {name}")
+            if drops.lenient:
+                read = {key: domain for key, domain in read.items() if key in owners}
+            _check_same("texts", owners, name, read, str(path))
+            domains[name] = read
     return Retrieval(corpus, queries, qrels, **domains)
 
 
-def _strings(values: Any, where: str) -> Texts:
+def _strings(values: Any, where: str, kind: str = "", drops: _Drops | None = None) -> Texts:
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{where}: expected a JSON object {{id: text}} that is not empty")
-    return {key: checks.text(value, repr(key), where) for key, value in values.items()}
+    if drops is not None and drops.lenient:
+        empty = [key for key, value in values.items() if value is None or value == ""]
+        drops.add(kind, len(empty))
+        values = {key: value for key, value in values.items() if value is not None and value != ""}
+    return {key: checks.text(value, shown(key), where) for key, value in values.items()}
 
 
 def _relevances(values: Any, where: str) -> Qrels:
@@ -201,7 +276,7 @@ def _relevances(values: Any, where: str) -> Qrels:
         )
     for query, row in values.items():
         for document, relevance in row.items():
-            _relevance(relevance, f"{where}, query {query!r} and document {document!r}")
+            _relevance(relevance, f"{where}, query {shown(query)} and document {shown(document)}")
     return values
 
 
@@ -209,7 +284,7 @@ def _relevance(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_RELEVANCE:
         raise ValueError(
             f"{where}: relevance must be a whole number from {-MAX_RELEVANCE:,} to "
-            f"{MAX_RELEVANCE:,}, got {value!r}"
+            f"{MAX_RELEVANCE:,}, got {shown(value)}"
         )
     return value
 
@@ -220,7 +295,10 @@ def _check_qrels(qrels: Qrels, corpus: Texts, queries: Texts, where: str) -> Non
     documents = dict.fromkeys(document for row in qrels.values() for document in row)
     for kind, named, known in (("queries", qrels, queries), ("documents", documents, corpus)):
         if unknown := [key for key in named if key not in known]:
-            raise ValueError(f"{where}: {len(unknown)} unknown {kind} are named: {_some(unknown)}")
+            raise ValueError(
+                f"{where}: {len(unknown)} unknown {kind} are named: {_some(unknown)}; "
+                "on_missing='drop' leaves out what names them"
+            )
     empty = [query for query, row in qrels.items() if not any(r > 0 for r in row.values())]
     if empty:
         raise ValueError(f"{where}: {len(empty)} queries have no relevant document: {_some(empty)}")
@@ -237,5 +315,5 @@ def _check_same(
 
 
 def _some(names: Iterable[str]) -> str:
-    names = [repr(name) for name in names]
+    names = [shown(name) for name in names]
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,23 +1,28 @@
 """Rows of JSONL, CSV and Parquet files, each with its place.
 
 Every reader of this package goes through here, so that a broken file is reported in the same words
-wherever it is read: the file, and the line (text formats) or the row (Parquet), counted from 1.
+wherever it is read: the file, and the line (text formats) or the row (Parquet), counted from 1. A
+record of several lines has the number of its first.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+from moe_fast.data import csv_rows
+from moe_fast.data.checks import listed, reason, shown
+from moe_fast.data.lines import Refuse, check_file, read_lines, refuse
+from moe_fast.extras import missing
+
+FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+CSV_FORMATS = (".csv", ".tsv")
 Row = dict[str, Any]
-CSV_CELL_LIMIT = 1 << 30  # characters; Python's own 131,072 refuses long documents
 
 
 def file_format(path: str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> str:
@@ -30,137 +35,163 @@ def file_format(path: str | os.PathLike[str], formats: Sequence[str] = FORMATS) 
     for suffix in formats:
         if name.endswith(suffix):
             return suffix.removesuffix(".gz")
-    raise ValueError(f"path={str(path)!r}: unknown format; supported are {', '.join(formats)}")
+    raise ValueError(
+        f"path={shown(str(path), 500)}: unknown format; supported are {', '.join(formats)}"
+    )
 
 
-def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
+def read_rows(
+    path: str | os.PathLike[str], *, delimiter: str | None = None, invalid: Refuse = refuse
+) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) of a file of any size, holding a part of it in memory.
 
     Args:
-        path: ``.jsonl`` or ``.csv``, both also as ``.gz``, in UTF-8, or ``.parquet``. JSONL: one
-            object per line. CSV: a header line names the columns; all values are strings. Blank
-            lines are passed over in both.
+        path: ``.jsonl``, ``.csv`` or ``.tsv``, all also as ``.gz``, in UTF-8, or ``.parquet``.
+            JSONL: one object per line. CSV: a header line names the columns; all values are
+            strings. Blank lines are passed over in both.
+        delimiter: between the cells of a CSV file; by default a tab for ``.tsv``, else what the
+            header says, with a word about it where that is no comma.
+        invalid: takes the error of one record that cannot be read; where it returns, reading goes
+            on with the next. By default it raises.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: unknown format; not UTF-8; a broken or truncated file; a line that cannot be
-            parsed; a name given twice in an object or a header.
+        ValueError: unknown format; no regular file; not UTF-8; a broken or truncated file; a line
+            that cannot be parsed; a name given twice in an object or a header; a delimiter for a
+            file that has none.
     """
     path = Path(path)
-    return _READERS[file_format(path)](path)
+    kind = file_format(path)
+    check_file(path)
+    if kind in CSV_FORMATS:
+        return _read_csv(path, delimiter or resolve_delimiter(path), invalid)
+    if delimiter is not None:
+        raise ValueError(f"delimiter={delimiter!r}: {path} is no CSV file")
+    return _read_jsonl(path, invalid) if kind == ".jsonl" else _read_parquet(path)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its line feed) of a UTF-8 text file, ``.gz`` or not.
+def resolve_delimiter(path: Path, delimiter: str | None = None) -> str | None:
+    """The delimiter of a file of cells, given or guessed; None for a file of another format.
 
-    Only a line feed ends a line. A leading byte order mark, as spreadsheet programs write it, is
-    dropped.
+    Raises:
+        ValueError: a delimiter that is none, or for a file without one.
     """
-    number = 0
-    try:
-        with open_binary(path) as file:
-            for number, raw in enumerate(file, start=1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not UTF-8 ({error})") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path}, after line {number}: truncated or broken gzip file ({error})"
-        ) from error
-
-
-def open_binary(path: Path) -> IO[bytes]:
-    """Open a file to read bytes, through gzip where its name ends so."""
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb")
+    kind = file_format(path)
+    if delimiter is not None:
+        csv_rows.check_delimiter(delimiter)
+        if kind not in CSV_FORMATS:
+            raise ValueError(f"delimiter={delimiter!r}: {path} is no CSV file")
+        return delimiter
+    if kind == ".tsv":
+        return "\t"
+    return csv_rows.guess_delimiter(path) if kind == ".csv" else None
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> Row:
     """An ``object_pairs_hook`` for json that refuses a key given twice: json keeps the last one."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice in one object")
+        twice = _twice(key for key, _ in pairs)
+        raise ValueError(f"the key {shown(twice)} is given twice in one object")
     return row
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    for line, text in read_lines(path):
+def _read_jsonl(path: Path, invalid: Refuse) -> Iterator[tuple[str, Row]]:
+    for line, text in read_lines(path, invalid):
         if not text.strip():
             continue
         where = f"{path}, line {line}"
         try:
-            row = json.loads(text, object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:  # the latter: nested too deeply
-            raise ValueError(f"{where}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object, got {text[:60].strip()!r}")
-        yield where, row
+            row = _parse(text, where)
+        except ValueError as error:
+            invalid(error)
+        else:
+            yield where, row
 
 
-def read_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield (place, cells) of a CSV file, the header included; blank lines are passed over.
-
-    Raises:
-        ValueError: as `read_rows`.
-    """
-    csv.field_size_limit(max(csv.field_size_limit(), CSV_CELL_LIMIT))
-    line = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal line  # the csv module's own count lags behind when it meets an error
-        for line, text in read_lines(path):  # noqa: B007
-            yield text
-
+def _parse(text: str, where: str) -> Row:
     try:
-        for cells in csv.reader(counted(), strict=True):
-            if cells:
-                yield f"{path}, line {line}", cells
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: not valid CSV ({error})") from error
+        row = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+        raise ValueError(f"{where}: not valid JSON ({reason(error)})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {shown(text.strip())}")
+    return row
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    rows = read_cells(path)
-    where, header = next(rows, ("", []))
+def _read_csv(path: Path, delimiter: str, invalid: Refuse) -> Iterator[tuple[str, Row]]:
+    records = csv_rows.read_cells(path, delimiter, invalid)
+    where, header = next(records, ("", []))
     _check_names(header, where)
-    for where, cells in rows:
-        if len(cells) != len(header):
-            raise ValueError(f"{where}: {len(cells)} cells, but the header names {len(header)}")
-        yield where, dict(zip(header, cells, strict=True))
+    for where, cells in records:
+        if len(cells) == len(header):
+            yield where, dict(zip(header, cells, strict=True))
+        else:
+            invalid(ValueError(f"{where}: {len(cells)} cells, but the header names {len(header)}"))
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ImportError("reading Parquet needs pyarrow: pip install 'moe-fast[train]'") from error
+        raise missing("pyarrow", "train", "reading Parquet", error) from error
     number = 0
+
+    def attempt(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except Exception as error:  # damaged files raise whatever Arrow's readers stumble on
+            raise ValueError(
+                f"{path}, after row {number}: not readable as Parquet ({reason(error)})"
+            ) from error
+
+    with attempt(partial(pq.ParquetFile, path)) as file:
+        _check_names(file.schema_arrow.names, str(path))
+        classes = _class_names(file.schema_arrow.metadata or {})
+        batches = file.iter_batches(batch_size=1000)
+        while (batch := attempt(partial(next, batches, None))) is not None:
+            for row in attempt(batch.to_pylist):
+                number += 1
+                where = f"{path}, row {number}"
+                yield where, name_classes(row, classes, where)
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """{column: names of its classes}, as the datasets library writes them beside a table."""
     try:
-        with pq.ParquetFile(path) as file:
-            _check_names(file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(
-            f"{path}, after row {number}: not readable as Parquet ({error})"
-        ) from error
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return {}
+
+
+def name_classes(row: Row, classes: dict[str, list[str]], where: str) -> Row:
+    """The row with the names of its class labels in place of their numbers; null for -1, unknown.
+
+    Raises:
+        ValueError: a number that is no class.
+    """
+    for column, names in classes.items():
+        number = row.get(column)
+        if isinstance(number, int) and not isinstance(number, bool):
+            if not -1 <= number < len(names):
+                raise ValueError(
+                    f"{where}: {shown(column)} is {shown(number)}, which is none of its "
+                    f"{len(names)} classes {listed(names)}"
+                )
+            row = {**row, column: None if number == -1 else names[number]}
+    return row
 
 
 def _check_names(names: Sequence[str], where: str) -> None:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{where}: column {twice[0]!r} is named twice")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where}: column {shown(_twice(names))} is named twice")
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def _twice(names: Iterable[str]) -> str:
+    """The first of the names that is there twice."""
+    return next(name for name, times in Counter(names).items() if times > 1)

@@ -1,4 +1,4 @@
-"""Where training data comes from: a file, a folder, or a Hugging Face dataset id."""
+"""Where training data comes from: a file, a folder, a dataset, or a Hugging Face dataset id."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-from moe_fast.data.rows import FORMATS, Row, file_format, read_rows
+from moe_fast.data.checks import reason
+from moe_fast.data.lines import Refuse, check_file, refuse
+from moe_fast.data.rows import (
+    FORMATS,
+    Row,
+    file_format,
+    name_classes,
+    read_rows,
+    resolve_delimiter,
+)
+from moe_fast.extras import require
 
 
 class Source(Protocol):
@@ -17,22 +27,23 @@ class Source(Protocol):
     def __str__(self) -> str:
         """As a message names it."""
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
-        """Yield (place, row)."""
+    def rows(self, invalid: Refuse = refuse) -> Iterator[tuple[str, Row]]:
+        """Yield (place, row); `invalid` takes the error of a record that cannot be read."""
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A JSONL, CSV or Parquet file."""
+    """A JSONL, CSV or Parquet file; the delimiter is that of a CSV file."""
 
     path: Path
+    delimiter: str | None = None
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
+    def rows(self, invalid: Refuse = refuse) -> Iterator[tuple[str, Row]]:
         """Yield (place, row); see `read_rows`."""
-        return read_rows(self.path)
+        return read_rows(self.path, delimiter=self.delimiter, invalid=invalid)
 
 
 @dataclass(frozen=True)
@@ -45,48 +56,97 @@ class DatasetSource:
     def __str__(self) -> str:
         return self.name
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
-        """Yield (place, row), rows counted from 1."""
+    def rows(self, invalid: Refuse = refuse) -> Iterator[tuple[str, Row]]:
+        """Yield (place, row), rows counted from 1; class labels by their names."""
+        classes = class_names(self.dataset)
         for number, row in enumerate(self.dataset, start=1):
-            yield f"{self.name}, row {number}", row
+            where = f"{self.name}, row {number}"
+            yield where, name_classes(row, classes, where)
+
+
+AnySource: TypeAlias = "str | os.PathLike[str] | Source | Any"
+"""What the readers take: a name, or a ``Dataset`` or ``IterableDataset`` of datasets."""
+
+
+def class_names(dataset: Any) -> dict[str, list[str]]:
+    """{column: the names of its classes} for the ``ClassLabel`` columns of a dataset."""
+    features = getattr(dataset, "features", None) or {}  # a stream may not know them
+    label = require_datasets().ClassLabel
+    return {name: list(f.names) for name, f in features.items() if isinstance(f, label)}
 
 
 def open_source(
-    source: str | os.PathLike[str],
+    source: AnySource,
     *,
     split: str = "train",
     name: str | None = None,
     streaming: bool = False,
+    delimiter: str | None = None,
 ) -> Source:
     """Find out what `source` is, and that it is there.
 
     Args:
         source: a file in one of `FORMATS`; a folder written by ``Dataset.save_to_disk`` or laid
-            out as a dataset repository; or, as a str, the id of a Hugging Face dataset.
+            out as a dataset repository; as a str, the id of a Hugging Face dataset; a ``Dataset``
+            or ``IterableDataset``; or what this function gave, which it gives back.
         split: of a dataset; a file has none.
         name: of a dataset's configuration, where it has several.
         streaming: read a dataset's files as they are, without converting them into a cache.
+        delimiter: between the cells of a CSV file; by default as its header says.
 
     Raises:
         FileNotFoundError: nothing of that name, here or on the hub.
-        ValueError: unknown format; a split or configuration that is not there or that is asked of
-            a file; a dataset that cannot be read.
+        ValueError: unknown format; a split, configuration or delimiter that is not there or that
+            is asked of what has none; a dataset that cannot be read.
+        TypeError: `source` is none of these.
         ImportError: ``datasets`` is not installed.
     """
+    if isinstance(source, FileSource | DatasetSource):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        return _given(source, split, name, delimiter)
     path = Path(source)
-    if path.is_dir():
-        return _open_folder(path, split, name, streaming)
-    if path.exists() or isinstance(source, os.PathLike) or path.name.lower().endswith(FORMATS):
-        file_format(path)
-        if not path.exists():
-            raise FileNotFoundError(f"no such file: {path}")
-        if split != "train" or name is not None:
-            raise ValueError(
-                f"split={split!r}, name={name!r}: {path} is a file, which has neither splits nor "
-                "configurations"
-            )
-        return FileSource(path)
-    return _load(source, split, name, streaming)
+    is_file = isinstance(source, os.PathLike) or path.name.lower().endswith(FORMATS)
+    if os.path.isdir(path) or not (is_file or os.path.exists(path)):
+        _check_no_delimiter(delimiter, str(path))
+        if os.path.isdir(path):
+            return _open_folder(path, split, name, streaming)
+        return _load(str(source), split, name, streaming)
+    file_format(path)
+    check_file(path)
+    if split != "train" or name is not None:
+        raise ValueError(
+            f"split={split!r}, name={name!r}: {path} is a file, which has neither splits nor "
+            "configurations"
+        )
+    return FileSource(path, resolve_delimiter(path, delimiter))
+
+
+def first_row(source: Source, skip_invalid: bool = False) -> tuple[str, Row]:
+    """(place, row) of the first row of a source, which tells its columns.
+
+    Raises:
+        ValueError: no rows, or from the source.
+    """
+    for where, row in source.rows((lambda error: None) if skip_invalid else refuse):
+        return where, row
+    raise ValueError(f"{source}: no rows")
+
+
+def split_domain(source: str) -> tuple[str | None, str]:
+    """(domain, path) of DOMAIN=FILE; a file whose own name has a "=" is taken as it is.
+
+    Raises:
+        ValueError: nothing before or behind the "=".
+    """
+    domain, equals, path = source.partition("=")
+    if not equals or os.path.exists(source):
+        return None, source
+    if not domain.strip() or not path:
+        raise ValueError(
+            f"{source!r}: expected DOMAIN=FILE; the {'file' if domain else 'domain'} is missing"
+        )
+    return domain, path
 
 
 def require_datasets() -> Any:
@@ -95,13 +155,29 @@ def require_datasets() -> Any:
     Raises:
         ImportError: it is not installed; the message names the extra.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            "reading data needs datasets, which is not installed: pip install 'moe-fast[train]'"
-        ) from error
-    return datasets
+    return require("datasets", "train", "reading data")
+
+
+def _given(source: Any, split: str, name: str | None, delimiter: str | None) -> Source:
+    """A dataset of the caller's."""
+    if not hasattr(source, "column_names") or isinstance(source, dict):
+        kind = type(source).__name__
+        splits = (
+            f" with the splits {sorted(source)}; give one of them" if kind.endswith("Dict") else ""
+        )
+        raise TypeError(
+            "source must be a path, the id of a dataset, a Dataset or an IterableDataset; got "
+            f"{kind}{splits}"
+        )
+    if split != "train" or name is not None:
+        raise ValueError(f"split={split!r}, name={name!r}: a dataset is one split already")
+    _check_no_delimiter(delimiter, "a dataset")
+    return DatasetSource(source, "the dataset")
+
+
+def _check_no_delimiter(delimiter: str | None, source: str) -> None:
+    if delimiter is not None:
+        raise ValueError(f"delimiter={delimiter!r}: {source} is no CSV file")
 
 
 def _open_folder(path: Path, split: str, name: str | None, streaming: bool) -> Source:
@@ -110,7 +186,11 @@ def _open_folder(path: Path, split: str, name: str | None, streaming: bool) -> S
         return _load(str(path), split, name, streaming)
     if name is not None:
         raise ValueError(f"name={name!r}: {path} was saved without configurations")
-    data = require_datasets().load_from_disk(str(path))
+    datasets = require_datasets()
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged folder raises whatever its readers stumble on
+        raise ValueError(f"{path}: not readable as a saved dataset ({reason(error)})") from error
     splits = data if isinstance(data, dict) else {str(data.split or split): data}
     if split not in splits:
         raise ValueError(f"{path}: no split {split!r}; splits present: {sorted(splits)}")
@@ -126,6 +206,7 @@ def _load(source: str, split: str, name: str | None, streaming: bool) -> Source:
             f"{source!r} is no file or folder with data here, and could not be loaded as the id "
             f"of a Hugging Face dataset: {error}"
         ) from error
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{source}: not readable ({error.__cause__ or error})") from error
+    except Exception as error:  # whatever a damaged folder or an id that is none leads to
+        cause = reason(error.__cause__ or error)
+        raise ValueError(f"{source}: not readable ({cause})") from error
     return DatasetSource(data, f"{source}, split {split}")

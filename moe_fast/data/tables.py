@@ -3,54 +3,168 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
+from moe_fast.data.checks import listed
+from moe_fast.data.columns import ignored_note
+from moe_fast.data.lines import Refuse, refuse
 from moe_fast.data.rows import Row
-from moe_fast.data.sources import Source, require_datasets
+from moe_fast.data.sources import Source, first_row, require_datasets
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-# A row of the file and its place in, the wanted columns out; ValueError with the place if it cannot
-# be. Known to datasets' streaming, so it must be picklable.
-Check = Callable[[Mapping[str, Any], str], Row]
-
+logger = logging.getLogger(__name__)
 LIST_VALUES = {"pos_scores": "float64", "neg_scores": "float64"}  # other lists hold text
 BATCH_ROWS = 1000  # small enough that a batch of long texts stays below Arrow's 2 GB per column
+SHOWN_PLACES = 10
 
 
-def build_dataset(source: Source, check: Check, *, streaming: bool) -> Dataset | IterableDataset:
+class Check(Protocol):
+    """What is read of a row. Known to datasets' streaming, so it must be picklable."""
+
+    @property
+    def known(self) -> Collection[str]:
+        """Our names of the columns."""
+
+    @property
+    def reads(self) -> Collection[str]:
+        """The source's names of the columns that are read."""
+
+    def read(self, row: Mapping[str, Any], where: str) -> Row:
+        """The wanted columns of a row of the source; ValueError with the place if it cannot be."""
+
+
+def build_dataset(
+    source: Source, check: Check, *, streaming: bool, skip_invalid: bool = False
+) -> Dataset | IterableDataset:
     """The rows of a source, every one checked.
 
     In memory the rows become Arrow columns batch by batch: about the size of the texts, without a
     copy in a cache that could outlive a change of the file. Streaming holds a few rows at a time;
     the first is checked at once, the others as they are read.
 
+    Columns that are not read are named in one warning at the end of a pass, as are the rows that
+    were skipped.
+
     Raises:
         ValueError: from `check`; a row with other columns or types than the first; no rows.
     """
-    rows = checked_rows(source, check)
     if not streaming:
-        return dataset_from_rows(rows)
-    features = features_of(next(rows))
+        return dataset_from_rows(checked_rows(source, check, skip_invalid))
+    _, row = first_row(source, skip_invalid)
+    ignored = [name for name in row if name not in check.reads]
+    _say_ignored(source, check, ignored)
+    options: dict[str, Any] = {"source": source, "check": check, "skip_invalid": skip_invalid}
+    options["said"] = frozenset(ignored)
+    features = features_of(next(checked_rows(**options)))
     return require_datasets().IterableDataset.from_generator(
-        checked_rows, features=features, gen_kwargs={"source": source, "check": check}
+        checked_rows, features=features, gen_kwargs=options
     )
 
 
-def checked_rows(source: Source, check: Check) -> Iterator[Row]:
-    """Yield `check` of every row, all with the columns and types of the first."""
-    first: dict[str, type] = {}
-    for where, row in source.rows():
-        checked = check(row, where)
-        types = {name: type(value) for name, value in checked.items()}
-        first = first or types
-        if types != first:
-            raise ValueError(f"{where}: {_difference(types, first)}")
-        yield checked
-    if not first:
-        raise ValueError(f"{source}: no rows")
+def checked_rows(
+    source: Source,
+    check: Check,
+    skip_invalid: bool = False,
+    said: Collection[str] = frozenset(),
+) -> Iterator[Row]:
+    """Yield `check` of every row, all with the columns and types of the first.
+
+    Args:
+        source: of the rows.
+        check: what is read of them.
+        skip_invalid: leave out rows that are not what they must be, count them and name the first
+            ten; otherwise the first one is an error. The columns of the file are then those of
+            the fullest of its first `BATCH_ROWS` rows.
+        said: columns of which it was said before that they are not read.
+    """
+    skipped = Skipped(str(source))
+    invalid = skipped if skip_invalid else refuse
+    rows = _read(source, check, invalid, said)
+    head = list(itertools.islice(rows, BATCH_ROWS if skip_invalid else 1))
+    if not head:
+        raise ValueError(f"{source}: {skipped.summary() if skipped.count else 'no rows'}")
+    like = _types(max((row for _, row in head), key=len))
+    for where, row in itertools.chain(head, rows):
+        if (types := _types(row)) == like:
+            yield row
+        else:
+            invalid(ValueError(f"{where}: {_difference(types, like)}"))
+    if skipped.count:
+        logger.warning("%s: %s", source, skipped.summary())
+
+
+def placed_rows(source: Source, check: Check, skip_invalid: bool) -> Iterator[tuple[str, Row]]:
+    """Yield (place, `check`) of every row; the columns may differ from row to row.
+
+    Raises:
+        ValueError: from `check`, unless such rows are skipped; no rows.
+    """
+    skipped = Skipped(str(source))
+    place = ""
+    for place, row in _read(source, check, skipped if skip_invalid else refuse, ()):
+        yield place, row
+    if not place:
+        raise ValueError(f"{source}: {skipped.summary() if skipped.count else 'no rows'}")
+    if skipped.count:
+        logger.warning("%s: %s", source, skipped.summary())
+
+
+@dataclass
+class Skipped:
+    """Counts the rows that cannot be read, and knows the first of them.
+
+    Attributes:
+        source: as messages begin.
+        count: of the rows.
+        first: what is wrong with the first `SHOWN_PLACES`.
+    """
+
+    source: str
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def __call__(self, error: ValueError) -> None:
+        """Take note of a row."""
+        self.count += 1
+        if self.count <= SHOWN_PLACES:
+            self.first.append(str(error).removeprefix(f"{self.source}, "))
+
+    def summary(self) -> str:
+        """How many rows were skipped and why the first ones."""
+        more = ", the first" if self.count > SHOWN_PLACES else ""
+        return f"{self.count:,} invalid rows skipped{more}: {'; '.join(self.first)}"
+
+
+def _read(
+    source: Source, check: Check, invalid: Refuse, said: Collection[str]
+) -> Iterator[tuple[str, Row]]:
+    """(place, checked row) of each row; names at the end which columns were not read."""
+    reads = {*check.reads, *said}
+    ignored: dict[str, None] = {}
+    for where, row in source.rows(invalid):
+        if not row.keys() <= reads:
+            ignored.update(dict.fromkeys(name for name in row if name not in reads))
+        try:
+            checked = check.read(row, where)
+        except ValueError as error:
+            invalid(error)
+        else:
+            yield where, checked
+    _say_ignored(source, check, ignored)
+
+
+def _say_ignored(source: Source, check: Check, ignored: Collection[str]) -> None:
+    if ignored:
+        logger.warning("%s: %s", source, ignored_note(ignored, check.known))
+
+
+def _types(row: Row) -> dict[str, type]:
+    return {name: type(value) for name, value in row.items()}
 
 
 def dataset_from_rows(rows: Iterable[Row]) -> Dataset:
@@ -87,8 +201,8 @@ def features_of(row: Row) -> Features:
 def _difference(types: Mapping[str, type], first: Mapping[str, type]) -> str:
     if types.keys() != first.keys():
         return (
-            f"columns {sorted(types)}, but the rows before have {sorted(first)}; an optional "
-            "column must be in every row or in none"
+            f"columns {listed(sorted(types))}, but the rows before have {listed(sorted(first))}; "
+            "an optional column must be in every row or in none, and null is not there"
         )
     name = next(name for name in first if types[name] is not first[name])
     return (

@@ -7,21 +7,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_fast.data import checks
-from moe_fast.data.rows import FORMATS, file_format, read_lines, read_rows
+from moe_fast.data.lines import check_file, read_lines
+from moe_fast.data.rows import FORMATS, Row, file_format, read_rows
 
 TEXT_FORMATS = (".txt", ".txt.gz", *FORMATS)
 
 
 def read_texts(
-    path: str | os.PathLike[str], column: str = "text", *, domain_column: str = "domain"
+    path: str | os.PathLike[str],
+    column: str = "text",
+    *,
+    domain_column: str = "domain",
+    delimiter: str | None = None,
 ) -> Iterator[tuple[int, str, str | None]]:
     """Iterate over the texts of a file, without holding the file in memory.
 
     Args:
-        path: ``.txt`` (one text per line, ended by LF or CR LF), ``.jsonl``, ``.csv``, each also as
-            ``.gz`` (all UTF-8), or ``.parquet``.
+        path: ``.txt`` (one text per line, ended by LF or CR LF), ``.jsonl``, ``.csv``, ``.tsv``,
+            each also as ``.gz`` (all UTF-8), or ``.parquet``.
         column: of the text; not for ``.txt``.
         domain_column: of the text's domain, where the file has one; not for ``.txt``.
+        delimiter: see `read_pairs`.
 
     Returns:
         An iterator of (row, text, domain): the row counts texts from 0, as the rows of an array of
@@ -36,11 +42,13 @@ def read_texts(
     """
     path = Path(path)
     kind = file_format(path, TEXT_FORMATS)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    return _number(
-        path, _from_lines(path) if kind == ".txt" else _from_rows(path, column, domain_column)
-    )
+    check_file(path)
+    if kind == ".txt":
+        if delimiter is not None:
+            raise ValueError(f"delimiter={delimiter!r}: {path} is no CSV file")
+        return _number(path, _from_lines(path))
+    rows = read_rows(path, delimiter=delimiter)
+    return _number(path, _from_rows(rows, column, domain_column))
 
 
 def _number(
@@ -59,13 +67,15 @@ def _from_lines(path: Path) -> Iterator[tuple[str, None]]:
         yield checks.text(text, "the text", f"{path}, line {line}"), None
 
 
-def _from_rows(path: Path, column: str, domain_column: str) -> Iterator[tuple[str, str | None]]:
+def _from_rows(
+    rows: Iterator[tuple[str, Row]], column: str, domain_column: str
+) -> Iterator[tuple[str, str | None]]:
     has_domain: bool | None = None
-    for where, row in read_rows(path):
+    for where, row in rows:
         checks.present(row, [column], where)
         if has_domain is None:
-            has_domain = domain_column in row
-        if has_domain != (domain_column in row):
+            has_domain = row.get(domain_column) is not None
+        if has_domain != (row.get(domain_column) is not None):
             raise ValueError(
                 f"{where}: column {domain_column!r} is in some rows only; it must be in every row "
                 "or in none"

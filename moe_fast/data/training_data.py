@@ -2,58 +2,76 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe_fast.data import flag_rows
+from moe_fast.data.checks import listed, simplified
+from moe_fast.data.columns import SPELLINGS, match_columns, match_negatives
 from moe_fast.data.flag_rows import read_flag_rows
 from moe_fast.data.pairs import read_pairs
-from moe_fast.data.sources import open_source
+from moe_fast.data.rows import Row
+from moe_fast.data.sources import AnySource, first_row, open_source
 from moe_fast.data.triplets import read_triplets
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# What tells a layout, the most demanding first: triplets are pairs with more columns.
-LAYOUTS = (
-    (("query", "pos"), read_flag_rows),
-    (("a", "b", "negative_1"), read_triplets),
-    (("a", "b"), read_pairs),
-)
+FLAG_NAMES = {*flag_rows.REQUIRED, *flag_rows.OPTIONAL} - {"domain"}  # no pair has these
 
 
 def read_training_data(
-    source: str | os.PathLike[str],
+    source: AnySource,
     *,
     columns: Mapping[str, str] | None = None,
     keep: Sequence[str] = (),
     split: str = "train",
     name: str | None = None,
     streaming: bool = False,
+    delimiter: str | None = None,
+    skip_invalid: bool = False,
 ) -> Dataset | IterableDataset:
     """Read pairs, triplets or FlagEmbedding rows, whichever the first row's columns say.
 
     Args:
-        source, columns, keep, split, name, streaming: see `read_pairs`.
+        source, columns, keep, split, name, streaming, delimiter, skip_invalid: see `read_pairs`.
 
     Returns:
-        What `read_flag_rows` gives where there are ``query`` and ``pos``, `read_triplets` where
-        there are ``a``, ``b`` and ``negative_1``, `read_pairs` where there are ``a`` and ``b``.
+        What `read_flag_rows` gives where there are ``query`` and ``pos``, or a pair and a list of
+        negatives; `read_triplets` where there are ``a``, ``b`` and ``negative_1``; `read_pairs`
+        where there are ``a`` and ``b``; each also by the other names in
+        `moe_fast.data.columns.SPELLINGS`.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as these; and ValueError where none of the three
-            fits.
+        FileNotFoundError, ValueError, TypeError, ImportError: as these; and ValueError where none
+            of the three fits.
     """
-    options: dict[str, Any] = {"split": split, "name": name, "streaming": streaming}
-    opened = open_source(source, **options)
-    where, row = next(opened.rows(), ("", None))
-    if row is None:
-        raise ValueError(f"{opened}: no rows")
-    ours = {*row, *(columns or {})}
-    for required, read in LAYOUTS:
-        if ours.issuperset(required):
-            return read(source, columns=columns, keep=keep, **options)
-    raise ValueError(
-        f"{where}: columns must be a and b (pairs), a, b and negative_1, ... (triplets), or query, "
-        f"pos and neg (FlagEmbedding rows); columns present: {sorted(row)}"
+    opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)
+    where, row = first_row(opened, skip_invalid)
+    read, columns = _layout(row, dict(columns or {}), where)
+    return read(opened, columns=columns, keep=keep, streaming=streaming, skip_invalid=skip_invalid)
+
+
+def _layout(
+    row: Row, columns: dict[str, str], where: str
+) -> tuple[Callable[..., Any], dict[str, str]]:
+    """The reader for the first row's layout, and the columns to tell it."""
+    pair_is_named = "a" in columns or "b" in columns
+    if FLAG_NAMES & columns.keys() or ("pos" in row and not pair_is_named):
+        return read_flag_rows, columns
+    pair = match_columns(
+        row, ("a", "b"), {ours: its for ours, its in columns.items() if ours in ("a", "b")}, where
     )
+    if len(pair) < 2:
+        raise ValueError(
+            f"{where}: columns must be a and b (pairs), a, b and negative_1, ... (triplets), or "
+            "query, pos and neg (FlagEmbedding rows), or as sentence-transformers calls them; "
+            'columns={"a": ..., "b": ...} or --columns a=...,b=... says which they are; columns '
+            f"present: {listed(sorted(row))}"
+        )
+    free = [name for name in row if name not in columns.values() and name not in pair.values()]
+    lists = [name for name in (pair["b"], *free) if isinstance(row.get(name), list)]
+    if any(name == pair["b"] or simplified(name) in ("neg", *SPELLINGS["neg"]) for name in lists):
+        others = {ours: its for ours, its in columns.items() if ours not in pair}
+        return read_flag_rows, {"query": pair["a"], "pos": pair["b"], **others}
+    return read_triplets if match_negatives(free, columns, where) else read_pairs, columns

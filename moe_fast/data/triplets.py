@@ -2,54 +2,64 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moe_fast.data import checks
-from moe_fast.data.columns import Columns
+from moe_fast.data.checks import listed, shown
+from moe_fast.data.columns import Columns, match_negatives, numbered
 from moe_fast.data.rows import Row
-from moe_fast.data.sources import Source, open_source
+from moe_fast.data.sources import AnySource, first_row, open_source
 from moe_fast.data.tables import build_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-NEGATIVE = re.compile(r"negative_([0-9]+)")
-
 
 def read_triplets(
-    source: str | os.PathLike[str],
+    source: AnySource,
     *,
     columns: Mapping[str, str] | None = None,
     keep: Sequence[str] = (),
     split: str = "train",
     name: str | None = None,
     streaming: bool = False,
+    delimiter: str | None = None,
+    skip_invalid: bool = False,
 ) -> Dataset | IterableDataset:
     """Read triplets: ``a``, ``b`` and ``negative_1`` .. ``negative_G``, the same G in every row.
 
     Args:
-        source, keep, split, name, streaming: see `read_pairs`.
+        source, keep, split, name, streaming, delimiter, skip_invalid: see `read_pairs`.
         columns: {our name: the source's name} where they differ, as
-            ``{"a": "anchor", "b": "positive", "negative_1": "negative"}``.
+            ``{"a": "title", "negative_1": "wrong"}``. ``anchor``, ``positive``, ``negative`` and
+            other spellings are known.
 
     Returns:
         A dataset with the columns ``a``, ``b``, ``negative_1`` .. ``negative_G`` (str), and
-        ``domain`` (str) where the source has it; other columns are left out.
+        ``domain`` (str) where the source has it; other columns are left out, and named in one
+        warning.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as `read_pairs`; and ValueError for negatives
-            that are not numbered 1 .. G, and for a negative with the same text as ``b``.
+        FileNotFoundError, ValueError, TypeError, ImportError: as `read_pairs`; and ValueError for
+            negatives that are not numbered 1 .. G, and for a negative with the same text as ``b``.
     """
-    columns = columns or {}
-    opened = open_source(source, split=split, name=name, streaming=streaming)
-    negatives = _negatives(opened, columns)
+    columns = dict(columns or {})
+    opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)
+    where, row = first_row(opened, skip_invalid)
+    others = {source: name for name, source in columns.items() if numbered(name) is None}
+    negatives = match_negatives((name for name in row if name not in others), columns, where)
+    if not negatives or list(negatives) != [f"negative_{g + 1}" for g in range(len(negatives))]:
+        raise ValueError(
+            f"{where}: negatives must be numbered negative_1, negative_2, ...; got "
+            f"{listed(list(negatives))}; columns present: {listed(sorted(row))}"
+        )
     required = dict.fromkeys(("a", "b", *negatives), checks.text)
-    wanted = Columns(required, {"domain": checks.text}, columns, keep)
-    return build_dataset(opened, _Triplets(wanted, negatives).read, streaming=streaming)
+    wanted = Columns(required, {"domain": checks.text}, {**columns, **negatives}, keep)
+    check = _Triplets(wanted.matched(row, where), tuple(negatives))
+    return build_dataset(opened, check, streaming=streaming, skip_invalid=skip_invalid)
 
 
 @dataclass(frozen=True)
@@ -57,34 +67,27 @@ class _Triplets:
     wanted: Columns
     negatives: tuple[str, ...]
 
+    @property
+    def known(self) -> list[str]:
+        return self.wanted.known
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        return self.wanted.reads
+
     def read(self, row: Mapping[str, Any], where: str) -> Row:
-        known = {*self.negatives, *self.wanted.renamed.values()}
-        if more := sorted(_numbered(row) - known):
-            raise ValueError(
-                f"{where}: column {more[0]!r}, but the first row has "
-                f"{len(self.negatives)} negatives; all rows must have as many"
-            )
+        if not row.keys() <= self.reads:
+            self._check_negatives(row, where)
         triplet = self.wanted.read(row, where)
         for column in self.negatives:
             if triplet[column] == triplet["b"]:
-                raise ValueError(f"{where}: {column} is the same text as b: {triplet['b'][:60]!r}")
+                raise ValueError(f"{where}: {column} is the same text as b: {shown(triplet['b'])}")
         return triplet
 
-
-def _negatives(source: Source, columns: Mapping[str, str]) -> tuple[str, ...]:
-    """The names of the negatives, from the first row."""
-    where, row = next(source.rows(), ("", None))
-    if row is None:
-        raise ValueError(f"{source}: no rows")
-    names = _numbered(columns) | (_numbered(row) - set(columns.values()))
-    numbered = tuple(f"negative_{g}" for g in range(1, len(names) + 1))
-    if not names or set(numbered) != names:
-        raise ValueError(
-            f"{where}: negatives must be numbered negative_1, negative_2, ...; got "
-            f"{sorted(names)}; columns present: {sorted(row)}"
-        )
-    return numbered
-
-
-def _numbered(names: Iterable[str]) -> set[str]:
-    return {name for name in names if NEGATIVE.fullmatch(name)}
+    def _check_negatives(self, row: Mapping[str, Any], where: str) -> None:
+        for name in row.keys() - self.reads:
+            if (numbered(name) or 0) > len(self.negatives):
+                raise ValueError(
+                    f"{where}: column {shown(name)}, but the first row has {len(self.negatives)} "
+                    "negatives; all rows must have as many"
+                )

@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from moe_fast.data import pairs
 from moe_fast.data.columns import Columns
 from moe_fast.data.flag_rows import flag_row_check
+from moe_fast.data.lines import Refuse, refuse
 from moe_fast.data.rows import FORMATS, Row, file_format
 from moe_fast.data.tables import BATCH_ROWS, Check, checked_rows, features_of
 from moe_fast.files import atomic_write
@@ -30,8 +32,8 @@ def write_pairs(rows: Rows, path: str | os.PathLike[str]) -> int:
     Args:
         rows: a dataset or any iterable of rows: ``a``, ``b``, optional ``domain`` and ``label``,
             and further columns of text or numbers. Consumed once; may be larger than memory.
-        path: ``.jsonl``, ``.jsonl.gz``, ``.csv``, ``.csv.gz`` or ``.parquet``; replaced where it
-            exists. The same rows give the same bytes, compressed or not.
+        path: ``.jsonl``, ``.csv`` or ``.tsv``, each also as ``.gz``, or ``.parquet``; replaced
+            where it exists. The same rows give the same bytes, compressed or not.
 
     Returns:
         How many rows were written.
@@ -42,7 +44,7 @@ def write_pairs(rows: Rows, path: str | os.PathLike[str]) -> int:
     """
     rows, first = _peek(rows)
     keep = [name for name in first if name not in (*pairs.REQUIRED, *pairs.OPTIONAL)]
-    return _write(rows, path, Columns(pairs.REQUIRED, pairs.OPTIONAL, keep=keep).read, FORMATS)
+    return _write(rows, path, Columns(pairs.REQUIRED, pairs.OPTIONAL, keep=keep), FORMATS)
 
 
 def write_flag_rows(rows: Rows, path: str | os.PathLike[str]) -> int:
@@ -62,8 +64,10 @@ def write_flag_rows(rows: Rows, path: str | os.PathLike[str]) -> int:
     rows, first = _peek(rows)
     known = flag_row_check().wanted
     keep = [name for name in first if name not in {*known.required, *known.optional}]
-    formats = [suffix for suffix in FORMATS if ".csv" not in suffix]  # a cell holds no list
-    return _write(rows, path, flag_row_check(keep=keep).read, formats)
+    formats = [
+        suffix for suffix in FORMATS if ".jsonl" in suffix or suffix == ".parquet"
+    ]  # a cell holds no list
+    return _write(rows, path, flag_row_check(keep=keep), formats)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class _Given:
     def __str__(self) -> str:
         return "rows"
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
+    def rows(self, invalid: Refuse = refuse) -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(self.given, start=1):
             yield f"rows, row {number}", dict(row)
 
@@ -95,17 +99,19 @@ def _write(rows: Rows, path: str | os.PathLike[str], check: Check, formats: Iter
 
 def _write_jsonl(rows: Iterator[Row], path: Path) -> int:
     count = 0
-    with _text(path) as file:
+    with open_text(path) as file:
         for count, row in enumerate(rows, start=1):  # noqa: B007
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return count
 
 
-def _write_csv(rows: Iterator[Row], path: Path) -> int:
+def _write_csv(rows: Iterator[Row], path: Path, delimiter: str = ",") -> int:
     count = 0
-    with _text(path) as file:
+    with open_text(path) as file:
         # all text in quotes: a lone carriage return or an empty cell is then text as well
-        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        writer = csv.writer(
+            file, delimiter=delimiter, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"
+        )
         for count, row in enumerate(rows, start=1):
             if count == 1:
                 writer.writerow(row)
@@ -129,8 +135,8 @@ def _write_parquet(rows: Iterator[Row], path: Path) -> int:
 
 
 @contextmanager
-def _text(path: Path) -> Iterator[IO[str]]:
-    """A UTF-8 file to write, through gzip where its name ends so."""
+def open_text(path: Path) -> Iterator[IO[str]]:
+    """Open a UTF-8 file to write, through gzip where its name ends so."""
     with ExitStack() as stack:
         file: Any = stack.enter_context(path.open("wb"))
         if path.suffix.lower() == ".gz":  # no name and no time inside: equal rows, equal bytes
@@ -141,5 +147,6 @@ def _text(path: Path) -> Iterator[IO[str]]:
 _WRITERS: dict[str, Callable[[Iterator[Row], Path], int]] = {
     ".jsonl": _write_jsonl,
     ".csv": _write_csv,
+    ".tsv": partial(_write_csv, delimiter="\t"),
     ".parquet": _write_parquet,
 }

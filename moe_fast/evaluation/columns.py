@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from moe_fast.data import checks
+from moe_fast.data.columns import match_columns
+from moe_fast.data.sources import class_names
+
 
 def read_columns(
     dataset: Any,
@@ -17,24 +23,30 @@ def read_columns(
     Args:
         dataset: a ``datasets.Dataset`` or ``IterableDataset`` (which is read through once), or a
             mapping from names to sequences of one length.
-        required, optional: the columns wanted; texts (``a``, ``b``) and ``domain`` must be strings
-            that are not blank.
+        required, optional: the columns wanted, also by their other names, such as ``sentence1`` or
+            ``anchor`` for ``a`` (`moe_fast.data.columns.SPELLINGS`); texts (``a``, ``b``) and
+            ``domain`` must be strings that are not blank.
         argument: what messages call the data set.
 
     Returns:
         {name: values} of the required columns and of those optional ones that there are.
 
     Raises:
-        ValueError: a required column is missing, there are no rows, columns of unequal length, or
-            a text or a domain that is no string or blank.
+        ValueError: a required column is missing, or could be one of two; there are no rows; columns
+            of unequal length; a text or a domain that is no string or blank; a label that says
+            neither 0 nor 1.
     """
     columns = _columns(dataset)
-    missing = [name for name in required if name not in columns]
+    places = match_columns(columns, (*required, *optional), where=argument)
+    missing = [name for name in required if name not in places]
     if missing:
         raise ValueError(
             f"{argument}: column {missing[0]!r} is missing; columns present: {sorted(columns)}"
         )
-    chosen = {name: list(columns[name]) for name in (*required, *optional) if name in columns}
+    wanted = [name for name in (*required, *optional) if name in places]
+    chosen = {name: list(columns[places[name]]) for name in wanted}
+    if "label" in chosen:
+        chosen["label"] = _labels(dataset, places["label"], chosen["label"], argument)
     lengths = {name: len(values) for name, values in chosen.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{argument}: columns must have one length; got {lengths}")
@@ -53,6 +65,15 @@ def _columns(dataset: Any) -> Mapping[str, Any]:
     rows = list(dataset)
     names = rows[0].keys() if rows else ()
     return {name: [row[name] for row in rows] for name in names}
+
+
+def _labels(dataset: Any, column: str, values: list[Any], argument: str) -> list[int]:
+    """0 or 1 each; classes that have names are known by these, not by their numbers."""
+    if hasattr(dataset, "features"):
+        names = class_names(dataset).get(column)
+        values = [names[v] if names and isinstance(v, int) and v >= 0 else v for v in values]
+    plain = [value.item() if isinstance(value, np.generic) else value for value in values]
+    return [checks.label(value, "label", f"{argument}, row {i}") for i, value in enumerate(plain)]
 
 
 def _check_strings(values: Sequence[Any], where: str) -> None:

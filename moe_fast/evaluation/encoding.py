@@ -9,10 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_fast.encoding.encoder import check_one_encoder
+from moe_fast.encoding.lengths import measure_texts, shortened
+from moe_fast.encoding.prompts import prompt_of
 from moe_fast.evaluation.optional import require
 
 Role = Literal["query", "document"]
-_TOKENIZE_AT_ONCE = 1024
 _DECIMALS = 12
 
 
@@ -100,10 +102,12 @@ def embed(
     Raises:
         ValueError: texts that are too long, where they are not to be cut; vectors that are not
             one per text, or not finite; ``roles`` for a model without ``encode_query``.
+        TypeError: a model of several encoders.
         ImportError: scikit-learn is not installed.
     """
     normalize = require("sklearn.preprocessing").normalize
     options = options or EncodeOptions()
+    check_one_encoder(model)
     names: Sequence[str | None] = [None] * len(texts) if domains is None else domains
     keys = list(zip(texts, names, strict=True))
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
@@ -113,8 +117,8 @@ def embed(
         keywords["domain"] = [domain for _, domain in places]
     if hasattr(model, "truncate"):  # a MoESentenceTransformer measures the texts itself
         keywords |= {} if options.truncate is None else {"truncate": options.truncate}
-    elif not options.truncate:
-        _check_lengths(model, different, _prompt(model, role, options))
+    else:
+        different = _fitting(model, different, _prompt(model, role, options), options.truncate)
     vectors = _to_array(_encoder(model, role, options)(different, **keywords))
     if vectors.ndim != 2 or vectors.shape[0] != len(different):
         raise ValueError(
@@ -191,28 +195,13 @@ def _to_array(vectors: Any) -> Any:
 def _prompt(model: Any, role: Role, options: EncodeOptions) -> str:
     """The prompt that a ``SentenceTransformer`` will put in front of every text."""
     given = getattr(options, f"{role}_prompt")
-    names = (
-        getattr(options, f"{role}_prompt_name"),
-        role if options.roles else None,
-        getattr(model, "default_prompt_name", None),
-    )
-    prompts = getattr(model, "prompts", None) or {}
-    return given or next((prompts[name] for name in names if name in prompts), "")
+    name = getattr(options, f"{role}_prompt_name")
+    return prompt_of(model, given, name, role if options.roles else None)
 
 
-def _check_lengths(model: Any, texts: Sequence[str], prompt: str) -> None:
-    """Find texts that a stock ``SentenceTransformer`` would cut without a word."""
+def _fitting(model: Any, texts: list[str], prompt: str, truncate: bool | None) -> list[str]:
+    """Texts that a stock ``SentenceTransformer``, which says nothing, may be given to cut."""
     limit, tokenizer = getattr(model, "max_seq_length", None), getattr(model, "tokenizer", None)
-    if limit is None or tokenizer is None:
-        return
-    long = []
-    for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
-        chunk = [prompt + text for text in texts[start : start + _TOKENIZE_AT_ONCE]]
-        ids = tokenizer(chunk, truncation=False, padding=False, verbose=False)["input_ids"]
-        long += [(text, len(row)) for text, row in zip(chunk, ids, strict=True) if len(row) > limit]
-    if long:
-        raise ValueError(
-            f"{len(long)} of {len(texts)} texts are longer than the model's max_seq_length = "
-            f"{limit} tokens (the first has {long[0][1]}: {long[0][0][:60]!r}). Pass truncate=True "
-            "to cut them."
-        )
+    long = measure_texts(tokenizer, texts, prompt, limit)
+    long.settle(truncate)
+    return shortened(texts, prompt, long)

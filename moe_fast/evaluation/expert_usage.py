@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,16 +68,19 @@ def _check_texts(texts: Sequence[str], domains: Sequence[str], names: list[str])
 
 @contextmanager
 def _counted_tokens(model: nn.Module) -> Iterator[NDArray[np.float64]]:
-    """An array [layer, expert] that grows with every forward pass inside the block."""
+    """An array [layer, expert] that grows with this thread's forward passes inside the block."""
     routers = [module for module in model.modules() if isinstance(module, MoERouter)]
     if not routers:
         raise ValueError("model has no MoE layers; moe_fast.upcycle gives it some")
     num_experts = max(router.num_experts for router in routers)
     counts = np.zeros((len(routers), num_experts))
     handles = []
+    this_thread = threading.get_ident()
     for layer, router in enumerate(routers):
 
         def count(_module: nn.Module, _inputs: Any, output: Any, layer: int = layer) -> None:
+            if threading.get_ident() != this_thread:
+                return
             tokens = output.tokens_per_expert.detach().cpu().numpy()
             counts[layer, : len(tokens)] += tokens
 

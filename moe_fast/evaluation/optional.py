@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
+
+from moe_fast import extras
 
 
 def require(module: str) -> ModuleType:
@@ -12,10 +13,4 @@ def require(module: str) -> ModuleType:
     Raises:
         ImportError: it is not installed; the message names the extra.
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0].replace("_", "-")
-        raise ImportError(
-            f"this evaluation needs {package}, which is not installed: pip install 'moe-fast[eval]'"
-        ) from error
+    return extras.require(module, "eval", "this evaluation")

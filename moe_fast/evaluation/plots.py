@@ -36,8 +36,8 @@ def plot_expert_usage(
         domains: names of the rows.
         path: file to write, e.g. ``usage.png``; the suffix gives the format.
         columns: panels side by side.
-        layers: their numbers in the model, where not all of its layers have experts; by default
-            they are counted.
+        layers: their numbers in the model, counted from 0, where not all of its layers have
+            experts (a mixture's ``config.moe_layers``).
 
     Raises:
         ValueError: no usages, or an array that does not fit the domains or layers.
@@ -300,8 +300,8 @@ def _usage_panels(
             panels.append((f"{name}\n{_alike(layers, numbers)}", shares[:, 0]))
             continue
         for i in range(layers):
-            title = f"layer {i + 1} of {layers}" if numbers is None else f"layer {numbers[i]}"
-            panels.append((f"{name}\n{title}", shares[:, i]))
+            number = i if numbers is None else numbers[i]
+            panels.append((f"{name}\nlayer {number}", shares[:, i]))
     if not panels:
         raise ValueError("usages is empty; nothing to draw")
     return panels

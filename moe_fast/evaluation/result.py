@@ -179,10 +179,13 @@ def compare(
     if names != {group: list(scores) for group, scores in second.scores.items()}:
         raise ValueError("first and second have different metrics: use the same settings for both")
     bootstrap = bootstrap or Bootstrap(**first.settings["bootstrap"])
-    values = _subtract(first.items.metrics(), second.items.metrics())
+    # Pairs have no ids, and equal fingerprints only in the same order; queries go by their ids.
+    ordered = hasattr(second.items, "in_order_of")
+    items = second.items.in_order_of(first.items) if ordered else second.items
+    values = _subtract(first.items.metrics(), items.metrics())
 
     def resampled(rows: NDArray[np.int64]) -> Metrics:
-        return _subtract(first.items.resampled(rows), second.items.resampled(rows))
+        return _subtract(first.items.resampled(rows), items.resampled(rows))
 
     differences = _with_intervals(values, first.items, resampled, bootstrap)
     settings = {"bootstrap": asdict(bootstrap)}

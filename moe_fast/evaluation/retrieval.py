@@ -1,7 +1,12 @@
-"""Retrieval: searching a corpus with a model, and scoring what comes out."""
+"""Retrieval: searching a corpus with a model, and scoring what comes out.
+
+BEIR's conventions: the document with the query's own id is no hit of it (``ignore_identical_ids``),
+a relevance above 0 is relevant, and queries without judgements are not scored.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +32,8 @@ from moe_fast.evaluation.trec import Run
 if TYPE_CHECKING:
     from moe_fast.data import Retrieval
 
+logger = logging.getLogger(__name__)
+
 MEASURES: tuple[str, ...] = ("nDCG@10", "MRR@10", "Recall@10")
 RUN_DEPTH = 1000
 
@@ -38,6 +45,7 @@ class QueryItems:
         queries: [Q] their ids.
         scores: {measure: [Q] float64}.
         domains: [Q] names, or ``None``.
+        fingerprint: of the data; the order of queries, documents and judgements is not in it.
     """
 
     def __init__(
@@ -49,17 +57,24 @@ class QueryItems:
     ) -> None:
         self.queries, self.scores, self.domains = list(queries), scores, domains
         self.fingerprint = fingerprint
-        self._groups = by_group(domains, len(queries))
-        self.strata = list(self._groups.values())[:-1] or [self._groups[ALL_DOMAINS]]
-        self.sizes = {group: len(rows) for group, rows in self._groups.items()}
+        self.groups = by_group(domains, len(queries))
+        self.strata = list(self.groups.values())[:-1] or [self.groups[ALL_DOMAINS]]
+        self.sizes = {group: len(rows) for group, rows in self.groups.items()}
         drawn = np.concatenate(self.strata)  # a resample's columns, side by side
-        self._columns = {g: np.isin(drawn, rows) for g, rows in self._groups.items()}
+        self._columns = {g: np.isin(drawn, rows) for g, rows in self.groups.items()}
+
+    def in_order_of(self, other: QueryItems) -> QueryItems:
+        """The same scores, by the queries' ids in the order of `other`'s queries."""
+        place = {query: row for row, query in enumerate(self.queries)}
+        rows = np.array([place[query] for query in other.queries])
+        scores = {name: values[rows] for name, values in self.scores.items()}
+        return QueryItems(other.queries, scores, other.domains, self.fingerprint)
 
     def metrics(self) -> Metrics:
         """Means over the queries of every group."""
         return {
             group: {name: float(values[rows].mean()) for name, values in self.scores.items()}
-            for group, rows in self._groups.items()
+            for group, rows in self.groups.items()
         }
 
     def resampled(self, rows: NDArray[np.int64]) -> Metrics:
@@ -76,6 +91,7 @@ def evaluate_retrieval(
     retrieval: Retrieval,
     *,
     measures: Sequence[str] = MEASURES,
+    ignore_identical_ids: bool = True,
     name: str | None = None,
     encode: EncodeOptions | None = None,
     bootstrap: Bootstrap | None = None,
@@ -86,6 +102,8 @@ def evaluate_retrieval(
         model: anything with ``encode``, see `moe_fast.evaluation.embed`.
         retrieval: corpus, queries and qrels, see `moe_fast.data.read_retrieval`.
         measures: ``"nDCG@k"``, ``"MRR@k"``, ``"Recall@k"``, ``"MAP@k"``, ``"MAP"``.
+        ignore_identical_ids: leave out of a query's hits the document with its own id, as BEIR and
+            MTEB do (in ArguAna and Quora the queries are documents).
         name: of the model in the result; by default that of its class.
         encode: how texts are encoded.
         bootstrap: settings of the intervals; queries are resampled, within their domain.
@@ -99,11 +117,12 @@ def evaluate_retrieval(
     """
     depth = check_measures(measures)
     check_qrels(retrieval)
-    run, settings = _retrieve(model, retrieval, depth, encode)
+    run, settings = _retrieve(model, retrieval, depth, encode, ignore_identical_ids)
     return evaluate_run(
         run,
         retrieval,
         measures=measures,
+        ignore_identical_ids=ignore_identical_ids,
         name=name or type(model).__name__,
         bootstrap=bootstrap,
         settings=settings,
@@ -115,6 +134,7 @@ def retrieve(
     retrieval: Retrieval,
     *,
     depth: int = RUN_DEPTH,
+    ignore_identical_ids: bool = True,
     encode: EncodeOptions | None = None,
 ) -> Run:
     """The best documents for each query, by an exact search with the cosine.
@@ -124,6 +144,7 @@ def retrieve(
             them, unless ``encode.roles`` says otherwise.
         retrieval: corpus and queries.
         depth: documents per query; all where there are fewer.
+        ignore_identical_ids: leave out the document with the query's own id, as BEIR does.
         encode: how texts are encoded.
 
     Returns:
@@ -132,10 +153,11 @@ def retrieve(
         that sorts by score ranks the same.
 
     Raises:
-        ValueError: no queries or no corpus, depth below 1, or as `moe_fast.evaluation.embed`.
+        ValueError: no queries or no corpus, depth below 1, domains that the model does not know, or
+            as `moe_fast.evaluation.embed`.
         ImportError: scikit-learn is not installed.
     """
-    return _retrieve(model, retrieval, depth, encode)[0]
+    return _retrieve(model, retrieval, depth, encode, ignore_identical_ids)[0]
 
 
 def _retrieve(
@@ -143,6 +165,7 @@ def _retrieve(
     retrieval: Retrieval,
     depth: int,
     encode: EncodeOptions | None,
+    ignore_identical_ids: bool,
 ) -> tuple[Run, dict[str, Any]]:
     """`retrieve`, and the settings of the encoding."""
     options = encode or EncodeOptions()
@@ -156,6 +179,8 @@ def _retrieve(
             "retrieval needs queries, documents and a depth of at least 1; got "
             f"{len(retrieval.queries)}, {len(retrieval.corpus)} and {depth}"
         )
+    if pass_domain:
+        _check_domains(model, retrieval)
     vectors = []
     sides: tuple[tuple[Role, Any, Any], ...] = (
         ("query", retrieval.queries, domains[0]),
@@ -164,9 +189,30 @@ def _retrieve(
     for role, texts, names in sides:
         given = [names[key] for key in texts] if pass_domain else None
         vectors.append(embed(model, list(texts.values()), role, domains=given, options=options))
-    scores, hits = search(*vectors, k=depth)
+    own = ignore_identical_ids and not retrieval.queries.keys().isdisjoint(retrieval.corpus)
+    scores, hits = search(*vectors, k=depth + own)
     run = _as_run(list(retrieval.queries), list(retrieval.corpus), scores, hits)
+    if own:
+        run = {query: _others(query, found, depth) for query, found in run.items()}
     return run, {"encode": asdict(options) | {"pass_domain": pass_domain}, "depth": depth}
+
+
+def _others(query: str, hits: Mapping[str, float], depth: int | None = None) -> dict[str, float]:
+    """The first hits but the query's own document."""
+    return dict([hit for hit in hits.items() if hit[0] != query][:depth])
+
+
+def _check_domains(model: Any, retrieval: Retrieval) -> None:
+    """Raise before anything is encoded where a text's domain is none of the model's."""
+    config = getattr(getattr(model, "transformers_model", None), "config", None)
+    known = set(getattr(config, "domains", None) or ())
+    for kind, domains in (("queries", retrieval.domains), ("corpus", retrieval.corpus_domains)):
+        unknown = sorted(set((domains or {}).values()) - known)
+        if unknown and known:
+            raise ValueError(
+                f"{kind}: the domain {unknown[0]!r} is none of the model's; it knows "
+                f"{', '.join(sorted(known))}"
+            )
 
 
 def _as_run(
@@ -188,6 +234,7 @@ def evaluate_run(
     retrieval: Retrieval,
     *,
     measures: Sequence[str] = MEASURES,
+    ignore_identical_ids: bool = True,
     name: str = "run",
     bootstrap: Bootstrap | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -197,54 +244,123 @@ def evaluate_run(
     Args:
         run: {query: {document: score}}; a query that it lacks scores 0.
         retrieval: queries, qrels and, where known, the queries' domains.
-        measures: see `evaluate_retrieval`.
+        measures, ignore_identical_ids: see `evaluate_retrieval`.
         name: of the run in the result.
         bootstrap: settings of the intervals.
         settings: what else to say in the result about how the run was made.
 
     Returns:
-        An `Evaluation`: means over the queries, by ir-measures (nDCG is trec_eval's, with linear
-        gains), per domain where the queries have domains, and over all.
+        An `Evaluation`: means over the judged queries, by ir-measures (nDCG is trec_eval's, with
+        linear gains), per domain where the queries have domains, and over all. As in BEIR and
+        trec_eval, a query without judgements is not scored, and one whose judgements are all 0 or
+        less scores 0. Details: the numbers of queries (scored), of those without a relevant
+        document and, over all, of queries without judgements and of those whose own document
+        is in the corpus and ignored.
 
     Raises:
-        ValueError: an unknown measure; a query without a relevant document; qrels of unknown
+        ValueError: an unknown measure; no query with a relevant document; qrels of unknown
             documents or queries; a run with queries or documents that are not in `retrieval`.
         ImportError: ir-measures or scipy is not installed.
     """
     bootstrap = bootstrap or Bootstrap()
     check_measures(measures)
     check_qrels(retrieval)
+    _check_run(run, retrieval)
+    if ignore_identical_ids:
+        run = {query: _others(query, hits) for query, hits in run.items()}
+    queries = [query for query in retrieval.queries if retrieval.qrels.get(query)]
+    qrels = {query: retrieval.qrels[query] for query in queries}
+    _warn_of_judgements(qrels, len(retrieval.queries), ignore_identical_ids)
+    known = retrieval.domains
+    items = QueryItems(
+        queries,
+        query_scores({query: run[query] for query in queries if query in run}, qrels, measures),
+        None if known is None else [known[query] for query in queries],
+        _fingerprint(retrieval, ignore_identical_ids),
+    )
+    details = _details(items, qrels)
+    details[ALL_DOMAINS] |= {
+        "queries_without_judgements": len(retrieval.queries) - len(queries),
+        "own_documents_ignored": ignore_identical_ids
+        * sum(query in retrieval.corpus for query in queries),
+    }
+    return evaluation_of(
+        "retrieval",
+        name,
+        items,
+        details=details,
+        settings={
+            "documents": len(retrieval.corpus),
+            "ignore_identical_ids": ignore_identical_ids,
+            **(settings or {}),
+        },
+        bootstrap=bootstrap,
+    )
+
+
+def _check_run(run: Mapping[str, Mapping[str, float]], retrieval: Retrieval) -> None:
     for query, hits in run.items():
         if query not in retrieval.queries:
             raise ValueError(f"run: query {query!r} is not among the {len(retrieval.queries)}")
         unknown = hits.keys() - retrieval.corpus.keys()
         if unknown:
             raise ValueError(f"run: query {query!r}: unknown document {min(unknown)!r}")
-    queries = list(retrieval.queries)
-    qrels = {query: retrieval.qrels[query] for query in queries}
-    known = retrieval.domains
-    items = QueryItems(
-        queries,
-        query_scores(run, qrels, measures),
-        None if known is None else [known[query] for query in queries],
-        fingerprint(retrieval.queries, retrieval.qrels, list(retrieval.corpus), known),
+
+
+def _warn_of_judgements(
+    qrels: Mapping[str, Mapping[str, int]], queries: int, ignore_identical_ids: bool
+) -> None:
+    """Say how many queries are not scored, or cannot score."""
+    if len(qrels) < queries:
+        logger.warning(
+            "%d of %d queries have no judgements and are not scored.", queries - len(qrels), queries
+        )
+    empty = sum(not _relevant(judged) for judged in qrels.values())
+    if empty:
+        logger.warning("%d of %d queries have no relevant document and score 0.", empty, len(qrels))
+    own = sum(judged.get(query, 0) > 0 for query, judged in qrels.items())
+    if own and ignore_identical_ids:
+        logger.warning(
+            "%d queries judge the document with their own id relevant, which is left out of their "
+            "hits; ignore_identical_ids=False (--keep-identical-ids) keeps it.",
+            own,
+        )
+
+
+def _relevant(judged: Mapping[str, int]) -> bool:
+    return any(relevance > 0 for relevance in judged.values())
+
+
+def _details(
+    items: QueryItems, qrels: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, Any]]:
+    without = np.array([not _relevant(qrels[query]) for query in items.queries])
+    return {
+        group: {"queries": len(rows), "queries_without_relevant": int(without[rows].sum())}
+        for group, rows in items.groups.items()
+    }
+
+
+def _fingerprint(retrieval: Retrieval, ignore_identical_ids: bool) -> str:
+    """Of everything but the order."""
+    parts = (retrieval.queries, retrieval.qrels, retrieval.domains or {})
+    return fingerprint(
+        *(sorted((key, _sorted(value)) for key, value in part.items()) for part in parts),
+        sorted(retrieval.corpus),
+        ignore_identical_ids,
     )
-    return evaluation_of(
-        "retrieval",
-        name,
-        items,
-        details={group: {"queries": size} for group, size in items.sizes.items()},
-        settings={"documents": len(retrieval.corpus), **(settings or {})},
-        bootstrap=bootstrap,
-    )
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value.items()) if isinstance(value, Mapping) else value
 
 
 def check_qrels(retrieval: Retrieval) -> None:
     """Refuse judgements that cannot be scored; call it before anything is encoded.
 
     Raises:
-        ValueError: a query without a relevant document, judgements of an unknown query or
-            document, or a query without a domain where others have one.
+        ValueError: no query with a relevant document, judgements of an unknown query or document,
+            or a query without a domain where others have one.
     """
     for query, judged in retrieval.qrels.items():
         if query not in retrieval.queries:
@@ -252,15 +368,9 @@ def check_qrels(retrieval: Retrieval) -> None:
         unknown = judged.keys() - retrieval.corpus.keys()
         if unknown:
             raise ValueError(f"qrels: query {query!r}: unknown document {min(unknown)!r}")
-    without = [
-        query
-        for query in retrieval.queries
-        if not any(grade > 0 for grade in retrieval.qrels.get(query, {}).values())
-    ]
-    if without:
+    if retrieval.queries and not any(map(_relevant, retrieval.qrels.values())):
         raise ValueError(
-            f"qrels: {len(without)} of {len(retrieval.queries)} queries have no relevant document, "
-            f"as {without[0]!r}; leave them out"
+            f"qrels: none of the {len(retrieval.queries)} queries has a relevant document"
         )
     if retrieval.domains is not None:
         nameless = [query for query in retrieval.queries if query not in retrieval.domains]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from typing import Any
@@ -21,6 +22,8 @@ from moe_fast.evaluation.result import (
     evaluation_of,
     fingerprint,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class StsItems:
@@ -44,6 +47,17 @@ class StsItems:
         # where each group stands in a resample, whose columns are the strata side by side
         drawn = np.concatenate(self.strata)
         self._columns = {g: np.isin(drawn, rows) for g, rows in self._groups.items()}
+
+    def details(self) -> dict[str, dict[str, Any]]:
+        """Of every group, how many pairs it has, and from where to where their scores go."""
+        return {
+            group: {
+                "pairs": len(rows),
+                "lowest_score": float(self.gold[rows].min()),
+                "highest_score": float(self.gold[rows].max()),
+            }
+            for group, rows in self._groups.items()
+        }
 
     def metrics(self) -> Metrics:
         """Spearman's and Pearson's correlation of every group, by SciPy; NaN for a constant."""
@@ -104,6 +118,9 @@ def evaluate_sts(
     Returns:
         An `Evaluation` with the metrics ``"Spearman"`` and ``"Pearson"``, NaN (and no interval)
         where the cosines or the scores of a domain, or of a resample of it, are all the same.
+        Details: numbers of pairs, and the lowest and the highest score, which tell the scale. A
+        correlation does not depend on the scale, but over all domains it mixes different ones: a
+        warning says so.
 
     Raises:
         ValueError: a missing column, fewer than two pairs, a score that is no finite number,
@@ -115,14 +132,33 @@ def evaluate_sts(
     _check_gold(columns["score"])
     a, b, settings = embed_pairs(model, columns, encode)
     items = StsItems(pairwise_cosine(a, b), columns, by_domain)
+    details = items.details()
+    _warn_of_scales(details)
     return evaluation_of(
         "sts",
         name or type(model).__name__,
         items,
-        details={group: {"pairs": size} for group, size in items.sizes.items()},
+        details=details,
         settings=settings,
         bootstrap=bootstrap,
     )
+
+
+def _warn_of_scales(details: dict[str, dict[str, Any]]) -> None:
+    """Say where one domain's scores all lie in a small part of another's range."""
+    ranges = {
+        domain: (found["lowest_score"], found["highest_score"])
+        for domain, found in details.items()
+        if domain != ALL_DOMAINS
+    }
+    widths = [high - low for low, high in ranges.values() if high > low]
+    if widths and max(widths) > 2 * min(widths):
+        shown = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in ranges.items())
+        logger.warning(
+            "The domains' scores seem to have different scales (%s): the correlation over all "
+            "mixes them.",
+            shown,
+        )
 
 
 def _check_gold(scores: list[Any]) -> None:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from moe_fast.data.rows import read_lines
+from moe_fast.data.write import open_text
 from moe_fast.files import atomic_write
 
 Run = dict[str, dict[str, float]]  # {query: {document: score}}, best first
@@ -19,7 +21,7 @@ def write_run(
 
     Args:
         run: {query: {document: score}}, best first, scores not rising.
-        path: file to write, whole or not at all.
+        path: file to write, whole or not at all; compressed where its name ends in ``.gz``.
         tag: the run's name, its last column.
 
     Raises:
@@ -27,7 +29,7 @@ def write_run(
             way to quote; a score that is not finite; scores that rise.
     """
     _check_word(tag, "tag")
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open_text(temporary) as file:
         for query, scores in run.items():
             _check_word(query, "query id")
             last = math.inf
@@ -43,7 +45,7 @@ def write_run(
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a run file; within a query the hits are put in the order of their scores.
+    """Read a run file (``.gz`` too); a query's hits are put in the order of their scores.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -51,16 +53,15 @@ def read_run(path: str | os.PathLike[str]) -> Run:
             for one query (each with file and line), or no lines.
     """
     run: Run = {}
-    with Path(path).open(encoding="utf-8") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            query, document, score = _parse(text.split(), f"{path}, line {line}")
-            if document in run.setdefault(query, {}):
-                raise ValueError(
-                    f"{path}, line {line}: document {document!r} is there twice for query {query!r}"
-                )
-            run[query][document] = score
+    for line, text in read_lines(Path(path)):
+        if not text.strip():
+            continue
+        query, document, score = _parse(text.split(), f"{path}, line {line}")
+        if document in run.setdefault(query, {}):
+            raise ValueError(
+                f"{path}, line {line}: document {document!r} is there twice for query {query!r}"
+            )
+        run[query][document] = score
     if not run:
         raise ValueError(f"{path}: no hits in this file")
     return {query: dict(sorted(hits.items(), key=_falling)) for query, hits in run.items()}

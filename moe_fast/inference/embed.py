@@ -3,9 +3,10 @@
 The texts are cut into chunks of equal size. Each chunk's vectors go to a file of their own in
 ``OUTPUT.parts``, written whole or not at all, beside a manifest of what is being computed. A run
 that was killed is started again with the same arguments: chunks that are there are not computed
-again. Chunk i holds the same texts and is computed in the same way (same model, batches and
-threads) whichever process does it and whenever, so the result has the same bytes however often the
-run was stopped. At the end the chunks are copied into the output one by one.
+again, and one that was killed while it cleaned up ends that. A second run with the same output is
+refused meanwhile. Chunk i holds the same texts and is computed in the same way (same model, batches
+and threads) whichever process does it and whenever, so the result has the same bytes however often
+the run was stopped. At the end the chunks are copied into the output one by one.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from moe_fast.files import check_output
+from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
+from moe_fast.files import check_output, exclusive
 from moe_fast.inference.encoder import EncoderSettings, TextEncoder, torch_threads
 from moe_fast.inference.models import file_sha256, model_fingerprint
-from moe_fast.inference.parts import Parts
+from moe_fast.inference.parts import Parts, has_parts, open_parts
 from moe_fast.inference.texts import TextRow, read_text_rows
+from moe_fast.inference.threads import check_threads
 from moe_fast.inference.vectors import check_vector_format, write_vectors
 from moe_fast.inference.workers import worker_pool
 from moe_fast.ops.checks import check_count
@@ -39,12 +42,14 @@ class EmbeddedFile:
         path: the output.
         rows, dimension: its shape.
         resumed_rows: rows that an earlier, interrupted run had computed.
+        truncated_rows: texts that this run cut, see ``EncoderSettings.truncate``.
     """
 
     path: Path
     rows: int
     dimension: int
     resumed_rows: int
+    truncated_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,14 @@ class Chunk:
     number: int
     first: int
     rows: list[TextRow]
+
+
+@dataclass(frozen=True)
+class EmbeddedChunk:
+    """What became of a :class:`Chunk`: its number of texts, and of those that were cut."""
+
+    size: int
+    truncated: TruncatedTexts
 
 
 def embed_file(
@@ -82,8 +95,10 @@ def embed_file(
 
     Args:
         source: ``.txt``, ``.jsonl``, ``.csv`` (also ``.gz``) or ``.parquet``.
-        output: ``.npy``, an array [N, d], or ``.parquet`` with the columns ``id`` (the source's
-            ``id`` or ``_id``, else the row number from 0, as text) and ``embedding``.
+        output: ``.npy``, an array [N, d], with the ids beside it (see
+            :mod:`moe_fast.inference.vectors`), or ``.parquet`` with the columns ``id`` and
+            ``embedding``. Ids are the source's ``id`` or ``_id``, else the row number from 0, as
+            text.
         settings: the model and how to call it.
         columns, domain_column: see :func:`moe_fast.inference.texts.read_text_rows`.
         chunk_size: texts per chunk: what a kill can lose, per process.
@@ -99,46 +114,56 @@ def embed_file(
             The message names what differs.
         FileNotFoundError: no such source or model.
         ValueError: bad settings or texts, with the file and line; no texts.
-        RuntimeError: a worker process died.
+        RuntimeError: another run is writing `output`; a worker process died.
     """
     check_count("chunk_size", chunk_size)
-    check_count("processes", processes)
-    check_count("threads", 1 if threads is None else threads)
-    source, output = Path(source), check_output(output, overwrite)
+    check_threads("processes", processes)
+    check_threads("threads", 1 if threads is None else threads)
+    source, output = Path(source), Path(output)
     check_vector_format(output)
+    # With chunks beside it the output may be this very run's, killed before it had cleaned up.
+    check_output(output, overwrite or has_parts(output))
     if settings.domain is not None and domain_column is not None:
         raise ValueError(
             "give domain or domain_column, not both; got "
             f"domain={settings.domain!r} and domain_column={domain_column!r}"
         )
     reading: dict[str, Any] = {"columns": columns, "domain_column": domain_column}
-    first, count, domains = _look_through(source, **reading)
-    encoder = TextEncoder(settings)
-    encoder.check_domains(sorted(domains))
-    # One text shows whether any can be embedded, before anything is written.
-    dimension = encoder.encode([first.text], _domains([first])).shape[1]
-    parts = Parts(output, dimension, settings.dtype)
-    manifest = _manifest(source, settings, reading, chunk_size, output)
-    threads = parts.open(
-        manifest,
-        threads=threads,
-        default_threads=max(1, torch.get_num_threads() // processes),
-        overwrite=overwrite,
-    )
-    chunks = _chunks(read_text_rows(source, **reading), chunk_size)
-    alone = encoder if processes == 1 else None
-    del encoder  # the workers load their own
-    with tqdm(total=count, unit=" texts", desc="embed", disable=not progress) as bar:
-        missing = _Missing(chunks, parts, bar)
-        if alone is not None:
-            sizes = _in_this_process(missing, alone, parts, threads)
-        else:
-            sizes = _in_workers(missing, settings, parts, processes, threads)
-        for size in sizes:
-            bar.update(size)
-    write_vectors(output, parts.read(chunks=-(-count // chunk_size)), (count, dimension))
-    parts.remove()
-    return EmbeddedFile(output, count, dimension, missing.found)
+    with exclusive(output):
+        first, count, domains = _look_through(source, **reading)
+        encoder = TextEncoder(settings)
+        encoder.check_domains(sorted(domains))
+        # One text shows whether any can be embedded, before anything is written.
+        with counted_truncation():  # it is counted where it is embedded
+            dimension = encoder.encode([first.text], _domains([first])).shape[1]
+        sizes = [min(chunk_size, count - start) for start in range(0, count, chunk_size)]
+        parts = open_parts(
+            output,
+            _manifest(source, settings, reading, chunk_size, output),
+            (dimension, settings.dtype),
+            threads=threads,
+            default_threads=max(1, torch.get_num_threads() // processes),
+            overwrite=overwrite,
+        )
+        found, truncated = count, TruncatedTexts()
+        if not parts.are_in_output(sizes):
+            check_output(output, overwrite)
+            chunks = _chunks(read_text_rows(source, **reading), chunk_size)
+            with tqdm(total=count, unit=" texts", desc="embed", disable=not progress) as bar:
+                missing = _Missing(chunks, parts, bar)
+                if processes == 1:
+                    finished = _in_this_process(missing, encoder, parts)
+                else:
+                    del encoder  # the workers load their own
+                    finished = _in_workers(missing, settings, parts, processes)
+                for done in finished:
+                    bar.update(done.size)
+                    truncated.add(done.truncated.num_long, done.truncated.limit)
+            found = missing.found
+            truncated.warn(count - found)
+            write_vectors(output, parts.read(len(sizes)), (count, dimension))
+        parts.remove()
+    return EmbeddedFile(output, count, dimension, found, truncated.num_long)
 
 
 def _look_through(
@@ -212,25 +237,26 @@ class _Missing:
 
 
 def _in_this_process(
-    chunks: Iterable[Chunk], encoder: TextEncoder, parts: Parts, threads: int
-) -> Iterator[int]:
-    """The sizes of the chunks as they get done."""
-    with torch_threads(threads):
+    chunks: Iterable[Chunk], encoder: TextEncoder, parts: Parts
+) -> Iterator[EmbeddedChunk]:
+    """The chunks as they get done."""
+    with torch_threads(parts.threads):
         for chunk in chunks:
             yield embed_chunk(encoder, parts, chunk)
 
 
-def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> int:
-    """Compute and write one chunk; returns its number of texts."""
+def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> EmbeddedChunk:
+    """Compute and write one chunk."""
     texts = [row.text for row in chunk.rows]
     try:
-        vectors = encoder.encode(texts, _domains(chunk.rows))
+        with counted_truncation() as truncated:
+            vectors = encoder.encode(texts, _domains(chunk.rows))
     except ValueError as error:
         raise ValueError(
             f"in the {len(texts)} texts from {chunk.rows[0].where}: {error}"
         ) from error
     parts.write(chunk.number, vectors, [row.id for row in chunk.rows])
-    return len(texts)
+    return EmbeddedChunk(len(texts), truncated)
 
 
 def _domains(rows: list[TextRow]) -> list[str] | None:
@@ -239,11 +265,11 @@ def _domains(rows: list[TextRow]) -> list[str] | None:
 
 
 def _in_workers(
-    chunks: Iterable[Chunk], settings: EncoderSettings, parts: Parts, processes: int, threads: int
-) -> Iterator[int]:
-    """The sizes of the chunks as they get done; at most two per worker are held in memory."""
-    with worker_pool(processes, settings, parts, threads) as submit:
-        pending: set[Future[int]] = set()
+    chunks: Iterable[Chunk], settings: EncoderSettings, parts: Parts, processes: int
+) -> Iterator[EmbeddedChunk]:
+    """The chunks as they get done; at most two per worker are held in memory."""
+    with worker_pool(processes, settings, parts) as submit:
+        pending: set[Future[EmbeddedChunk]] = set()
         try:
             for chunk in chunks:
                 pending.add(submit(chunk))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moe_fast.encoding.encoder import check_one_encoder
+from moe_fast.encoding.lengths import measure_texts, shortened
+from moe_fast.encoding.prompts import prompt_of
 from moe_fast.inference.models import load_model
 from moe_fast.ops.checks import check_choice, check_count
-
-logger = logging.getLogger(__name__)
 
 Precision = Literal["float32", "float16"]
 PRECISIONS = ("float32", "float16")
@@ -56,11 +56,13 @@ class TextEncoder:
 
     Raises:
         ValueError: an unknown domain or prompt; a domain for a model that knows none.
+        TypeError: a model of several encoders.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
         self.settings = settings
         self.model = load_model(settings.model, device=settings.device)
+        check_one_encoder(self.model)
         if settings.prompt_name is not None:
             check_choice("prompt_name", settings.prompt_name, sorted(self.model.prompts))
         self.check_domains([settings.domain])
@@ -87,12 +89,13 @@ class TextEncoder:
         domain = self.settings.domain if domains is None else list(domains)
         if domain is not None:
             options["domain"] = domain
+        given = list(texts)
         if hasattr(self.model, "truncate"):  # a mixture measures the texts itself
             options["truncate"] = self.settings.truncate
         else:
-            self._check_lengths(texts)
+            given = self._fitting(given)
         vectors = self.model.encode(
-            list(texts),
+            given,
             batch_size=self.settings.batch_size,
             normalize_embeddings=self.settings.normalize,
             show_progress_bar=False,
@@ -107,28 +110,12 @@ class TextEncoder:
             )
         return vectors
 
-    def _check_lengths(self, texts: Sequence[str]) -> None:
-        """Find texts that a stock ``SentenceTransformer`` would cut without a word."""
-        limit = self.model.max_seq_length
-        if limit is None:
-            return
-        prompt = self.model._resolve_prompt(None, self.settings.prompt_name) or ""
-        prompted = [prompt + text for text in texts]
-        rows = self.model.tokenizer(prompted, truncation=False, padding=False, verbose=False)
-        long = [(i, len(ids)) for i, ids in enumerate(rows["input_ids"]) if len(ids) > limit]
-        if long and not self.settings.truncate:
-            raise ValueError(
-                f"texts must have at most max_seq_length = {limit} tokens each; text {long[0][0]} "
-                f"has {long[0][1]} ({len(long)} of {len(texts)} texts are too long). Pass truncate "
-                "to cut them."
-            )
-        if long:
-            logger.warning(
-                "%d of %d texts are longer than max_seq_length = %d tokens and were truncated.",
-                len(long),
-                len(texts),
-                limit,
-            )
+    def _fitting(self, texts: list[str]) -> list[str]:
+        """Texts that a stock ``SentenceTransformer``, which says nothing, may be given to cut."""
+        prompt = prompt_of(self.model, None, self.settings.prompt_name)
+        long = measure_texts(self.model.tokenizer, texts, prompt, self.model.max_seq_length)
+        long.settle(self.settings.truncate)
+        return shortened(texts, prompt, long)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_fast.extras import require
 from moe_fast.files import atomic_folder
 from moe_fast.inference.vectors import Vectors
 from moe_fast.ops.checks import check_count
@@ -128,22 +129,34 @@ def load_index(folder: str | os.PathLike[str]) -> VectorIndex:
     try:
         index = faiss.read_index(str(folder / _INDEX))
         content = json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, RecursionError) as error:
         raise ValueError(f"index {str(folder)!r} cannot be read ({str(error)[:200]})") from error
+    _check_content(content, folder / _CONTENT)
     if index.ntotal != len(content["ids"]):
         raise ValueError(
             f"index {str(folder)!r}: {index.ntotal} vectors, but {len(content['ids'])} ids"
         )
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ValueError(f"index {str(folder)!r}: {_INDEX} must rank by inner product")
     return VectorIndex(index, content["ids"], content["normalize"], content["factory"])
+
+
+def _check_content(content: Any, path: Path) -> None:
+    """Raise unless this is what `save_index` writes."""
+    kinds = {"factory": str, "normalize": bool, "ids": list}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object; got {type(content).__name__}")
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{path}: {name!r} must be a {kind.__name__}")
+    ids = content["ids"]
+    if not all(isinstance(key, str) and key for key in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"{path}: 'ids' must be different texts, none empty")
 
 
 def require_faiss() -> Any:
     """The library, or an error that says how to get it."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("search needs faiss: pip install 'moe-fast[search]'") from error
-    return faiss
+    return require("faiss", "search", "search")
 
 
 def _prepared(vectors: NDArray[np.floating], normalize: bool) -> NDArray[np.float32]:

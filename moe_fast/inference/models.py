@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
 from moe_fast.models.architectures import ARCHITECTURES
-from moe_fast.models.loading import check_checkpoint
+from moe_fast.models.loading import check_checkpoint, naming, read_modules, read_object
 
 _SEPARATORS = ("/", ".", "~")
 
@@ -28,7 +27,8 @@ def load_model(path: str, *, device: str | None = None) -> Any:
 
     Raises:
         FileNotFoundError: `path` looks like a folder, and there is none.
-        OSError, ValueError: a checkpoint that is incomplete or cannot be read.
+        OSError, ValueError: a checkpoint that is incomplete or cannot be read; weights that it
+            lacks.
         ImportError: sentence-transformers is not installed.
     """
     check_model_path(path)
@@ -36,10 +36,11 @@ def load_model(path: str, *, device: str | None = None) -> Any:
     if is_mixture(path):
         from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
 
-        return MoESentenceTransformer(path, device=device)
-    from sentence_transformers import SentenceTransformer
+        with naming(path):
+            return MoESentenceTransformer(path, device=device)
+    from moe_fast.integrations.sentence_transformers import load_sentence_transformer
 
-    return SentenceTransformer(path, device=device)
+    return load_sentence_transformer(path, device)
 
 
 def check_model_path(path: str) -> None:
@@ -64,11 +65,11 @@ def has_modules(path: str) -> bool:
 def is_mixture(path: str) -> bool:
     """Whether the model at `path` is one of moe_fast's, by its configuration alone."""
     modules = _cached(path, "modules.json")
-    first = json.loads(modules.read_text(encoding="utf-8"))[0]["path"] if modules else ""
+    first = read_modules(modules)[0][0] if modules else ""
     config = _cached(path, f"{first}/config.json" if first else "config.json")
     if config is None:
         return False
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    kind = read_object(config).get("model_type")
     ours: list[Any] = [architecture.moe_config for architecture in ARCHITECTURES]
     return kind in {config.model_type for config in ours}
 

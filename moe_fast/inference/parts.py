@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import shutil
-from collections.abc import Iterator
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,68 +16,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_fast.files import atomic_write
+from moe_fast.files import PARTIAL, atomic_write
+from moe_fast.inference.threads import check_threads
+from moe_fast.inference.vectors import open_vectors
+
+logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
+_KIND = {"kind": "moe_fast embed, unfinished"}  # what a manifest of ours says of itself
+_BOOKKEEPING = ("kind", "finished")  # what is no setting
+# A chunk's vectors and ids; the manifest; and what a killed process was writing.
+_OURS = re.compile(
+    rf"\d{{8}}-[0-9a-f]{{16}}\.(npy|json)|{re.escape(_MANIFEST)}"
+    rf"|\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}\.(npy|json)"
+)
 
 
 @dataclass(frozen=True)
 class Parts:
     """The folder ``OUTPUT.parts``: a manifest, and per finished chunk its vectors and ids.
 
+    The names of the chunks hold a hash of the manifest that they were computed by: those of two
+    different runs are never taken for each other.
+
     Attributes:
         output: the file that the chunks are for.
         dimension, dtype: of the vectors.
+        threads: that they are computed with.
+        key: the hash of the manifest.
     """
 
     output: Path
     dimension: int
     dtype: str
-
-    @property
-    def folder(self) -> Path:
-        """Where the chunks are."""
-        return self.output.with_name(f"{self.output.name}.parts")
-
-    def open(
-        self,
-        manifest: dict[str, Any],
-        *,
-        threads: int | None,
-        default_threads: int,
-        overwrite: bool,
-    ) -> int:
-        """Begin, or go on with an interrupted run of the same manifest.
-
-        Returns:
-            The number of threads to compute with: `threads`, or the interrupted run's, or the
-            default.
-
-        Raises:
-            FileExistsError: the chunks of a run with another manifest, unless `overwrite`; the
-                message names what differs.
-        """
-        before = self._read_manifest()
-        if before is not None and threads is None:
-            default_threads = before.get("threads", default_threads)
-        threads = threads or default_threads
-        manifest = {**manifest, "threads": threads}
-        differing = sorted(
-            key
-            for key in manifest.keys() | (before or {}).keys()
-            if (before or {}).get(key) != manifest.get(key)
-        )
-        if before is None or differing:
-            if self._has_chunks() and not overwrite:
-                raise FileExistsError(
-                    f"{self.folder} holds the chunks of an interrupted run that differs from this "
-                    f"one in {_changes(before or {}, manifest, differing)}. Run with the same "
-                    "settings to go on with it, or with overwrite (--overwrite) to discard it."
-                )
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with atomic_write(self.folder / _MANIFEST) as temporary:
-                temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        return threads
+    threads: int
+    key: str
 
     def write(self, number: int, vectors: NDArray[np.floating], ids: list[str]) -> None:
         """Keep chunk `number`: vectors [n, d] and n ids."""
@@ -90,9 +67,11 @@ class Parts:
             return False
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError):  # after a power cut, say: compute it again
+            ids = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        except (ValueError, EOFError, OSError, RecursionError):  # after a power cut, say: again
             return False
-        return found.shape == (rows, self.dimension) and found.dtype == self.dtype
+        fits = isinstance(ids, list) and len(ids) == rows and all(isinstance(i, str) for i in ids)
+        return fits and found.shape == (rows, self.dimension) and found.dtype == self.dtype
 
     def read(self, chunks: int) -> Iterator[tuple[list[str], NDArray[np.floating]]]:
         """Yield (ids, vectors) of the chunks, in order."""
@@ -100,21 +79,157 @@ class Parts:
             ids = json.loads(self._path(number, ".json").read_text(encoding="utf-8"))
             yield ids, np.load(self._path(number, ".npy"), allow_pickle=False)
 
+    def are_in_output(self, sizes: list[int]) -> bool:
+        """Whether the output is what these chunks make: the run ended before it had cleaned up.
+
+        Args:
+            sizes: the number of texts of each chunk.
+        """
+        if not self.output.is_file():
+            return False
+        finished = (_read_manifest(_folder(self.output)) or {}).get("finished")
+        if finished is not None:
+            return finished == _identity(self.output)
+        if not all(self.holds(number, rows) for number, rows in enumerate(sizes)):
+            return False
+        try:
+            found = _digest(vectors for _, vectors in open_vectors(self.output).pieces())
+        except ValueError:
+            return False
+        return found == _digest(vectors for _, vectors in self.read(len(sizes)))
+
     def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder)
+        """Delete the chunks, the output being whole; files that are not ours stay, with a word."""
+        folder = _folder(self.output)
+        manifest = _read_manifest(folder) or {}
+        _write_manifest(folder, {**manifest, "finished": _identity(self.output)})
+        _remove_ours(folder)
 
     def _path(self, number: int, suffix: str) -> Path:
-        return self.folder / f"{number:08d}{suffix}"
+        return _folder(self.output) / f"{number:08d}-{self.key}{suffix}"
 
-    def _has_chunks(self) -> bool:
-        return any(self.folder.glob("*.npy"))
 
-    def _read_manifest(self) -> dict[str, Any] | None:
-        try:
-            return json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+def has_parts(output: Path) -> bool:
+    """Whether an unfinished run left its chunks beside `output`."""
+    return _read_manifest(_folder(output)) is not None
+
+
+def open_parts(
+    output: Path,
+    manifest: dict[str, Any],
+    shape: tuple[int, str],
+    *,
+    threads: int | None,
+    default_threads: int,
+    overwrite: bool,
+) -> Parts:
+    """Begin, or go on with an interrupted run of the same manifest.
+
+    Args:
+        output: the file that the chunks are for.
+        manifest: all that its content depends on, but the threads.
+        shape: dimension and dtype of the vectors.
+        threads: to compute with; ``None``: the interrupted run's, or the default.
+        overwrite: discard the chunks of a run with another manifest.
+
+    Raises:
+        FileExistsError: the chunks of a run with another manifest, unless `overwrite` (the message
+            names what differs); a folder of that name that is none of ours, in any case.
+        ValueError: an interrupted run with an absurd number of threads.
+    """
+    folder = _folder(output)
+    before = _read_manifest(folder)
+    if before is None:
+        _check_free(folder)
+    elif threads is None and "threads" in before:
+        check_threads(f"{folder / _MANIFEST}: threads", before["threads"])
+        default_threads = before["threads"]
+    manifest = {**manifest, "threads": threads or default_threads}
+    old = {name: value for name, value in (before or {}).items() if name not in _BOOKKEEPING}
+    differing = sorted(
+        key for key in manifest.keys() | old.keys() if old.get(key) != manifest.get(key)
+    )
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    if before is None or differing:
+        if any(folder.glob("*.npy")) and not overwrite:
+            raise FileExistsError(
+                f"{folder} holds the chunks of an interrupted run that differs from this "
+                f"one in {_changes(old, manifest, differing)}. Run with the same "
+                "settings to go on with it, or with overwrite (--overwrite) to discard it."
+            )
+        if before is not None:
+            _remove_ours(folder)
+        _write_manifest(folder, _KIND | manifest)
+    return Parts(output, *shape, manifest["threads"], key)
+
+
+def _folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts")
+
+
+def _identity(path: Path) -> list[int]:
+    """What tells a file from another one of the same name."""
+    about = path.stat()
+    return [about.st_ino, about.st_size, about.st_mtime_ns]
+
+
+def _digest(pieces: Iterable[NDArray[np.floating]]) -> str:
+    digest = hashlib.sha256()
+    for vectors in pieces:
+        digest.update(np.ascontiguousarray(vectors).data)
+    return digest.hexdigest()
+
+
+def _check_free(folder: Path) -> None:
+    """Raise unless nothing is there but what a run of ours leaves that was killed at its start."""
+    if not os.path.lexists(folder):
+        return
+    others = [folder.name] if folder.is_symlink() or not folder.is_dir() else _others(folder)
+    if others:
+        raise FileExistsError(
+            f"{folder} is where the chunks of an unfinished run are kept, and holds something else "
+            f"({', '.join(map(repr, others[:3]))}). Move it away, or choose another output."
+        )
+
+
+def _others(folder: Path) -> list[str]:
+    """What is in a folder and not by its name a file of ours."""
+    others = [
+        entry.name
+        for entry in os.scandir(folder)
+        if not (_OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False))
+    ]
+    foreign_manifest = (folder / _MANIFEST).is_file() and _read_manifest(folder) is None
+    return sorted({*others, *([_MANIFEST] if foreign_manifest else [])})
+
+
+def _remove_ours(folder: Path) -> None:
+    """Delete our files, the manifest last, and the folder where nothing else is in it."""
+    others = _others(folder)
+    ours = {entry.name for entry in os.scandir(folder)} - {*others, _MANIFEST}
+    for name in sorted(ours):
+        (folder / name).unlink(missing_ok=True)
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    if others:
+        logger.warning("%s is kept: it holds files of others (%s).", folder, ", ".join(others[:3]))
+        return
+    with contextlib.suppress(OSError):  # somebody put a file there just now
+        folder.rmdir()
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    with atomic_write(folder / _MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of ours in a folder; ``None`` where there is none, or somebody else's."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    ours = isinstance(manifest, dict) and manifest.get("kind") == _KIND["kind"]
+    return manifest if ours and not folder.is_symlink() else None
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], names: list[str]) -> str:
@@ -122,7 +237,12 @@ def _changes(before: dict[str, Any], now: dict[str, Any], names: list[str]) -> s
     shown = [
         name
         if name in ("source", "model")
-        else f"{name} ({before.get(name)!r} then, {now.get(name)!r} now)"
+        else f"{name} ({_short(before.get(name))} then, {_short(now.get(name))} now)"
         for name in names
     ]
     return ", ".join(shown)
+
+
+def _short(value: Any) -> str:
+    text = ascii(value) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_fast.data import checks
-from moe_fast.data.rows import FORMATS, file_format, read_lines, read_rows
+from moe_fast.data.lines import read_lines
+from moe_fast.data.rows import FORMATS, file_format, read_rows
 
 ID_COLUMNS = ("id", "_id")
 TEXT_FORMATS = (".txt", ".txt.gz", *FORMATS)

@@ -18,23 +18,23 @@ from moe_fast.inference.encoder import EncoderSettings, TextEncoder
 from moe_fast.inference.parts import Parts
 
 if TYPE_CHECKING:
-    from moe_fast.inference.embed import Chunk
+    from moe_fast.inference.embed import Chunk, EmbeddedChunk
 
 _state: dict[str, Any] = {}  # a worker's model and parts, for all the chunks it gets
 
 
 @contextmanager
 def worker_pool(
-    processes: int, settings: EncoderSettings, parts: Parts, threads: int
-) -> Iterator[Callable[[Chunk], Future[int]]]:
-    """A function that sends a chunk to the next free worker and gives its number of texts back.
+    processes: int, settings: EncoderSettings, parts: Parts
+) -> Iterator[Callable[[Chunk], Future[EmbeddedChunk]]]:
+    """A function that sends a chunk to the next free worker.
 
     Raises:
         RuntimeError: a worker died.
     """
     # spawn: a forked process must not use CUDA, nor the parent's thread pools
     context = multiprocessing.get_context("spawn")
-    arguments = (settings, parts, threads)
+    arguments = (settings, parts)
     with ProcessPoolExecutor(processes, context, _start, arguments) as pool:
         try:
             yield lambda chunk: pool.submit(_embed, chunk)
@@ -45,13 +45,13 @@ def worker_pool(
             ) from error
 
 
-def _start(settings: EncoderSettings, parts: Parts, threads: int) -> None:
+def _start(settings: EncoderSettings, parts: Parts) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(parts.threads)
     _state.update(encoder=TextEncoder(settings), parts=parts)
 
 
-def _embed(chunk: Chunk) -> int:
+def _embed(chunk: Chunk) -> EmbeddedChunk:
     from moe_fast.inference.embed import embed_chunk
 
     return embed_chunk(_state["encoder"], _state["parts"], chunk)

@@ -1,6 +1,6 @@
 """A mixture of experts as a model that MTEB evaluates.
 
-Needs mteb (2.26 or newer) beside the extra ``train``.
+Needs the extra ``mteb``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from moe_fast.extras import missing
+
 try:
     from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 except ImportError as error:
-    raise ImportError("MTEBEncoder needs mteb: pip install mteb") from error
+    raise missing("mteb", "mteb", "MTEBEncoder", error) from error
 
 from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +22,42 @@ import numpy as np
 import torch
 from torch import nn
 
+from moe_fast.extras import missing
+
 try:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Transformer
     from sentence_transformers.util import quantize_embeddings
 except ImportError as error:
-    raise ImportError(
-        "MoESentenceTransformer needs sentence-transformers: pip install 'moe-fast[train]'."
-    ) from error
+    raise missing("sentence_transformers", "train", "MoESentenceTransformer", error) from error
+
+from transformers.utils import cached_file
 
 import moe_fast.models  # noqa: F401  registers the architectures
+from moe_fast.encoding.batches import padded_batch
+from moe_fast.encoding.encoder import check_one_encoder
+from moe_fast.encoding.lengths import (
+    TokenizedText,
+    measure_texts,
+    prompt_length,
+    shortened,
+    tokenize_texts,
+)
+from moe_fast.encoding.prompts import prompt_of
 from moe_fast.files import atomic_folder, atomic_write
-from moe_fast.layers import ATTENTION
 from moe_fast.models.extract import extract_expert
 from moe_fast.models.join import check_same_tokenizers, join_encoders, mean_state
-from moe_fast.models.loading import check_checkpoint
+from moe_fast.models.loading import check_checkpoint, naming, read_modules
 from moe_fast.models.model_card import describe_mixture
 from moe_fast.models.modeling import MoEModelMixin, replaced_files
+from moe_fast.models.strict import check_encoder_weights
 from moe_fast.models.upcycle import upcycle
+from moe_fast.ops.route.reference import NonFiniteLogitsError
 from moe_fast.ops.varlen_attention.maintained import attention_kernel
-
-logger = logging.getLogger(__name__)
-
+from moe_fast.version import install_command
 
 # Names of encode's positional arguments behind the texts.
 _ENCODE_OPTIONS = tuple(inspect.signature(SentenceTransformer.encode).parameters)[2:]
-_TOKENIZE_AT_ONCE = 1024
 
 
 class MoESentenceTransformer(SentenceTransformer):
@@ -72,6 +83,7 @@ class MoESentenceTransformer(SentenceTransformer):
         if isinstance(path, (str, os.PathLike)):
             check_checkpoint(path)
         super().__init__(*args, **kwargs)
+        check_one_encoder(self)
         if not isinstance(self.transformers_model, MoEModelMixin):
             raise TypeError(
                 "MoESentenceTransformer needs a mixture of experts; got "
@@ -79,7 +91,6 @@ class MoESentenceTransformer(SentenceTransformer):
             )
         self.truncate = truncate
         self.packed = True
-        self._num_cut: int | None = None  # texts that this encode() cut, while it counts them
         # Lets `domain` through encode() to the encoder, here and (saved in modules.json) in the
         # stock class.
         first = next(iter(self._modules))
@@ -95,9 +106,14 @@ class MoESentenceTransformer(SentenceTransformer):
         *args: Any,
         domain: str | Sequence[str] | None = None,
         truncate: bool | None = None,
+        packed: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As ``SentenceTransformer.encode``, with one domain for all texts or one per text.
+
+        Any number of threads may encode with one model: a call changes nothing that another can
+        see, but for what ``SentenceTransformer.encode`` does to a model in training mode or on
+        another ``device`` (it is put into evaluation mode, and moved).
 
         Args:
             inputs: a text or a sequence of texts.
@@ -106,14 +122,15 @@ class MoESentenceTransformer(SentenceTransformer):
             truncate: cut texts longer than ``max_seq_length`` tokens, with a warning that says
                 how many; otherwise such a text is an error before any work starts. ``None``: as
                 the attribute says. Only plain strings are measured.
+            packed: leave padding out where that is faster. ``None``: as the attribute says.
 
         Returns:
             What ``SentenceTransformer.encode`` returns, in the order of ``inputs``.
 
         Raises:
             ValueError: for an unknown domain (the message lists the known ones), a number of
-                domains that is not that of the texts, no domain where one is needed, and texts
-                that are too long.
+                domains that is not that of the texts, no domain where one is needed, texts that
+                are too long, and a text for which a learned router computes NaN or infinity.
             TypeError: for a ``domain`` that is neither a name nor a sequence of names.
         """
         if inputs is None:
@@ -122,59 +139,117 @@ class MoESentenceTransformer(SentenceTransformer):
         singular = self.is_singular_input(inputs)
         texts = [inputs] if singular else list(inputs)
         domain = self._checked_domain(domain, len(texts))
-        truncate = self.truncate if truncate is None else truncate
-        counts = truncate and self._sees_cuts(kwargs)
-        if not counts:
-            self._check_lengths(texts, kwargs, truncate)
-        with self._packed_encoder(), self._counted_cuts(len(texts) if counts else None):
-            if isinstance(domain, list) and not singular and texts:
-                return self._encode_by_domain(texts, domain, kwargs)
-            if isinstance(domain, list):
-                domain = domain[0] if domain else None
-            options = {} if domain is None else {"domain": domain}
-            return super().encode(inputs if singular else texts, **options, **kwargs)
+        if self.packed if packed is None else packed:
+            kwargs["packed"] = True
+        texts = self._prepared(texts, kwargs, self.truncate if truncate is None else truncate)
+        if isinstance(domain, list) and not singular and texts:
+            return self._encode_by_domain(texts, domain, kwargs)
+        if isinstance(domain, list):
+            domain = domain[0] if domain else None
+        options = {} if domain is None else {"domain": domain}
+        if singular and isinstance(texts[0], TokenizedText):
+            return super().encode(texts, **options, **kwargs)[0]
+        return super().encode(texts[0] if singular else texts, **options, **kwargs)
 
-    @contextmanager
-    def _packed_encoder(self) -> Iterator[None]:
-        """Attention without padding where it is equal and faster: see docs/packed.md."""
+    def _prepared(self, texts: list[Any], options: dict[str, Any], truncate: bool) -> list[Any]:
+        """The texts as tokens, none of them too long; other inputs, and those of pools, as given.
+
+        Raises:
+            ValueError: for texts that are too long, unless they are to be cut.
+        """
+        if not texts or not all(isinstance(text, str) for text in texts):
+            return texts
+        prompt = prompt_of(self, options.get("prompt"), options.get("prompt_name"))
+        if self._is_plain(options):
+            tokenized, long = tokenize_texts(self.tokenizer, texts, prompt, self.max_seq_length)
+            long.settle(truncate)
+            return tokenized
+        long = measure_texts(self.tokenizer, texts, prompt, self.max_seq_length)
+        long.settle(truncate)
+        return shortened(texts, prompt, long)
+
+    def _is_plain(self, options: dict[str, Any]) -> bool:
+        """Whether a text is its tokens and no more, in this process and for this call."""
+        first = self[0]
+        elsewhere = options.get("pool") is not None or isinstance(
+            options.get("device"), (list, tuple)
+        )
+        by_task = ("query_length", "document_length", "query_expansion")
+        return (
+            type(first) is Transformer
+            and not elsewhere
+            and getattr(self, "_distributed_inference", None) is None
+            and first.modalities == ["text"]
+            and not self._can_flatten_inputs()
+            and not first.processing_kwargs
+            and not options.get("processing_kwargs")
+            and not any(getattr(first, name, None) is not None for name in by_task)
+            and self.tokenizer.pad_token_id is not None
+        )
+
+    def get_model_kwargs(self) -> list[str]:
+        """As ``SentenceTransformer``'s: the names that ``encode`` hands on to ``forward``."""
+        return [*super().get_model_kwargs(), "packed"]
+
+    def preprocess(
+        self, inputs: Any, prompt: str | None = None, packed: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As ``SentenceTransformer.preprocess``, also for what ``encode`` has tokenized already."""
+        if not inputs or not isinstance(inputs[0], TokenizedText):
+            return super().preprocess(inputs, prompt=prompt, **kwargs)
+        features: dict[str, Any] = padded_batch(inputs, self.tokenizer)
+        features["modality"] = "text"
+        if prompt:
+            features["prompt_length"] = prompt_length(self.tokenizer, prompt, self.max_seq_length)
+        if self._compiled_call_impl is None:  # it would be compiled anew for every batch's
+            features["text_index"] = [text.index for text in inputs]
+        return features
+
+    def forward(self, input: dict[str, Any], packed: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """As ``SentenceTransformer.forward``.
+
+        Args:
+            input: the features of a batch, as :meth:`preprocess` makes them.
+            packed: leave padding out where that gives the same faster: see docs/packed.md.
+        """
+        places = input.pop("text_index", None)
+        if packed and self._packs():
+            input["packed"] = True
+        try:
+            output = super().forward(input, **kwargs)
+        except NonFiniteLogitsError as error:
+            raise self._naming_the_text(error, input, places, kwargs) from error
+        output.pop("packed", None)
+        return output
+
+    def _packs(self) -> bool:
+        """Whether attention without padding gives the same, and is faster."""
         encoder = self.transformers_model
-        config, dtype = encoder.config, encoder.dtype
-        before = config._attn_implementation
-        faster = self.device.type == "cpu" or attention_kernel(self.device.type, dtype) != "sdpa"
+        dtype, kind = encoder.dtype, self.device.type
+        faster = kind == "cpu" or attention_kernel(kind, dtype) != "sdpa"
         # A compiled model is one graph of padded batches; only "eager" makes attention weights.
         compiled = any(m._compiled_call_impl is not None for m in (self, encoder))
-        possible = before == "sdpa" and not compiled and not config.output_attentions
-        if self.packed and possible and faster:
-            config._attn_implementation = ATTENTION
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+        default = encoder.config._attn_implementation == "sdpa"
+        return default and faster and not compiled and not encoder.config.output_attentions
 
-    def _sees_cuts(self, options: dict[str, Any]) -> bool:
-        """Whether tokenizing a batch, in this process, tells which of its texts were cut."""
-        devices = options.get("device")
-        here = options.get("pool") is None and not isinstance(devices, (list, tuple))
-        return here and getattr(self.tokenizer, "is_fast", False)
-
-    @contextmanager
-    def _counted_cuts(self, num_texts: int | None) -> Iterator[None]:
-        """Count the texts that are cut within the block, and log how many of how many."""
-        self._num_cut = None if num_texts is None else 0
-        try:
-            yield
-            if self._num_cut:
-                _warn_of_cuts(self._num_cut, num_texts, self.max_seq_length)
-        finally:
-            self._num_cut = None
-
-    def preprocess(self, inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As ``SentenceTransformer.preprocess``, which every batch of texts goes through."""
-        features = super().preprocess(inputs, *args, **kwargs)
-        if self._num_cut is not None:
-            encodings = getattr(features, "encodings", None) or ()
-            self._num_cut += sum(bool(encoding.overflowing) for encoding in encodings)
-        return features
+    def _naming_the_text(
+        self,
+        error: NonFiniteLogitsError,
+        batch: dict[str, Any],
+        places: list[int] | None,
+        options: dict[str, Any],
+    ) -> NonFiniteLogitsError:
+        """The error with the index of the first text of the batch that it is true of."""
+        for row, place in enumerate(places or ()):
+            alone = {
+                name: value[row : row + 1] if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            try:
+                super().forward(alone, **options)
+            except NonFiniteLogitsError as of_the_text:
+                return NonFiniteLogitsError(f"text {place}: {of_the_text}")
+        return error
 
     def _encode_by_domain(
         self, texts: list[Any], domains: list[str], kwargs: dict[str, Any]
@@ -206,6 +281,7 @@ class MoESentenceTransformer(SentenceTransformer):
     def _checked_domain(self, domain: Any, num_texts: int) -> str | list[str] | None:
         """``domain`` as one name, a list with one name per text, or ``None``."""
         config = self.transformers_model.config
+        domain = _domain_of_the_card.get() if domain is None else domain
         if domain is None:
             if config.routing == "enforced" and config.default_domain is None:
                 raise ValueError(
@@ -230,28 +306,14 @@ class MoESentenceTransformer(SentenceTransformer):
             config.domain_id(name)
         return names
 
-    def _check_lengths(self, texts: list[Any], kwargs: dict[str, Any], truncate: bool) -> None:
-        """Find texts that tokenize to more than ``max_seq_length``."""
-        limit = self.max_seq_length
-        if limit is None or not all(isinstance(text, str) for text in texts):
-            return
-        prompt = self._resolve_prompt(kwargs.get("prompt"), kwargs.get("prompt_name")) or ""
-        long = []
-        for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
-            chunk = [prompt + text for text in texts[start : start + _TOKENIZE_AT_ONCE]]
-            ids = self.tokenizer(chunk, truncation=False, padding=False, verbose=False)["input_ids"]
-            long += [(start + i, len(row)) for i, row in enumerate(ids) if len(row) > limit]
-        if not long:
-            return
-        if not truncate:
-            raise ValueError(
-                f"inputs must have at most max_seq_length = {limit} tokens each; text {long[0][0]} "
-                f"has {long[0][1]} ({len(long)} of {len(texts)} texts are too long). Pass "
-                "truncate=True, or set the model's truncate, to cut them."
-            )
-        _warn_of_cuts(len(long), len(texts), limit)
-
-    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+    def save(
+        self,
+        path: str,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """As ``SentenceTransformer.save``, but whole or not at all.
 
         An old model in ``path`` stays until the new one takes its place in one step; files of
@@ -260,7 +322,9 @@ class MoESentenceTransformer(SentenceTransformer):
         if path is None:  # nothing to do, as for the stock class
             return
         with atomic_folder(path, replaces=replaced_files(self.transformers_model)) as temporary:
-            super().save(str(temporary), *args, **kwargs)
+            super().save(str(temporary), model_name, create_model_card, *args, **kwargs)
+            if not create_model_card:  # the encoder, which lies in the same folder, has its own
+                Path(temporary, "README.md").unlink(missing_ok=True)
         self.model_card_data.save_dir = str(path)
 
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
@@ -269,7 +333,7 @@ class MoESentenceTransformer(SentenceTransformer):
         domain = model.config.default_domain
         if domain is None and model.config.routing == "enforced" and model.config.domains:
             domain = model.config.domains[0]
-        with _default_domain(model.config, domain):
+        with _default_domain(domain):
             super()._create_model_card(path, *args, **kwargs)
         card = Path(path, "README.md")
         text = card.read_text(encoding="utf-8") if card.exists() else ""
@@ -281,32 +345,27 @@ class MoESentenceTransformer(SentenceTransformer):
             partial.write_text(text, encoding="utf-8")
 
 
-def _warn_of_cuts(num_cut: int, num_texts: int | None, limit: int | None) -> None:
-    logger.warning(
-        "%d of %d texts are longer than max_seq_length = %d tokens and were truncated.",
-        num_cut,
-        num_texts,
-        limit,
-    )
-
-
 _CARD_HEADING = "\n## Mixture of experts\n"
 
 
+# Of calls that name none, within a thread.
+_domain_of_the_card: ContextVar[str | None] = ContextVar("moe_fast_card_domain", default=None)
+
+
 @contextmanager
-def _default_domain(config: Any, domain: str | None) -> Iterator[None]:
+def _default_domain(domain: str | None) -> Iterator[None]:
     """Let sentence-transformers run its usage example on a model that needs a domain."""
-    before, config.default_domain = config.default_domain, domain
+    token = _domain_of_the_card.set(domain)
     try:
         yield
     finally:
-        config.default_domain = before
+        _domain_of_the_card.reset(token)
 
 
 def _with_usage(card: str, domain: str | None) -> str:
     """sentence-transformers' usage example, made to run on a mixture."""
     load = "from sentence_transformers import SentenceTransformer\n"
-    register = "import moe_fast  # registers the architecture: pip install 'moe-fast[train]'\n"
+    register = f"import moe_fast  # registers the architecture: {install_command('train')}\n"
     if register not in card:
         card = card.replace(load, register + load, 1)
     if domain is None:
@@ -323,9 +382,20 @@ def _as_list(values: Any) -> list[Any] | None:
         return None
 
 
-def load_sentence_transformer(path: str) -> SentenceTransformer:
-    """The stock ``SentenceTransformer`` in a folder or under a hub id, on the CPU."""
-    return SentenceTransformer(path, device="cpu")
+def load_sentence_transformer(path: str, device: str | None = "cpu") -> SentenceTransformer:
+    """The stock ``SentenceTransformer`` in a folder or under a hub id.
+
+    Raises:
+        ValueError: for weights that its encoder lacks, which would be made up.
+    """
+    with naming(path):
+        model = SentenceTransformer(path, device=device)
+        encoder = model.transformers_model
+        if encoder is not None and not getattr(encoder, "_hf_peft_config_loaded", False):
+            modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
+            folder = read_modules(Path(modules))[0][0] if modules else ""
+            check_encoder_weights(encoder, path, folder)
+    return model
 
 
 def upcycle_sentence_transformer(
@@ -421,8 +491,9 @@ def extract_sentence_transformer(
 
 
 def _encoder(model: SentenceTransformer) -> nn.Module:
-    encoder = model.transformers_model
-    if encoder is None:
+    check_one_encoder(model)
+    encoder: nn.Module | None = model.transformers_model
+    if encoder is None or getattr(model[0], "model", None) is not encoder:
         raise TypeError(
             f"model's first module must hold a transformers encoder; got {type(model[0]).__name__}."
         )

@@ -8,6 +8,9 @@ forward instead.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +22,38 @@ from transformers.masking_utils import flash_attention_mask
 from moe_fast import ops
 
 ATTENTION = "moe_fast"
+
+
+_packed: ContextVar[bool] = ContextVar("moe_fast_packed", default=False)
+
+
+@contextmanager
+def packed_attention() -> Iterator[None]:
+    """Within the block, in this thread alone, the mixtures' attention is "moe_fast"."""
+    token = _packed.set(True)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+class AttentionOfTheCall:
+    """A configuration whose attention one forward can choose for itself, see `packed_attention`.
+
+    transformers' layers and masks ask the configuration, which all threads share, for the name of
+    the attention; nothing that is handed to a forward reaches them there.
+    """
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        # torch.compile cannot trace a context variable, and is never asked to pack.
+        if not torch.compiler.is_compiling() and _packed.get():
+            return ATTENTION
+        return super()._attn_implementation  # type: ignore[misc]
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        super(AttentionOfTheCall, type(self))._attn_implementation.fset(self, value)  # type: ignore[misc]
 
 
 def attention_forward(

@@ -101,13 +101,18 @@ class _PostNormMoELayer:
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """Hidden states [B, L, D] to [B, L, D]; routing keywords as in the module's docstring."""
-        if encoder_hidden_states is not None or past_key_values is not None:
-            given = "encoder_hidden_states" if past_key_values is None else "past_key_values"
-            raise ValueError(f"{given} must be None: moe_fast layers are encoders; got a value.")
+        decoder_inputs = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "cache": cache,
+            "past_key_values": kwargs.pop("past_key_values", None),  # before transformers 5.24
+        }
+        for name, value in decoder_inputs.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None: moe_fast layers are encoders; got a value.")
         routing = RoutingInfo.pop_from(kwargs)
         x, _ = self.attention(hidden_states, attention_mask, **kwargs)
         if self.config.fused_output:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 from transformers import BertConfig, ModernBertConfig, RobertaConfig, XLMRobertaConfig
 
+from moe_fast.layers.attention import AttentionOfTheCall
 from moe_fast.layers.moe_mlp import TARGETS
 from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.ops.route.modes import check_experts_per_tok, resolve_weight_mode
@@ -15,7 +17,7 @@ from moe_fast.version import __version__
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class MoEConfigFields:
+class MoEConfigFields(AttentionOfTheCall):
     """What every moe_fast configuration adds to its dense one.
 
     Attributes:
@@ -55,6 +57,7 @@ class MoEConfigFields:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self._check_types()
         if self.moe_fast_version is None:
             self.moe_fast_version = __version__
         if self.moe_layers is None:
@@ -71,6 +74,7 @@ class MoEConfigFields:
         Raises:
             ValueError, TypeError: naming the setting, what it is and what is allowed.
         """
+        self._check_types()
         _check_version(self.moe_fast_version or __version__)
         _check_layers(self.moe_layers or [], self.num_hidden_layers)
         check_experts_per_tok(self.routing, self.num_experts_per_tok, self.num_experts, "routing")
@@ -87,6 +91,12 @@ class MoEConfigFields:
                 f"got routing={self.routing!r}."
             )
         self._check_domains()
+
+    def _check_types(self) -> None:
+        for kind, said, names in _KINDS:
+            for name in names:
+                if not kind(getattr(self, name)):
+                    raise TypeError(f"{name} must be {said}; got {getattr(self, name)!r}.")
 
     def _check_domains(self) -> None:
         if not all(isinstance(d, str) and d for d in self.domains):
@@ -155,6 +165,36 @@ class MoEConfigFields:
         return super().from_dict(config_dict, **kwargs)
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_optional_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _are_ints(value: Any) -> bool:
+    return isinstance(value, (list, tuple, range)) and all(map(_is_int, value))
+
+
+# What a field must be before it is used: a configuration may come from anybody's file.
+_KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
+    (lambda v: _is_int(v) and v > 0, "a whole number above 0", ("num_hidden_layers", "vocab_size")),
+    (_is_int, "a whole number", ("num_experts", "num_experts_per_tok")),
+    (lambda v: isinstance(v, str), "a name (str)", ("routing", "weight_mode", "target")),
+    (
+        lambda v: isinstance(v, bool),
+        "true or false",
+        ("fused_output", "output_router_logits", "route_by_token_type"),
+    ),
+    (lambda v: v is None or _are_ints(v), "a list of whole numbers", ("moe_layers",)),
+    (_are_ints, "a list of whole numbers", ("domain_token_ids",)),
+    (lambda v: v is None or _is_int(v), "a whole number", ("domain_token_replaces",)),
+    (lambda v: isinstance(v, (list, tuple)), "a list of names", ("domains",)),
+    (_is_optional_text, "text", ("default_domain", "upcycled_from", "moe_fast_version")),
+)
+
+
 def _check_version(written_by: str) -> None:
     """A newer minor version may have written what this one would misread."""
     try:
@@ -166,7 +206,7 @@ def _check_version(written_by: str) -> None:
     if newer:
         raise ValueError(
             f"moe_fast_version: the checkpoint was written by moe_fast {written_by}, newer than "
-            f"this {__version__}. Upgrade: pip install 'moe-fast>={written_by}'."
+            f"this {__version__}. Upgrade moe_fast."
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -20,22 +22,62 @@ _CONFIG = "config.json"
 _JSON_FILES = ("*config*.json", "modules.json", "tokenizer.json", "vocab.json", "special_tokens*")
 _WEIGHT_FILES = ("model*.safetensors", "adapter_model*.safetensors")
 _MODULES_WITH_FILES = ("Transformer", "Pooling", "Dense")
+_DENSE_WEIGHTS = (SAFE_WEIGHTS_NAME, "pytorch_model.bin")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")  # safetensors' names
+_INTEGER_BUFFERS = ("position_ids", "token_type_ids", "num_batches_tracked")
 
 
 def load_dense(path: str) -> Any:
     """The SentenceTransformer in a folder or under a hub id, or else the bare encoder.
 
     Raises:
-        ValueError: for a damaged file in a local folder, which the message names.
+        ValueError: for a damaged file in a local folder, which the message names, and for weights
+            that the checkpoint lacks.
         OSError: as transformers, for what is not there.
     """
-    check_checkpoint(path)
     if cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False):
         from moe_fast.integrations.sentence_transformers import load_sentence_transformer
 
+        check_checkpoint(path)
         return load_sentence_transformer(path)
-    return AutoModel.from_pretrained(path)
+    return load_encoder(path)
+
+
+def load_encoder(path: str) -> Any:
+    """The bare encoder in a folder or under a hub id, dense or mixture.
+
+    Raises:
+        ValueError, OSError: as :func:`load_dense`.
+    """
+    from moe_fast.models.strict import check_loading_info
+
+    check_checkpoint(path)
+    with naming(path):
+        model, info = AutoModel.from_pretrained(path, output_loading_info=True)
+        check_loading_info(info, model, path)
+    return model
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Have the errors of the libraries that read a model say which model it is.
+
+    Raises:
+        ValueError: for any other error than a missing file, library or memory, unless its message
+            names the model already.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        message, name = str(error), str(path)
+        if name in message and isinstance(error, (ValueError, TypeError, OSError)):
+            raise
+        kind = "" if isinstance(error, (ValueError, TypeError, OSError)) else type(error).__name__
+        what = ": ".join(part for part in (kind, message) if part)
+        raise ValueError(f"model {name!r} cannot be loaded: {what}") from error
 
 
 def tokenizer_beside(path: str) -> Any:
@@ -76,10 +118,35 @@ def shortened(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def stored_names(folder: Path) -> set[str] | None:
+    """The names of all weights in a folder's safetensors files; ``None`` where there are none."""
+    files = weight_files(folder)
+    if not files:
+        return None
+    return {name for file in files for name in stored_dtypes(file)}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that transformers reads."""
+    if (folder / SAFE_WEIGHTS_NAME).exists():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.exists():
+        return []
+    return [folder / name for name in sorted(set(read_index(index).values()))]
+
+
+def stored_dtypes(file: Path) -> dict[str, str]:
+    """The weights of a safetensors file by name, each with safetensors' name of its dtype."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+
+
 def _check_files(folder: Path) -> None:
     for pattern in _JSON_FILES:
         for file in sorted(folder.glob(pattern)):
-            _read_json(file)
+            if file.name != "modules.json":
+                read_object(file)
     for pattern in _WEIGHT_FILES:
         for file in sorted(folder.glob(pattern)):
             check_safetensors(file)
@@ -99,6 +166,31 @@ def _check_encoder_files(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} has a {_CONFIG} but no weights ({SAFE_WEIGHTS_NAME}, or "
             f"{SAFE_WEIGHTS_INDEX_NAME} with its shards): it is half-written."
+        )
+    _check_sizes(folder)
+
+
+def _check_sizes(folder: Path) -> None:
+    """What a configuration promises must be of the size and kind of what is stored."""
+    config = read_object(folder / _CONFIG)
+    if config.get("quantization_config") is not None:
+        return
+    dtypes = {name: d for file in weight_files(folder) for name, d in stored_dtypes(file).items()}
+    integers = [
+        f"{name} ({dtype})"
+        for name, dtype in sorted(dtypes.items())
+        if dtype in _INTEGERS and name.rpartition(".")[2] not in _INTEGER_BUFFERS
+    ]
+    if integers:
+        raise ValueError(
+            f"{folder} holds whole numbers or truth values where weights must be floating numbers, "
+            f"and no quantization_config says what they mean: {shortened(integers)}."
+        )
+    layers = config.get("num_hidden_layers")
+    if dtypes and isinstance(layers, int) and layers > len(dtypes):
+        raise ValueError(
+            f"{folder / _CONFIG}: num_hidden_layers={layers}, but only {len(dtypes)} weights are "
+            "stored."
         )
 
 
@@ -120,7 +212,7 @@ def check_safetensors(file: Path) -> None:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The weight map of a shard index: parameter name -> file name.
+    """The weight map of a shard index: parameter name -> file name, which has no folder in it.
 
     Raises:
         ValueError: unless the file is JSON with a ``weight_map`` of names.
@@ -129,46 +221,105 @@ def read_index(index: Path) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map: it is damaged.")
+    for name in weight_map.values():
+        plain = isinstance(name, str) and name == PurePath(name).name and "\\" not in name
+        if not plain or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: its weight_map must name safetensors files beside it; got {name!r}."
+            )
     return weight_map
 
 
 def _check_shards(index: Path) -> None:
-    missing = [
-        name
-        for name in sorted(set(read_index(index).values()))
-        if not (index.parent / name).exists()
-    ]
+    """Every shard must be there, hold what the index says, and be named by it."""
+    folder, weight_map = index.parent, read_index(index)
+    named = sorted(set(weight_map.values()))
+    missing = [name for name in named if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{index.parent} is half-written: {index.name} names files that are not there: "
-            f"{', '.join(missing)}."
+            f"{folder} is half-written: {index.name} names files that are not there: "
+            f"{shortened(missing)}."
+        )
+    for name in named:
+        check_safetensors(folder / name)
+        wanted = {key for key, file in weight_map.items() if file == name}
+        lacking = sorted(wanted - stored_dtypes(folder / name).keys())
+        if lacking:
+            raise ValueError(
+                f"{folder / name} lacks weights that {index.name} says it holds: "
+                f"{shortened(lacking)}."
+            )
+    present = {file.name for file in folder.glob("model-?????-of-?????.safetensors")}
+    extra = sorted(present - set(named))
+    if extra:
+        raise ValueError(
+            f"{folder} holds shards that {index.name} does not name, and which nobody would read: "
+            f"{shortened(extra)}. Remove them, or give the index that belongs to them."
         )
 
 
 def _check_modules(modules: Path) -> None:
     """The folders of sentence-transformers' modules; some kinds have no files, and no folder."""
-    content = _read_json(modules)
-    fits = isinstance(content, list) and all(
-        isinstance(module, dict) and {"path", "type"} <= module.keys() for module in content
-    )
-    if not fits:
-        raise ValueError(f"{modules} is damaged: it must list modules, each a path and a type.")
-    for module in content:
-        folder = modules.parent / module["path"]
-        kind = module["type"].rpartition(".")[2]
+    for path, kind in read_modules(modules):
+        folder = modules.parent / path
         if not folder.is_dir() and kind in _MODULES_WITH_FILES:
             raise FileNotFoundError(
                 f"{modules.parent} is half-written: {modules.name} names the folder "
-                f"{module['path']!r}, which is not there."
+                f"{path!r}, which is not there."
             )
         if folder != modules.parent:
             _check_files(folder)
         if kind == "Transformer":
             _check_encoder_files(folder)
+        if kind in _MODULES_WITH_FILES[1:] and not (folder / _CONFIG).is_file():
+            raise FileNotFoundError(f"{folder} has no {_CONFIG}: it is half-written.")
+        if kind == "Dense" and not any((folder / name).is_file() for name in _DENSE_WEIGHTS):
+            raise FileNotFoundError(f"{folder} has no weights ({_DENSE_WEIGHTS[0]}).")
+
+
+def read_modules(modules: Path) -> list[tuple[str, str]]:
+    """The modules of a ``modules.json``: each one's folder, inside the model's, and its kind.
+
+    Raises:
+        ValueError: unless the file lists modules, at least one, each a path and a type.
+    """
+    content = _read_json(modules)
+    fits = isinstance(content, list) and all(
+        isinstance(module, dict)
+        and isinstance(module.get("path"), str)
+        and isinstance(module.get("type"), str)
+        for module in content
+    )
+    if not fits or not content:
+        raise ValueError(
+            f"{modules} is damaged: it must list modules, at least one, each a path and a type."
+        )
+    for module in content:
+        path = PurePath(module["path"])
+        if path.is_absolute() or ".." in path.parts or "\\" in module["path"]:
+            raise ValueError(
+                f"{modules}: a module's path must lie inside the model's folder; got "
+                f"{module['path']!r}."
+            )
+    return [(module["path"], module["type"].rpartition(".")[2]) for module in content]
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: naming the file, for anything else.
+    """
+    content = _read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} is damaged: it must hold a JSON object; got a {type(content).__name__}."
+        )
+    return content
 
 
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, huge int
         raise ValueError(f"{file} is damaged or half-written; it is not JSON: {error}.") from None

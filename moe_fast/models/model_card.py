@@ -54,20 +54,27 @@ def describe_mixture(config: Any, total: int, active: int) -> str:
     lines = [
         "## Mixture of experts",
         "",
-        f"Made with [moe_fast](https://pypi.org/project/moe-fast/) {config.moe_fast_version}: the "
+        f"Made with moe_fast {inline(config.moe_fast_version)}: the "
         f"MLPs ({config.target}) of layers {config.moe_layers} are {config.num_experts} experts, "
         f"{config.num_experts_per_tok} of them per token, chosen {routed}.",
         "",
         f"- Architecture: `{config.model_type}`, {total:,} parameters, {active:,} active per token",
     ]
     if config.upcycled_from:
-        lines.append(f"- Upcycled from the dense model `{Path(config.upcycled_from).name}`")
+        lines.append(f"- Upcycled from the dense model {inline(config.upcycled_from)}")
     if config.domains:
-        lines.append(f"- Domains: {', '.join(config.domains)}")
+        lines.append(f"- Domains: {', '.join(map(inline, config.domains))}")
         tokens = "have a token of their own in [CLS]'s place"
         lines.append(f"- Domain tokens: {tokens if config.domain_token_ids else 'none'}")
-        lines.append(f"- Default domain: {config.default_domain or 'none, it must be given'}")
+        default = inline(config.default_domain) if config.default_domain else "none, give one"
+        lines.append(f"- Default domain: {default}")
     return "\n".join(lines) + "\n"
+
+
+def inline(text: Any) -> str:
+    """Somebody's text as a piece of code in Markdown, in which nothing of it has a meaning."""
+    escaped = repr(str(text))[1:-1].replace("`", "'")
+    return f"`{escaped}`" if escaped.strip() else "` `"
 
 
 def has_foreign_card(folder: str | os.PathLike) -> bool:

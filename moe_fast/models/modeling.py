@@ -23,6 +23,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
+from moe_fast import compat
 from moe_fast.files import atomic_folder
 from moe_fast.layers import (
     MoEBertLayer,
@@ -33,16 +34,19 @@ from moe_fast.layers import (
     MoEXLMRobertaLayer,
     RouterOutput,
 )
+from moe_fast.layers.attention import packed_attention
 from moe_fast.models.configuration import (
     MoEBertConfig,
     MoEModernBertConfig,
     MoERobertaConfig,
     MoEXLMRobertaConfig,
 )
-from moe_fast.models.loading import check_checkpoint, shortened
+from moe_fast.models.loading import check_checkpoint, naming
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
+from moe_fast.models.strict import check_loading_info
+from moe_fast.models.weights import check_no_adapter
 from moe_fast.ops.checks import check_shape, compute_dtype
 from moe_fast.version import __version__
 
@@ -59,7 +63,7 @@ def replaced_files(model: PreTrainedModel, variant: str | None = None) -> tuple[
 
     There are none for a model with an adapter, which is saved alone, beside whatever is there.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if compat.saves_adapter_alone(model):
         return ()
     part = "" if variant is None else f".{variant}"
     return (
@@ -166,15 +170,11 @@ class MoEModelMixin(PreTrainedModel):
         if isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
             check_checkpoint(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        missing = sorted(n for n in info["missing_keys"] if not n.startswith("pooler."))
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks weights of {cls.__name__}: "
-                f"{shortened(missing)}."
+        with naming(pretrained_model_name_or_path):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
+        check_loading_info(info, model, pretrained_model_name_or_path)
         return (model, info) if wanted else model
 
     def save_pretrained(
@@ -186,7 +186,13 @@ class MoEModelMixin(PreTrainedModel):
         files of others, and a ``README.md`` that somebody else wrote, are kept: see
         :func:`moe_fast.files.atomic_folder`. With ``distributed_checkpoint=True``, where every
         process writes files of its own, the files are written in place.
+
+        Raises:
+            ValueError: for adapters that ``peft.get_peft_model`` put in, which its ``PeftModel``
+                saves: a folder with their wrapped weights could not be loaded.
         """
+        if not compat.saves_adapter_alone(self):
+            check_no_adapter(self)
         self.config.moe_fast_version = __version__
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -195,7 +201,8 @@ class MoEModelMixin(PreTrainedModel):
             kwargs.setdefault("repo_id", Path(save_directory).resolve().name)
         replaced = replaced_files(self, kwargs.get("variant"))
         with atomic_folder(save_directory, replaces=replaced) as temporary:
-            super().save_pretrained(str(temporary), is_main_process=True, **kwargs)
+            with compat.adapter_methods():
+                super().save_pretrained(str(temporary), is_main_process=True, **kwargs)
             if not has_foreign_card(save_directory):
                 write_model_card(self, temporary)
 
@@ -210,7 +217,13 @@ class MoEModelMixin(PreTrainedModel):
                 "saved as a reference to its base; this one was made in memory. Save it with "
                 "save_pretrained, load it, and add the adapter to that."
             )
-        super().add_adapter(*args, **kwargs)
+        with compat.adapter_methods():
+            super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; where it refuses the installed peft, the error says what works."""
+        with compat.adapter_methods():
+            return super().load_adapter(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but refused where domain tokens are the vocabulary's last rows."""
@@ -231,7 +244,16 @@ class MoEModelMixin(PreTrainedModel):
         output_router_logits: bool | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        """Resolve the routing, run the dense model's forward, put the routing in the output."""
+        """Resolve the routing, run the dense model's forward, put the routing in the output.
+
+        Among ``kwargs``, ``packed=True`` leaves the padding out of this one batch, whatever the
+        configuration's attention is.
+        """
+        if kwargs.pop("packed", False):
+            with packed_attention():
+                return self._moe_forward(
+                    dense_inputs, expert_ids, domain, domain_ids, output_router_logits, kwargs
+                )
         kwargs.pop("text_hash", None)  # our collator's, for the losses
         return_dict = kwargs.pop("return_dict", None)
         if output_router_logits is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def _upcycle_model(
         moe_layers=_layer_indices(layers, model.config.num_hidden_layers),
         domains=list(domains or []),
         default_domain=default_domain,
-        upcycled_from=getattr(model, "name_or_path", "") or type(model).__name__,
+        upcycled_from=_public_name(model),
         **_domain_token_fields(model, domains or [], domain_tokens, cls_token_id),
     )
     with torch.device("meta"):
@@ -144,6 +145,14 @@ def _upcycle_model(
     load_exactly(moe, weights, buffers_of=model)
     set_trainable(moe, trainable)
     return moe.train(model.training)
+
+
+def _public_name(model: PreTrainedModel) -> str:
+    """The model's hub id or, of a folder, its name alone: where it lies is nobody's business."""
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    if os.path.isabs(name) or os.path.exists(name) or name.startswith((".", "~")):
+        return Path(name).resolve().name or type(model).__name__
+    return name
 
 
 def _layer_indices(layers: str | Sequence[int], num_layers: int) -> list[int]:

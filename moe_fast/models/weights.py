@@ -21,7 +21,7 @@ def check_no_adapter(model: PreTrainedModel) -> None:
     if any(hasattr(module, "get_base_layer") for module in model.modules()):
         raise ValueError(
             "model must have no PEFT adapters in it: merge them first, with "
-            "PeftModel.merge_and_unload()."
+            "PeftModel.merge_and_unload(), or save them alone, with PeftModel.save_pretrained()."
         )
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import warnings
 import zipfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers.trainer_utils import (
 )
 
 from moe_fast.files import atomic_folder
+from moe_fast.training.locks import hold_folder
+from moe_fast.training.position import POSITION_NAME, DataPosition
 
 STAGING_NAME = ".checkpoint-in-progress"
 _STATE_NAME = "trainer_state.json"
@@ -34,10 +37,17 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
 
     A checkpoint is written into a folder aside, by all processes, and takes its place
     ``checkpoint-{step}`` in one step when it is whole and on the disk; older ones are removed after
-    that (``save_total_limit``). What a killed run left aside goes when the next one starts.
+    that (``save_total_limit``). What a killed run left aside goes when the next one starts. A run
+    that saves holds its folder: a second one there is refused while it lives.
+
+    A checkpoint says where in the data the run was (:class:`DataPosition`): a resumed run goes on
+    there, with data of any form, in whatever pass it stopped.
     """
 
     _staging: str | None = None
+    _resumed_at: DataPosition | None = None
+    _batches_done = 0  # of the pass that is going on
+    _pass = 0
 
     def train(
         self,
@@ -45,7 +55,25 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in transformers, with the checkpoint looked at first: see :func:`check_checkpoint`."""
+        """As in transformers, with the checkpoint looked at first: see :func:`check_checkpoint`.
+
+        Raises:
+            FileNotFoundError, ValueError: of the checkpoint, which cannot be gone on from exactly.
+            BlockingIOError: another run is saving its checkpoints in ``args.output_dir``.
+        """
+        with self._held_folder():
+            return self._train_from(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _held_folder(self) -> AbstractContextManager[Any]:
+        saves = self.args.should_save and self.args.save_strategy != "no"
+        return hold_folder(self.args.output_dir) if saves else nullcontext()
+
+    def _train_from(
+        self,
+        resume_from_checkpoint: str | bool | None,
+        trial: Any,
+        ignore_keys_for_eval: list[str] | None,
+    ) -> Any:
         if self.args.should_save:
             clear_leftovers(self.args.output_dir)
         self.accelerator.wait_for_everyone()
@@ -60,7 +88,59 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
                 )
         if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_checkpoint(checkpoint, num_processes=self.args.world_size)
+        self._resumed_at = None
+        if checkpoint is not None and not self.args.ignore_data_skip:
+            self._resumed_at = DataPosition.load(checkpoint)
+            self._check_resumable(checkpoint)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    # --- where in the data the run is ------------------------------------------------------------
+
+    def _check_resumable(self, checkpoint: str) -> None:
+        """Refuse what only a known position resumes exactly, where there is none to go by."""
+        streamed = self.train_dataset is not None and not hasattr(self.train_dataset, "__len__")
+        if not streamed:
+            return
+        if self._resumed_at is None:
+            raise ValueError(
+                f"the checkpoint {checkpoint!r} does not say where in the streamed data it was "
+                f"saved (no {POSITION_NAME}): a run going on from it would not equal an "
+                "uninterrupted one. Resume with args.ignore_data_skip=True if that is meant, which "
+                "starts the data anew."
+            )
+        if not hasattr(SentenceTransformerTrainer, "_init_training_state"):
+            raise ValueError(
+                "with this version of transformers training on streamed data cannot be resumed "
+                "exactly: install another one, or use a datasets.Dataset."
+            )
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The pass and its batches to skip: as the checkpoint says, not as the steps suggest."""
+        start: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        if self._resumed_at is None:
+            return start
+        return self._resumed_at.epoch, self._resumed_at.batches
+
+    def _begin_pass(self, epoch: int) -> None:
+        resumed = self._resumed_at
+        self._pass = epoch
+        self._batches_done = resumed.batches if resumed and resumed.epoch == epoch else 0
+
+    def _position(self) -> DataPosition:
+        loading = self.accelerator.gradient_state
+        if loading.in_dataloader and not loading.end_of_dataloader:
+            return DataPosition(self._pass, self._batches_done)
+        streamed = not hasattr(self.train_dataset, "__len__")
+        rest = self._batches_done % self.args.gradient_accumulation_steps if streamed else 0
+        return DataPosition(self._pass + 1, 0, unfinished=rest)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; batches are counted, for checkpoints to say how many are done."""
+        loss = super().training_step(*args, **kwargs)
+        self._batches_done += 1
+        return loss
+
+    # --- saving ----------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -78,6 +158,7 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
                 self.state.best_model_checkpoint = place
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(staged, _STATE_NAME))
+                self._position().save(staged)
                 _publish(staged, place)
         except Exception as error:
             last = get_last_checkpoint(run_dir) or "none"

@@ -35,6 +35,52 @@ def flatten(**datasets: Any) -> dict[str, Any]:
     return flat
 
 
+def check_column_names(
+    datasets: Mapping[str, Any], domain_column: str, labels: Sequence[str]
+) -> None:
+    """Refuse columns that would be embedded as texts and are meant for something else.
+
+    sentence-transformers takes every column but the label's for a text, whatever its name: one
+    named nearly as the domain or the label column, or of numbers, is none.
+
+    Raises:
+        ValueError: naming the dataset and the column, and what to call it.
+    """
+    for name, data in datasets.items():
+        columns = list(data.column_names)
+        label = next((c for c in labels if c in columns), None)
+        for column in columns:
+            if column in (domain_column, label, "dataset_name"):
+                continue
+            meant = next((n for n in (domain_column, *labels) if _plain(n) == _plain(column)), None)
+            if meant is not None and not (meant in columns and column in labels):
+                raise ValueError(
+                    f"the {name} dataset has the column {column!r}, which would be embedded as a "
+                    f"text. If it is the {_role(meant, domain_column)}, call it {meant!r}: "
+                    f"dataset.rename_column({column!r}, {meant!r}); otherwise give it another name "
+                    f"or remove it: dataset.remove_columns({column!r})."
+                )
+            kind = getattr((data.features or {}).get(column), "dtype", "string")
+            if column not in labels and _is_number(kind):
+                raise ValueError(
+                    f"the {name} dataset has the column {column!r} of {kind}, which is no text. "
+                    f"Remove it: dataset.remove_columns({column!r})."
+                )
+
+
+def _plain(name: str) -> str:
+    """A column's name without what people vary: case, underscores, spaces, the plural."""
+    return "".join(c for c in name.casefold() if c.isalnum()).removesuffix("s")
+
+
+def _role(meant: str, domain_column: str) -> str:
+    return "domain (domain_column)" if meant == domain_column else "label"
+
+
+def _is_number(kind: str) -> bool:
+    return kind == "bool" or kind.startswith(("int", "uint", "float", "decimal"))
+
+
 def has_domain_column(datasets: Mapping[str, Any], column: str) -> bool:
     """Whether the datasets have the column.
 
@@ -77,7 +123,10 @@ def check_domains(datasets: Mapping[str, Any], column: str, domains: Sequence[st
     for name, data in datasets.items():
         if not hasattr(data, "__len__"):
             return
-        ids = to_domain_ids(list(_unique(data, column)), domains).tolist()
+        values = list(_unique(data, column))
+        if None in values:
+            raise ValueError(f"the {name} dataset has rows without a domain in column {column!r}.")
+        ids = to_domain_ids(values, domains).tolist()
         if name.split(".")[0] == "train":
             trained.update(ids)
     if len(trained) == 1 and len(domains) > 1:

@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def with_domain_names(dataset: Any, column: str) -> Any:
+    """The dataset, its domain column as names where it holds classes that carry their own.
+
+    The number of a ``ClassLabel`` is a place in the dataset's list of names, which need not be the
+    model's: domains are matched by name. Mappings of datasets are gone through.
+    """
+    if isinstance(dataset, Mapping):
+        return type(dataset)({k: with_domain_names(part, column) for k, part in dataset.items()})
+    features = getattr(dataset, "features", None) or {}
+    names = getattr(features.get(column), "names", None)
+    if names is None:
+        return dataset
+    from datasets import Value
+
+    def named(row: dict[str, Any]) -> dict[str, Any]:
+        return {column: None if row[column] is None else names[row[column]]}
+
+    if not hasattr(dataset, "__len__"):
+        described = type(features)({**features, column: Value("string")})
+        return dataset.map(named, features=described)
+    values = [None if v is None else names[v] for v in dataset.with_format(None)[column]]
+    return dataset.remove_columns(column).add_column(column, values)
 
 
 def to_domain_ids(values: Sequence[Any], domains: Sequence[str]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +101,22 @@ class DomainBatchSampler(DefaultBatchSampler):
         if self.drop_last and batches and len(batches[-1]) < self._rows_per_batch:
             batches.pop()
         return batches
+
+
+@contextmanager
+def fixed_sizes(samplers: Sequence[Any]) -> Iterator[bool]:
+    """Within the block every sampler states its batch size, which sentence-transformers asks for.
+
+    Gives whether the sizes of some vary, which a sampler made of them must say in its turn.
+    """
+    varying = [s for s in samplers if isinstance(s, DomainBatchSampler) and s.batch_size is None]
+    for sampler in varying:
+        sampler.batch_size = sampler._rows_per_batch
+    try:
+        yield bool(varying)
+    finally:
+        for sampler in varying:
+            sampler.batch_size = None  # type: ignore[assignment]
 
 
 def _rows_of_domain(dataset: Dataset, column: str) -> dict[Any, Tensor]:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from moe_fast.training.callbacks import ExpertUsageCallback
 from moe_fast.training.checkpoints import WholeCheckpointTrainer
 from moe_fast.training.checks import (
+    check_column_names,
     check_domains,
     check_exchanges,
     check_flag_rows,
@@ -31,7 +32,9 @@ from moe_fast.training.checks import (
 )
 from moe_fast.training.collator import DomainDataCollator
 from moe_fast.training.distributed import average_gradients, broadcast_from_first
+from moe_fast.training.domains import with_domain_names
 from moe_fast.training.draws import has_flag_columns
+from moe_fast.training.labels import check_label_batch, check_labels
 from moe_fast.training.loss_state import (
     LOSS_STATE_NAME,
     load_loss_state,
@@ -39,7 +42,9 @@ from moe_fast.training.loss_state import (
     save_loss_state,
 )
 from moe_fast.training.metrics import RunningMeans
+from moe_fast.training.sampler import fixed_sizes
 from moe_fast.training.throughput import Throughput
+from moe_fast.training.trainable import check_precision, check_reached, check_trainable
 
 
 class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
@@ -102,6 +107,8 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             "num_negatives": num_negatives,
             "max_length": max_length,
         }
+        train_dataset = with_domain_names(train_dataset, domain_column)
+        eval_dataset = with_domain_names(eval_dataset, domain_column)
         self._datasets = flatten(train=train_dataset, eval=eval_dataset)
         if kwargs.get("data_collator") is not None:
             self._check_no_collation()
@@ -115,9 +122,12 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             loss=loss,
             **kwargs,
         )
+        names = getattr(self.data_collator, "valid_label_columns", None) or ()
+        check_labels(self._datasets, self.loss, names)
+        self._reached = False
         self._read_streams_in_every_process()
         del self._datasets
-        self.add_callback(_SetEpoch(self.data_collator))
+        self.add_callback(_SetEpoch(self))
 
     # --- data ------------------------------------------------------------------------------------
 
@@ -158,6 +168,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         self.train_dataset, self.eval_dataset = kept
 
     def _check_columns(self, collator: DomainDataCollator) -> None:
+        check_column_names(self._datasets, self._domain_column, collator.valid_label_columns)
         columns = {
             name: text_columns(
                 data.column_names,
@@ -199,6 +210,18 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             loader.collate_fn = self.data_collator.for_training()
         return loader
 
+    def get_multi_dataset_batch_sampler(
+        self, dataset: Any, batch_samplers: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in sentence-transformers, also of samplers whose batches vary in size."""
+        with fixed_sizes(batch_samplers) as vary:
+            sampler = super().get_multi_dataset_batch_sampler(
+                dataset, batch_samplers, *args, **kwargs
+            )
+        if vary:
+            sampler.batch_size = None
+        return sampler
+
     # --- several processes -----------------------------------------------------------------------
 
     def _read_streams_in_every_process(self) -> None:
@@ -213,7 +236,14 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             config.dispatch_batches = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; see :meth:`WholeCheckpointTrainer.train` for resuming."""
+        """As in transformers; see :meth:`WholeCheckpointTrainer.train` for resuming.
+
+        Raises:
+            ValueError: nothing of the model would train, or its weights to be trained are float16.
+        """
+        if self.model_init is None:  # else the model is made anew in there
+            check_trainable(self.model)
+            check_precision(self.model, self.loss)
         if self.accelerator.num_processes > 1:
             if isinstance(self.loss, dict):
                 check_exchanges(self.loss)
@@ -224,6 +254,9 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         """Forward and backward of one batch; the last of a step averages over processes."""
         with self._throughput.timing(args[1] if len(args) > 1 else kwargs["inputs"]):
             loss = super().training_step(*args, **kwargs)
+        if not self._reached and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_reached(self.model)  # those keep gradients elsewhere
+            self._reached = True
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             own = own_state(self.loss, keep_vars=True).values()
             average_gradients(p for p in own if isinstance(p, nn.Parameter))
@@ -241,6 +274,8 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         """The loss of one batch; its ``last_metrics`` are kept for the logs."""
         name = inputs.get("dataset_name")
         loss = self.loss[name] if isinstance(self.loss, dict) else self.loss
+        if not hasattr(self.train_dataset, "__len__") or not self.model.training:
+            check_label_batch(loss, inputs.get("label"))
         if self.model.training:
             self._wrap_encoders(loss, model)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -321,20 +356,21 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the epoch to the collator, and to a batch sampler behind any number of wrappers.
+    """Tells the epoch to the trainer, the collator, and a batch sampler behind any wrappers.
 
-    In an epoch resumed with several processes the trainer stops one wrapper short, and the order
+    In an epoch resumed with several processes transformers stops one wrapper short, and the order
     would be that of epoch 0. Epochs are counted, for a streamed dataset's are not in the state.
     """
 
-    def __init__(self, collator: Any) -> None:
-        self._collator = collator
+    def __init__(self, trainer: MoESentenceTransformerTrainer) -> None:
+        self._trainer = trainer
         self._epoch = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._epoch = int(state.epoch or 0)
+        resumed = self._trainer._resumed_at
+        self._epoch = int(state.epoch or 0) if resumed is None else resumed.epoch
 
     def on_epoch_begin(
         self,
@@ -344,8 +380,9 @@ class _SetEpoch(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(self._collator, DomainDataCollator):
-            self._collator.set_epoch(self._epoch)
+        self._trainer._begin_pass(self._epoch)
+        if isinstance(self._trainer.data_collator, DomainDataCollator):
+            self._trainer.data_collator.set_epoch(self._epoch)
         sampler = getattr(train_dataloader, "batch_sampler", None)
         while sampler is not None:
             for part in (sampler, getattr(sampler, "sampler", None)):

@@ -139,8 +139,16 @@ def test_contrastive_loss_refuses_outputs_that_differ():
         contrastive_loss.check({"moe_fast": [y], "MNRL": [y * 1.001]})
 
 
-def test_import_is_lean():
-    import_time.check_lean()
+def test_an_import_that_is_not_lean_is_an_error(monkeypatch):
+    """That ours is lean is for tests/test_imports.py to say."""
+    loaded = {import_time.IMPORTS["moe_fast"]: ["torch", "triton"]}
+    monkeypatch.setattr(
+        import_time,
+        "run_child",
+        lambda imports: import_time.Import(1.0, 1.0, loaded.get(imports, ["torch"])),
+    )
+    with pytest.raises(AssertionError, match=r"loads \['triton'\]"):
+        import_time.check_lean()
 
 
 def test_a_failing_import_is_reported():

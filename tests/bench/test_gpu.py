@@ -22,7 +22,7 @@ BASE = Case(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
 def test_the_dry_run_goes_through_everything(tmp_path):
     path = tmp_path / "record.json"
     done = run(
-        "-m", "bench.gpu", "--dry-run", "--check-seconds", "8", "--tune-seconds", "0.1",
+        "-m", "bench.gpu", "--dry-run", "--check-seconds", "4", "--tune-seconds", "0.1",
         "--json", str(path), TRITON_INTERPRET=None,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

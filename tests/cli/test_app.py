@@ -1,13 +1,17 @@
 """Every command: its help, its example; exit codes and what ends up on stderr."""
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import yaml
 
+import moe_fast
 from moe_fast.cli.app import COMMANDS
 
 NAMES = {
@@ -142,6 +146,14 @@ def test_debug_shows_the_traceback(moe_fast_cli):
             "--queries and --output together",
         ),
         (["inspect", "mixture", "-o", "x.png"], "give --texts as well"),
+        (
+            ["embed", "mixture", "texts.jsonl", "-o", "x.npy", "--threads", "100000"],
+            "'--threads': Input should be less than or equal to",
+        ),
+        (
+            ["embed", "m", "t.jsonl", "-o", "x.npy", "--domain", "a", "--domain-column", "b"],
+            "--domain or --domain-column, not both",
+        ),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments, message, moe_fast_cli):
@@ -150,35 +162,77 @@ def test_wrong_usage_is_exit_code_2(arguments, message, moe_fast_cli):
     assert message in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_quiet_prints_results_and_nothing_else(moe_fast_cli):
-    result = moe_fast_cli("upcycle", "dense-model", "--num-experts", 2, "-o", "x", "--quiet")
+QUIET = [
+    ["upcycle", "dense-model", "--num-experts", "2", "-o", "x"],
+    ["extract", "mixture", "--expert", "law", "-o", "x"],
+    ["join", "law=law-model", "medicine=medicine-model", "-o", "x"],
+    ["embed", "mixture", "texts.jsonl", "--domain", "law", "-o", "x.npy"],
+    ["search", "--documents", "numbers.npy", "--queries", "numbers.npy", "-o", "x.trec"],
+    ["cocite", "papers.jsonl", "--fractions", ".5,.5,0", "-o", "x"],
+    ["mine", "pairs.jsonl", "--bm25", "--max-ratio", "0", "-o", "x.jsonl"],
+]
+
+
+@pytest.mark.parametrize("arguments", QUIET, ids=lambda words: words[0])
+def test_quiet_prints_nothing(arguments, moe_fast_cli, workspace):
+    np.save("numbers.npy", np.eye(3, dtype="float32"))
+    result = moe_fast_cli(*arguments, "--quiet")
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_as_a_program():
-    """`python -m moe_fast.cli`: help without the training libraries, exit codes of the process."""
-    code = (
-        "import sys, json; before = None\n"
-        "import moe_fast; before = set(sys.modules)\n"
-        "from moe_fast.cli import main\n"
-        "try: main(['train', '--help'])\n"
-        "except SystemExit as end: code = end.code\n"
-        "print(json.dumps([code, sorted(set(sys.modules) - before)]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    exit_code, loaded = json.loads(done.stdout.splitlines()[-1])
-    assert exit_code == 0
-    heavy = {
-        "sentence_transformers",
-        "datasets",
-        "faiss",
-        "matplotlib",
-        "sklearn",
-        "scipy",
-        "pyarrow",
-    }
-    assert not heavy & {name.partition(".")[0] for name in loaded}
+def test_quiet_silences_warnings_and_not_errors(moe_fast_cli, monkeypatch, capfd):
+    def upcycle(*arguments, **settings):
+        warnings.warn("a library's warning", stacklevel=1)
+        for name in ("transformers", "moe_fast.models"):
+            logging.getLogger(name).warning("a library's warning")
+        raise ValueError("an error")
 
-    run = [sys.executable, "-m", "moe_fast.cli"]
-    done = subprocess.run([*run, "train", "--no-such-flag"], capture_output=True, text=True)
-    assert done.returncode == 2 and "no-such-flag" in done.stderr
+    monkeypatch.setattr(moe_fast, "upcycle", upcycle)
+    arguments = ["upcycle", "dense-model", "--num-experts", 2, "-o", "x"]
+    result = moe_fast_cli(*arguments, "--quiet")
+    assert (result.exit_code, result.output) == (1, "moe-fast upcycle: error: an error\n")
+    assert capfd.readouterr() == ("", "")
+    with pytest.warns(UserWarning, match="a library's warning"):  # as before
+        moe_fast_cli(*arguments)
+
+
+def test_version(moe_fast_cli):
+    result = moe_fast_cli("--version")
+    assert (result.exit_code, result.output) == (0, f"moe-fast {moe_fast.__version__}\n")
+
+
+def modules_after(arguments):
+    """(exit code, output, top-level modules) of the program in a fresh process."""
+    code = (
+        "import json, sys; from moe_fast_cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "names = sorted({name.partition('.')[0] for name in sys.modules})\n"
+        "print('\\n' + json.dumps([code, names]))"
+    )
+    run = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(run, capture_output=True, text=True)
+    exit_code, names = json.loads(done.stdout.splitlines()[-1])
+    return exit_code, done.stdout + done.stderr, set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "shown"),
+    [
+        (["--help"], 0, "evaluate"),
+        (["train", "--help"], 0, "--temperature"),
+        (["--version"], 0, "moe-fast "),
+        (["train", "--no-such-flag"], 2, "no-such-flag"),
+    ],
+)
+def test_help_and_wrong_usage_load_no_library(arguments, exit_code, shown):
+    code, output, modules = modules_after(arguments)
+    assert code == exit_code and shown in output
+    assert not modules & {"torch", "transformers", "numpy", "sentence_transformers", "datasets"}
+
+
+def test_the_program_loads_the_library_for_a_command():
+    code, output, modules = modules_after(["extract", "none/at/all", "--expert", "0", "-o", "x"])
+    assert code == 1 and "error: model 'none/at/all': there is no such folder" in output
+    assert "torch" in modules
+    assert not modules & {"sentence_transformers", "datasets", "faiss", "matplotlib", "pyarrow"}

@@ -91,6 +91,61 @@ def test_several_tasks_at_once_and_a_domain_for_what_names_none(evaluate, worksp
     assert table.count("| --") >= 2
 
 
+def test_files_that_name_their_domain(evaluate, workspace):
+    """As one file with a column of domains."""
+    for name in DOMAINS:
+        rows = [row for row in read_jsonl("pairs.jsonl") if row.pop("domain") == name]
+        write_jsonl(workspace / f"{name}.jsonl", rows)
+    files = [part for name in DOMAINS for part in ("--pairs", f"{name}={name}.jsonl")]
+    _, found = evaluate("mixture", *files)
+    _, expected = evaluate("mixture", "--pairs", "pairs.jsonl", "--overwrite")
+    for group, scores in expected["pairs"]["evaluations"][0]["scores"].items():
+        for name, score in scores.items():
+            same = found["pairs"]["evaluations"][0]["scores"][group][name]["value"]
+            assert same == pytest.approx(score["value"], abs=1e-6)
+
+
+def test_a_retrieval_set_of_one_domain(evaluate, workspace):
+    write_retrieval(workspace / "r.json", read_jsonl("texts.jsonl"))
+    _, found = evaluate("mixture", "--retrieval", "law=r.json")
+    assert set(found["retrieval"]["evaluations"][0]["scores"]) == {"law", "all"}
+
+
+def test_judged_documents_that_are_missing(evaluate, moe_fast_cli, workspace):
+    write_retrieval(workspace / "r.json", read_jsonl("texts.jsonl"))
+    data = json.loads((workspace / "r.json").read_text())
+    data["qrels"]["q0"]["gone"] = 1
+    (workspace / "r.json").write_text(json.dumps(data))
+    arguments = ["mixture", "--retrieval", "r.json", "--domain", "law"]
+    result = moe_fast_cli("evaluate", *arguments, *QUICK)
+    assert result.exit_code == 1 and "gone" in result.stderr
+    _, found = evaluate(*arguments, "--on-missing", "drop")
+    assert found["retrieval"]["evaluations"][0]["details"]["all"]["queries"] == 5
+
+
+def test_a_querys_own_document(evaluate, workspace):
+    texts = read_jsonl("texts.jsonl")
+    corpus = {row["id"]: row["text"] for row in texts}
+    data = {"corpus": corpus, "queries": {"d0": texts[0]["text"]}, "qrels": {"d0": {"d0": 1}}}
+    (workspace / "r.json").write_text(json.dumps(data))
+    arguments = ["mixture", "--retrieval", "r.json", "--domain", "law"]
+    for flag, expected in (([], 0.0), (["--keep-identical-ids"], 1.0)):
+        _, found = evaluate(*arguments, *flag, "--overwrite")
+        score = found["retrieval"]["evaluations"][0]["scores"]["all"]["MRR@10"]
+        assert score["value"] == expected
+
+
+def test_long_texts_are_cut_and_counted_unless_told_otherwise(moe_fast_cli, workspace, caplog):
+    rows = [{"a": "w1 " * 100, "b": "w2 w1"}, {"a": "w3", "b": "w4"}]
+    write_jsonl(workspace / "long.jsonl", rows)
+    arguments = ["evaluate", "mixture", "--pairs", "long.jsonl", "--domain", "law"]
+    result = moe_fast_cli(*arguments, "--resamples", 0)
+    assert result.exit_code == 0, result.output
+    assert "1 of 2 texts" in caplog.text
+    result = moe_fast_cli(*arguments, "--no-truncate", "--quiet")
+    assert result.exit_code == 1 and "max_seq_length = 32" in result.stderr
+
+
 def write_retrieval(path, texts):
     corpus = {row["id"]: row["text"] for row in texts}
     queries = {f"q{i}": row["text"] for i, row in enumerate(texts[:5])}
@@ -105,6 +160,7 @@ def write_retrieval(path, texts):
         (["mixture", "--sts", "pairs.jsonl"], "score"),
         (["mixture", "--retrieval", "pairs.jsonl"], "pairs.jsonl"),
         (["mixture", "--pairs", "pairs.jsonl", "--domain", "art"], "'art'"),
+        (["mixture", "--pairs", "law=pairs.jsonl"], "the file has a column 'domain' already"),
         (["none/at/all", "--pairs", "pairs.jsonl"], "there is no such folder"),
         (["mixture", "--pairs", "pairs.jsonl", "--confidence", "2"], "confidence"),
     ],

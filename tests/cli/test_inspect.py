@@ -48,7 +48,22 @@ def test_tokens_per_expert_by_domain(moe_fast_cli, workspace):
     assert shown["usage"][order.index("law")] == [[1.0, 0.0]] * 3
     assert shown["usage"][order.index("medicine")] == [[0.0, 1.0]] * 3
     assert (workspace / "u.png").read_bytes().startswith(b"\x89PNG")
-    assert "law       layer 0    100.0    0.0" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["domain", "layer", "law", "medicine"] in lines  # the experts by their domains
+    assert ["law", "0", "100.0", "0.0"] in lines and ["medicine", "2", "0.0", "100.0"] in lines
+    assert shown["usage_experts"] == ["law", "medicine"]
+
+
+def test_files_that_name_their_domain(moe_fast_cli, workspace):
+    for name in ("law", "medicine"):
+        rows = [row for row in read_jsonl("texts.jsonl") if row["domain"] == name]
+        (workspace / f"{name}.txt").write_text("".join(row["text"] + "\n" for row in rows))
+    texts = ["--texts", "medicine=medicine.txt", "--texts", "law=law.txt"]
+    result = moe_fast_cli("inspect", "mixture", *texts, "--json", "x.json")
+    assert result.exit_code == 0, result.output
+    shown = json.loads((workspace / "x.json").read_text())
+    assert shown["usage_domains"] == ["law", "medicine"]
+    assert shown["usage"] == [[[1.0, 0.0]] * 3, [[0.0, 1.0]] * 3]
 
 
 def test_tokens_of_a_learned_router(moe_fast_cli, workspace):
@@ -72,6 +87,11 @@ def test_tokens_of_a_learned_router(moe_fast_cli, workspace):
         ),
         (["mixture", "--texts", "none.jsonl"], "there is no file none.jsonl"),
         (["none/at/all"], "there is no such folder"),
+        (["mixture", "--texts", "art=texts.jsonl"], "('law', 'medicine'); got 'art'"),
+        (
+            ["mixture", "--texts", "law=texts.jsonl", "--texts", "texts.jsonl"],
+            "either all files name",
+        ),
     ],
 )
 def test_failures(arguments, message, moe_fast_cli, workspace):

@@ -1,4 +1,8 @@
-"""--overwrite: what a command reads, and where it stands, is never what it replaces."""
+"""Names of outputs, and --overwrite: what a command reads, and where it stands, stays."""
+
+import gzip
+import json
+import re
 
 import pytest
 
@@ -9,6 +13,8 @@ from tests.cli.conftest import write_jsonl
 def inputs(workspace):
     """A result to overwrite, with an input in it, and the files that commands read."""
     write_jsonl(workspace / "mine.jsonl", [{"a": "w1", "b": "w2", "text": "w1", "domain": "law"}])
+    for name in ("mine.png", "mine.json", "mine.parquet"):
+        (workspace / name).write_text("the only copy")
     (workspace / "old").mkdir()
     (workspace / "old" / "data.jsonl").write_bytes((workspace / "mine.jsonl").read_bytes())
     return workspace
@@ -23,17 +29,18 @@ def inputs(workspace):
         ["train", "mixture", "--data", "mine.jsonl", "-o", "."],
         ["upcycle", "dense-model", "--num-experts", "2", "-o", ".."],
         ["cocite", "old/data.jsonl", "-o", "old"],
-        ["evaluate", "mixture", "--pairs", "mine.jsonl", "--json", "mine.jsonl"],
-        ["inspect", "mixture", "--texts", "mine.jsonl", "-o", "mine.jsonl"],
+        ["evaluate", "mixture", "--pairs", "law=mine.json", "--json", "mine.json"],
+        ["inspect", "mixture", "--texts", "mine.png", "-o", "mine.png"],
+        ["embed", "mixture", "law=mine.parquet", "-o", "mine.parquet"],
         ["search", "--documents", "old/data.jsonl", "--save-index", "old"],
     ],
 )
 def test_inputs_are_not_replaced(arguments, inputs, moe_fast_cli):
-    before = {path: path.read_bytes() for path in inputs.rglob("*.jsonl")}
+    before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
     result = moe_fast_cli(*arguments, "--overwrite")
     assert result.exit_code == 1, result.output
     assert "--overwrite: " in result.stderr
-    assert {path: path.read_bytes() for path in inputs.rglob("*.jsonl")} == before
+    assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
 
 
 def test_a_model_may_be_replaced_by_its_successor(inputs, moe_fast_cli):
@@ -41,3 +48,46 @@ def test_a_model_may_be_replaced_by_its_successor(inputs, moe_fast_cli):
     result = moe_fast_cli("extract", "m", "--expert", 1, "-o", "m", "--overwrite")
     assert result.exit_code == 0, result.output
     assert "the model is dense" in moe_fast_cli("inspect", "m").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "m", "t.jsonl", "-o", "x.csv"], "--output x.csv: .* .npy, .parquet; got .csv"),
+        (["embed", "m", "t.jsonl", "-o", "x"], "got a name without a suffix"),
+        (["embed", "m", "t.jsonl", "-o", "x.npy.gz"], "got .gz"),
+        (["search", "--documents", "t.npy", "--queries", "t.npy", "-o", "x.csv"], ".trec.gz"),
+        (["search", "--documents", "t.npy", "--save-index", "x.npy"], "will be a folder"),
+        (["evaluate", "m", "--pairs", "p.jsonl", "--json", "x.csv"], "--json x.csv: .* .json.gz"),
+        (["inspect", "m", "--texts", "t.jsonl", "-o", "usage"], ".png, .svg, .pdf"),
+        (["inspect", "m", "--texts", "t.jsonl", "-o", "usage.csv"], "got .csv"),
+        (["inspect", "m", "--json", "x.yaml"], "got .yaml"),
+        (["mine", "p.jsonl", "--bm25", "-o", "x.csv"], ".jsonl, .jsonl.gz, .parquet; got .csv"),
+        (["bench", "plan", "-o", "x.csv"], "got .csv"),
+        (["cocite", "p.jsonl", "-o", "x.jsonl"], "x.jsonl will be a folder"),
+        (["upcycle", "m", "--num-experts", "2", "-o", "x.safetensors"], "will be a folder"),
+        (["extract", "m", "--expert", "0", "-o", "x.bin"], "will be a folder"),
+        (["join", "a=b", "c=d", "-o", "x.pt"], "will be a folder"),
+        (["train", "m", "--data", "p.jsonl", "-o", "x.zip"], "will be a folder"),
+        (["demo", "-o", "x.md"], "will be a folder"),
+    ],
+)
+def test_a_name_that_promises_another_format_is_refused(
+    arguments, message, moe_fast_cli, workspace
+):
+    before = set(workspace.iterdir())
+    result = moe_fast_cli(*arguments)  # the inputs are not there: nothing has been looked at yet
+    assert result.exit_code == 2, result.output
+    assert re.search(message, " ".join(result.stderr.replace("│", " ").split()))
+    assert set(workspace.iterdir()) == before
+
+
+def test_what_is_written_has_the_format_of_its_name(moe_fast_cli, workspace):
+    assert moe_fast_cli("inspect", "dense-model", "--json", "x.json.gz").exit_code == 0
+    with gzip.open("x.json.gz", "rt") as file:
+        assert json.load(file)["model"] == "dense-model"
+    texts = ["--texts", "law=texts.jsonl"]
+    for name, start in (("u.PNG", b"\x89PNG"), ("u.pdf", b"%PDF"), ("u.svg", b"<?xml")):
+        result = moe_fast_cli("inspect", "mixture", *texts, "-o", name)
+        assert result.exit_code == 0, result.output
+        assert (workspace / name).read_bytes().startswith(start)

@@ -1,5 +1,6 @@
 """search: the run file holds the exact cosine ranking, whatever the documents come from."""
 
+import gzip
 import json
 
 import numpy as np
@@ -47,9 +48,10 @@ def test_texts_vectors_and_a_saved_index_rank_alike(moe_fast_cli, expected, work
     assert top["q0"][0] == "d3" and top["q1"][0] == "d8"
     assert search(moe_fast_cli, *MODEL, "--documents", "texts.jsonl", *queries) == top
 
-    embed = ["embed", "mixture", "texts.jsonl", "--domain", "law", "-o", "v.parquet"]
-    assert moe_fast_cli(*embed).exit_code == 0
-    assert search(moe_fast_cli, *MODEL, "--documents", "v.parquet", *queries) == top
+    for file in ("v.parquet", "v.npy"):
+        embed = ["embed", "mixture", "law=texts.jsonl", "-o", file]
+        assert moe_fast_cli(*embed).exit_code == 0
+        assert search(moe_fast_cli, *MODEL, "--documents", file, *queries) == top
 
     search(moe_fast_cli, "--documents", "v.parquet", "--save-index", "index")
     assert search(moe_fast_cli, *MODEL, "--load-index", "index", *queries) == top
@@ -58,6 +60,56 @@ def test_texts_vectors_and_a_saved_index_rank_alike(moe_fast_cli, expected, work
     queries[1] = "q.parquet"  # no model is needed
     assert search(moe_fast_cli, "--load-index", "index", *queries, "--tag", "mine") == top
     assert (workspace / "run.trec").read_text().splitlines()[0].split()[-1] == "mine"
+
+
+def test_each_file_has_its_domain(moe_fast_cli, workspace):
+    model = load_model("mixture", device="cpu")
+    texts = {"law": rows("texts.jsonl"), "medicine": rows("queries.jsonl")}
+    a, b = (
+        model.encode([row["text"] for row in part], domain=domain, normalize_embeddings=True)
+        for domain, part in texts.items()
+    )
+    files = ["--documents", "law=texts.jsonl", "--queries", "medicine=queries.jsonl"]
+    assert search(moe_fast_cli, *MODEL[:2], *files, "-k", 1, "-o", "run.trec") == {
+        query["_id"]: [texts["law"][best]["id"]]
+        for query, best in zip(texts["medicine"], (b @ a.T).argmax(1), strict=True)
+    }
+
+
+def test_vectors_without_ids_have_row_numbers_and_it_is_said(moe_fast_cli, workspace):
+    np.save("v.npy", np.eye(3, dtype="float32"))
+    arguments = ["search", "--documents", "v.npy", "--queries", "v.npy", "-k", 1]
+    result = moe_fast_cli(*arguments, "-o", "r.run.gz")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("v.npy: there are no ids beside it") == 2  # documents, queries
+    hits = {query: list(hits) for query, hits in read_run("r.run.gz").items()}
+    assert hits == {"0": ["0"], "1": ["1"], "2": ["2"]}  # equal numbers are no equal ids
+    with gzip.open("r.run.gz", "rt") as file:
+        assert file.readline().split()[:3] == ["0", "Q0", "0"]
+
+
+def test_the_document_with_the_querys_id_is_left_out(moe_fast_cli, workspace):
+    pairs = {"documents.npy": ["a", "b", "c"], "queries.npy": ["c", "x"]}
+    vectors = {"documents.npy": np.eye(3), "queries.npy": np.array([[0, 0.5, 1], [0, 0.5, 1]])}
+    for name, ids in pairs.items():
+        np.save(name, vectors[name].astype("float32"))
+        (workspace / f"{name}.ids.jsonl").write_text("".join(f'"{key}"\n' for key in ids))
+    arguments = ["search", "--documents", "documents.npy", "--queries", "queries.npy", "-k", 2]
+    result = moe_fast_cli(*arguments, "-o", "r")
+    assert result.exit_code == 0 and "1 documents with their query's own id" in result.output
+    assert {q: list(hits) for q, hits in read_run("r").items()} == {
+        "c": ["b", "a"],
+        "x": ["c", "b"],
+    }
+    kept = search(moe_fast_cli, *arguments[1:], "--keep-identical-ids", "-o", "run.trec")
+    assert kept["c"] == ["c", "b"]
+
+
+def test_ids_that_do_not_fit(moe_fast_cli, workspace):
+    np.save("v.npy", np.eye(3, dtype="float32"))
+    (workspace / "v.npy.ids.jsonl").write_text('"a"\n')
+    result = moe_fast_cli("search", "--documents", "v.npy", "--save-index", "i")
+    assert result.exit_code == 1 and "1 ids, but v.npy has 3 rows" in result.stderr
 
 
 @pytest.mark.parametrize(

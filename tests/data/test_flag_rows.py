@@ -47,7 +47,7 @@ def test_whole_numbers_are_scores(tmp_path: Path):
     ("changes", "message"),
     [
         ({"pos": []}, "line 1: pos is an empty list"),
-        ({"pos": "p"}, r"line 1: pos must be a list, got str \('p'\)"),
+        ({"pos": 3}, r"line 1: pos must be a list, got int \(3\)"),
         ({"neg": ["n", " "]}, r"line 1: neg\[1\] is empty"),
         ({"neg": ["n", 3]}, r"line 1: neg\[1\] must be a string, got int"),
         ({"query": ""}, "line 1: query is empty"),

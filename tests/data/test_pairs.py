@@ -95,9 +95,8 @@ MISTAKES = [
     ("p.jsonl", '{"a": "x", "b": "y\\ud800"}', "line 1: b is not valid Unicode"),
     ("p.jsonl", '{"a": "x", "b": "y", "domain": ""}', "line 1: domain is empty"),
     ("p.jsonl", '{"a": "x", "b": "y", "label": 2}', "line 1: label=2; allowed are 0 and 1"),
-    ("p.jsonl", '{"a": "x", "b": "y", "label": true}', "label=True; allowed are 0 and 1"),
     ("p.jsonl", '{"a": "x", "b": "y", "label": 0.5}', "label=0.5; allowed are 0 and 1"),
-    ("p.csv", "a,b,label\nx,y,yes\n", "line 2: label='yes'; allowed are 0 and 1"),
+    ("p.csv", "a,b,label\nx,y,yes\n", "line 2: label='yes'; allowed are 0 and 1, true and"),
     (
         "p.jsonl",
         '{"a": "x", "b": "y", "label": 1}\n{"a": "x", "b": "y"}',
@@ -107,7 +106,7 @@ MISTAKES = [
     ("p.csv", "", r"p\.csv: no rows"),
     ("p.csv", "a,b\n", r"p\.csv: no rows"),
     ("p.parquet", "", "not readable as Parquet"),
-    ("p.tsv", "", r"unknown format; supported are \.jsonl, \.jsonl\.gz, \.csv"),
+    ("p.xlsx", "", r"unknown format; supported are \.jsonl, \.jsonl\.gz, \.csv"),
 ]
 
 
@@ -163,5 +162,5 @@ def test_a_missing_file_says_so(tmp_path: Path):
 
 def test_without_datasets_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'moe-fast\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[train\]'"):
         read_pairs(write_jsonl(tmp_path / "p.jsonl", [{"a": "x", "b": "y"}]))

@@ -60,9 +60,10 @@ def test_one_direction_is_enough_and_domains_may_be_absent(tmp_path: Path):
             r"line 3: id 'p' was given before, .*p\.jsonl, line 1",
         ),
         ('{"id": "p", "abstract": "P"}', "line 1: columns 'citing' and 'cited_by' are both missin"),
-        ('{"id": 1, "abstract": "P", "citing": []}', "line 1: id must be a string, got int"),
-        ('{"id": "p", "abstract": "P", "citing": [2]}', r"line 1: citing\[0\] must be a string"),
-        ('{"id": "p", "abstract": "P", "citing": null}', "citing must be a list, got NoneType"),
+        ('{"id": 1.0, "abstract": "P", "citing": []}', "id must be text or a whole number, got fl"),
+        ('{"id": "p", "abstract": "P", "citing": [true]}', r"citing\[0\] must be text or a whole"),
+        ('{"id": "p", "abstract": "P", "citing": null}', "'citing' and 'cited_by' are both missin"),
+        ('{"id": "p", "abstract": "P", "citing": "q"}', "line 1: citing must be a list, got str"),
         ('{"id": "p", "abstract": " ", "citing": []}', "line 1: abstract is empty"),
         ('{"id": "p", "citing": []}', "line 1: column 'abstract' is missing"),
         (

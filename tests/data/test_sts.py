@@ -39,7 +39,7 @@ def test_other_names_are_given_and_a_domain_is_read(tmp_path: Path):
     [
         ("x,y,1\nx,y\n", "line 2: 2 cells; expected sentence, sentence, score"),
         ("x,y,1\nx,y,high\n", r"line 2: score must be a number, got str \('high'\)"),
-        ("x,y,1\nx,y,inf\n", "line 2: score must be finite, got inf"),
+        ("x,y,1\nx,y,inf\n", "line 2: score must be finite, got 'inf'"),
         ("x,y,1\nx,,1\n", "line 2: b is empty"),
         ("a,b,label\nx,y,1\n", r"line 2: column 'score' is missing; .*\['a', 'b', 'label'\]"),
         ("", r"s\.csv: no rows"),

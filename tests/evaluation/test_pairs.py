@@ -313,7 +313,7 @@ _DOMAINS = _DATA | {"domain": ["x", "x", "y", "y"]}
     [
         ({"a": ["x"]}, {}, "column 'b' is missing"),
         (_DATA | {"label": [1, 2, 0, 1]}, {}, "dataset, row 1: label=2; allowed are 0 and 1"),
-        (_DATA | {"label": [1, "0", 0, 1]}, {}, "dataset, row 1: label='0'"),
+        (_DATA | {"label": [1, "maybe", 0, 1]}, {}, "dataset, row 1: label='maybe'"),
         (_DATA | {"label": [0] * 4}, {}, "the 4 pairs have no positives"),
         (_DATA | {"domain": list("xxxy")}, {}, "the 1 pairs of domain 'y' have no positives"),
         ({"a": ["1"], "b": ["2"]}, {}, "the 1 pairs have no negatives"),

@@ -43,8 +43,8 @@ def test_layers_that_agree_share_a_panel() -> None:
     panels = plots._usage_panels({"enforced": same, "learned": _usage(2)}, 3)
     assert [title for title, _ in panels] == [
         "enforced\nall 4 layers alike",
-        "learned\nlayer 1 of 2",
-        "learned\nlayer 2 of 2",
+        "learned\nlayer 0",
+        "learned\nlayer 1",
     ]
     np.testing.assert_array_equal(panels[0][1], np.eye(3))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import ir_measures
 import numpy as np
@@ -147,7 +148,8 @@ def test_the_numbers_are_those_of_ir_measures_on_all_cosines() -> None:
         for group in ("x", "y", "all"):
             of_group = [v for q, v in values.items() if group in ("all", data.domains[q])]
             assert found.scores[group][ours].value == pytest.approx(np.mean(of_group))
-    assert found.details == {"x": {"queries": 10}, "y": {"queries": 10}, "all": {"queries": 20}}
+    sizes = {group: numbers["queries"] for group, numbers in found.details.items()}
+    assert sizes == {"x": 10, "y": 10, "all": 20}
     assert found.settings["documents"] == 30 and found.settings["depth"] == 1000
 
 
@@ -262,6 +264,105 @@ def test_domains_and_prompts_go_to_the_model() -> None:
         evaluate_retrieval(model, _retrieval(), encode=options)
 
 
+# --- BEIR's conventions -------------------------------------------------------------------------
+
+
+class Letters:
+    """Counts letters."""
+
+    def encode(self, texts, **_):
+        return np.array([[text.count(letter) for letter in "abcdef"] for text in texts], float)
+
+
+DUPLICATES = Retrieval(  # the queries are documents, as in ArguAna and Quora
+    corpus={"x": "aab", "y": "aabb", "z": "ccd", "u": "ccdd", "v": "eef"},
+    queries={"x": "aab", "z": "ccd"},
+    qrels={"x": {"y": 1}, "z": {"u": 1}},
+)
+
+
+def test_the_document_with_the_querys_own_id_is_no_hit() -> None:
+    found = evaluate_retrieval(Letters(), DUPLICATES, bootstrap=NONE)
+    assert found.scores["all"]["MRR@10"].value == 1.0
+    assert found.settings["ignore_identical_ids"] is True
+    kept = evaluate_retrieval(Letters(), DUPLICATES, ignore_identical_ids=False, bootstrap=NONE)
+    assert kept.scores["all"]["MRR@10"].value == 0.5
+    with pytest.raises(ValueError, match="not measured on the same items"):
+        compare(found, kept)
+
+
+def test_a_run_has_its_depth_without_the_own_document() -> None:
+    run = retrieve(Letters(), DUPLICATES, depth=2)
+    assert [list(hits) for hits in run.values()] == [["y", "z"], ["u", "x"]]
+    run = retrieve(Letters(), DUPLICATES, depth=2, ignore_identical_ids=False)
+    assert [list(hits) for hits in run.values()] == [["x", "y"], ["z", "u"]]
+    # a run of another program, with the own documents in it
+    found = evaluate_run(run, DUPLICATES, bootstrap=NONE)
+    assert found.scores["all"]["MRR@10"].value == 1.0
+    assert found.details["all"]["own_documents_ignored"] == 2
+
+
+def test_judgements_of_the_own_document_are_said_to_be_out_of_reach(caplog) -> None:
+    data = replace(DUPLICATES, qrels={"x": {"x": 1, "y": 1}, "z": {"u": 1}})
+    found = evaluate_retrieval(Letters(), data, measures=["Recall@5"], bootstrap=NONE)
+    assert found.scores["all"]["Recall@5"].value == 0.75
+    assert "1 queries judge the document with their own id relevant" in caplog.text
+
+
+def test_queries_without_judgements_are_not_scored_and_those_without_relevant_score_0(
+    caplog,
+) -> None:
+    data = replace(DUPLICATES, queries={**DUPLICATES.queries, "none": "e", "no": "ef"})
+    data.qrels["no"] = {"v": 0}
+    found = evaluate_retrieval(Letters(), data, measures=["nDCG@5", "MRR@10"], bootstrap=NONE)
+    assert found.scores["all"]["MRR@10"].value == pytest.approx(2 / 3)
+    assert found.details["all"] == {
+        "queries": 3,
+        "queries_without_relevant": 1,
+        "queries_without_judgements": 1,
+        "own_documents_ignored": 2,
+    }
+    assert "1 of 4 queries have no judgements and are not scored" in caplog.text
+    assert "1 of 3 queries have no relevant document and score 0" in caplog.text
+
+
+def test_a_relevance_of_0_or_less_is_not_relevant() -> None:
+    data = Retrieval(
+        {"d": "a", "e": "ab"}, {"q": "a", "r": "ab"}, {"q": {"d": -1, "e": 1}, "r": {"e": 2}}
+    )
+    found = evaluate_retrieval(Letters(), data, measures=["MRR@5"], bootstrap=NONE)
+    assert found.items.scores["MRR@5"].tolist() == [0.5, 1.0]
+
+
+def test_queries_are_compared_by_their_ids() -> None:
+    """The same data in another order, as two files may hold it."""
+    data = _retrieval(30)
+    turned = Retrieval(
+        *(dict(reversed(part.items())) for part in (data.corpus, data.queries, data.qrels)),
+        domains=dict(reversed(data.domains.items())),
+    )
+    bootstrap = Bootstrap(resamples=50)
+    first = evaluate_retrieval(_model(data, 0.3), data, bootstrap=bootstrap)
+    other = _model(data, 4.0)
+    expected = compare(first, evaluate_retrieval(other, data, bootstrap=bootstrap))
+    found = compare(first, evaluate_retrieval(other, turned, bootstrap=bootstrap))
+    for group, scores in expected.differences.items():
+        for name, score in scores.items():
+            same = found.differences[group][name]
+            assert (same.value, same.low, same.high) == pytest.approx(
+                (score.value, score.low, score.high)
+            )
+
+
+def test_domains_that_the_model_does_not_know_are_found_before_encoding() -> None:
+    model = TableEncoder()
+    model.transformers_model = SimpleNamespace(config=SimpleNamespace(domains=["x", "z"]))
+    data = replace(_retrieval(4, 5), corpus_domains={f"d{i}": "z" for i in range(5)})
+    with pytest.raises(ValueError, match="queries: the domain 'y' is none of the model's; .* x, z"):
+        evaluate_retrieval(model, data)
+    assert not model.calls
+
+
 def test_tfidf_searches_a_corpus() -> None:
     corpus = {"1": "a stent keeps an artery open", "2": "a tort is a civil wrong"}
     data = Retrieval(
@@ -277,8 +378,8 @@ _GOOD = {"corpus": {"d": "text"}, "queries": {"q": "text"}, "qrels": {"q": {"d":
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qrels": {"q": {"d": 0}}}, "1 of 1 queries have no relevant document, as 'q'"),
-        ({"qrels": {}}, "1 of 1 queries have no relevant document"),
+        ({"qrels": {"q": {"d": 0}}}, "none of the 1 queries has a relevant document"),
+        ({"qrels": {}}, "none of the 1 queries has a relevant document"),
         ({"qrels": {"q": {"d": 1, "e": 1}}}, "qrels: query 'q': unknown document 'e'"),
         ({"qrels": {"q": {"d": 1}, "r": {"d": 1}}}, "query 'r' is not among the queries"),
         ({"domains": {}}, "domains: 1 queries have none, as 'q'"),

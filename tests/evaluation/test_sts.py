@@ -41,7 +41,7 @@ def test_the_correlations_are_scipys() -> None:
         spearman, pearson = stats.spearmanr(cosines, gold), stats.pearsonr(cosines, gold)
         assert found.scores[group]["Spearman"].value == pytest.approx(spearman.statistic)
         assert found.scores[group]["Pearson"].value == pytest.approx(pearson.statistic)
-        assert found.details[group] == {"pairs": len(rows)}
+        assert found.details[group]["pairs"] == len(rows)
 
 
 def test_each_resample_is_scored_by_scipy() -> None:
@@ -115,3 +115,13 @@ def test_a_domain_of_one_pair_is_left_without_a_number_of_its_own() -> None:
 def test_scores_that_cannot_be_used(scores: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_sts(None, {"a": ["1", "2"], "b": ["3", "4"], "score": scores})
+
+
+def test_the_scale_of_the_scores_is_stated(caplog) -> None:
+    data = {"a": list("abcdef"), "b": list("ghijkl"), "domain": list("xxxyyy")}
+    found = evaluate_sts(TableEncoder(), data | {"score": [0, 2, 5, 0.5, 5, 1]}, bootstrap=NONE)
+    scales = {group: numbers["highest_score"] for group, numbers in found.details.items()}
+    assert scales == {"x": 5, "y": 5, "all": 5} and found.details["y"]["lowest_score"] == 0.5
+    assert not caplog.text
+    evaluate_sts(TableEncoder(), data | {"score": [0, 2, 5, 0.5, 0.9, 0]}, bootstrap=NONE)
+    assert "different scales (x 0 to 5, y 0 to 0.9)" in caplog.text

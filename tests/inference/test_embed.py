@@ -141,7 +141,7 @@ def test_a_damaged_chunk_is_computed_again(models, texts, tmp_path, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, after=2)
         embed(texts, output, settings(models))
-    chunk = output.with_name("v.npy.parts") / "00000001.npy"
+    chunk = next(output.with_name("v.npy.parts").glob("00000001-*.npy"))
     chunk.write_bytes(chunk.read_bytes()[:40])
     assert embed(texts, output, settings(models)).resumed_rows == 16
 
@@ -203,6 +203,133 @@ def test_a_dense_model_does_not_cut_texts_in_silence(models, tmp_path, caplog):
     dense = settings(models, model=str(models / "model"), domain=None, truncate=True)
     embed(source, tmp_path / "v.npy", dense)
     assert "1 of 2 texts are longer than max_seq_length = 32" in caplog.text
+
+
+# --- what is not ours, and two at once -----------------------------------------------------------
+
+
+def test_a_second_run_is_refused(models, texts, tmp_path, monkeypatch):
+    """Also with overwrite, and whatever it would embed."""
+    output, other = tmp_path / "v.npy", write(tmp_path / "other.jsonl", [{"text": "w9"}] * 60)
+    refused = []
+
+    def meanwhile(number):
+        for overwrite in (False, True):
+            with pytest.raises(RuntimeError, match=r"v\.npy is being written by another run"):
+                embed(other, output, settings(models), overwrite=overwrite)
+            refused.append(number)
+
+    with monkeypatch.context() as patch:
+        at_each_chunk(patch, meanwhile)
+        embed(texts, output, settings(models))
+    assert refused == [0, 0, 1, 1, 2, 2, 3, 3]
+    whole = tmp_path / "whole.npy"
+    embed(texts, whole, settings(models))
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def at_each_chunk(monkeypatch, act):
+    from moe_fast.inference.parts import Parts
+
+    write_chunk = Parts.write
+
+    def write(self, number, *args):
+        monkeypatch.setattr(Parts, "write", write_chunk)
+        act(number)
+        monkeypatch.setattr(Parts, "write", write)
+        write_chunk(self, number, *args)
+
+    monkeypatch.setattr(Parts, "write", write)
+
+
+def test_rows_are_not_mixed_where_there_are_no_locks(models, texts, tmp_path, monkeypatch):
+    """A run that another one discards the chunks of ends with an error, or with its own rows."""
+    from moe_fast.inference import embed as module
+
+    monkeypatch.setattr(module, "exclusive", lambda path: contextlib.nullcontext())
+    output = tmp_path / "v.npy"
+    other = write(tmp_path / "other.jsonl", [{"text": f"w{i % 9} w3"} for i in range(60)])
+
+    def intrude(number):
+        if number == 2:
+            with monkeypatch.context() as patch, pytest.raises(Interrupted):
+                interrupt(patch, after=2)
+                embed(other, output, settings(models), overwrite=True)
+
+    with monkeypatch.context() as patch:
+        at_each_chunk(patch, intrude)
+        with pytest.raises(FileNotFoundError, match="00000000-"):
+            embed(texts, output, settings(models))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_not_ours_is_refused_and_kept(models, texts, tmp_path, overwrite):
+    precious = tmp_path / "v.npy.parts" / "thesis" / "only-copy.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years")
+    (tmp_path / "v.npy.parts" / "manifest.json").write_text('{"mine": 1}')
+    with pytest.raises(
+        FileExistsError, match=r"v\.npy\.parts is where .*'manifest.json', 'thesis'"
+    ):
+        embed(texts, tmp_path / "v.npy", settings(models), overwrite=overwrite)
+    assert precious.read_text() == "years"
+    assert (tmp_path / "v.npy.parts" / "manifest.json").read_text() == '{"mine": 1}'
+
+
+def test_a_file_of_others_among_ours_is_kept(models, texts, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, after=2)
+        embed(texts, tmp_path / "v.npy", settings(models))
+    (tmp_path / "v.npy.parts" / "notes.txt").write_text("mine")
+    embed(texts, tmp_path / "v.npy", settings(models))
+    assert os.listdir(tmp_path / "v.npy.parts") == ["notes.txt"]
+    assert "holds files of others (notes.txt)" in caplog.text
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before the clean-up", "within it"])
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_killed_before_the_end_of_the_clean_up(begun, suffix, models, texts, tmp_path, monkeypatch):
+    """The same command ends the clean-up; another one, or another output, is no end of it."""
+    from moe_fast.inference import parts
+
+    output = tmp_path / f"v{suffix}"
+
+    def die(folder):
+        if begun:
+            next(folder.glob("*.npy")).unlink()
+        raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(parts, "_remove_ours", die)
+        embed(texts, output, settings(models))
+    content, kept = output.read_bytes(), output.with_name("kept")
+    with pytest.raises(FileExistsError, match="differs from this one in normalize"):
+        embed(texts, output, settings(models, normalize=True))
+    os.rename(output, kept)
+    output.write_bytes(content[:-1])
+    with pytest.raises(FileExistsError, match=rf"v{suffix} exists already and is kept"):
+        embed(texts, output, settings(models))
+    os.replace(kept, output)
+    assert embed(texts, output, settings(models)).resumed_rows == 60
+    assert output.read_bytes() == content
+    assert not output.with_name(f"{output.name}.parts").exists()
+
+
+def test_an_absurd_number_of_threads_is_refused(models, texts, tmp_path, monkeypatch):
+    most = 4 * os.cpu_count()
+    for name in ("threads", "processes"):
+        with pytest.raises(ValueError, match=rf"{name} must be at most {most}, .*got 100000"):
+            embed(texts, tmp_path / "v.npy", settings(models), **{name: 100_000})
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, after=2)
+        embed(texts, tmp_path / "v.npy", settings(models))
+    manifest = tmp_path / "v.npy.parts" / "manifest.json"
+    for planted in (100_000, "many", None, True):
+        content = json.loads(manifest.read_text()) | {"threads": planted}
+        manifest.write_text(json.dumps(content))
+        with pytest.raises((ValueError, TypeError), match=r"manifest\.json: threads must be"):
+            embed(texts, tmp_path / "v.npy", settings(models))
 
 
 # --- SIGKILL -------------------------------------------------------------------------------------

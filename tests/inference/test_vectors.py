@@ -1,5 +1,8 @@
 """Files of vectors, piece by piece."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,8 +37,7 @@ def test_what_is_written_is_read(suffix, dtype, size, tmp_path):
     assert (vectors.rows, vectors.dimension) == array.shape
     np.testing.assert_array_equal(rows, array)
     assert rows.dtype == dtype
-    prefix = "" if suffix == ".npy" else "x"
-    assert ids == [f"{prefix}{i}" for i in range(len(array))]
+    assert vectors.has_ids and ids == [f"x{i}" for i in range(len(array))]
     if suffix == ".npy":  # numpy itself reads the file
         np.testing.assert_array_equal(np.load(path), array)
 
@@ -64,7 +66,56 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="No space left"):
         write_vectors(path, pieces(), (4, 2))
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["v.npy", "v.npy.ids.jsonl"]
+    assert read(path)[1] == ["x0", "x1", "x2", "x3"]
+
+
+def test_ids_of_any_text_come_back(tmp_path):
+    ids = ["a b", "line\nfeed", '"quoted"', "\u2028", "中文", "0"]
+    write_vectors(tmp_path / "v.npy", [(ids, np.zeros((6, 2)))], (6, 2))
+    assert read(tmp_path / "v.npy")[1] == ids
+
+
+def test_npy_of_others_has_row_numbers(tmp_path):
+    np.save(tmp_path / "v.npy", np.zeros((3, 2)))
+    vectors, ids, _ = read(tmp_path / "v.npy")
+    assert not vectors.has_ids and ids == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('"a"\n"b"\n', "2 ids, but .*v.npy has 3 rows"),
+        ('"a"\n"b"\n"c"\n"d"\n', "4 ids"),
+        ('"a"\nb\n"c"\n', "line 2: must be an id as a JSON string; got 'b'"),
+        ('"a"\n2\n"c"\n', "line 2: must be an id"),
+        ('"a"\n\n"c"\n', "line 2: must be an id"),
+        ('"a"\n""\n"c"\n', "line 2: must be an id"),
+        ("[" * 100_000, "line 1: must be an id"),
+    ],
+)
+def test_ids_that_do_not_fit_the_rows(content, message, tmp_path):
+    np.save(tmp_path / "v.npy", np.zeros((3, 2)))
+    (tmp_path / "v.npy.ids.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=f"v.npy.ids.jsonl.*{message}"):
+        open_vectors(tmp_path / "v.npy")
+
+
+def test_new_ids_never_lie_beside_old_vectors(tmp_path, monkeypatch):
+    """A kill between the two renames leaves ids alone, and the next run writes both."""
+    path = tmp_path / "v.npy"
+    write_vectors(path, pieces_of(np.zeros((4, 2)), 2), (4, 2))
+    rename, seen = os.replace, []
+
+    def replace(source, target):
+        seen.append((Path(target).name, path.exists()))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_vectors(path, [(["new"], np.ones((1, 2)))], (1, 2))
+    assert seen == [("v.npy.ids.jsonl", False), ("v.npy", False)]
+    assert read(path)[1] == ["new"]
 
 
 def test_files_that_hold_no_vectors(tmp_path):

@@ -1,8 +1,12 @@
 """PEFT: LoRA on stacked experts by parameter targeting, beside LoRA on the attention."""
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import moe_fast
 from tests.models.tiny import CLS, NAMES, build, relative_error
@@ -152,26 +156,103 @@ def test_target_modules_do_not_find_stacked_parameters():
         peft.get_peft_model(mixture("bert"), peft.LoraConfig(target_modules=["up_proj"]))
 
 
-def test_sentence_transformer_with_an_adapter(folder, tmp_path):
-    """The base is saved, the adapter beside it refers to it, the stock class loads both."""
+@pytest.fixture
+def accepted(monkeypatch):
+    """transformers takes whatever peft is installed; what it asks for then works with any."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.18.0")
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+
+
+@pytest.fixture(scope="module")
+def mixture_folder(folder, tmp_path_factory):
+    """A saved mixture with domains a, b and c."""
+    place = tmp_path_factory.mktemp("base")
+    moe = moe_fast.upcycle(folder, num_experts=3, routing="enforced", domains=["a", "b", "c"])
+    moe.save_pretrained(str(place))
+    return place
+
+
+def check_saved_with_its_adapter(model, base, place):
+    """What was saved is an adapter; both classes load it with the base that it names."""
     from sentence_transformers import SentenceTransformer
 
-    names = ["a", "b", "c"]
-    base = moe_fast.upcycle(folder, num_experts=3, routing="enforced", domains=names)
-    base.save_pretrained(str(tmp_path / "base"))
-    model = moe_fast.MoESentenceTransformer(str(tmp_path / "base"), device="cpu")
-    model.add_adapter(config("bert"))
-    randomize(model)
     want = model.encode(["w3 w4 w5"], domain="b")
-    assert abs(want - base.encode(["w3 w4 w5"], domain="b")).max() > 1e-3
-    model.save_pretrained(str(tmp_path / "adapter"))
-    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    unadapted = moe_fast.MoESentenceTransformer(str(base), device="cpu")
+    assert abs(want - unadapted.encode(["w3 w4 w5"], domain="b")).max() > 1e-3
+    model.save_pretrained(str(place))
+    assert (place / "adapter_model.safetensors").exists()
+    assert not (place / "model.safetensors").exists()
     for cls in (moe_fast.MoESentenceTransformer, SentenceTransformer):
-        again = cls(str(tmp_path / "adapter"), device="cpu")
+        again = cls(str(place), device="cpu")
         # The stock class pads and takes torch's attention: the same but for rounding.
         np.testing.assert_allclose(again.encode(["w3 w4 w5"], domain="b"), want, atol=1e-5)
-    model.save_pretrained(str(tmp_path / "base"))
-    assert (tmp_path / "base" / "model.safetensors").exists(), "beside the base, which it needs"
+
+
+def test_sentence_transformer_with_an_adapter(mixture_folder, tmp_path, accepted):
+    """The base is saved, the adapter beside it refers to it, the stock class loads both."""
+    base = tmp_path / "base"
+    shutil.copytree(mixture_folder, base)
+    model = moe_fast.MoESentenceTransformer(str(base), device="cpu")
+    model.add_adapter(config("bert"))
+    check_saved_with_its_adapter(randomize(model), base, tmp_path / "adapter")
+    model.save_pretrained(str(base))
+    assert (base / "model.safetensors").exists(), "beside the base, which it needs"
+
+
+def test_sentence_transformer_with_pefts_own_functions(mixture_folder, tmp_path, refused):
+    """They do not go through transformers, whatever version of peft that asks for."""
+    model = moe_fast.MoESentenceTransformer(str(mixture_folder), device="cpu")
+    model[0].model = peft.get_peft_model(model[0].model, config("bert"))
+    check_saved_with_its_adapter(randomize(model), mixture_folder, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_versions_that_do_not_fit_are_named_with_what_works(mixture_folder, refused, wrapped):
+    model = moe_fast.MoESentenceTransformer(str(mixture_folder), device="cpu")
+    message = (
+        rf"transformers {re.escape(transformers.__version__)} refuses peft "
+        rf"{re.escape(peft.__version__)}.*99\.0.*peft\.get_peft_model\(model, config\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        (model if wrapped else model[0].model).add_adapter(config("bert"))
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_load_adapter_works_or_names_the_versions(mixture_folder, tmp_path, refused, batch):
+    """Some releases of transformers look at peft's version in load_adapter, some do not."""
+    model = transformers.AutoModel.from_pretrained(mixture_folder)
+    adapted = randomize(peft.get_peft_model(model, config("bert"))).eval()
+    batch["input_ids"][:, 0] = CLS
+    want = output(adapted, batch, domain="b")
+    adapted.save_pretrained(tmp_path)
+    again = transformers.AutoModel.from_pretrained(mixture_folder)
+    try:
+        again.load_adapter(str(tmp_path))
+    except ValueError as error:
+        assert re.search(r"refuses peft .*peft\.PeftModel\.from_pretrained", str(error))
+        again = peft.PeftModel.from_pretrained(again, tmp_path)
+    assert torch.equal(output(again.eval(), batch, domain="b"), want)
+
+
+def test_other_errors_of_adapters_stay_as_they_are(mixture_folder, accepted):
+    model = transformers.AutoModel.from_pretrained(mixture_folder)
+    with pytest.raises(ValueError, match="no_such_module"):
+        model.add_adapter(peft.LoraConfig(target_modules=["no_such_module"]))
+
+
+def test_a_base_that_peft_wrapped_is_not_saved_as_if_it_were_whole(tmp_path):
+    """Its weights have other names, under which nothing finds them again."""
+    moe = mixture("bert")
+    model = peft.get_peft_model(moe, config("bert"))
+    with pytest.raises(ValueError, match=r"merge_and_unload\(\), or.*PeftModel.save_pretrained"):
+        moe.save_pretrained(tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+    model.merge_and_unload().save_pretrained(tmp_path / "moe")
+    assert (tmp_path / "moe" / "model.safetensors").exists()
 
 
 def test_an_adapter_needs_a_base_that_was_saved(folder):

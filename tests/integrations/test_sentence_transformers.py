@@ -113,7 +113,7 @@ def test_the_model_card_says_how_the_model_was_made(enforced, tmp_path, caplog):
     enforced.save_pretrained(str(tmp_path))
     card = (tmp_path / "README.md").read_text()
     assert card.count("## Mixture of experts") == 1
-    assert "Domains: a, b, c" in card and "3 experts, 1 of them per token" in card
+    assert "Domains: `a`, `b`, `c`" in card and "3 experts, 1 of them per token" in card
     assert "model.encode_query(queries, domain='a')" in card and "import moe_fast" in card
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     reloaded = moe_fast.MoESentenceTransformer(str(tmp_path), device="cpu")

@@ -1,11 +1,8 @@
-"""One process of test_global_batch: its share of the rows through a data-parallel encoder.
-
-Usage: ddp_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE RESULT_FILE [TOKENS_PER_CHUNK [fsdp]]
-"""
+"""One process of test_global_sum: its share of the rows through a data-parallel encoder."""
 
 from __future__ import annotations
 
-import sys
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -112,21 +109,13 @@ def wrapped(model: nn.Module, sharded: bool) -> nn.Module:
     return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
-def main() -> None:
-    rank, world_size, rendezvous, result, *how = sys.argv[1:]
+def run(folder: Path, tokens: int | None, sharded: bool) -> None:
+    """Train on this process's rows, and write what was found into the folder."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=Path(rendezvous).as_uri(),
-        rank=int(rank),
-        world_size=int(world_size),
-    )
-    share = 6 // int(world_size)
-    rows = slice(int(rank) * share, (int(rank) + 1) * share)
-    results = train(wrapped(Encoder().double(), "fsdp" in how), rows, *map(int, how[:1]))
-    save_file({name: value.detach().contiguous() for name, value in results.items()}, result)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    dist.init_process_group("gloo")
+    share = 6 // world_size
+    rows = slice(rank * share, (rank + 1) * share)
+    results = train(wrapped(Encoder().double(), sharded), rows, tokens)
+    found = {name: value.detach().contiguous() for name, value in results.items()}
+    save_file(found, folder / f"{rank}.safetensors")

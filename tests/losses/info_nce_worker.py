@@ -1,13 +1,9 @@
-"""What the processes of test_global_info_nce.py do.
-
-Usage: info_nce_worker.py TASK RANK WORLD_SIZE RENDEZVOUS_FILE RESULT_FILE
-"""
+"""What the processes of test_global_info_nce.py do."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -241,26 +237,20 @@ def be_killed(rank: int) -> dict[str, Tensor]:
     return {}
 
 
-def main() -> None:
-    task, rank, world_size, rendezvous, result = sys.argv[1:]
+def run(folder: Path, task: str) -> None:
+    """Do a task as one of several processes, and write what was found into the folder."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     logit_tiles.TILE_ROWS["cpu"] = 2
-    dist.init_process_group(
-        "gloo", init_method=Path(rendezvous).as_uri(), rank=int(rank), world_size=int(world_size)
-    )
+    dist.init_process_group("gloo")
     tasks = {
         "results": lambda: (
-            results(int(rank), int(world_size))
-            | odd_results(int(rank), int(world_size))
-            | trained_in_parallel(int(rank), int(world_size))
+            results(rank, world_size)
+            | odd_results(rank, world_size)
+            | trained_in_parallel(rank, world_size)
         ),
-        "refusal": lambda: expect_refusal(int(rank)),
-        "killed": lambda: be_killed(int(rank)),
+        "refusal": lambda: expect_refusal(rank),
+        "killed": lambda: be_killed(rank),
     }
-    found = tasks[task]()
-    save_file({name: value.detach().contiguous() for name, value in found.items()}, result)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    found = {name: value.detach().contiguous() for name, value in tasks[task]().items()}
+    save_file(found, folder / f"{rank}.safetensors")

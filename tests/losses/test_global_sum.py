@@ -5,45 +5,24 @@ So are those of a gradient cache in both, with chunks of unequal number.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from ddp_worker import Encoder, train
+from ddp_worker import Encoder, run, train
 from loss_checks import assert_close
+from processes import Run
 from safetensors.torch import load_file
 
 from moe_fast.losses.global_sum import global_sum
 
-WORKER = Path(__file__).parent / "ddp_worker.py"
-
-
-WAYS = {"plain": [], "in chunks": ["10"], "in chunks, sharded": ["10", "fsdp"]}
+# Tokens per chunk, and whether parameters are sharded.
+WAYS = {"plain": (None, False), "in chunks": (10, False), "in chunks, sharded": (10, True)}
 
 
 @pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def two_processes(request, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("ddp")
-    results = [folder / f"{rank}.safetensors" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(rank), "2", folder / "rendezvous", result, *request.param],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, result in enumerate(results)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return [load_file(result) for result in results]
+    Run(folder / "log", 2, run, folder, *request.param).expect_success()
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
 
 
 def test_gradients_terms_and_running_joint_are_those_of_one_process(two_processes):

@@ -47,7 +47,7 @@ def test_old_domains_are_unchanged_and_the_new_one_is_its_source(
     assert type(new) is type(old)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     name=st.sampled_from(NAMES),
     target=st.sampled_from(["mlp", "intermediate", "output"]),

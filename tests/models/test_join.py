@@ -52,7 +52,7 @@ def without(model, names):
     return {name: value for name, value in model.state_dict().items() if name not in names}
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     name=st.sampled_from(NAMES),
     count=st.integers(1, 4),

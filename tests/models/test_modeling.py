@@ -214,7 +214,7 @@ def test_model_card_says_how_the_model_was_made(bert, tmp_path):
     _enforced(bert, **DOMAINS).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "3 experts, 1 of them per token" in card
-    assert "Domains: a, b, c" in card and "BertModel" in card
+    assert "Domains: `a`, `b`, `c`" in card and "BertModel" in card
     moe_fast.upcycle(bert, num_experts=2).save_pretrained(tmp_path)
     assert "2 experts" in (tmp_path / "README.md").read_text(), "our own card went stale"
     (tmp_path / "README.md").write_text("mine")

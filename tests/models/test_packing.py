@@ -61,9 +61,17 @@ def real_outputs(moe, batch, **inputs):
     return out, tensors
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("settings", ROUTINGS, ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize("name", NAMES)
+# Every model with every routing; each of the other lengths with every model, and every routing.
+CASES = [
+    (name, settings, lengths)
+    for i, name in enumerate(NAMES)
+    for j, settings in enumerate(ROUTINGS)
+    for k, lengths in enumerate(LENGTHS)
+    if k == 0 or (i + j + k) % 3 == 0
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "lengths"), CASES, ids=str)
 def test_equals_the_padded_model(name, settings, lengths):
     """float64: all outputs to 1e-12, all parameters' gradients to 1e-11 (sums over more terms)."""
     moe = mixture(name, **settings)

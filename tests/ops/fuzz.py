@@ -9,12 +9,13 @@ sense.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,12 +94,10 @@ def check_survives(subject: Subject, arguments: Arguments, rng: random.Random) -
     return False
 
 
-def fuzz(seconds: float, seed: int) -> Counter[str]:
-    """Run for so long; counts of what was tried. Raises at the first failure, which it names."""
+def fuzz(seed: int, cases: Iterable[int]) -> Counter[str]:
+    """Run the cases of a seed; counts of what was tried. Raises at the first failure, by name."""
     counts: Counter[str] = Counter()
-    end = time.monotonic() + seconds
-    case = 0
-    while time.monotonic() < end:
+    for case in cases:
         rng = random.Random(f"{seed}-{case}")
         torch.manual_seed(rng.getrandbits(32))
         name = rng.choice(list(SUBJECTS))
@@ -114,7 +113,6 @@ def fuzz(seconds: float, seed: int) -> Counter[str]:
                     counts["refused"] += check_survives(SUBJECTS[name], arguments, rng)
         except Exception as error:
             raise AssertionError(f"seed {seed}, case {case}, {name}: {error}") from error
-        case += 1
     return counts
 
 
@@ -126,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
-    print(dict(fuzz(arguments.seconds, seed)))
+    end = time.monotonic() + arguments.seconds
+    until = itertools.takewhile(lambda _: time.monotonic() < end, itertools.count())
+    print(dict(fuzz(seed, until)))
     return 0
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,25 +161,3 @@ def num_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def run_as_processor(level: str, file: str, chosen: str) -> str:
-    """Run the tests of ``file`` that ``-k chosen`` selects as on another processor: what they say.
-
-    The first line is :data:`moe_fast.ops.native.cpu_capability` there.
-    """
-    code = (
-        "import sys, pytest; from moe_fast.ops import native; print(native.cpu_capability);"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--import-mode=importlib',"
-        f" {file!r}, '-k', {chosen!r}]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"MOE_FAST_CPU": level, "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout

@@ -20,7 +20,6 @@ from .helpers import (
     need_native_library,
     num_threads,
     property_test,
-    run_as_processor,
 )
 
 need_native_library()
@@ -282,13 +281,6 @@ def test_compiles_as_one_graph_for_any_lengths():
 
 
 # ------------------------------------------------------------------------------------ where it runs
-
-
-@pytest.mark.parametrize("level", ["avx2", "portable"])
-def test_other_processors(level):
-    """The code for processors without AVX-512, or without oneDNN's kernels, on the tests above."""
-    chosen = "any_shape or many_blocks or last_or_the_first or views or nan or infinite"
-    assert level in run_as_processor(level, __file__, chosen).splitlines()[0]
 
 
 def test_onednn_switched_off_in_torch():

@@ -46,7 +46,6 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
     )
 
 
@@ -122,7 +121,12 @@ def test_an_absent_backend_is_an_error_that_says_what_there_is():
 PLAN = """
 import sys, torch
 from moe_fast import ops
-print(ops.plan(torch.tensor([[0]]), 2).row_to_slot.tolist())
+try:
+    ops.plan(torch.tensor([[0]]), 2)
+except ValueError as error:
+    print(error)
+with ops.use_backend("torch"):
+    print(ops.plan(torch.tensor([[0]]), 2).row_to_slot.tolist())
 loaded = {name.split(".")[0] for name in sys.modules}
 # No word of triton: where it is installed, torch.library loads it for any custom op.
 print(sorted(loaded & {"sentence_transformers", "datasets", "sklearn", "matplotlib"}))
@@ -130,13 +134,10 @@ print(sorted(loaded & {"sentence_transformers", "datasets", "sklearn", "matplotl
 
 
 def test_the_environment_chooses_and_nothing_optional_is_loaded():
-    done = run(PLAN, MOE_FAST_BACKEND="torch")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["[0]", "[]"]
-
-
-def test_an_unknown_name_in_the_environment_is_named():
+    """An unknown name shows that it is read, and is named; a context goes before it."""
     done = run(PLAN, MOE_FAST_BACKEND="cuda")
-    assert done.returncode != 0
+    assert done.returncode == 0, done.stderr
+    said, *rest = done.stdout.splitlines()
     for fragment in ["MOE_FAST_BACKEND", "cuda", *NAMES]:
-        assert fragment in done.stderr, done.stderr[-500:]
+        assert fragment in said
+    assert rest == ["[0]", "[]"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent / "cuda_on_cpu" / "main.cpp"
-SECONDS = 8
+SECONDS = 5
 pytestmark = pytest.mark.slow
 
 

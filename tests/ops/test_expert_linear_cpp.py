@@ -138,8 +138,7 @@ def test_two_runs_are_bitwise_equal(dtype):
     assert all(torch.equal(one[n], two[n]) for n in one)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "dtype"), [(False, F32), (True, BF16), (True, F16)])
 def test_opcheck(bias, dtype):
     tensors, plan = problem(tokens=7, bias=bias, dtype=dtype)
     inputs = leaves(**tensors)

@@ -29,7 +29,7 @@ def cuda_library() -> Path:
     if reason is not None and os.environ.get("CI") == "true":
         pytest.fail(f"CI needs the CUDA half: {reason}", pytrace=False)
     elif reason is not None:
-        pytest.skip(f"{reason} (pip install 'moe-fast[cuda-build]', make setup)")
+        pytest.skip(f"{reason} (pip install -e '.[cuda-build]', make setup)")
     return FOLDER / "_native_cuda.so"
 
 
@@ -54,44 +54,40 @@ def test_the_cuda_half_names_no_folder_of_its_builder(cuda_library):
 
 
 CODE = """
+import importlib, os, sys
 from moe_fast.ops import native
-print(native.why_unavailable("cpu"), native.why_unavailable("cuda"), sep="|")
+for library in sys.argv[1:]:
+    if os.fork():
+        os.wait()
+        continue
+    os.environ["MOE_FAST_NATIVE_LIBRARY"] = library
+    importlib.reload(native)
+    print(native.why_unavailable("cpu"), native.why_unavailable("cuda"), sep="|", flush=True)
+    os._exit(0)
 """
 
 
-def reasons(library: Path) -> list[str]:
-    """Why a fresh process cannot use the library on the CPU and on a GPU."""
+def test_without_a_half_or_both(tmp_path):
+    """Why a process cannot use the library on the CPU and on a GPU; each child loads one anew."""
+    libraries = [tmp_path / kind / "_native.so" for kind in ("absent", "cpu", "damaged")]
+    for library in libraries[1:]:
+        library.parent.mkdir()
+        shutil.copy(FOLDER / "_native.so", library)
+    libraries[2].with_name("_native_cuda.so").write_bytes(b"no library")
     done = subprocess.run(
-        [sys.executable, "-c", CODE],
+        [sys.executable, "-c", CODE, *libraries],
         env=os.environ
-        | {"MOE_FAST_NATIVE_LIBRARY": str(library), "PYTHONPATH": str(PACKAGE.parent)},
+        | {"MOE_FAST_NATIVE_LIBRARY": str(libraries[0]), "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip().split("|")
-
-
-@pytest.fixture
-def copy(tmp_path) -> Path:
-    return Path(shutil.copy(FOLDER / "_native.so", tmp_path / "_native.so"))
-
-
-def test_without_the_cuda_half(copy):
-    assert reasons(copy) == ["None", "the native library was built without its CUDA half: CPU only"]
-
-
-def test_a_damaged_cuda_half_leaves_the_cpu_half_alone(copy):
-    copy.with_name("_native_cuda.so").write_bytes(b"no library")
-    cpu, cuda = reasons(copy)
-    assert cpu == "None"
-    assert cuda.startswith("the native library's CUDA half does not load: ")
-
-
-def test_without_any(tmp_path):
-    cpu, cuda = reasons(tmp_path / "_native.so")
-    assert cpu == cuda
-    assert cpu.startswith("the native library is not built")
+    absent, without, damaged = (line.split("|") for line in done.stdout.splitlines())
+    assert absent[0] == absent[1]
+    assert absent[0].startswith("the native library is not built")
+    assert without == ["None", "the native library was built without its CUDA half: CPU only"]
+    assert damaged[0] == "None"
+    assert damaged[1].startswith("the native library's CUDA half does not load: ")
 
 
 def test_other_devices():

@@ -24,7 +24,6 @@ from .helpers import (
     num_threads,
     opcheck_calls,
     property_test,
-    run_as_processor,
 )
 
 need_native_library()
@@ -170,9 +169,3 @@ def test_the_kernel_refuses_what_it_cannot_use(change, says):
     with pytest.raises(RuntimeError) as error:
         torch.ops.moe_fast_cpp.route(*(arguments | change).values())
     assert_says(error, says)
-
-
-@pytest.mark.parametrize("level", ["avx2", "portable"])
-def test_other_processors(level):
-    """The code for processors without AVX-512, on the tests of shapes and ties."""
-    assert level in run_as_processor(level, __file__, "any_shape or equal_rows").splitlines()[0]

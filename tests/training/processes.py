@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sentence_transformers", "datasets", "accelerate", "pyarrow"])
+PRELOADED = ["sentence_transformers", "datasets", "accelerate", "pyarrow", "torch.distributed.fsdp"]
+CONTEXT.set_forkserver_preload([*PRELOADED, "moe_fast.losses", "moe_fast.training"])
 KILLED = -9
 
 

@@ -86,7 +86,7 @@ def equal_states(a: dict, b: dict) -> bool:
 def test_a_missing_extra_is_named(monkeypatch):
     find = "importlib.util.find_spec"
     monkeypatch.setattr(find, lambda name: None if name == "datasets" else object())
-    with pytest.raises(ImportError, match=r"needs datasets, .* pip install moe-fast\[train\]"):
+    with pytest.raises(ImportError, match=r"needs datasets, .*pip install -e '.\[train\]'"):
         runpy.run_path(moe_fast.training.__file__)
 
 

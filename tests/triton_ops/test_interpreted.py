@@ -1,4 +1,4 @@
-"""Starts the tests that need Triton's interpreter, each file in a process of its own."""
+"""Starts the tests that need Triton's interpreter, several files to a process."""
 
 from __future__ import annotations
 
@@ -19,46 +19,44 @@ def run_pytest(*arguments: str, **environment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file",
+    "files",
     [
-        "test_grouped_products",
-        "test_sums",
-        "test_route_kernels",
-        "test_tune_kernels",
-        "test_info_nce_kernels",
+        ["test_grouped_products", "test_sums", "test_route_kernels"],
+        ["test_backend", "test_tune_kernels", "test_info_nce_kernels"],
     ],
+    ids=" ".join,
 )
-def test_kernels(file):
-    run_pytest(f"tests/triton_ops/interpreted/{file}.py")
+def test_kernels(files):
+    run_pytest(*[f"tests/triton_ops/interpreted/{file}.py" for file in files])
+
+
+CHOSEN = {
+    "expert_mlp": "precision or recompute_gives or leak or autocast or nan or opcheck or expanded"
+    " or bitwise or bad_input or compiles_as_one",
+    "expert_mlp_norm": "oracle or precision or opcheck or autocast or compiles_as_one",
+    "expert_linear": "precision or leak or opcheck or bad_input or compiles_as_one",
+    "route": "lower_expert or opcheck or bad_input or compiles_as_one or padding_may",
+    "plan": "test",
+    "info_nce": "precision or ties or near_zero or zero_embedding or expanded or bitwise"
+    " or autocast or bad_input or compiles_as_one or (opcheck and everything-True)",
+}
 
 
 @pytest.mark.parametrize(
-    ("op", "names"),
-    [
-        ("expert_mlp", "precision or recompute_gives or leak or autocast or nan"),
-        ("expert_mlp", "opcheck or expanded or bitwise or bad_input or compiles_as_one"),
-        ("expert_mlp_norm", "oracle or precision or opcheck or autocast or compiles_as_one"),
-        ("expert_linear", "precision or leak or opcheck or bad_input or compiles_as_one"),
-        ("route", "lower_expert or opcheck or bad_input or compiles_as_one or padding_may"),
-        ("plan", "not slow"),
-        ("info_nce", "precision or ties or near_zero or zero_embedding or expanded or bitwise"),
-        ("info_nce", "autocast or bad_input or compiles_as_one or (opcheck and everything-True)"),
-    ],
+    "chosen",
+    [["expert_mlp", "expert_linear"], ["expert_mlp_norm", "route", "plan", "info_nce"]],
+    ids=" ".join,
 )
-def test_ops_as_the_reference(op, names):
+def test_ops_as_the_reference(chosen):
     """A part of the specification of each op, with Triton as the backend."""
-    run_pytest(f"tests/ops/test_{op}.py", "-k", names, "-m", "not slow", MOE_FAST_BACKEND="triton")
+    names = " or ".join(f"(test_{op}.py and ({CHOSEN[op]}))" for op in chosen)
+    files = [f"tests/ops/test_{op}.py" for op in chosen]
+    run_pytest(*files, "-k", names, "-m", "not slow", MOE_FAST_BACKEND="triton")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "op", ["route", "plan", "expert_linear", "expert_mlp", "expert_mlp_norm", "info_nce"]
-)
-def test_the_whole_specification_of_the_op(op):
-    """All tests of the op but those that differentiate numerically: minutes in the interpreter."""
-    run_pytest(
-        f"tests/ops/test_{op}.py",
-        "-k",
-        "not gradcheck and not inductor",
-        MOE_FAST_BACKEND="triton",
-    )
+@pytest.mark.parametrize("op", [op for op in CHOSEN if op != "plan"])
+def test_the_rest_of_the_specification_of_the_op(op):
+    """All other tests of the op but those that differentiate numerically: minutes."""
+    names = f"not gradcheck and not inductor and not ({CHOSEN[op]})"
+    run_pytest(f"tests/ops/test_{op}.py", "-k", names, MOE_FAST_BACKEND="triton")

@@ -5,56 +5,67 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from .processes import ROOT, needs_triton, run
+from bench import triton_resources as resources
+
+from .processes import ROOT, needs_triton
 
 NAMES = ("up", "linear", "grad_hidden", "grad_weight", "add_product", "info_nce")
 PRODUCTS = r"^(up|linear|grad_hidden|grad_weight|add_product)_kernel|^info_nce\w* .*TEXTS=False"
 TABLE = ROOT / "docs" / "kernels-resources.json"
 
 
-def compile_kernels(tmp_path, *arguments: str) -> dict:
-    done = run(
-        "-m", "bench.triton_resources", "--write", str(tmp_path / "table.json"), *arguments,
-        TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path / "cache"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads((tmp_path / "table.json").read_text())
+@pytest.fixture(autouse=True)
+def compiled_here(monkeypatch, tmp_path) -> None:
+    """Nothing comes from an earlier run's cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def committed(target: str) -> dict[str, dict]:
+    """The table's rows, if this is its Triton."""
+    import triton
+
+    table = json.loads(TABLE.read_text())
+    if table["triton"] != triton.__version__:
+        pytest.skip(f"the table is Triton {table['triton']}'s, here is {triton.__version__}")
+    return table["resources"][target]
 
 
 @needs_triton
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_bert_base_in_bfloat16(tmp_path, target):
-    """Exit code 0 says that nothing spills and every product uses the tensor cores."""
-    table = compile_kernels(
-        tmp_path, "--targets", target, "--problems", "bfloat16", "--only", PRODUCTS
-    )
-    kernels = table["resources"][target]
+def test_bert_base_in_bfloat16(target):
+    """Nothing spills, every product uses the tensor cores, and the table says the same."""
+    table, wrong = resources.measure([target], ["bfloat16"], PRODUCTS)
+    kernels = table[target]
+    assert not wrong
     for name in NAMES:
         assert sum(k.startswith(name) for k in kernels) >= 2, name
     assert all(used["tensor_cores"] and used["registers"] > 32 for used in kernels.values())
     copied = {k for k in kernels if kernels[k]["tile_copies"]}
     assert copied == {k for k in kernels if "DESCRIPTORS=True" in k}
     assert len(copied) == (5 if target == "sm_90" else 0)
-
-
-BAD = """
-import sys, torch
-import moe_fast.triton_ops.up as up
-from bench import triton_resources as r
-from moe_fast.triton_ops.config import Config
-x, w = r._new(4096, 768, dtype=torch.bfloat16), r._new(8, 3072, 768, dtype=torch.bfloat16)
-with r.recorded("sm_90") as launches:
-    up.up(x, w, None, r._new(9, dtype=torch.int64), r._new(4096, dtype=torch.int64), act="gelu",
-          gated=False, want_z=True, want_h=True, config=Config(128, 256, 128, 4, 3))
-print(r.faults(launches[0], "sm_90", r.compile_launch(launches[0], "sm_90")))
-"""
+    assert kernels.items() <= committed(target).items()
 
 
 @needs_triton
 def test_a_configuration_too_large_is_found():
-    done = run("-c", BAD, TRITON_INTERPRET=None)
-    assert "spills" in done.stdout and "shared memory" in done.stdout, done.stdout + done.stderr
+    from moe_fast.triton_ops.config import Config
+    from moe_fast.triton_ops.up import up
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with resources.recorded("sm_90") as launches:
+        up(
+            *(new(4096, 768), new(8, 3072, 768), None),
+            *(new(9, dtype=torch.int64), new(4096, dtype=torch.int64)),
+            **dict(act="gelu", gated=False, want_z=True, want_h=True),
+            config=Config(128, 256, 128, 4, 3),
+        )
+    used = resources.compile_launch(launches[0], "sm_90")
+    found = " ".join(resources.faults(launches[0], "sm_90", used))
+    assert "spills" in found and "shared memory" in found
 
 
 def test_the_committed_table_has_every_target_and_no_spills():
@@ -67,10 +78,10 @@ def test_the_committed_table_has_every_target_and_no_spills():
 
 @needs_triton
 @pytest.mark.slow
-def test_the_committed_table_is_what_the_kernels_compile_to(tmp_path):
-    import triton
-
-    committed = json.loads(TABLE.read_text())
-    if committed["triton"] != triton.__version__:
-        pytest.skip(f"the table is Triton {committed['triton']}'s, here is {triton.__version__}")
-    assert compile_kernels(tmp_path) == committed
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+def test_a_sample_of_the_committed_table(target):
+    """Of all problems and kernels; ``test_whole_table.py`` compiles all of them."""
+    table, wrong = resources.measure([target], list(resources.PROBLEMS), every=25)
+    assert not wrong
+    assert len(table[target]) > 10
+    assert table[target].items() <= committed(target).items()

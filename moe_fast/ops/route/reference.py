@@ -29,13 +29,19 @@ def sentence_of_token(starts: Tensor, num_tokens: int) -> Tensor:
     return sentence.clamp(max=starts.shape[0] - 2)
 
 
+class NonFiniteLogitsError(ValueError):
+    """Router logits are NaN or infinite."""
+
+    START = "router logits must not be NaN or infinite"  # of the message, in C++ too
+
+
 def check_logits(logits: Tensor) -> None:
-    """Raise ``ValueError`` for logits that are not finite, where values are checked."""
+    """Raise `NonFiniteLogitsError` for logits that are not finite, where values are checked."""
     if checks_values(logits.device) and not logits.isfinite().all():
         row = int((~logits.isfinite()).any(-1).nonzero()[0])
-        raise ValueError(
-            f"router logits must not be NaN or infinite; got {logits[row].tolist()} for token "
-            f"{row}: x or router_weight holds such values."
+        raise NonFiniteLogitsError(
+            f"{NonFiniteLogitsError.START}; got {logits[row].tolist()} for token {row}: x or "
+            "router_weight holds such values."
         )
 
 

@@ -2,60 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
+import re
 
 import pytest
 import torch
-from info_nce_worker import CASES, ODD, PER_ROW, arguments, batch, odd_batch, share, trained
+from info_nce_worker import (
+    CASES,
+    ODD,
+    PER_ROW,
+    arguments,
+    batch,
+    odd_batch,
+    run,
+    share,
+    trained,
+)
 from loss_checks import assert_close
+from processes import KILLED, Run
 from safetensors.torch import load_file
 from toy_encoder import BagEncoder
 
 from moe_fast import ops
 from moe_fast.losses.functional import global_info_nce
 
-WORKER = Path(__file__).parents[1] / "info_nce_worker.py"
-
-
-def start(folder: Path, task: str, world_size: int) -> list[subprocess.Popen]:
-    arguments = [
-        [task, rank, world_size, folder / "at", result(folder, rank)] for rank in range(world_size)
-    ]
-    return [
-        subprocess.Popen(
-            [sys.executable, WORKER, *map(str, given)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for given in arguments
-    ]
-
-
-def result(folder: Path, rank: int) -> Path:
-    return folder / f"{rank}.safetensors"
-
-
-def end(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
-    """(exit code, standard error) of each; none is left running."""
-    try:
-        errors = [process.communicate(timeout=timeout)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
-
 
 @pytest.fixture(scope="module", params=[2, 3])
 def several(request, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("global")
-    ended = end(start(folder, "results", request.param))
-    assert [code for code, _ in ended] == [0] * request.param, ended
-    return [load_file(result(folder, rank)) for rank in range(request.param)]
+    Run(folder / "log", request.param, run, folder, "results").expect_success()
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
@@ -138,20 +113,15 @@ def test_each_process_alone_would_give_something_else():
 
 
 def test_what_does_not_fit_is_an_error_in_every_process(tmp_path):
-    ended = end(start(tmp_path, "refusal", 2))
-    assert [code for code, _ in ended] == [0, 0], ended
+    Run(tmp_path / "log", 2, run, tmp_path, "refusal").expect_success()
 
 
 def test_a_killed_process_ends_the_others(tmp_path):
-    """With an error, within a minute of its death: no one waits for ever."""
-    processes = start(tmp_path, "killed", 3)
-    processes[1].wait(timeout=240)
-    killed = time.monotonic()
-    ended = end(processes, timeout=60)
-    assert time.monotonic() - killed < 60
-    assert [code for code, _ in ended] == [1, -9, 1]
-    for rank in (0, 2):
-        assert "RuntimeError" in ended[rank][1] or "DistError" in ended[rank][1], ended[rank][1]
+    """With an error of their own: no one waits for ever."""
+    processes = Run(tmp_path / "log", 3, run, tmp_path, "killed")
+    assert processes.codes() == [1, KILLED, 1], processes.tail()
+    errors = re.findall(r"^(?:\w+\.)*(?:RuntimeError|Dist\w*Error): ", processes.tail(), re.M)
+    assert len(errors) == 2, processes.tail()
 
 
 def test_one_process_is_the_op_itself():

@@ -1,0 +1,261 @@
+"""Texts as token ids, at most ``max_seq_length`` of them: measured, cut and counted in one pass."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_fast.encoding.tokenizers import own_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_TEXTS_AT_ONCE = 1024
+_CHARACTERS_AT_ONCE = 1 << 20
+# A text longer than this per token of the limit is read from its end that stays, piece by piece.
+_CHARACTERS_PER_TOKEN = 64
+_LEAST_CHARACTERS = 8192
+_NO_LIMIT = 10**9  # tokenizers write 10**30 where they have none
+_SHOWN = 60
+# Tokens beside a cut through a text may differ from those of the whole text; so many are not used.
+_MARGIN = 64
+
+
+class TokenizedText(NamedTuple):
+    """A text as token ids, special tokens included.
+
+    sentence-transformers sorts texts by length, which is for a tuple the sum of its parts'.
+
+    Attributes:
+        ids: [n] int32.
+        type_ids: [n] int32, or ``None`` where the model takes none.
+        index: the text's place in what the caller gave.
+    """
+
+    ids: NDArray[np.int32]
+    type_ids: NDArray[np.int32] | None
+    index: int
+
+
+@dataclass
+class LongTexts:
+    """Which texts of a call have more tokens than the limit.
+
+    Attributes:
+        limit: tokens that a text may have; ``None``: any number.
+        num_texts: how many there are in all.
+        num_long: how many of them are too long.
+        first: of the first long one, its index, its number of tokens in words (a very long text is
+            not read to its end) and its beginning, prompt included.
+        pieces: by index, the part that stays of texts that were not read as a whole.
+    """
+
+    limit: int | None
+    num_texts: int
+    num_long: int = 0
+    first: tuple[int, str, str] | None = None
+    pieces: dict[int, str] = field(default_factory=dict)
+
+    def settle(self, truncate: bool | None) -> None:
+        """Warn how many texts are cut, or raise ``ValueError`` where they may not be."""
+        if self.first is None:
+            return
+        if truncate:
+            _report(self)
+            return
+        index, length, start = self.first
+        raise ValueError(
+            f"texts must have at most max_seq_length = {self.limit} tokens each; text {index} has "
+            f"{length} ({self.num_long} of {self.num_texts} texts are too long): {start!r}. Pass "
+            "truncate=True to cut them."
+        )
+
+
+def measure_texts(
+    tokenizer: Any, texts: Sequence[str], prompt: str, limit: int | None
+) -> LongTexts:
+    """Find the texts that are longer than ``limit`` tokens, behind their prompt."""
+    long = LongTexts(limit, len(texts))
+    if limit is not None and tokenizer is not None:
+        for _ in _tokenized(tokenizer, texts, prompt, long):
+            pass
+    return long
+
+
+def tokenize_texts(
+    tokenizer: Any, texts: Sequence[str], prompt: str, limit: int | None
+) -> tuple[list[TokenizedText], LongTexts]:
+    """Texts behind their prompt as token ids, of which the long ones keep ``limit``.
+
+    The ids are those of ``tokenizer(prompt + text, truncation=True, max_length=limit)``, whose own
+    state stays as it is. Of a very long text only as much is read as surely holds them.
+    """
+    long = LongTexts(limit, len(texts))
+    return list(_tokenized(tokenizer, texts, prompt, long)), long
+
+
+def prompt_length(tokenizer: Any, prompt: str, limit: int | None) -> int:
+    """A prompt's number of tokens, but a special one at its end, as sentence-transformers counts.
+
+    Poolings that leave the prompt out skip so many.
+    """
+    (tokenized,), _ = tokenize_texts(tokenizer, [prompt], "", limit)
+    ends_special = int(tokenized.ids[-1]) in tokenizer.all_special_ids
+    return len(tokenized.ids) - ends_special
+
+
+def shortened(texts: Sequence[str], prompt: str, long: LongTexts) -> list[str]:
+    """Texts for a model that cuts them itself: of very long ones the part that was read."""
+    texts = list(texts)
+    for i, piece in long.pieces.items():
+        texts[i] = piece.removeprefix(prompt)
+    return texts
+
+
+def _tokenized(
+    tokenizer: Any, texts: Sequence[str], prompt: str, long: LongTexts
+) -> Iterator[TokenizedText]:
+    """Each text's tokens, in order; fills in ``long``."""
+    limit = long.limit
+    reader = _Reader(own_tokenizer(tokenizer), limit)
+    for start, chunk in _chunks(texts, prompt, reader.most_characters):
+        pieces = [reader.piece(text, reader.most_characters) for text in chunk]
+        for i, row in enumerate(reader.read(pieces), start):
+            text, piece = chunk[i - start], pieces[i - start]
+            size = reader.most_characters
+            while len(piece) < len(text) and row.length <= reader.enough:
+                size *= 2
+                piece = reader.piece(text, size)
+                (row,) = reader.read([piece])
+            whole = len(piece) == len(text)
+            if not whole:
+                long.pieces[i] = piece
+            if limit is not None and row.length > limit:
+                long.num_long += 1
+                length = f"{row.length}" if whole else f"more than {row.length - _MARGIN}"
+                long.first = long.first or (i, length, text[:_SHOWN])
+            yield TokenizedText(row.ids, row.type_ids, i)
+
+
+def _chunks(
+    texts: Sequence[str], prompt: str, most_characters: float
+) -> Iterator[tuple[int, list[str]]]:
+    """(Index of the first, texts behind their prompt): few enough to be tokenized at once."""
+    start, chunk, size = 0, [], 0.0
+    for i, text in enumerate(texts):
+        if chunk and (len(chunk) == _TEXTS_AT_ONCE or size > _CHARACTERS_AT_ONCE):
+            yield start, chunk
+            start, chunk, size = i, [], 0.0
+        chunk.append(prompt + text)
+        size += min(len(text), most_characters)
+    if chunk:
+        yield start, chunk
+
+
+class _Row(NamedTuple):
+    ids: NDArray[np.int32]
+    type_ids: NDArray[np.int32] | None
+    length: int  # before it was cut
+
+
+class _Reader:
+    """A tokenizer that cuts at a limit and says how many tokens there were.
+
+    Attributes:
+        most_characters: a longer text is read in part at first.
+        enough: where a part has more tokens than that, its first ones are those of the whole text.
+    """
+
+    def __init__(self, tokenizer: Any, limit: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._from_the_end = tokenizer.truncation_side == "left"
+        self._options: dict[str, Any] = {"padding": False, "truncation": False, "verbose": False}
+        self._cut = self._options | {"truncation": True, "max_length": limit}
+        self._limit = math.inf if limit is None or limit >= _NO_LIMIT else limit
+        self.enough = self._limit + _MARGIN
+        self.most_characters = max(_CHARACTERS_PER_TOKEN * self._limit, _LEAST_CHARACTERS)
+
+    def piece(self, text: str, size: float) -> str:
+        """At most the first ``size`` characters (the last, if texts are cut from the left)."""
+        if len(text) <= size:
+            return text
+        size = int(size)
+        if self._from_the_end:
+            space = re.search(r"\s", text[-size:][: size // 2])
+            return text[-size:][space.start() if space else 0 :]
+        space = re.search(r"\s", text[:size][: size // 2 : -1])
+        return text[: size - space.end() if space else size]
+
+    def read(self, pieces: list[str]) -> list[_Row]:
+        """The tokens of each, cut at the limit."""
+        is_fast = getattr(self._tokenizer, "is_fast", False) and self._limit < math.inf
+        rows = self._tokenizer(pieces, **(self._cut if is_fast else self._options))
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        if is_fast:
+            for i, encoding in enumerate(rows.encodings):
+                lengths[i] += sum(
+                    rest.special_tokens_mask.count(0) for rest in encoding.overflowing
+                )
+        elif any(length > self._limit for length in lengths):
+            rows = self._tokenizer(pieces, **self._cut)
+        types = rows.get("token_type_ids") or [None] * len(pieces)
+        return [
+            _Row(np.array(ids, np.int32), None if t is None else np.array(t, np.int32), length)
+            for ids, t, length in zip(rows["input_ids"], types, lengths, strict=True)
+        ]
+
+
+# --- one warning for many calls ------------------------------------------------------------------
+
+
+@dataclass
+class TruncatedTexts:
+    """How many texts were cut so far, and at how many tokens."""
+
+    num_long: int = 0
+    limit: int | None = None
+
+    def add(self, num_long: int, limit: int | None) -> None:
+        """Count more of them."""
+        self.num_long += num_long
+        self.limit = limit or self.limit
+
+    def warn(self, num_texts: int) -> None:
+        """Log how many of how many texts were cut, if any."""
+        if self.num_long:
+            logger.warning(
+                "%d of %d texts are longer than max_seq_length = %d tokens and were truncated.",
+                self.num_long,
+                num_texts,
+                self.limit,
+            )
+
+
+_counting: ContextVar[TruncatedTexts | None] = ContextVar("moe_fast_truncated", default=None)
+
+
+@contextmanager
+def counted_truncation() -> Iterator[TruncatedTexts]:
+    """Within the block, in this thread, calls add what they cut to the count instead of warning."""
+    count = TruncatedTexts()
+    token = _counting.set(count)
+    try:
+        yield count
+    finally:
+        _counting.reset(token)
+
+
+def _report(long: LongTexts) -> None:
+    count = _counting.get()
+    if count is not None:
+        count.add(long.num_long, long.limit)
+    else:
+        TruncatedTexts(long.num_long, long.limit).warn(long.num_texts)

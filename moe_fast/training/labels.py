@@ -1,0 +1,109 @@
+"""Labels of pairs beside losses that take every pair for a positive one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from sentence_transformers.sentence_transformer import losses as stock
+from torch import Tensor, nn
+
+from moe_fast import losses as ours
+
+_NO_LABELS = (  # losses that take the pairs of a batch for positives, whatever their label
+    ours.InfoNCELoss,
+    ours.MultipleNegativesRankingPlusLoss,
+    ours.SigmoidLoss,
+    stock.MultipleNegativesRankingLoss,
+    stock.CachedMultipleNegativesRankingLoss,
+    stock.MultipleNegativesSymmetricRankingLoss,
+    stock.CachedMultipleNegativesSymmetricRankingLoss,
+    stock.GISTEmbedLoss,
+    stock.CachedGISTEmbedLoss,
+    stock.MegaBatchMarginLoss,
+)
+_POSITIVE_NAMES = {"1", "true", "yes", "positive", "pos"}
+
+
+def ignores_labels(loss: nn.Module) -> bool:
+    """Whether a loss, or the one that it wraps, takes every pair for a positive one."""
+    while loss is not None:
+        if isinstance(loss, _NO_LABELS):
+            return True
+        loss = getattr(loss, "loss", None)
+    return False
+
+
+def label_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """The column that sentence-transformers takes for the label: the first of ``names``."""
+    return next((name for name in names if name in columns), None)
+
+
+def check_labels(
+    datasets: Mapping[str, Any],
+    losses: nn.Module | Mapping[str, nn.Module],
+    names: Sequence[str],
+) -> None:
+    """Refuse labels that a loss would pass over, training what is no pair as one.
+
+    Labels that are all 1 (1.0, true, or a class named "1", "positive", "true" or "yes") say what
+    the loss takes for granted. Streamed datasets are looked at batch by batch, see
+    :func:`check_label_batch`.
+
+    Args:
+        datasets: by name; a part of several as ``{name}.{part}``.
+        losses: one for all, or one per part.
+        names: of the columns that may hold labels.
+
+    Raises:
+        ValueError: naming the dataset, the column, and how many rows are labelled otherwise.
+    """
+    for name, data in datasets.items():
+        column = label_column(data.column_names, names)
+        if column is None or not hasattr(data, "__len__"):
+            continue
+        loss = losses.get(name.partition(".")[2]) if isinstance(losses, Mapping) else losses
+        if loss is None or not ignores_labels(loss):
+            continue
+        classes = getattr((data.features or {}).get(column), "names", None)
+        counts = _others(data.with_format(None)[column], classes)
+        if counts:
+            raise ValueError(_message(loss, f"the {name} dataset", column, counts, len(data)))
+
+
+def check_label_batch(loss: nn.Module, labels: Any) -> None:
+    """What :func:`check_labels` does, for a batch of a streamed dataset.
+
+    Raises:
+        ValueError: as there.
+    """
+    if isinstance(labels, Tensor) and labels.dim() == 1 and ignores_labels(loss):
+        if not bool(torch.all(labels == 1)):
+            counts = _others(labels.tolist(), None)
+            raise ValueError(_message(loss, "a batch of the data", "label", counts, len(labels)))
+
+
+def _others(values: Iterable[Any], classes: Sequence[str] | None) -> dict[str, int]:
+    """How often each label stands there that is not 1."""
+    counts: dict[str, int] = {}
+    for value in values:
+        if classes is not None and value is not None:
+            name = classes[value] if 0 <= value < len(classes) else str(value)
+            positive = name.strip().lower() in _POSITIVE_NAMES
+        else:
+            name, positive = repr(value), isinstance(value, (int, float)) and value == 1
+        if not positive:
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _message(loss: nn.Module, what: str, column: str, counts: dict[str, int], rows: int) -> str:
+    shown = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:5])
+    return (
+        f"{what} has the label column {column!r}, and {sum(counts.values())} of {rows} pairs have "
+        f"another label than 1: {shown}{', ...' if len(counts) > 5 else ''}. "
+        f"{type(loss).__name__} takes every pair for a positive one. Keep the positive pairs, "
+        f"dataset.filter(lambda row: row[{column!r}] == 1), remove the column where it means "
+        f"something else, dataset.remove_columns({column!r}), or use a loss of labelled pairs."
+    )

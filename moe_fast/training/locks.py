@@ -1,0 +1,57 @@
+"""One run at a time in a folder of checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_held: set[tuple[int, int]] = set()  # (device, inode) of the folders that this process holds
+
+
+@contextlib.contextmanager
+def hold_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Hold a folder, made where missing, until the block ends or the process dies.
+
+    The lock is the kernel's (``flock`` on the folder itself): no file shows it, and nothing is left
+    of it after a kill. A block within another one on the same folder holds nothing anew. On a file
+    system without locks nothing is held.
+
+    Raises:
+        BlockingIOError: another process holds the folder, which is named.
+    """
+    import fcntl  # POSIX alone
+
+    path = Path(folder)
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            key = _identity(os.fstat(descriptor))
+            if key in _held:
+                yield path
+                return
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    f"another training run is writing to {path}; it goes on undisturbed. "
+                    "Choose another output, or wait until it has ended."
+                ) from error
+            except OSError:  # no locks on this file system
+                pass
+            if not path.is_dir() or _identity(path.stat()) != key:
+                continue  # it was replaced before it was locked
+            _held.add(key)
+            try:
+                yield path
+            finally:
+                _held.discard(key)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

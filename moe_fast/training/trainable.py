@@ -1,0 +1,81 @@
+"""What a trainer asks of the model and the loss before it starts: that they can learn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_HALF = (torch.float16, torch.bfloat16)
+_REMEDY = (
+    "Make trainable what is to be trained: model.requires_grad_(True), "
+    'moe_fast.models.set_trainable(model.transformers_model, "experts") or, for a saved adapter, '
+    "load it with is_trainable=True; on the command line: --trainable all."
+)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model of which nothing would be trained.
+
+    Raises:
+        ValueError: every parameter of the model is frozen; the remedies are named. Parameters of a
+            loss (a temperature) do not count: alone they teach the model nothing.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"every parameter of the model is frozen: nothing would train. {_REMEDY}")
+
+
+def check_reached(model: nn.Module) -> None:
+    """Refuse, after the first backward pass, a loss that none of the model's weights follows.
+
+    Raises:
+        ValueError: no trainable parameter has a gradient; some of them are named.
+    """
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    if all(p.grad is None for p in model.parameters() if p.requires_grad):
+        raise ValueError(
+            "the loss depends on no trainable parameter of the model: nothing would train. "
+            f"Trainable are {len(trainable)} parameters, {', '.join(trainable[:4])}"
+            f"{', ...' if len(trainable) > 4 else ''}. {_REMEDY}"
+        )
+
+
+def check_precision(model: nn.Module, loss: nn.Module | Mapping[str, nn.Module]) -> None:
+    """Have nobody train half-precision weights unknowingly. Frozen ones may be of any precision.
+
+    An update below 1/256 (bfloat16) or 1/2048 (float16) of a weight is rounded away; AdamW's are
+    about the learning rate. Autocast (``bf16=True``) computes in half precision on float32 weights.
+
+    Raises:
+        ValueError: float16 weights, which overflow as well, are to be trained.
+    """
+    modules = [model, *(loss.values() if isinstance(loss, Mapping) else [loss])]
+    found = {
+        p.dtype
+        for module in modules
+        for p in module.parameters()
+        if p.requires_grad and p.dtype in _HALF
+    }
+    remedy = (
+        "Call model.float() before making the loss and the trainer; args bf16=True or fp16=True "
+        "compute in half precision on float32 weights."
+    )
+    if torch.float16 in found:
+        raise ValueError(
+            "the weights to be trained are float16: gradients overflow, and most updates are "
+            f"rounded away. {remedy}"
+        )
+    if found:
+        warnings.warn(
+            "the weights to be trained are bfloat16, in which most updates are rounded away (those "
+            f"below 1/256 of the weight). {remedy}",
+            stacklevel=2,
+        )
+
+
+def precisions(parameters: Iterable[Any]) -> list[str]:
+    """The names of the floating-point types below float32 among the parameters, sorted."""
+    return sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype in _HALF})

@@ -1,0 +1,54 @@
+"""The native ops as on processors with less than this one: their tests, in a process per level.
+
+What this processor has itself is what the tests of the ops run on.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_fast.ops import native
+
+from .helpers import need_native_library
+
+need_native_library()
+
+LEVELS = ["portable", "avx2", "avx512", "avx512bf16"]
+OWN = native.cpu_capability.rpartition(", ")[2]
+CHOSEN = {
+    "test_attention_cpp": "any_shape or many_blocks or the_first or views or nan or infinite",
+    "test_expert_mlp_cpp": "equals_the_reference or any_shape or skipped or far_out",
+    "test_route_cpp": "any_shape or equal_rows",
+}
+CODE = """
+import sys, pytest
+from moe_fast.ops import native
+print(native.cpu_capability)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS[: LEVELS.index(OWN)])
+def test_the_ops_are_right_at_a_lower_level(level):
+    """The code without AVX-512, and without oneDNN's kernels, on the tests of shapes and values."""
+    chosen = " or ".join(f"({file} and ({names}))" for file, names in CHOSEN.items())
+    folder = Path(__file__).parent
+    files = [str(folder / f"{file}.py") for file in CHOSEN]
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
+        env=os.environ | {"MOE_FAST_CPU": level, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=folder.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    has, *report = done.stdout.splitlines()
+    assert has.endswith(f", {level}")
+    assert level != "portable" or has.startswith("BLAS float32")
+    assert " passed" in report[-1]
+    assert "failed" not in report[-1] and "skipped" not in report[-1]
