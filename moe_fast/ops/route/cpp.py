@@ -20,6 +20,4 @@ def _route(*args: Any) -> Any:
 
 
 run = OPERATION.implement("route_cpp", _route, native.kernel("route_backward"))
-backends.register(
-    "route", "cpp", run, native.why_not_on_cpu, leaves_to_torch=(torch.float64,)
-)
+backends.register("route", "cpp", run, native.why_not_on_cpu, leaves_to_torch=(torch.float64,))
