@@ -29,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
+.PHONY: look-again help setup lock wheel demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
   bench-compare bench-report bench-instructions lint format clean
 
 help:
@@ -44,8 +44,9 @@ help:
 	@echo "               each has its own environment, $(VENV)-oldest and $(VENV)-newest"
 	@echo "  test-python  the same in $(VENV)-PYTHON, on another Python: make test-python PYTHON=python3.12"
 	@echo "  test-slow    the slow tests, but those of the next targets"
-	@echo "  test-kernels   every Triton kernel compiled for four GPUs, against the committed table: minutes"
+	@echo "  test-kernels   the slow tests of the Triton kernels: interpreted, and compiled for four GPUs; many minutes"
 	@echo "  test-install   wheels, sdist and editable installs, with and without compilers, in fresh environments"
+	@echo "  test-hostile   a thousand bad inputs and forty kills; how many errors are clear"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
@@ -57,6 +58,7 @@ help:
 	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
 	@echo "  lint         ruff (rules and format) and mypy"
 	@echo "  format       let ruff mend what it can"
+	@echo "  wheel        an sdist and a manylinux wheel in dist, checked"
 	@echo "  lock         write constraints.txt and constraints-oldest.txt anew, from pyproject.toml"
 	@echo "  clean        remove what was built, $(VENV) included"
 	@echo
@@ -69,8 +71,8 @@ help:
 
 setup: $(VENV)/.ready
 
-# torch alone and first: nothing later gets to choose another one.
-$(VENV)/.torch: $(LOCK)
+# torch alone and first: nothing later gets to choose another one. What is newest changes from day to day.
+$(VENV)/.torch: $(LOCK) $(if $(LOCK),,look-again)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "moe_fast needs Python 3.11 or newer, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	       "Choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -86,8 +88,12 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
 	$(if $(BEYOND),$(PIP) --upgrade $(BEYOND))
 	@if [ -e moe_fast/_native_cuda.so ]; then echo "moe_fast: the native library is built, for CPU and CUDA."; \
 	 elif [ -e moe_fast/_native.so ]; then echo "moe_fast: the native library is built, for the CPU (no nvcc)."; \
-	 else echo "moe_fast: no native library; pip install -v --no-build-isolation -e . says why."; fi
+	 else echo "moe_fast: no native library; $(PY) -m pip install -v --no-build-isolation -e . says why."; fi
 	@touch $@
+
+wheel: setup
+	rm -rf dist
+	.ci/wheel $(abspath $(PY)) dist
 
 # uv resolves, for every Python and platform at once or for the lower bounds; pip installs.
 COMPILE := build/uv/bin/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --extra dev \
@@ -108,14 +114,12 @@ demo-quick: setup
 	$(PY) -m moe_fast.demo --quick $(ARGS)
 
 test: setup
-	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 test-oldest:
 	$(MAKE) test RELEASES=oldest
 
-# What is newest changes from day to day: look again.
 test-newest:
-	rm -f $(VENV)-newest/.torch
 	$(MAKE) test RELEASES=newest
 
 test-python:
@@ -124,15 +128,20 @@ test-python:
 # Whole files that have a target of their own are left to it. Tests go to the processes one by one,
 # for they take from seconds to a minute.
 CUDA_ON_CPU := tests/ops/test_cuda_kernels.py
-WHOLE_TABLE := tests/triton_ops/test_whole_table.py
+TRITON := tests/triton_ops
+INSTALLS := tests/test_installs.py
 test-slow: setup
-	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(WHOLE_TABLE) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(TRITON) --ignore $(INSTALLS) $(ARGS)
 
 test-kernels: setup
-	$(PYTEST) $(WHOLE_TABLE) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow $(TRITON) $(ARGS)
 
 test-install: setup
-	$(PYTEST) $(ARGS) tests/test_packaging.py
+	$(PYTEST) $(ARGS) tests/test_packaging.py tests/test_installs.py
+
+.PHONY: test-hostile
+test-hostile: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.hostile $(ARGS)
 
 # The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
 # is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.
@@ -144,7 +153,7 @@ test-sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  MOE_FAST_NATIVE_LIBRARY=$(CURDIR)/$(SANITIZE)/lib/_native.so CI=true \
-	  $(PYTEST) -n $(WORKERS) -k "not compiles" $(ARGS) tests/ops/test_plan_cpp.py \
+	  $(PYTEST) -n $(WORKERS) -k "not compiles and not opcheck" $(ARGS) tests/ops/test_plan_cpp.py \
 	  tests/ops/test_gather_rows.py tests/ops/test_combine_rows.py \
 	  tests/ops/test_expert_mlp_cpp.py tests/ops/test_expert_linear_cpp.py tests/ops/test_route_cpp.py \
 	  tests/ops/test_attention_cpp.py
@@ -201,12 +210,13 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info moe_fast/_native*.so
+	rm -rf $(VENV) .venv-* build dist *.egg-info moe_fast/_native*.so
 	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

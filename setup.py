@@ -3,7 +3,8 @@
 MOE_FAST_NATIVE says what happens to the compiled library (``moe_fast/_native.so``):
 
 - ``auto`` (default): built where torch, CMake and a C++ compiler are found, else left out, and one
-  line says why. moe_fast works without it.
+  line says why, which pip shows with -v alone. moe_fast works without it, and its first slow call
+  says how to build it.
 - ``1``: required; whatever stops it is an error.
 - ``0``: left out.
 
@@ -184,17 +185,19 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Keeps a library of an earlier build out of an install that was asked to be without."""
+    """Keeps a library of an earlier build out of an install that is without.
+
+    An editable install loses the one beside its sources only where it was asked to be without.
+    """
 
     def run(self) -> None:
         super().run()
-        if native_mode() == "0":
-            folders = [Path(self.build_lib, "moe_fast")]
-            if self.editable_mode:
-                folders.append(ROOT / "moe_fast")
-            for folder in folders:
-                for library in folder.glob("_native*.so"):
-                    library.unlink()
+        folders = [] if self.distribution.ext_modules else [Path(self.build_lib, "moe_fast")]
+        if self.editable_mode and native_mode() == "0":
+            folders.append(ROOT / "moe_fast")
+        for folder in folders:
+            for library in folder.glob("_native*.so"):
+                library.unlink()
 
 
 class PlatformWheel(bdist_wheel):

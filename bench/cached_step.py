@@ -32,7 +32,7 @@ BASELINE = "plain"
 MAX_RELATIVE_ERROR = 2e-4
 CASES = ("equal", "natural", "router")
 DOMAINS = 4
-ROUTER = {
+ROUTER: dict[str, Any] = {
     "load_balance": 0.05,
     "z_loss": 0.01,
     "mutual_information": 0.01,
@@ -126,7 +126,7 @@ def measure(case: str, arguments: argparse.Namespace) -> list[Result]:
     columns = batch(arguments.rows, natural=case == "natural")
     loss: Any = InfoNCELoss(model, mask_duplicates=False)
     if case == "router":
-        loss = RouterLoss(loss, num_domains=DOMAINS, **ROUTER)
+        loss = RouterLoss(loss, num_domains=DOMAINS, **ROUTER)  # type: ignore[arg-type]
     tokens = arguments.tokens_per_chunk
     losses = {BASELINE: loss, "CachedLoss": CachedLoss(loss, tokens_per_chunk=tokens)}
     if case != "router":  # which it cannot have

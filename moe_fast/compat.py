@@ -1,16 +1,441 @@
 """What moe_fast needs of other libraries beyond what they promise, in one place.
 
-Every name here may change or go with any release of its library. Each function or constant says
-what it is for, and what happens without it: a fallback, or a clear error when it is used. Nothing
-here keeps ``import moe_fast`` from working.
+Every private or undocumented name that moe_fast uses is looked up here, may change or go with any
+release of its library, and has an entry that says what it is for and what happens without it: a
+fallback, or an error when the feature is used. Nothing here keeps ``import moe_fast`` from working.
+
+Where moe_fast overrides a method of another library's class, the method carries
+:func:`overrides`: :func:`check_overrides` finds those that the library would no longer call.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
-from collections.abc import Iterator
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Method = Callable[..., Any]
+
+
+def _found(module: str, *names: str) -> Any:
+    """A module of another library or a thing in it, or ``None``: then the caller says what."""
+    try:
+        found: Any = importlib.import_module(module)
+        for name in names:
+            found = getattr(found, name)
+    except (ImportError, AttributeError):
+        return None
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gone(package: str, name: str, consequence: str) -> RuntimeError:
+    return RuntimeError(
+        f"{package} {_version(package)} no longer has {name}, without which {consequence}. Install "
+        f"an earlier {package}, or a later moe_fast."
+    )
+
+
+def _refusing(package: str, name: str, consequence: str) -> Method:
+    """What stands for a function that is gone: the error, when it is called."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise _gone(package, name, consequence)
+
+    return refuse
+
+
+@functools.cache  # once for each
+def _warn_gone(package: str, name: str, consequence: str) -> None:
+    warnings.warn(
+        f"{package} {_version(package)} no longer has {name}: {consequence}.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+# --- methods of other libraries that ours override -----------------------------------------------
+
+
+def overrides(method: Method) -> Method:
+    """Mark a method that another library's class must have, and call, for ours to have a use."""
+    method.__overrides__ = True  # type: ignore[attr-defined]
+    return method
+
+
+def lost_overrides(cls: type) -> list[str]:
+    """The marked methods of ``cls`` that no base of another library has, or takes as ours do.
+
+    A parameter that ours names must be one of the other's (or be covered by its ``**kwargs``).
+    """
+    lost = []
+    for owner in cls.__mro__:
+        for name, method in vars(owner).items():
+            function = getattr(method, "__func__", method)
+            if not getattr(function, "__overrides__", False):
+                continue
+            later = cls.__mro__[cls.__mro__.index(owner) + 1 :]
+            theirs = next((vars(c)[name] for c in later if name in vars(c) and _foreign(c)), None)
+            if theirs is None:
+                lost.append(name)
+            else:
+                names = _lost_parameters(function, getattr(theirs, "__func__", theirs))
+                lost += [f"{name}({parameter})" for parameter in names]
+    return lost
+
+
+def _foreign(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] != "moe_fast"
+
+
+def _lost_parameters(ours: Method, theirs: Method) -> list[str]:
+    known = inspect.signature(theirs).parameters
+    kinds = {p.kind for p in known.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return [
+        p.name
+        for p in inspect.signature(ours).parameters.values()
+        if p.kind in named and p.name not in known
+    ]
+
+
+def check_overrides(cls: type) -> None:
+    """Raise ``RuntimeError`` for a class whose marked methods its library no longer calls."""
+    lost = lost_overrides(cls)
+    if lost:
+        libraries = sorted({c.__module__.partition(".")[0] for c in cls.__mro__[1:] if _foreign(c)})
+        installed = {name: _version(name) for name in libraries if _version(name)}
+        raise RuntimeError(
+            f"{cls.__name__} overrides {lost}, which its base classes no longer have like that in "
+            f"{installed}: what it is for would not happen. Install earlier versions, or a later "
+            "moe_fast."
+        )
+
+
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def _eager_test() -> Callable[[], bool]:
+    """Whether nothing looks at ops: no dispatch mode, ``torch.func``, or forward-mode autograd.
+
+    Without the private questions the answer is no: ops then take the dispatcher's way, which is
+    right and slower.
+    """
+    stack = _found("torch._C._functorch", "peek_interpreter_stack")
+    dispatching = _found("torch.utils._python_dispatch", "is_in_torch_dispatch_mode")
+    forward_ad = _found("torch.autograd.forward_ad", "_current_level")
+    if stack is None or dispatching is None or forward_ad is None:
+
+        def unknown() -> bool:
+            _warn_gone(
+                "torch",
+                "peek_interpreter_stack, is_in_torch_dispatch_mode or forward_ad._current_level",
+                "ops go through the dispatcher, 8 to 35 microseconds slower each",
+            )
+            return False
+
+        return unknown
+    levels = torch.autograd.forward_ad
+
+    def nobody_looks() -> bool:
+        return not dispatching() and stack() is None and levels._current_level < 0
+
+    return nobody_looks
+
+
+nobody_looks = _eager_test()
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.t()`` by oneDNN, in float32; ``AttributeError`` where this torch lacks the op.
+
+    :mod:`moe_fast.ops.cpu_matmul` tries it once, and multiplies as torch does where it fails.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], None)
+
+
+def in_backward() -> bool:
+    """Whether this is within a backward pass, where checkpointing computes a forward again.
+
+    Without the private question: ``False``, and what is counted is counted twice there.
+    """
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    if task is None:
+        _warn_gone(
+            "torch",
+            "_C._current_graph_task_id",
+            "with gradient checkpointing tokens are counted twice in the experts' shares",
+        )
+        return False
+    return bool(task() != -1)
+
+
+def has_forward_hook(module: nn.Module, hook: Method) -> bool:
+    """Whether the function is among the module's forward hooks.
+
+    Raises:
+        RuntimeError: the private dict is gone: it would be registered again and again.
+    """
+    hooks = getattr(module, "_forward_hooks", None)
+    if hooks is None:
+        raise _gone("torch", "Module._forward_hooks", "routing cannot be recorded for a loss")
+    return hook in hooks.values()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called. Without the private attribute: ``False``.
+
+    Then ``encode`` leaves padding out there, too: right, but compiled anew for every batch's shape.
+    """
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+# --- transformers: models ------------------------------------------------------------------------
+
+
+def initialization() -> Any:
+    """``transformers.initialization``, whose functions leave alone what was loaded.
+
+    Raises:
+        RuntimeError: it is gone: torch's own functions would overwrite loaded weights.
+    """
+    found = _found("transformers.initialization")
+    if found is None:
+        raise _gone("transformers", "initialization", "new weights cannot be initialised")
+    return found
+
+
+def recorded_outputs(base: type, **recorded: tuple[type, int]) -> dict[str, Any]:
+    """A model's ``_can_record_outputs``: the base's, and outputs of modules by class and index.
+
+    Without transformers' recorder nothing is recorded: see :func:`check_recorded`.
+    """
+    recorder = _found("transformers.utils.output_capturing", "OutputRecorder")
+    theirs = getattr(base, "_can_record_outputs", None)
+    if recorder is None or theirs is None:
+        return dict(theirs or {})
+    ours = {name: recorder(module, index=index) for name, (module, index) in recorded.items()}
+    return {**theirs, **ours}
+
+
+def check_recorded(output: Any, name: str) -> None:
+    """Raise ``RuntimeError`` where an output that was asked for has not been recorded."""
+    if getattr(output, name, None) is None:
+        raise _gone(
+            "transformers",
+            "OutputRecorder and _can_record_outputs as they were",
+            f"{name} cannot be given (output_router_logits=True)",
+        )
+
+
+def unsplit_modules(base: type, *names: str) -> list[str]:
+    """A model's ``_no_split_modules``; ours alone where the base no longer has any."""
+    return [*(getattr(base, "_no_split_modules", None) or ()), *names]
+
+
+def checkpoints_reentrantly(layer: nn.Module) -> bool:
+    """Whether the layer's forward runs under ``torch.utils.checkpoint(use_reentrant=True)``.
+
+    Raises:
+        RuntimeError: it is checkpointed, and transformers no longer says how.
+    """
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return False
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    if checkpoint is None:
+        raise _gone(
+            "transformers",
+            "_gradient_checkpointing_func of layers",
+            "router logits under gradient checkpointing may have no gradient",
+        )
+    return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant", False))
+
+
+# --- transformers: attention, experts, files -----------------------------------------------------
+
+
+def attention_of(config: Any) -> Any:
+    """The name of the attention that a configuration asks for.
+
+    Raises:
+        RuntimeError: no attribute of a known name says so.
+    """
+    for name in ("_attn_implementation", "attn_implementation"):
+        if hasattr(config, name):
+            return getattr(config, name)
+    raise _gone("transformers", "config._attn_implementation", "the attention is not known")
+
+
+def attention_setting(choose: Callable[[], str | None]) -> property:
+    """A property for ``_attn_implementation``: what ``choose()`` says, or else the base's value."""
+    name = "_attn_implementation"
+
+    def base(config: Any) -> Any:
+        classes = iter(type(config).__mro__)
+        next(c for c in classes if vars(c).get(name) is setting)
+        theirs = next((vars(c)[name] for c in classes if name in vars(c)), None)
+        if not isinstance(theirs, property):
+            raise _gone("transformers", "PreTrainedConfig._attn_implementation", "none can be set")
+        return theirs
+
+    def get(config: Any) -> Any:
+        return choose() or base(config).fget(config)
+
+    def put(config: Any, value: Any) -> None:
+        base(config).fset(config, value)
+
+    setting = property(get, put)
+    return setting
+
+
+def attention_can_be_chosen() -> bool:
+    """Whether transformers' layers ask that property. If not, padding is computed, and said."""
+    config = _found("transformers", "PreTrainedConfig")
+    known = isinstance(getattr(config, "_attn_implementation", None), property)
+    if not known:
+        _warn_gone(
+            "transformers",
+            "PreTrainedConfig._attn_implementation",
+            "encode computes padding too, which is slower",
+        )
+    return known
+
+
+def sdpa_attention() -> Method:
+    """transformers' attention by torch's SDPA; without it, an error where it would be needed."""
+    name = "sdpa_attention_forward"
+    consequence = "attn_implementation='moe_fast' cannot take a mask of pairs of tokens"
+    found = _found("transformers.integrations.sdpa_attention", name)
+    return found or _refusing("transformers", name, consequence)
+
+
+def padding_mask() -> Method:
+    """transformers' mask function that keeps a mask [B, L] as it is; without it, an error."""
+    found = _found("transformers.masking_utils", "flash_attention_mask")
+    consequence = "attn_implementation='moe_fast' cannot take a mask"
+    return found or _refusing("transformers", "flash_attention_mask", consequence)
+
+
+def register_experts(name: str, forward: Method) -> None:
+    """Make ``experts_implementation=name`` known; without the interface transformers refuses it."""
+    interface = _found("transformers.integrations.moe", "ExpertsInterface")
+    if interface is not None:
+        interface.register(name, forward)
+
+
+def gate_of(experts: Any) -> Method:
+    """The gate function of a model's experts: from [T, 2H] to [T, H].
+
+    Raises:
+        RuntimeError: they no longer have it under its private name.
+    """
+    gate = getattr(experts, "_apply_gate", None)
+    if gate is None:
+        raise _gone("transformers", "_apply_gate of experts", "their gate cannot be computed")
+    return gate
+
+
+def has_usual_gate(experts: Any) -> bool:
+    """Whether that is transformers' own. Without the private names: no, which is right, slower."""
+    usual = _found("transformers.integrations.moe", "_default_apply_gate")
+    return usual is not None and getattr(type(experts), "_apply_gate", None) is usual
+
+
+def file_of(path: Any, name: str) -> str | None:
+    """A file of a model folder or of the hub, or ``None`` where the model has none of that name."""
+    from transformers.utils import cached_file
+
+    options = {"_raise_exceptions_for_missing_entries": False}
+    if not _takes(cached_file, next(iter(options))):
+        options = {}
+    try:
+        return cached_file(path, name, **options)
+    except OSError:
+        if options:
+            raise
+        return None  # it cannot tell a missing file from a missing model
+
+
+def _takes(function: Method, parameter: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return parameter in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+def replaced_backend(tokenizer: Any, backend: Any) -> bool:
+    """Give a transformers tokenizer another one of the tokenizers library; ``False``: it cannot."""
+    tokenizer._tokenizer = backend
+    return getattr(tokenizer, "backend_tokenizer", None) is backend
+
+
+def rotate_checkpoints(*args: Any, **kwargs: Any) -> None:
+    """transformers' removal of older checkpoints; without it, an error when one was saved."""
+    found = _found("transformers.trainer_utils", "rotate_checkpoints")
+    refusing = _refusing("transformers", "rotate_checkpoints", "older checkpoints stay")
+    (found or refusing)(*args, **kwargs)
+
+
+# --- sentence-transformers, tqdm -----------------------------------------------------------------
+
+
+def child_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """A pipeline's modules by name, one that stands there twice named twice.
+
+    Without torch's private dict: by the public way, which names it once.
+    """
+    modules = getattr(module, "_modules", None)
+    return dict(module.named_children() if modules is None else modules)
+
+
+def forwards_names(first: Any, names: Iterable[str]) -> None:
+    """Have sentence-transformers' Transformer hand these arguments to its (new) encoder.
+
+    Raises:
+        RuntimeError: it has no list of them any more.
+    """
+    declared = getattr(first, "_declared_forward_params", None)
+    if declared is None:
+        raise _gone(
+            "sentence-transformers",
+            "Transformer._declared_forward_params",
+            "a mixture in it would not be told its experts",
+        )
+    first._declared_forward_params = declared | set(names)
+    first._method_signature_cache = {}
+
+
+def is_plain_call(model: Any) -> bool:
+    """Whether a SentenceTransformer runs in this process on padded batches.
+
+    Without the private names: ``False``, and it tokenizes as the stock class does, in more passes.
+    """
+    if getattr(model, "_distributed_inference", None) is not None:
+        return False
+    flattens = getattr(model, "_can_flatten_inputs", None)
+    return flattens is not None and not flattens()
+
+
+def running_bars(tqdm: Any) -> list[Any]:
+    """The progress bars that are not finished; none where tqdm no longer lists them."""
+    return list(getattr(tqdm, "_instances", ()))
+
 
 # --- transformers and peft -----------------------------------------------------------------------
 
@@ -60,10 +485,3 @@ def saves_adapter_alone(model: Any) -> bool:
             "(PeftModel.merge_and_unload), or install an earlier transformers."
         )
     return bool(alone)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

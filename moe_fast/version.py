@@ -18,3 +18,15 @@ def install_command(extra: str | None = None) -> str:
     """
     what = "." if extra is None else f"'.[{extra}]'"
     return f"pip install -e {what} (in a checkout of moe_fast)"
+
+
+def build_command() -> str:
+    """How to get the compiled library where an install came without it, for messages.
+
+    Without build isolation, which hides torch from the build, and with an error in the place of
+    pip's silence if something is missing.
+    """
+    return (
+        "pip install setuptools cmake ninja && MOE_FAST_NATIVE=1 pip install "
+        "--no-build-isolation --no-deps -e . (in a checkout of moe_fast, with a C++ compiler)"
+    )

@@ -79,4 +79,4 @@ def test_the_commands_run(tmp_path, monkeypatch):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
     hits = (tmp_path / "run.trec").read_text().splitlines()
-    assert {hit.split()[2] for hit in hits} == {"0", "1"}  # the corpus file's rows
+    assert {hit.split()[2] for hit in hits} == {"law", "medicine"}  # the corpus's ids

@@ -213,7 +213,9 @@ def _close_progress_bars() -> None:
     """End the line of a bar that was running, or the error would stand behind it."""
     from tqdm import tqdm
 
-    for bar in list(getattr(tqdm, "_instances", ())):
+    from moe_fast.compat import running_bars
+
+    for bar in running_bars(tqdm):
         bar.leave = True
         bar.close()
 
@@ -247,7 +249,8 @@ def _talk() -> Iterator[None]:
     library.set_verbosity_error()
     library.disable_progress_bar()  # those of loading and saving; training's stays
     try:
-        yield
+        with _variables(HF_HUB_DISABLE_PROGRESS_BARS="1"):  # the same for worker processes
+            yield
     finally:
         library.set_verbosity(verbosity)
         if bars:
@@ -258,15 +261,23 @@ def _talk() -> Iterator[None]:
 def _silence() -> Iterator[None]:
     """No warnings, by logging or by ``warnings``, and no bars, here and in worker processes."""
     level = logging.root.manager.disable
-    quiet = {"PYTHONWARNINGS": "ignore", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    before = {name: os.environ.get(name) for name in quiet}
-    os.environ.update(quiet)  # datasets and the workers start later
     logging.disable(logging.WARNING)
+    later = {"PYTHONWARNINGS": "ignore", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _variables(**later):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+
+
+@contextmanager
+def _variables(**values: str) -> Iterator[None]:
+    """Environment variables for what starts within the block: libraries, worker processes."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

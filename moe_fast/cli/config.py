@@ -17,8 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from moe_fast.data.checks import reason, shown
 from moe_fast.files import atomic_write
+from moe_fast.messages import reason, shown
 
 # Settings of NAME=VALUE, which a file may also hold as a mapping of names to values.
 NAMED = ("data", "eval_data", "columns", "models")
@@ -70,8 +70,8 @@ def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no YAML mapping, or too long or deep a one; a key twice, an unknown key (with the nearest known ones), or
-            a value of a wrong type.
+        ValueError: no YAML mapping, or too long or deep a one; a key twice, an unknown key
+            (with the nearest known ones), or a value of a wrong type.
     """
     settings = {}
     for key, value in load_mapping(path).items():

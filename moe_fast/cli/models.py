@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 def load_converted(path: str) -> Any:
     """The SentenceTransformer at `path`, or the bare encoder where it is none, on the CPU."""
     from moe_fast.inference.models import check_model_path, has_modules, load_model
+    from moe_fast.models.adapters import adapter_folder
     from moe_fast.models.loading import load_encoder
 
     check_model_path(path)
-    return load_model(path, device="cpu") if has_modules(path) else load_encoder(path)
+    if has_modules(path) or adapter_folder(path) is not None:
+        return load_model(path, device="cpu")
+    return load_encoder(path)
 
 
 def save_converted(model: Any, output: Path, source: str, run: Run) -> None:

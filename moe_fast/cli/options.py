@@ -111,7 +111,7 @@ def column_names(values: Sequence[str] | None) -> dict[str, str]:
 
 
 def delimiter_character(value: str | None) -> str | None:
-    """The character of ``--delimiter``: itself, or a tab for ``tab`` and ``\\t``.
+    """The character of ``--delimiter``: itself, or a tab for ``tab`` and a backslash with t.
 
     Raises:
         typer.BadParameter: for anything else.

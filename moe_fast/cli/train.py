@@ -50,7 +50,9 @@ def run_command(
         list[str],
         _option(_DATA, "File or dataset of pairs, triplets or FlagEmbedding rows; DOMAIN=FILE."),
     ],
-    eval_data: Annotated[list[str] | None, _option(_DATA, "Likewise, to evaluate on.")] = None,
+    eval_data: Annotated[
+        list[str] | None, _option(_DATA, "Files or datasets as for --data, to evaluate on.")
+    ] = None,
     columns: Columns = None,
     delimiter: Delimiter = None,
     skip_invalid: SkipInvalid = False,
@@ -63,16 +65,33 @@ def run_command(
     ] = False,
     batches: Annotated[
         Literal["mixed", "single"] | None,
-        _option(_DATA, "Batches that mix the domains (default), or of one domain each."),
+        _option(_DATA, "Batches that mix the domains evenly (default), or of one domain each."),
     ] = None,
-    swap: Annotated[bool, _option(_DATA, "Swap a and b in half of the epochs.", "--swap")] = False,
+    swap: Annotated[
+        bool, _option(_DATA, "Take each pair (a, b) as (b, a) in half of the epochs.", "--swap")
+    ] = False,
     hard_negatives: Annotated[
-        int | None, _option(_DATA, "Drawn per FlagEmbedding row and epoch.", min=0)
+        int | None,
+        _option(
+            _DATA,
+            "Negatives drawn of each FlagEmbedding row, anew each epoch; 1 by default.",
+            min=0,
+        ),
     ] = None,
-    max_length_query: Annotated[int | None, _option(_DATA, "Tokens of a query.", min=1)] = None,
-    max_length_passage: Annotated[int | None, _option(_DATA, "Tokens of a passage.", min=1)] = None,
-    query_prompt: Annotated[str | None, _option(_DATA, "Put before queries.")] = None,
-    passage_prompt: Annotated[str | None, _option(_DATA, "Put before passages.")] = None,
+    max_length_query: Annotated[
+        int | None,
+        _option(_DATA, "Cut queries after so many tokens; by default the model's limit.", min=1),
+    ] = None,
+    max_length_passage: Annotated[
+        int | None,
+        _option(_DATA, "Cut passages after so many tokens; by default the model's limit.", min=1),
+    ] = None,
+    query_prompt: Annotated[
+        str | None, _option(_DATA, "Text put before every query; saved with the model.")
+    ] = None,
+    passage_prompt: Annotated[
+        str | None, _option(_DATA, "Text put before every passage; saved with the model.")
+    ] = None,
     num_experts: NumExperts = None,
     num_experts_per_tok: ExpertsPerToken = 1,
     routing: Routing = None,
@@ -81,63 +100,107 @@ def run_command(
     target: Target = "mlp",
     domains: Domains = None,
     trainable: Annotated[
-        Literal["all", "experts", "experts+router"], _option(_STEPS, "What is trained.")
+        Literal["all", "experts", "experts+router"],
+        _option(_STEPS, "Weights that are trained; the others stay as they are."),
     ] = "all",
     freeze_embeddings: Annotated[
         bool, _option(_STEPS, "Do not train the token embeddings.", "--freeze-embeddings")
     ] = False,
     loss: Annotated[
         Literal["infonce", "mnr_plus", "clp", "sigmoid", "distillation"],
-        _option(_LOSS, "What is minimised."),
+        _option(_LOSS, "Loss that is minimised."),
     ] = "infonce",
-    temperature: Annotated[float | None, _option(_LOSS, "By default the loss's own.")] = None,
-    learn_temperature: Annotated[bool | None, _option(_LOSS, "By default the loss's own.")] = None,
+    temperature: Annotated[
+        float | None,
+        _option(
+            _LOSS, "What similarities are divided by; by default the loss's own, .05 for infonce."
+        ),
+    ] = None,
+    learn_temperature: Annotated[
+        bool | None, _option(_LOSS, "Train the temperature, too; by default sigmoid does.")
+    ] = None,
     symmetric: Annotated[
-        bool, _option(_LOSS, "Both directions (infonce, clp).", "--symmetric")
+        bool, _option(_LOSS, "Also from passage to query (infonce, clp).", "--symmetric")
     ] = False,
     negatives_from: Annotated[
-        Literal["all", "same_domain"], _option(_LOSS, "Where in-batch negatives come from.")
+        Literal["all", "same_domain"],
+        _option(_LOSS, "Rows of the batch that give negatives: all, or those of the same domain."),
     ] = "all",
     matryoshka_dims: Annotated[
-        list[str] | None, _option(_LOSS, "Lengths that must work too: 256,128.")
+        list[str] | None,
+        _option(_LOSS, "Train shorter embeddings, too: the first 256 and 128 numbers for 256,128."),
     ] = None,
-    load_balance: Annotated[float, _option(_LOSS, "Coefficient.", min=0)] = 0.0,
-    z_loss: Annotated[float, _option(_LOSS, "Coefficient.", min=0)] = 0.0,
-    mutual_information: Annotated[float, _option(_LOSS, "Coefficient.", min=0)] = 0.0,
-    expert_supervision: Annotated[float, _option(_LOSS, "Coefficient.", min=0)] = 0.0,
+    load_balance: Annotated[
+        float,
+        _option(
+            _LOSS,
+            "Weight of the term that evens out the experts, such as .05 with --router-reduction "
+            "mean; summed, .05 divided by the number of MoE layers. 0: none.",
+            min=0,
+        ),
+    ] = 0.0,
+    z_loss: Annotated[
+        float,
+        _option(_LOSS, "Weight of the term that keeps router logits small, such as .001.", min=0),
+    ] = 0.0,
+    mutual_information: Annotated[
+        float,
+        _option(_LOSS, "Weight of the term that ties experts to domains, such as .1.", min=0),
+    ] = 0.0,
+    expert_supervision: Annotated[
+        float,
+        _option(_LOSS, "Weight of the term that gives domain i expert i, such as .1.", min=0),
+    ] = 0.0,
+    router_reduction: Annotated[
+        Literal["sum", "mean"],
+        _option(_LOSS, "Router terms over the MoE layers: their sum, or their mean."),
+    ] = "sum",
     joint_decay: Annotated[
         float | None,
-        _option(_LOSS, "Average domain and expert over batches, in (0, 1)."),
+        _option(
+            _LOSS,
+            "For --mutual-information: weight of earlier batches in a running average, in (0, 1).",
+        ),
     ] = None,
     batch_size: Annotated[int, _option(_STEPS, "Rows per step and process.", min=1)] = 32,
     tokens_per_chunk: Annotated[
         int | None,
         _option(
             _STEPS,
-            "Encode a batch in chunks of so many tokens, in their memory; 0: measured and chosen.",
+            "Encode a batch in chunks of so many tokens, for less memory; 0: measured and chosen.",
             min=0,
         ),
     ] = None,
     gradient_accumulation: Annotated[
         int, _option(_STEPS, "Batches per optimizer step.", min=1)
     ] = 1,
-    epochs: Annotated[float, _option(_STEPS, "Passes over the data.")] = 1.0,
-    max_steps: Annotated[int | None, _option(_STEPS, "Instead of epochs.", min=1)] = None,
-    learning_rate: Annotated[float, _option(_STEPS, "At its highest.", min=0)] = 2e-5,
+    epochs: Annotated[float, _option(_STEPS, "Passes over the data, such as 0.5 or 3.")] = 1.0,
+    max_steps: Annotated[
+        int | None, _option(_STEPS, "Optimizer steps to train for, instead of --epochs.", min=1)
+    ] = None,
+    learning_rate: Annotated[
+        float, _option(_STEPS, "Learning rate of AdamW, at its highest.", min=0)
+    ] = 2e-5,
     temperature_learning_rate: Annotated[
-        float, _option(_STEPS, "Of a learned temperature.", min=0)
+        float, _option(_STEPS, "Learning rate of a learned temperature.", min=0)
     ] = 1e-3,
     warmup: Annotated[
-        float, _option(_STEPS, "Share of the steps that the rate rises in.", min=0, max=1)
+        float,
+        _option(
+            _STEPS, "Share of the steps in which the learning rate rises, 0 to 1.", min=0, max=1
+        ),
     ] = 0.1,
-    weight_decay: Annotated[float, _option(_STEPS, "AdamW's.", min=0)] = 0.0,
-    bf16: Annotated[bool, _option(_STEPS, "Compute in bfloat16.", "--bf16")] = False,
+    weight_decay: Annotated[float, _option(_STEPS, "Weight decay of AdamW.", min=0)] = 0.0,
+    bf16: Annotated[
+        bool, _option(_STEPS, "Compute in bfloat16 (autocast); weights stay float32.", "--bf16")
+    ] = False,
     save_steps: Annotated[
         int, _option(_KEEP, "Steps between checkpoints; 0 for none.", min=0)
     ] = 500,
-    save_total_limit: Annotated[int, _option(_KEEP, "Checkpoints to keep.", min=1)] = 2,
+    save_total_limit: Annotated[int, _option(_KEEP, "Checkpoints to keep, the newest.", min=1)] = 2,
     eval_steps: Annotated[
-        int | None, _option(_KEEP, "Steps between evaluations; by default each epoch.", min=1)
+        int | None,
+        _option(_KEEP, "Steps between evaluations; by default one after each epoch.", min=1),
     ] = None,
     early_stopping: Annotated[
         int | None,
@@ -145,14 +208,27 @@ def run_command(
     ] = None,
     logging_steps: Annotated[int, _option(_KEEP, "Steps between logs.", min=1)] = 10,
     report_to: Annotated[
-        Literal["none", "tensorboard"], _option(_KEEP, "Also log there.")
+        Literal["none", "tensorboard"], _option(_KEEP, "Write the logs there, too.")
     ] = "none",
     resume: Annotated[
-        bool, _option(_KEEP, "Go on from the last checkpoint of the output.", "--resume")
+        bool,
+        _option(
+            _KEEP,
+            "Go on with the interrupted run in the output, from its last checkpoint.",
+            "--resume",
+        ),
     ] = False,
-    workers: Annotated[int, _option(_STEPS, "Processes that tokenize.", min=0)] = 0,
+    workers: Annotated[
+        int,
+        _option(
+            _STEPS,
+            "Processes that read and tokenize beside the training; 0: none beside it.",
+            min=0,
+        ),
+    ] = 0,
     device: Annotated[
-        Literal["cpu"] | None, _option(_STEPS, "By default the GPU that PyTorch sees, if any.")
+        Literal["cpu"] | None,
+        _option(_STEPS, "Device; by default the GPU that PyTorch sees, if any."),
     ] = None,
     overwrite: Overwrite = False,
     run: Run,

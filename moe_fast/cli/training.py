@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import shutil
+import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import typer
 
 from moe_fast.cli.command import Run, is_first_process
 from moe_fast.cli.models import describe_size
@@ -34,42 +35,69 @@ from moe_fast.cli.training_data import (
     read_data,
 )
 from moe_fast.cli.training_pictures import draw
-from moe_fast.files import atomic_folder, check_output
+from moe_fast.cli.training_runs import (
+    CHECKPOINTS,
+    LOG,
+    SETTINGS,
+    Interruption,
+    check_free,
+    check_same_inputs,
+    describe_inputs,
+    forget_checkpoints,
+    last_checkpoint,
+    replaced_results,
+    save_inputs,
+)
+from moe_fast.files import atomic_folder
+from moe_fast.training.locks import hold_folder
 
-CHECKPOINTS = "checkpoints"
+_INTERRUPTED = 130  # as a shell says of a program that Ctrl-C has ended
 
 
 def train_model(options: SimpleNamespace, run: Run) -> None:
     """Everything, from the files to the saved model."""
     check_settings(options)
-    output = Path(options.output)
-    checkpoints = output / CHECKPOINTS
-    if is_first_process() and not options.resume:
-        check_output(output, options.overwrite)
-    last = _last_checkpoint(checkpoints)
-    if options.resume and last is None:
-        raise FileNotFoundError(f"--resume: there is no checkpoint in {checkpoints}")
-    if options.resume:
-        check_resumed(run.settings, checkpoints / "train.yaml")
-    check_delimiter(options.delimiter, [*options.data, *(options.eval_data or ())])
-    reading = {name: getattr(options, name) for name in ("columns", "delimiter", "skip_invalid")}
-    train = for_loss(read_data(options.data, options.positives_only, **reading), options.loss, run)
-    evaluation = None
-    if options.eval_data:
-        evaluation = for_loss(
-            read_data(options.eval_data, options.positives_only, **reading), options.loss, run
-        )
+    checkpoints = Path(options.output) / CHECKPOINTS
+    interruption = Interruption()
+    try:
+        with ExitStack() as held:
+            _train(options, run, checkpoints, interruption, held)
+    except KeyboardInterrupt:
+        if is_first_process():
+            print(f"moe-fast train: {interruption.message(checkpoints)}", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+def _train(
+    options: SimpleNamespace,
+    run: Run,
+    checkpoints: Path,
+    interruption: Interruption,
+    held: ExitStack,
+) -> None:
+    if is_first_process() and checkpoints.is_dir():
+        held.enter_context(hold_folder(checkpoints))
+    last = _start_of(options, run, checkpoints)
+    train, evaluation = _read(options, run)
     check_batches(options, train)
-    model = prepare_model(options, domains_of(train))
+    model = prepare_model(options, run, domains_of(train))
     check_domains(model, train, options.allow_one_domain)
     trainer = build_trainer(options, run, model, train, evaluation, checkpoints)
-    if not options.resume and is_first_process():
-        shutil.rmtree(checkpoints, ignore_errors=True)  # --overwrite: those of another run
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        run.save_settings(checkpoints)  # to go on with, should it be interrupted
+    trainer.add_callback(interruption)
+    if is_first_process():
+        inputs = describe_inputs(options.model, train, evaluation)
+        held.enter_context(hold_folder(checkpoints))
+        _start_of(options, run, checkpoints)  # another run may have been faster
+        if last is not None:
+            check_same_inputs(checkpoints, inputs)
+        else:
+            forget_checkpoints(checkpoints)
+            run.save_settings(checkpoints)  # to go on with, should it be interrupted
+            save_inputs(checkpoints, inputs)
     run.say(f"{describe_size(model)}; {len(train):,} training rows")
     try:
-        result = trainer.train(resume_from_checkpoint=last if options.resume else None)
+        with interruption.listening(run.quiet):
+            result = trainer.train(resume_from_checkpoint=last)
     except ValueError:
         check_weights(model)  # the cause, where the loss only sees embeddings that are NaN
         raise
@@ -81,8 +109,41 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
         torch.distributed.destroy_process_group()
 
 
-def prepare_model(options: SimpleNamespace, data_domains: list[str]) -> Any:
-    """The model to train: loaded, made a mixture where that is asked for, frozen in part.
+def _start_of(options: SimpleNamespace, run: Run, checkpoints: Path) -> str | None:
+    """The checkpoint to go on from; ``None`` to begin, also a run interrupted before its first.
+
+    Raises:
+        FileExistsError: the output is not to be written to.
+        FileNotFoundError: nothing to resume.
+        ValueError: other settings than the run to resume has.
+    """
+    if not options.resume:
+        if is_first_process():
+            check_free(checkpoints.parent, options.overwrite)
+        return None
+    if not (checkpoints / SETTINGS).is_file():
+        raise FileNotFoundError(
+            f"--resume: there is no checkpoint of moe-fast train in {checkpoints}"
+        )
+    check_resumed(run.settings, checkpoints / SETTINGS)
+    return last_checkpoint(checkpoints)
+
+
+def _read(options: SimpleNamespace, run: Run) -> tuple[Any, Any]:
+    """The rows to train on, and those to evaluate on, if any."""
+    check_delimiter(options.delimiter, [*options.data, *(options.eval_data or ())])
+    reading = {name: getattr(options, name) for name in ("columns", "delimiter", "skip_invalid")}
+    train, evaluation = (
+        for_loss(read_data(sources, options.positives_only, **reading), options.loss, run)
+        if sources
+        else None
+        for sources in (options.data, options.eval_data)
+    )
+    return train, evaluation
+
+
+def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -> Any:
+    """The model to train: loaded, in float32, made a mixture where asked for, frozen in part.
 
     Raises:
         ValueError: experts asked for of a model that has some; parts of a dense model to freeze.
@@ -90,8 +151,15 @@ def prepare_model(options: SimpleNamespace, data_domains: list[str]) -> Any:
     import moe_fast
     from moe_fast.inference import load_model
     from moe_fast.models import set_trainable
+    from moe_fast.training.trainable import precisions
 
     model = load_model(options.model, device="cpu")  # the trainer moves it
+    if half := precisions(model.parameters()):
+        run.say(
+            f"{options.model} is saved in {', '.join(half)}, in which most updates would be "
+            "rounded away: its weights are float32 for training, and in the result"
+        )
+        model.float()
     wanted = wants_experts(options)
     is_mixture = hasattr(model.transformers_model, "moe_mlps")
     if wanted and is_mixture:
@@ -188,7 +256,11 @@ def _with_router_terms(options: SimpleNamespace, loss: Any, data_domains: list[s
     named = getattr(loss.model.transformers_model.config, "domains", ())
     num_domains = None if named else len(data_domains) or None
     return RouterLoss(
-        loss, joint_decay=options.joint_decay, num_domains=num_domains, **coefficients
+        loss,
+        reduction=options.router_reduction,
+        joint_decay=options.joint_decay,
+        num_domains=num_domains,
+        **coefficients,
     )
 
 
@@ -300,12 +372,6 @@ def _by_column(column_names: list[str], query: Any, passage: Any) -> dict[str, A
     return {column: value for column, value in settings.items() if value is not None}
 
 
-def _last_checkpoint(checkpoints: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-
-
 def save_results(
     options: SimpleNamespace, trainer: Any, metrics: dict[str, Any], texts: Any, run: Run
 ) -> None:
@@ -322,21 +388,15 @@ def save_results(
         "processes": trainer.args.world_size,
         "tokens_per_expert": usage.total_tokens() if usage is not None else None,
     }
-    outdated = _outdated(output) if options.overwrite else []
-    with atomic_folder(output, replaces=outdated) as temporary:
+    with atomic_folder(output, replaces=replaced_results(output)) as temporary:
         trainer.model.save_pretrained(str(temporary))
         save_loss_state(trainer.loss, str(temporary))
         run.save_settings(temporary)
-        (temporary / "training_log.json").write_text(json.dumps(log, indent=2), encoding="utf-8")
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        log["files"] = [LOG, *sorted(path.relative_to(temporary).as_posix() for path in files)]
+        (temporary / LOG).write_text(json.dumps(log, indent=2), encoding="utf-8")
     drawn = draw(output, trainer, texts, options)
     run.say(f"{output}: the model, train.yaml, training_log.json{', '.join(['', *drawn])}")
-
-
-def _outdated(output: Path) -> list[str]:
-    """Patterns of all that lies in a folder that is overwritten, but this run's checkpoints."""
-    there = output.iterdir() if output.is_dir() else ()
-    names = [glob.escape(path.name) for path in there if path.name != CHECKPOINTS]
-    return [pattern for name in names for pattern in (name, f"{name}/*")]
 
 
 def _usage_callback(trainer: Any) -> Any:

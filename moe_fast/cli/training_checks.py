@@ -92,10 +92,11 @@ def check_resumed(settings: Mapping[str, Any], saved: Path) -> None:
     Raises:
         ValueError: a setting that differs and is none of those that may; the first is named.
     """
-    if not saved.is_file():
-        return
     before, now = load_mapping(saved), plain_settings(settings)
-    for name in sorted((before.keys() | now.keys()) - _MAY_CHANGE):
+    fixed = (before.keys() | now.keys()) - _MAY_CHANGE
+    if "early-stopping" in now:  # what is measured when decides when it stops
+        fixed |= {"eval-steps"}
+    for name in sorted(fixed):
         if before.get(name) != now.get(name):
             raise ValueError(
                 f"--resume: --{name} was {before.get(name)!r} and is now {now.get(name)!r}; "

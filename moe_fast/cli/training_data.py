@@ -52,7 +52,7 @@ def read_data(
         )
         if domain is not None:
             if "domain" in rows.column_names:
-                raise ValueError(f"{source}: the file has a column of domains already")
+                raise ValueError(f"{source}: the file has a column 'domain' already")
             rows = rows.add_column("domain", [domain] * len(rows))
         parts.append(_positives(rows, path, positives_only))
         if set(parts[-1].column_names) != set(parts[0].column_names):

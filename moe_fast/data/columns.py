@@ -14,18 +14,18 @@ from functools import cached_property
 from typing import Any
 
 from moe_fast.data import checks
-from moe_fast.data.checks import listed, nearest, shown, simplified
 from moe_fast.data.rows import Row
+from moe_fast.messages import SHOWN_NAMES, listed, nearest, shown, simplified
 
 Value = Callable[[Any, str, str], Any]  # (value, column, place) -> the value, checked
 
-_FIRST = ("anchor", "query", "question", "sentence1", "sentence_1", "sentence_a", "text1")
-_FIRST += ("text_1", "premise")
-_SECOND = ("positive", "document", "passage", "answer", "sentence2", "sentence_2", "sentence_b")
-_SECOND += ("text2", "text_2", "hypothesis")
+_FIRST = ["anchor", "query", "question", "sentence1", "sentence_1", "sentence_a", "text1"]
+_FIRST += ["text_1", "premise"]
+_SECOND = ["positive", "document", "passage", "answer", "sentence2", "sentence_2", "sentence_b"]
+_SECOND += ["text2", "text_2", "hypothesis"]
 SPELLINGS: dict[str, tuple[str, ...]] = {
-    "a": _FIRST,
-    "b": _SECOND,
+    "a": tuple(_FIRST),
+    "b": tuple(_SECOND),
     "query": ("a", *(name for name in _FIRST if name != "query")),
     "pos": ("positives", "b", *_SECOND),
     "neg": ("negative", "negatives", "hard_negative", "hard_negatives"),
@@ -133,7 +133,7 @@ def ignored_note(ignored: Collection[str], known: Iterable[str]) -> str:
     known = list(known)
     spellings = [*known, *(other for name in known for other in SPELLINGS.get(name, ()))]
     near = []
-    for column in list(ignored)[: checks.SHOWN_NAMES]:
+    for column in list(ignored)[:SHOWN_NAMES]:
         if meant := our_name(column) or nearest(column, spellings):
             near.append(f"{shown(column)} is close to {meant!r}")
     hint = f" ({'; '.join(near)})" if near else ""

@@ -15,9 +15,7 @@ DELIMITERS = (",", ";", "\t", "|")
 _UNCLOSED = "unexpected end of data"
 _EXPLAINED = {
     _UNCLOSED: "a quote in the record that begins here is never closed",
-    "new-line character seen in unquoted field - do you need to open the file with newline=''?": (
-        "a carriage return outside of quotes; a line ends with a line feed"
-    ),
+    "new-line character": "a carriage return outside of quotes; a line ends with a line feed",
 }
 
 
@@ -80,7 +78,7 @@ def read_cells(
             cells = next(records, None)
         except csv.Error as error:
             said = str(error)
-            problem = ValueError(f"{where}: not valid CSV ({_EXPLAINED.get(said, said)})")
+            problem = ValueError(f"{where}: not valid CSV ({_explained(said)})")
             if header or said == _UNCLOSED:
                 raise problem from error
             invalid(problem)
@@ -90,6 +88,11 @@ def read_cells(
         if cells:
             header = False
             yield where, cells
+
+
+def _explained(said: str) -> str:
+    """What the csv module's message means for the file."""
+    return next((text for start, text in _EXPLAINED.items() if said.startswith(start)), said)
 
 
 def _count(line: str, delimiter: str) -> int:

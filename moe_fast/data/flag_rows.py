@@ -13,11 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moe_fast.data import checks
-from moe_fast.data.checks import shown
 from moe_fast.data.columns import Columns, Value
 from moe_fast.data.rows import Row
 from moe_fast.data.sources import AnySource, first_row, open_source
 from moe_fast.data.tables import build_dataset
+from moe_fast.messages import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

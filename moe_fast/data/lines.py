@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moe_fast.data.checks import reason, shown
+from moe_fast.messages import reason, shown
 
 MAX_LINE = 1 << 28  # bytes; a file without line ends is no file of lines
 BOMB_BYTES, BOMB_RATIO = 1 << 28, 200  # text shrinks to a tenth or so, at the most 1,030-fold

@@ -28,8 +28,11 @@ from hashlib import blake2b
 from typing import Any
 
 from moe_fast.data import checks
+from moe_fast.data.columns import match_columns, numbered
 from moe_fast.data.mining_search import Found, search_vectors, search_words
 from moe_fast.data.rows import Row
+from moe_fast.data.sources import DatasetSource
+from moe_fast.messages import listed, shown
 from moe_fast.ops.checks import check_count
 
 BM25 = "bm25"
@@ -122,7 +125,8 @@ def mine_hard_negatives(
 
     Args:
         rows: pairs (``a``, ``b``) or FlagEmbedding rows (``query``, ``pos``, and no negatives
-            yet), with an optional ``domain`` and the settings' ``group`` column. Read once.
+            yet), also under their other names, with an optional ``domain`` and the settings'
+            ``group`` column. Read once.
         retriever: a model with ``encode``, whose cosines rank (mixtures get each text's domain
             where the rows have it), or ``"bm25"``.
         settings: see :class:`MiningSettings`.
@@ -141,6 +145,8 @@ def mine_hard_negatives(
         ImportError: faiss or bm25s is not installed.
     """
     settings = settings or MiningSettings()
+    if hasattr(rows, "features"):  # a dataset: its class labels by their names
+        rows = (row for _, row in DatasetSource(rows, "rows").rows())
     asked = [_query_row(row, settings, f"row {n}") for n, row in enumerate(rows, start=1)]
     if not asked:
         raise ValueError("rows is empty; there is nothing to mine for.")
@@ -173,22 +179,25 @@ def mine_hard_negatives(
 
 def _query_row(row: Mapping[str, Any], settings: MiningSettings, where: str) -> Row:
     """``query``, ``pos`` and the columns that are kept, of either layout."""
-    if row.get("label", 1) != 1:
-        raise ValueError(f"{where}: label is {row['label']!r}; only pairs that belong together.")
-    if row.get("neg") or any(name.startswith("negative_") for name in row):
+    found = match_columns(row, ("query", "pos", "domain", "label"), where=where)
+    label = row.get(found.get("label", "label"))
+    if label is not None and checks.label(label, "label", where) != 1:
+        raise ValueError(f"{where}: label is {shown(label)}; only pairs that belong together.")
+    if any(row[name] for name in row if numbered(name) is not None):
         raise ValueError(f"{where}: it has negatives already; remove that column to mine anew.")
-    flag = "query" in row
-    checks.present(row, ("query", "pos") if flag else ("a", "b"), where)
+    if not {"query", "pos"} <= found.keys():
+        flag = "query" in row or "pos" in row
+        checks.present(row, ("query", "pos") if flag else ("a", "b"), where)
     read: Row = {
-        "query": checks.text(row["query" if flag else "a"], "query", where),
-        "pos": checks.texts(row["pos"], "pos", where)
-        if flag
-        else [checks.text(row["b"], "b", where)],
+        "query": checks.text(row[found["query"]], found["query"], where),
+        "pos": checks.texts(row[found["pos"]], found["pos"], where),
     }
-    if "domain" in row:
-        read["domain"] = checks.text(row["domain"], "domain", where)
+    if "domain" in found:
+        read["domain"] = checks.text(row[found["domain"]], found["domain"], where)
     elif settings.same_domain:
-        raise ValueError(f"{where}: same_domain needs a column 'domain'; it has {sorted(row)}.")
+        raise ValueError(
+            f"{where}: same_domain needs a column 'domain'; it has {listed(sorted(row))}."
+        )
     if settings.group is not None:
         checks.present(row, [settings.group], where)
         read[settings.group] = checks.scalar(row[settings.group], settings.group, where)

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_fast.data import checks
-from moe_fast.data.checks import shown
 from moe_fast.data.columns import Columns, Value
 from moe_fast.data.rows import Row
 from moe_fast.data.sources import AnySource, first_row, open_source
 from moe_fast.data.tables import placed_rows
+from moe_fast.messages import shown
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

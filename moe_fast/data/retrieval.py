@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_fast.data import checks
-from moe_fast.data.checks import reason, shown
 from moe_fast.data.lines import open_binary, read_lines
 from moe_fast.data.rows import read_rows, unique_keys
+from moe_fast.messages import reason, shown
 
 logger = logging.getLogger(__name__)
 MAX_RELEVANCE = 1_000_000  # trec_eval's memory and time grow with the largest
@@ -58,10 +58,10 @@ def read_retrieval(
     Args:
         path: a folder in BEIR's layout: ``corpus.jsonl`` (``_id`` or ``id``, ``text``, optional
             ``title`` and ``domain``), ``queries.jsonl`` (``_id`` or ``id``, ``text``, optional
-            ``domain``), either also as ``.gz``, and ``qrels/{split}.tsv`` (query id, document id, whole-number relevance; a
-            header line or none). Or one ``.json`` or ``.json.gz`` file ``{"corpus": {id: text},
-            "queries": {id: text}, "qrels": {id: {id: relevance}}}``, optionally with ``"domains"``
-            and ``"corpus_domains"`` ``{id: domain}``.
+            ``domain``), either also as ``.gz``, and ``qrels/{split}.tsv`` (query id, document id,
+            whole-number relevance; a header line or none). Or one ``.json`` or ``.json.gz`` file
+            ``{"corpus": {id: text}, "queries": {id: text}, "qrels": {id: {id: relevance}}}``,
+            optionally with ``"domains"`` and ``"corpus_domains"`` ``{id: domain}``.
         split: which file of the folder's qrels; by default the only one, or else ``test``.
         on_missing: what becomes of judgements whose document or query is not there or has no text,
             as some published sets have them: ``"error"``, or ``"drop"``, which leaves them out,
@@ -220,8 +220,8 @@ def _read_qrels(path: Path) -> Qrels:
         value = _relevance(int(relevance) if whole else relevance, where)
         if (query, document) in lines:
             raise ValueError(
-                f"{where}: query {shown(query)} and document {shown(document)} were judged before, in line "
-                f"{lines[query, document]}"
+                f"{where}: query {shown(query)} and document {shown(document)} were judged before, "
+                f"in line {lines[query, document]}"
             )
         lines[query, document] = line
         qrels.setdefault(query, {})[document] = value
@@ -256,7 +256,7 @@ def _read_json(path: Path, drops: _Drops) -> Retrieval:
                 read = {key: domain for key, domain in read.items() if key in owners}
             _check_same("texts", owners, name, read, str(path))
             domains[name] = read
-    return Retrieval(corpus, queries, qrels, **domains)
+    return Retrieval(corpus, queries, qrels, domains["domains"], domains["corpus_domains"])
 
 
 def _strings(values: Any, where: str, kind: str = "", drops: _Drops | None = None) -> Texts:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.data import csv_rows
-from moe_fast.data.checks import listed, reason, shown
 from moe_fast.data.lines import Refuse, check_file, read_lines, refuse
 from moe_fast.extras import missing
+from moe_fast.messages import listed, reason, shown
 
 FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 CSV_FORMATS = (".csv", ".tsv")
@@ -63,10 +63,9 @@ def read_rows(
     path = Path(path)
     kind = file_format(path)
     check_file(path)
-    if kind in CSV_FORMATS:
-        return _read_csv(path, delimiter or resolve_delimiter(path), invalid)
+    delimiter = resolve_delimiter(path, delimiter)
     if delimiter is not None:
-        raise ValueError(f"delimiter={delimiter!r}: {path} is no CSV file")
+        return _read_csv(path, delimiter, invalid)
     return _read_jsonl(path, invalid) if kind == ".jsonl" else _read_parquet(path)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from moe_fast.data.checks import reason
 from moe_fast.data.lines import Refuse, check_file, refuse
 from moe_fast.data.rows import (
     FORMATS,
@@ -19,6 +18,7 @@ from moe_fast.data.rows import (
     resolve_delimiter,
 )
 from moe_fast.extras import require
+from moe_fast.messages import reason
 
 
 class Source(Protocol):

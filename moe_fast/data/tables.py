@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moe_fast.data.checks import listed
 from moe_fast.data.columns import ignored_note
 from moe_fast.data.lines import Refuse, refuse
 from moe_fast.data.rows import Row
 from moe_fast.data.sources import Source, first_row, require_datasets
+from moe_fast.messages import listed
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset

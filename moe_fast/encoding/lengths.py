@@ -27,6 +27,7 @@ _NO_LIMIT = 10**9  # tokenizers write 10**30 where they have none
 _SHOWN = 60
 # Tokens beside a cut through a text may differ from those of the whole text; so many are not used.
 _MARGIN = 64
+_GROWTH = 16  # of a part with too few tokens, such as blanks or one endless word; seldom
 
 
 class TokenizedText(NamedTuple):
@@ -37,12 +38,12 @@ class TokenizedText(NamedTuple):
     Attributes:
         ids: [n] int32.
         type_ids: [n] int32, or ``None`` where the model takes none.
-        index: the text's place in what the caller gave.
+        place: the text's index in what the caller gave.
     """
 
     ids: NDArray[np.int32]
     type_ids: NDArray[np.int32] | None
-    index: int
+    place: int
 
 
 @dataclass
@@ -132,7 +133,7 @@ def _tokenized(
             text, piece = chunk[i - start], pieces[i - start]
             size = reader.most_characters
             while len(piece) < len(text) and row.length <= reader.enough:
-                size *= 2
+                size *= _GROWTH
                 piece = reader.piece(text, size)
                 (row,) = reader.read([piece])
             whole = len(piece) == len(text)
@@ -149,7 +150,8 @@ def _chunks(
     texts: Sequence[str], prompt: str, most_characters: float
 ) -> Iterator[tuple[int, list[str]]]:
     """(Index of the first, texts behind their prompt): few enough to be tokenized at once."""
-    start, chunk, size = 0, [], 0.0
+    start, size = 0, 0.0
+    chunk: list[str] = []
     for i, text in enumerate(texts):
         if chunk and (len(chunk) == _TEXTS_AT_ONCE or size > _CHARACTERS_AT_ONCE):
             yield start, chunk

@@ -11,6 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from moe_fast.compat import replaced_backend
+
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
@@ -24,9 +26,8 @@ def own_tokenizer(tokenizer: Any) -> Any:
         return tokenizer
     backend = _own_backend(tokenizer.backend_tokenizer)
     own = copy.copy(tokenizer)
-    own._tokenizer = backend
-    # A private name: where it means nothing any more, the whole is copied, slowly.
-    return own if own.backend_tokenizer is backend else copy.deepcopy(tokenizer)
+    # Where that means nothing any more, the whole is copied, slowly.
+    return own if replaced_backend(own, backend) else copy.deepcopy(tokenizer)
 
 
 def _own_backend(shared: Tokenizer) -> Tokenizer:

@@ -47,7 +47,9 @@ def plot_expert_usage(
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     experts = max(shares.shape[1] for _, shares in panels)
-    width, height = max(2.9, 0.42 * experts), max(3.1, 0.3 * len(domains) + 0.9)
+    title_length = max(len(line) for title, _ in panels for line in title.splitlines())
+    width = max(2.9, 0.42 * experts, 0.1 * title_length)  # inches; titles stand side by side
+    height = max(3.1, 0.3 * len(domains) + 0.9)
     names = 0.07 * max(map(len, domains))  # inches, beside the first column
     figure = _new_figure((width * columns + 1.2 + names, height * rows + 0.7))
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
@@ -329,4 +331,5 @@ def _new_figure(size: tuple[float, float]) -> Any:
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     canvas = require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:
-        canvas.print_figure(temporary)
+        # tight: what is wider than the figure, such as a long title, is not cropped
+        canvas.print_figure(temporary, bbox_inches="tight", pad_inches=0.1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
+from moe_fast.compat import file_of
+from moe_fast.models.adapters import adapter_folder, base_of, load_with_adapter
 from moe_fast.models.architectures import ARCHITECTURES
-from moe_fast.models.loading import check_checkpoint, naming, read_modules, read_object
+from moe_fast.models.json_files import read_modules, read_object
+from moe_fast.models.loading import check_checkpoint, naming
 
 _SEPARATORS = ("/", ".", "~")
 
@@ -19,7 +21,8 @@ def load_model(path: str, *, device: str | None = None) -> Any:
 
     Args:
         path: of a ``SentenceTransformer``, or of a bare encoder, which gets mean pooling (as
-            sentence-transformers does, with a warning).
+            sentence-transformers does, with a warning), or of a PEFT adapter of either, which is
+            merged into its base.
         device: as in PyTorch; ``None``: a GPU where there is one, else the CPU.
 
     Returns:
@@ -32,6 +35,9 @@ def load_model(path: str, *, device: str | None = None) -> Any:
         ImportError: sentence-transformers is not installed.
     """
     check_model_path(path)
+    adapter = adapter_folder(path)
+    if adapter is not None:
+        return load_with_adapter(path, adapter, partial(load_model, device=device))
     check_checkpoint(path)
     if is_mixture(path):
         from moe_fast.integrations.sentence_transformers import MoESentenceTransformer
@@ -78,13 +84,15 @@ def model_fingerprint(path: str) -> str:
     """What the model's weights and settings are, so that a change of either shows.
 
     A folder: the SHA-256 of the names and contents of its files, hidden ones and cards aside. A hub
-    id: the commit that the cache holds.
+    id: the commit that the cache holds. An adapter's base belongs to it.
     """
     folder = Path(path)
     if not folder.is_dir():
         config = _cached(path, "config.json") or _cached(path, "modules.json")
         return config.parent.name if config else path  # .../snapshots/COMMIT/config.json
     digest = hashlib.sha256()
+    if (adapter := adapter_folder(path)) is not None:
+        digest.update(model_fingerprint(base_of(path, adapter)).encode())
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -105,7 +113,7 @@ def _cached(path: str, name: str) -> Path | None:
         file = Path(path, name)
         return file if file.is_file() else None
     try:
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        found = file_of(path, name)
     except OSError:
         return None
     return Path(found) if found else None

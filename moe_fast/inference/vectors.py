@@ -191,7 +191,7 @@ def _open_parquet(path: Path) -> Vectors:
             if "embedding" not in names:
                 raise ValueError(f"{path}: column 'embedding' is missing; columns present: {names}")
             first = next(file.iter_batches(1, columns=["embedding"]), None)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not readable as Parquet ({error})") from error
     dimension = _matrix(first.column("embedding"), path).shape[1] if first is not None else 0
 
@@ -199,7 +199,7 @@ def _open_parquet(path: Path) -> Vectors:
         start = 0
         columns = [name for name in ("id", "embedding") if name in names]
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+            for batch in _batches(file, columns, path):
                 ids = (
                     batch.column("id").to_pylist()
                     if "id" in names
@@ -211,12 +211,24 @@ def _open_parquet(path: Path) -> Vectors:
     return Vectors(path, rows, dimension, pieces, "id" in names)
 
 
+def _batches(file: Any, columns: list[str], path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    try:
+        yield from file.iter_batches(_ROWS_AT_ONCE, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not readable as Parquet ({error})") from error
+
+
 def _matrix(column: Any, path: Path) -> NDArray[np.floating]:
     """A column of lists as [n, d]."""
     import pyarrow.compute as pc
 
     lengths = set(pc.list_value_length(column).to_pylist())
-    values = column.flatten().to_numpy(zero_copy_only=False)
+    flat = column.flatten()
+    values = flat.to_numpy(zero_copy_only=False)
+    if flat.null_count:
+        raise ValueError(f"{path}: column 'embedding' must hold numbers alone; got null in a list")
     if len(lengths) != 1 or None in lengths or not np.issubdtype(values.dtype, np.floating):
         raise ValueError(
             f"{path}: column 'embedding' must hold lists of floating numbers, all of one length; "

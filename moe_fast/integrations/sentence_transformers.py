@@ -31,9 +31,8 @@ try:
 except ImportError as error:
     raise missing("sentence_transformers", "train", "MoESentenceTransformer", error) from error
 
-from transformers.utils import cached_file
-
 import moe_fast.models  # noqa: F401  registers the architectures
+from moe_fast import compat
 from moe_fast.encoding.batches import padded_batch
 from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.encoding.lengths import (
@@ -47,7 +46,8 @@ from moe_fast.encoding.prompts import prompt_of
 from moe_fast.files import atomic_folder, atomic_write
 from moe_fast.models.extract import extract_expert
 from moe_fast.models.join import check_same_tokenizers, join_encoders, mean_state
-from moe_fast.models.loading import check_checkpoint, naming, read_modules
+from moe_fast.models.json_files import read_modules
+from moe_fast.models.loading import check_checkpoint, naming
 from moe_fast.models.model_card import describe_mixture
 from moe_fast.models.modeling import MoEModelMixin, replaced_files
 from moe_fast.models.strict import check_encoder_weights
@@ -79,6 +79,7 @@ class MoESentenceTransformer(SentenceTransformer):
     model_type = "SentenceTransformer"  # what is saved is one, and loads as one
 
     def __init__(self, *args: Any, truncate: bool = False, **kwargs: Any) -> None:
+        compat.check_overrides(type(self))
         path = args[0] if args else kwargs.get("model_name_or_path")
         if isinstance(path, (str, os.PathLike)):
             check_checkpoint(path)
@@ -93,13 +94,14 @@ class MoESentenceTransformer(SentenceTransformer):
         self.packed = True
         # Lets `domain` through encode() to the encoder, here and (saved in modules.json) in the
         # stock class.
-        first = next(iter(self._modules))
+        first = next(iter(compat.child_modules(self)))
         own = (self.module_kwargs or {}).get(first, [])
         self.module_kwargs = {
             **(self.module_kwargs or {}),
             first: own if "domain" in own else [*own, "domain"],
         }
 
+    @compat.overrides
     def encode(
         self,
         inputs: Any = None,
@@ -178,19 +180,20 @@ class MoESentenceTransformer(SentenceTransformer):
         return (
             type(first) is Transformer
             and not elsewhere
-            and getattr(self, "_distributed_inference", None) is None
             and first.modalities == ["text"]
-            and not self._can_flatten_inputs()
+            and compat.is_plain_call(self)
             and not first.processing_kwargs
             and not options.get("processing_kwargs")
             and not any(getattr(first, name, None) is not None for name in by_task)
             and self.tokenizer.pad_token_id is not None
         )
 
+    @compat.overrides
     def get_model_kwargs(self) -> list[str]:
         """As ``SentenceTransformer``'s: the names that ``encode`` hands on to ``forward``."""
         return [*super().get_model_kwargs(), "packed"]
 
+    @compat.overrides
     def preprocess(
         self, inputs: Any, prompt: str | None = None, packed: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
@@ -201,10 +204,11 @@ class MoESentenceTransformer(SentenceTransformer):
         features["modality"] = "text"
         if prompt:
             features["prompt_length"] = prompt_length(self.tokenizer, prompt, self.max_seq_length)
-        if self._compiled_call_impl is None:  # it would be compiled anew for every batch's
-            features["text_index"] = [text.index for text in inputs]
+        if not compat.is_compiled(self):  # it would be compiled anew for every batch's
+            features["text_index"] = [text.place for text in inputs]
         return features
 
+    @compat.overrides
     def forward(self, input: dict[str, Any], packed: bool = False, **kwargs: Any) -> dict[str, Any]:
         """As ``SentenceTransformer.forward``.
 
@@ -228,8 +232,8 @@ class MoESentenceTransformer(SentenceTransformer):
         dtype, kind = encoder.dtype, self.device.type
         faster = kind == "cpu" or attention_kernel(kind, dtype) != "sdpa"
         # A compiled model is one graph of padded batches; only "eager" makes attention weights.
-        compiled = any(m._compiled_call_impl is not None for m in (self, encoder))
-        default = encoder.config._attn_implementation == "sdpa"
+        compiled = any(compat.is_compiled(m) for m in (self, encoder))
+        default = compat.attention_of(encoder.config) == "sdpa"
         return default and faster and not compiled and not encoder.config.output_attentions
 
     def _naming_the_text(
@@ -306,6 +310,7 @@ class MoESentenceTransformer(SentenceTransformer):
             config.domain_id(name)
         return names
 
+    @compat.overrides
     def save(
         self,
         path: str,
@@ -327,6 +332,7 @@ class MoESentenceTransformer(SentenceTransformer):
                 Path(temporary, "README.md").unlink(missing_ok=True)
         self.model_card_data.save_dir = str(path)
 
+    @compat.overrides
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
         """As sentence-transformers', with a section that says how the mixture was made."""
         model = self.transformers_model
@@ -387,13 +393,16 @@ def load_sentence_transformer(path: str, device: str | None = "cpu") -> Sentence
 
     Raises:
         ValueError: for weights that its encoder lacks, which would be made up.
+        TypeError: for a model of several encoders.
     """
     with naming(path):
         model = SentenceTransformer(path, device=device)
-        encoder = model.transformers_model
-        if encoder is not None and not getattr(encoder, "_hf_peft_config_loaded", False):
-            modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
-            folder = read_modules(Path(modules))[0][0] if modules else ""
+    check_one_encoder(model)
+    encoder = model.transformers_model
+    if encoder is not None and not compat.saves_adapter_alone(encoder):
+        modules = compat.file_of(path, "modules.json")
+        folder = read_modules(Path(modules))[0][0] if modules else ""
+        with naming(path):
             check_encoder_weights(encoder, path, folder)
     return model
 
@@ -423,7 +432,7 @@ def join_sentence_transformers(
         MoESentenceTransformer, first, join_encoders(encoders, shared=shared, **settings)
     )
     if shared == "mean":
-        for name in list(first._modules)[1:]:
+        for name in list(compat.child_modules(first))[1:]:
             states = [model.get_submodule(name).state_dict() for model in models]
             joined.get_submodule(name).load_state_dict(mean_state(states))
     return joined
@@ -492,8 +501,8 @@ def extract_sentence_transformer(
 
 def _encoder(model: SentenceTransformer) -> nn.Module:
     check_one_encoder(model)
-    encoder: nn.Module | None = model.transformers_model
-    if encoder is None or getattr(model[0], "model", None) is not encoder:
+    encoder = getattr(model[0], "model", None)
+    if not isinstance(encoder, nn.Module) or encoder is not model.transformers_model:
         raise TypeError(
             f"model's first module must hold a transformers encoder; got {type(model[0]).__name__}."
         )
@@ -506,11 +515,10 @@ def _with_encoder(
     """A copy of ``model`` as ``cls`` whose transformers encoder is ``encoder``."""
     old = _encoder(model)
     # The old encoder is shared into the copy, not copied, and then replaced.
-    modules = OrderedDict(copy.deepcopy(dict(model._modules), {id(old): old}))
+    modules = OrderedDict(copy.deepcopy(compat.child_modules(model), {id(old): old}))
     first = next(iter(modules.values()))
     first.model = encoder
-    first._method_signature_cache = {}
-    first._declared_forward_params |= {"expert_ids", "domain", "domain_ids"}
+    compat.forwards_names(first, ("expert_ids", "domain", "domain_ids"))
     new = cls(
         modules=modules,
         device=str(model.device),

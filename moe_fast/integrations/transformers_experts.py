@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
-from transformers.integrations import moe
 
-from moe_fast import ops
+from moe_fast import compat, ops
 from moe_fast.ops.activations import ACTIVATIONS
 from moe_fast.ops.checks import compute_dtype
 
@@ -73,8 +72,7 @@ def _projection(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
 
 def _fused_act(experts: Any) -> str | None:
     """The activation's name if ``expert_mlp`` computes these experts; else ``None``."""
-    own_gate = type(experts)._apply_gate is not moe._default_apply_gate
-    if experts.has_gate and (own_gate or not experts.is_concatenated):
+    if experts.has_gate and (not compat.has_usual_gate(experts) or not experts.is_concatenated):
         return None
     if getattr(experts, "has_post_expert_norm", False):
         return None
@@ -95,7 +93,7 @@ def _unfused(
     weights = weights.reshape(-1, 1)
     one = torch.ones_like(weights)
     z = ops.expert_linear(x.repeat_interleave(k, dim=0), *up, one, plan)
-    h = experts._apply_gate(z) if experts.has_gate else experts.act_fn(z)
+    h = compat.gate_of(experts)(z) if experts.has_gate else experts.act_fn(z)
     if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(ops.expert_linear(h, *down, one, plan))
         rows = rows * torch.where(top_k_index.reshape(-1, 1) < experts.num_experts, weights, 0)
@@ -104,4 +102,4 @@ def _unfused(
     return rows.view(num_tokens, k, -1).to(weights.dtype).sum(1)
 
 
-moe.ExpertsInterface.register(NAME, experts_forward)
+compat.register_experts(NAME, experts_forward)

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import flash_attention_mask
 
-from moe_fast import ops
+from moe_fast import compat, ops
 
 ATTENTION = "moe_fast"
+_sdpa_attention = compat.sdpa_attention()
 
 
 _packed: ContextVar[bool] = ContextVar("moe_fast_packed", default=False)
@@ -30,11 +29,19 @@ _packed: ContextVar[bool] = ContextVar("moe_fast_packed", default=False)
 @contextmanager
 def packed_attention() -> Iterator[None]:
     """Within the block, in this thread alone, the mixtures' attention is "moe_fast"."""
+    if not compat.attention_can_be_chosen():
+        yield
+        return
     token = _packed.set(True)
     try:
         yield
     finally:
         _packed.reset(token)
+
+
+def _chosen() -> str | None:
+    # torch.compile cannot trace a context variable, and is never asked to pack.
+    return ATTENTION if not torch.compiler.is_compiling() and _packed.get() else None
 
 
 class AttentionOfTheCall:
@@ -44,16 +51,7 @@ class AttentionOfTheCall:
     the attention; nothing that is handed to a forward reaches them there.
     """
 
-    @property
-    def _attn_implementation(self) -> str | None:
-        # torch.compile cannot trace a context variable, and is never asked to pack.
-        if not torch.compiler.is_compiling() and _packed.get():
-            return ATTENTION
-        return super()._attn_implementation  # type: ignore[misc]
-
-    @_attn_implementation.setter
-    def _attn_implementation(self, value: Any) -> None:
-        super(AttentionOfTheCall, type(self))._attn_implementation.fset(self, value)  # type: ignore[misc]
+    _attn_implementation = compat.attention_setting(_chosen)
 
 
 def attention_forward(
@@ -96,7 +94,7 @@ def attention_forward(
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         return ops.varlen_attention(q, k, v, cu_seq_lens_q, **options)[None], None
     if attention_mask is not None and attention_mask.dim() == 4:
-        return sdpa_attention_forward(
+        return _sdpa_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=False
         )
     batch, heads, length, dim = query.shape
@@ -156,4 +154,4 @@ def put_back(x: Tensor, places: Tensor | None, size: int) -> Tensor:
 
 AttentionInterface.register(ATTENTION, attention_forward)
 # [B, L], or None where all tokens are real: no mask of L x L is ever made, not for windows either.
-AttentionMaskInterface.register(ATTENTION, flash_attention_mask)
+AttentionMaskInterface.register(ATTENTION, compat.padding_mask())

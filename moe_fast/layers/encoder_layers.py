@@ -19,12 +19,21 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 from moe_fast.layers.moe_mlp import MoEMLP, OutputBlock
 from moe_fast.layers.routing_info import RoutingInfo
 
+# What the mixture's layers ask of a configuration beyond a dense layer's.
+_NEEDED = ("num_experts", "num_experts_per_tok", "routing", "weight_mode", "target")
+
 
 def _check_config(config: PreTrainedConfig) -> None:
     """Refuse, before anything is built, what these layers do not do."""
     name = type(config).__name__
-    if not hasattr(config, "num_experts"):
-        raise ValueError(f"config must have num_experts (for example MoEBertConfig); got {name}.")
+    missing = [field for field in _NEEDED if not hasattr(config, field)]
+    if missing:
+        own = name if name.startswith("MoE") else f"MoE{name}"
+        raise ValueError(
+            f"config must have {', '.join(missing)}, as an {own} has; got {name}. Make one with "
+            f"moe_fast.models.{own}(num_experts=4, ...) and the settings of yours, or a mixture "
+            "of a trained model with moe_fast.upcycle(model, num_experts=4)."
+        )
     if getattr(config, "is_decoder", False):
         raise ValueError("config.is_decoder must be False: moe_fast layers are encoders; got True.")
     if getattr(config, "add_cross_attention", False):

@@ -191,8 +191,11 @@ def _autocast_state(device: torch.device) -> list[dict[str, Any]]:
 
 def without_sync(model: nn.Module) -> AbstractContextManager[None]:
     """Gradients stay this process's own; the last chunk's backward averages all of them."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    # torch.compile's wrapper has the model that it compiles as its only child.
+    for module in (model, *model.children()):
+        if isinstance(module, DistributedDataParallel):
+            return module.no_sync()
+    return nullcontext()
 
 
 def forwards_together(model: nn.Module) -> bool:

@@ -32,8 +32,9 @@ from moe_fast.ops.checks import check_count
 class RouterLoss(nn.Module):
     """A loss plus what its encoder's routers are to learn beside it.
 
-    With one coefficient each, summed over MoE layers and taken over the real tokens of all text
-    columns (see :mod:`moe_fast.losses.functional` for the mathematics):
+    With one coefficient each, summed over MoE layers (or their mean, see ``reduction``) and taken
+    over the real tokens of all text columns (see :mod:`moe_fast.losses.functional` for the
+    mathematics):
 
         total = loss + load_balance * (E sum_e f_e P_e) + z_loss * mean(logsumexp^2)
                 - mutual_information * I(domain; expert) + expert_supervision * cross entropy
@@ -43,13 +44,17 @@ class RouterLoss(nn.Module):
     DistributedDataParallel averages are those of one process with the whole batch. Without
     gradients (in evaluation) every process takes its own batch, since their numbers may differ.
 
-    Hallee et al. (arXiv 2401.15713) use 0.05 for balance and 0.01 for the others.
+    Hallee et al. (arXiv 2401.15713) use 0.05 for balance and 0.01 for the others. Their balance is
+    one term pooled over all layers (of sentences' means, counting the first choice), ours is a sum
+    over layers: with L layers their 0.05 is about 0.05 / L here, or 0.05 with ``reduction="mean"``.
 
     Args:
         loss: any loss with its encoder as ``model``, this package's or sentence-transformers', but
             one that encodes without gradients: :class:`moe_fast.losses.CachedLoss` goes around
             this loss, not into it.
         load_balance, z_loss, mutual_information, expert_supervision: the coefficients, >= 0.
+        reduction: over MoE layers, "sum" or "mean" (a coefficient then means the same whatever the
+            number of layers). ``expert_supervision`` is one term of all layers either way.
         num_domains: how many domain ids there are; by default as many as the encoder's config
             names. Needed by the last two terms.
         joint_decay: in (0, 1): the joint distribution of domain and expert is a running one,
@@ -60,7 +65,8 @@ class RouterLoss(nn.Module):
 
     Attributes:
         last_metrics: the wrapped loss's and, detached, ``load_balance``, ``z_loss`` and
-            ``expert_supervision`` without their coefficients, and ``mutual_information`` in nats,
+            ``expert_supervision`` without their coefficients (the first two reduced over layers as
+            ``reduction`` says), and ``mutual_information`` in nats,
             the mean over layers; those with a coefficient other than 0.
 
     Raises:
@@ -79,6 +85,7 @@ class RouterLoss(nn.Module):
         z_loss: float = 0.0,
         mutual_information: float = 0.0,
         expert_supervision: float = 0.0,
+        reduction: str = "sum",
         num_domains: int | None = None,
         joint_decay: float | None = None,
     ) -> None:
@@ -101,17 +108,20 @@ class RouterLoss(nn.Module):
         }
         for name, coefficient in self.coefficients.items():
             check_weight(name, coefficient)
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean' over layers; got {reduction!r}.")
+        self.reduction = reduction
         if joint_decay is not None and not 0.0 < joint_decay < 1.0:
             raise ValueError(f"joint_decay must lie in (0, 1); got {joint_decay!r}.")
         self.loss = loss
         self.joint_decay = joint_decay
         self.last_metrics: dict[str, Tensor] = {}
-        num_layers, num_experts = _learned_routers(self.model)
+        self.num_layers, num_experts = _learned_routers(self.model)
         self.num_domains = self._checked_num_domains(num_domains, num_experts)
         joint = None
         if joint_decay is not None and mutual_information > 0:
             assert self.num_domains is not None  # checked: the term needs it
-            joint = torch.zeros(num_layers, self.num_domains, num_experts)
+            joint = torch.zeros(self.num_layers, self.num_domains, num_experts)
         self.register_buffer("running_joint", joint)
 
     @property
@@ -226,6 +236,8 @@ class RouterLoss(nn.Module):
                 metrics[name] = information.detach().mean()
             else:
                 terms[name] = mean_from_sums(sums)
+            if self.reduction == "mean" and name != "expert_supervision":
+                terms[name] = terms[name] / self.num_layers
         inner = getattr(self.loss, "last_metrics", {})
         self.last_metrics = inner | {n: term.detach() for n, term in terms.items()} | metrics
         weighted = [self.coefficients[name] * term for name, term in terms.items()]
@@ -246,6 +258,7 @@ class RouterLoss(nn.Module):
         return {
             "loss": type(self.loss).__name__,
             **self.coefficients,
+            "reduction": self.reduction,
             "num_domains": self.num_domains,
             "joint_decay": self.joint_decay,
         }

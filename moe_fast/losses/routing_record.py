@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_fast.compat import has_forward_hook
 from moe_fast.layers import MoERouter, RoutingInfo
 from moe_fast.ops.route.reference import sentence_of_token
 
@@ -152,7 +153,7 @@ def hook_routers(model: nn.Module) -> list[MoERouter]:
     """The model's routers, in the order of its layers, each with the recording hook on it."""
     routers = [module for module in model.modules() if isinstance(module, MoERouter)]
     for router in routers:
-        if _record_call not in router._forward_hooks.values():
+        if not has_forward_hook(router, _record_call):
             router.register_forward_hook(_record_call)
     return routers
 

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from moe_fast.compat import has_forward_hook
 from moe_fast.layers import MoERouter
 from moe_fast.losses.routing_record import sentence_starts
 from moe_fast.ops.route.chosen_weights import chosen_weights
@@ -94,7 +95,7 @@ def hook_choices(model: nn.Module) -> list[MoERouter]:
         if isinstance(module, MoERouter) and module.mode in CHOOSING_MODES
     ]
     for router in routers:
-        if _choose not in router._forward_hooks.values():
+        if not has_forward_hook(router, _choose):
             router.register_forward_hook(_choose, prepend=True)
     return routers
 

@@ -120,6 +120,12 @@ class MoEConfigFields(AttentionOfTheCall):
                 "domain_token_ids must hold one id per domain; "
                 f"got {len(self.domain_token_ids)} ids and {len(self.domains)} domains."
             )
+        replaces = self.domain_token_replaces
+        if self.domain_token_ids and (replaces is None or not 0 <= replaces < self.vocab_size):
+            raise ValueError(
+                "domain_token_replaces must be the id of [CLS], in [0, vocab_size) = "
+                f"[0, {self.vocab_size}); got {replaces}."
+            )
         last = list(range(self.vocab_size - len(self.domain_token_ids), self.vocab_size))
         if self.domain_token_ids != last:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_fast.compat import attention_of
 from moe_fast.models.architectures import Architecture, architecture_of
 from moe_fast.models.configuration import MoEConfigFields
 from moe_fast.models.modeling import MoEModelMixin
@@ -102,7 +103,7 @@ def _dense_config(
         config.pop(field.name, None)
     if not keep_domain_tokens:
         config["vocab_size"] -= len(model.config.domain_token_ids)
-    config["attn_implementation"] = model.config._attn_implementation
+    config["attn_implementation"] = attention_of(model.config)
     return architecture.dense_config.from_dict(config)
 
 

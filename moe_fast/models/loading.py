@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -14,15 +13,26 @@ from transformers import AutoModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    cached_file,
 )
+
+from moe_fast.compat import file_of
+from moe_fast.models.adapters import adapter_folder, load_with_adapter
+from moe_fast.models.json_files import read_json, read_modules, read_object
 
 _CONFIG = "config.json"
 # What loading reads; other files in the folder are nobody's concern.
-_JSON_FILES = ("*config*.json", "modules.json", "tokenizer.json", "vocab.json", "special_tokens*")
+_JSON_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json"),
+    *("config_sentence_transformers.json", "sentence_*_config.json"),
+    *("tokenizer.json", "vocab.json", "special_tokens_map.json"),
+)
 _WEIGHT_FILES = ("model*.safetensors", "adapter_model*.safetensors")
 _MODULES_WITH_FILES = ("Transformer", "Pooling", "Dense")
 _DENSE_WEIGHTS = (SAFE_WEIGHTS_NAME, "pytorch_model.bin")
+_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("vocab_size", "max_position_embeddings"),
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")  # safetensors' names
 _INTEGER_BUFFERS = ("position_ids", "token_type_ids", "num_batches_tracked")
@@ -36,7 +46,10 @@ def load_dense(path: str) -> Any:
             that the checkpoint lacks.
         OSError: as transformers, for what is not there.
     """
-    if cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False):
+    adapter = adapter_folder(path)
+    if adapter is not None:
+        return load_with_adapter(path, adapter, load_dense)
+    if file_of(path, "modules.json"):
         from moe_fast.integrations.sentence_transformers import load_sentence_transformer
 
         check_checkpoint(path)
@@ -145,8 +158,7 @@ def stored_dtypes(file: Path) -> dict[str, str]:
 def _check_files(folder: Path) -> None:
     for pattern in _JSON_FILES:
         for file in sorted(folder.glob(pattern)):
-            if file.name != "modules.json":
-                read_object(file)
+            read_object(file)
     for pattern in _WEIGHT_FILES:
         for file in sorted(folder.glob(pattern)):
             check_safetensors(file)
@@ -186,6 +198,8 @@ def _check_sizes(folder: Path) -> None:
             f"{folder} holds whole numbers or truth values where weights must be floating numbers, "
             f"and no quantization_config says what they mean: {shortened(integers)}."
         )
+    for name in _SIZES:
+        _check_size(config, name, folder / _CONFIG)
     layers = config.get("num_hidden_layers")
     if dtypes and isinstance(layers, int) and layers > len(dtypes):
         raise ValueError(
@@ -202,6 +216,8 @@ def check_safetensors(file: Path) -> None:
             "it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
             "'model.safetensors')."
         )
+    if not file.is_file():
+        raise ValueError(f"{file} must be a file of weights; it is a folder, or no file.")
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -211,13 +227,19 @@ def check_safetensors(file: Path) -> None:
         ) from None
 
 
+def _check_size(config: dict[str, Any], name: str, file: Path) -> None:
+    """Of what kind a size is, the library that reads it knows; none is below 1."""
+    if isinstance(config.get(name), int) and config[name] < 1:
+        raise ValueError(f"{file}: {name} must be at least 1; got {config[name]}.")
+
+
 def read_index(index: Path) -> dict[str, str]:
     """The weight map of a shard index: parameter name -> file name, which has no folder in it.
 
     Raises:
         ValueError: unless the file is JSON with a ``weight_map`` of names.
     """
-    content = _read_json(index)
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map: it is damaged.")
@@ -273,53 +295,15 @@ def _check_modules(modules: Path) -> None:
             _check_encoder_files(folder)
         if kind in _MODULES_WITH_FILES[1:] and not (folder / _CONFIG).is_file():
             raise FileNotFoundError(f"{folder} has no {_CONFIG}: it is half-written.")
+        if kind == "Pooling":
+            _check_pooling(folder / _CONFIG)
         if kind == "Dense" and not any((folder / name).is_file() for name in _DENSE_WEIGHTS):
             raise FileNotFoundError(f"{folder} has no weights ({_DENSE_WEIGHTS[0]}).")
 
 
-def read_modules(modules: Path) -> list[tuple[str, str]]:
-    """The modules of a ``modules.json``: each one's folder, inside the model's, and its kind.
-
-    Raises:
-        ValueError: unless the file lists modules, at least one, each a path and a type.
-    """
-    content = _read_json(modules)
-    fits = isinstance(content, list) and all(
-        isinstance(module, dict)
-        and isinstance(module.get("path"), str)
-        and isinstance(module.get("type"), str)
-        for module in content
-    )
-    if not fits or not content:
-        raise ValueError(
-            f"{modules} is damaged: it must list modules, at least one, each a path and a type."
-        )
-    for module in content:
-        path = PurePath(module["path"])
-        if path.is_absolute() or ".." in path.parts or "\\" in module["path"]:
-            raise ValueError(
-                f"{modules}: a module's path must lie inside the model's folder; got "
-                f"{module['path']!r}."
-            )
-    return [(module["path"], module["type"].rpartition(".")[2]) for module in content]
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: naming the file, for anything else.
-    """
-    content = _read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{file} is damaged: it must hold a JSON object; got a {type(content).__name__}."
-        )
-    return content
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, huge int
-        raise ValueError(f"{file} is damaged or half-written; it is not JSON: {error}.") from None
+def _check_pooling(file: Path) -> None:
+    config = read_object(file)
+    for name in ("word_embedding_dimension", "embedding_dimension"):
+        size = config.get(name, 1)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{file}: {name} must be a whole number above 0; got {size!r}.")

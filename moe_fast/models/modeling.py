@@ -16,12 +16,10 @@ from transformers import (
     RobertaModel,
     XLMRobertaModel,
 )
-from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from moe_fast import compat
 from moe_fast.files import atomic_folder
@@ -50,11 +48,9 @@ from moe_fast.models.weights import check_no_adapter
 from moe_fast.ops.checks import check_shape, compute_dtype
 from moe_fast.version import __version__
 
-_ROUTING_RECORDERS = {
-    "router_logits": OutputRecorder(MoERouter, index=RouterOutput._fields.index("router_logits")),
-    "tokens_per_expert": OutputRecorder(
-        MoERouter, index=RouterOutput._fields.index("tokens_per_expert")
-    ),
+_ROUTING_OUTPUTS = {
+    name: (MoERouter, RouterOutput._fields.index(name))
+    for name in ("router_logits", "tokens_per_expert")
 }
 
 
@@ -115,24 +111,30 @@ class MoEModelMixin(PreTrainedModel):
             for i, mlp in mlps.items()
         }
 
+    @compat.overrides
     def post_init(self) -> None:
         """Swap layers before transformers initialises weights and reads the modules' plans."""
+        compat.check_overrides(type(self))
         self.config.check()  # fields may have been set since the configuration was made
         for i in self.config.moe_layers:
             self.encoder_layers[i] = self.moe_layer_class(self.config, i)
         super().post_init()
 
+    @compat.overrides
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
+        if not isinstance(module, (MoEMLP, MoERouter)):
+            return
+        init = compat.initialization()
         if isinstance(module, MoEMLP):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.endswith("_bias"):
                     init.zeros_(parameter)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
-        elif isinstance(module, MoERouter) and module.weight is not None:
+        elif module.weight is not None:
             init.normal_(module.weight, mean=0.0, std=std)
 
     def num_parameters(
@@ -158,6 +160,7 @@ class MoEModelMixin(PreTrainedModel):
         return total - idle
 
     @classmethod
+    @compat.overrides
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but strict: nothing is left to a random initialisation.
 
@@ -177,6 +180,7 @@ class MoEModelMixin(PreTrainedModel):
         check_loading_info(info, model, pretrained_model_name_or_path)
         return (model, info) if wanted else model
 
+    @compat.overrides
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:
@@ -206,6 +210,7 @@ class MoEModelMixin(PreTrainedModel):
             if not has_foreign_card(save_directory):
                 write_model_card(self, temporary)
 
+    @compat.overrides
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', but refused on a mixture that has not been saved and loaded.
 
@@ -220,11 +225,13 @@ class MoEModelMixin(PreTrainedModel):
         with compat.adapter_methods():
             super().add_adapter(*args, **kwargs)
 
+    @compat.overrides
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; where it refuses the installed peft, the error says what works."""
         with compat.adapter_methods():
             return super().load_adapter(*args, **kwargs)
 
+    @compat.overrides
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but refused where domain tokens are the vocabulary's last rows."""
         if self.config.domain_token_ids and (args or kwargs):
@@ -306,6 +313,8 @@ class MoEModelMixin(PreTrainedModel):
         )
         output = self.moe_output_class(**outputs)
         output.router_logits = output.router_logits or None
+        if output_router_logits and self.config.moe_layers:
+            compat.check_recorded(output, "tokens_per_expert")
         if packing is not None:
             unpack_outputs(self, packing, output)
         return self._returned(output, return_dict)
@@ -359,11 +368,7 @@ class MoEModelMixin(PreTrainedModel):
             )
 
     def _refuse_reentrant_checkpointing(self) -> None:
-        layer = self.encoder_layers[0]
-        if not (self.training and layer.gradient_checkpointing):
-            return
-        checkpoint = layer._gradient_checkpointing_func
-        if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+        if compat.checkpoints_reentrantly(self.encoder_layers[0]):
             raise ValueError(
                 "output_router_logits needs gradient checkpointing with use_reentrant=False: the "
                 "reentrant form gives router logits no gradient. Call "
@@ -417,8 +422,8 @@ class MoEBertModel(_BertFamilyForward, BertModel):
 
     config_class = MoEBertConfig
     moe_layer_class = MoEBertLayer
-    _no_split_modules = [*BertModel._no_split_modules, "MoEBertLayer"]
-    _can_record_outputs = {**BertModel._can_record_outputs, **_ROUTING_RECORDERS}
+    _no_split_modules = compat.unsplit_modules(BertModel, "MoEBertLayer")
+    _can_record_outputs = compat.recorded_outputs(BertModel, **_ROUTING_OUTPUTS)
 
 
 class MoERobertaModel(_BertFamilyForward, RobertaModel):
@@ -426,8 +431,8 @@ class MoERobertaModel(_BertFamilyForward, RobertaModel):
 
     config_class = MoERobertaConfig
     moe_layer_class = MoERobertaLayer
-    _no_split_modules = [*RobertaModel._no_split_modules, "MoERobertaLayer"]
-    _can_record_outputs = {**RobertaModel._can_record_outputs, **_ROUTING_RECORDERS}
+    _no_split_modules = compat.unsplit_modules(RobertaModel, "MoERobertaLayer")
+    _can_record_outputs = compat.recorded_outputs(RobertaModel, **_ROUTING_OUTPUTS)
 
 
 class MoEXLMRobertaModel(_BertFamilyForward, XLMRobertaModel):
@@ -435,8 +440,8 @@ class MoEXLMRobertaModel(_BertFamilyForward, XLMRobertaModel):
 
     config_class = MoEXLMRobertaConfig
     moe_layer_class = MoEXLMRobertaLayer
-    _no_split_modules = [*XLMRobertaModel._no_split_modules, "MoEXLMRobertaLayer"]
-    _can_record_outputs = {**XLMRobertaModel._can_record_outputs, **_ROUTING_RECORDERS}
+    _no_split_modules = compat.unsplit_modules(XLMRobertaModel, "MoEXLMRobertaLayer")
+    _can_record_outputs = compat.recorded_outputs(XLMRobertaModel, **_ROUTING_OUTPUTS)
 
 
 class MoEModernBertModel(MoEModelMixin, ModernBertModel):
@@ -445,8 +450,8 @@ class MoEModernBertModel(MoEModelMixin, ModernBertModel):
     config_class = MoEModernBertConfig
     moe_layer_class = MoEModernBertLayer
     moe_output_class = MoEModelOutput
-    _no_split_modules = [*ModernBertModel._no_split_modules, "MoEModernBertLayer"]
-    _can_record_outputs = {**ModernBertModel._can_record_outputs, **_ROUTING_RECORDERS}
+    _no_split_modules = compat.unsplit_modules(ModernBertModel, "MoEModernBertLayer")
+    _can_record_outputs = compat.recorded_outputs(ModernBertModel, **_ROUTING_OUTPUTS)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_fast.compat import attention_of
 from moe_fast.layers import ATTENTION
 from moe_fast.layers.attention import pick, put_back, real_tokens
 from moe_fast.layers.routing_info import token_mask_of
@@ -169,10 +170,10 @@ def packing_of(
         ValueError: for a packed batch where attention would not keep its texts apart, and for what
             packing cannot do.
     """
-    attention = config._attn_implementation
+    attention = attention_of(config)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
-        if attention != ATTENTION and not attention.startswith("flash_attention"):
+        if attention != ATTENTION and not (attention or "").startswith("flash_attention"):
             raise ValueError(
                 f"cu_seq_lens_q needs attn_implementation={ATTENTION!r} or FlashAttention's; with "
                 f"{attention!r} a packed batch's texts would see each other."

@@ -77,6 +77,7 @@ def _enforced_ids(
     if not config.domains or expert_ids.shape != (batch,):
         return expert_ids, domain_ids
     if domain_ids is None:
+        _check_expert_ids(config, expert_ids)  # they choose the domains' tokens
         return expert_ids, expert_ids
     if _reads_values(domain_ids) and not torch.equal(expert_ids.long(), domain_ids.long()):
         raise ValueError(
@@ -88,6 +89,18 @@ def _enforced_ids(
 
 def _reads_values(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and checks_values(tensor.device)
+
+
+def _check_expert_ids(config: MoEConfigFields, ids: Tensor) -> None:
+    check_dtype("expert_ids", ids, INTEGER_DTYPES)
+    if not _reads_values(ids):
+        return
+    wrong = ids[(ids < 0) | (ids >= config.num_experts)]
+    if wrong.numel():
+        raise ValueError(
+            f"expert_ids must lie in [0, num_experts) = [0, {config.num_experts}); "
+            f"got {int(wrong[0])}."
+        )
 
 
 def _check_domain_ids(config: MoEConfigFields, ids: Tensor, like: Tensor, batch: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_fast.compat import attention_of
 from moe_fast.models.architectures import Architecture, architecture_of
 from moe_fast.models.loading import load_dense, tokenizer_beside
 from moe_fast.models.modeling import MoEModelMixin
@@ -208,7 +209,7 @@ def _moe_config(architecture: Architecture, model: PreTrainedModel, **fields: An
     dense = model.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         dense.pop(name, None)
-    dense.update(fields, attn_implementation=model.config._attn_implementation)
+    dense.update(fields, attn_implementation=attention_of(model.config))
     return architecture.moe_config.from_dict(dense)
 
 

@@ -48,10 +48,9 @@ def load_exactly(
     Every parameter must be named: nothing is left to a random initialisation.
     """
     new.load_state_dict(weights, strict=True, assign=True)
+    saved = new.state_dict().keys()  # buffers outside are not persistent
     new.name_or_path = ""  # no place holds these weights yet; PEFT saves it as the adapter's base
     for name, buffer in buffers_of.named_buffers():
         module_name, _, leaf = name.rpartition(".")
         module = new.get_submodule(module_name)
-        module.register_buffer(
-            leaf, copy.deepcopy(buffer), persistent=leaf not in module._non_persistent_buffers_set
-        )
+        module.register_buffer(leaf, copy.deepcopy(buffer), persistent=name in saved)

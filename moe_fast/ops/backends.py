@@ -31,6 +31,12 @@ OPS = (
 )
 BACKENDS = ("triton", "cpp", "tiled", "torch")  # in the order "auto" tries them
 _CHOICES = ("auto", *BACKENDS)
+_WORDS = {
+    "triton": "Triton kernels (triton)",
+    "cpp": "the compiled library (cpp)",
+    "tiled": "PyTorch in tiles (tiled)",
+    "torch": "PyTorch (torch)",
+}
 
 _default = os.environ.get("MOE_FAST_BACKEND", "auto")
 
@@ -106,12 +112,29 @@ def select(
             )
         # A default for the whole program hands ops that it lacks to PyTorch.
         return _registry[op, _in_pytorch(op)].run
+    name = _automatic(op, device.type)
+    if device.type == "cpu" and name != "cpp" and (op, "cpp") in _registry:
+        native.warn_once()
+    return _for_dtype(op, name, dtype)
+
+
+def _automatic(op: str, device_type: str) -> str:
+    """The first backend that can run ``op`` there."""
     for name in BACKENDS:
-        if name == "triton" and device.type == "cpu":
+        if name == "triton" and device_type == "cpu":
             continue  # Triton's interpreter: for tests, never by itself
-        if why_unavailable(op, name, device.type) is None:
-            return _for_dtype(op, name, dtype)
+        if why_unavailable(op, name, device_type) is None:
+            return name
     raise AssertionError("unreachable: the torch backend runs everywhere")
+
+
+def _by_default(op: str, device_type: str) -> str:
+    """The backend that a call which names none gets."""
+    if _default not in _CHOICES:
+        check_choice("MOE_FAST_BACKEND", _default, _CHOICES)
+    if _default == "auto":
+        return _automatic(op, device_type)
+    return _default if why_unavailable(op, _default, device_type) is None else _in_pytorch(op)
 
 
 def _for_dtype(op: str, backend: str, dtype: torch.dtype | None) -> Callable:
@@ -131,9 +154,17 @@ def available_backends(op: str | None = None, device_type: str = "cpu") -> list[
     return [b for b in BACKENDS if any(why_unavailable(o, b, device_type) is None for o in ops)]
 
 
-def show_backends() -> None:
-    """Print, for every op, which backends can run it here and why the others cannot."""
+def show_backends(details: bool = False) -> None:
+    """Print what will run: one line for each device.
+
+    Args:
+        details: then also, for every op, which backends can run it here and why the others cannot.
+    """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device_type in devices:
+        print(f"{device_type}: {_what_runs(device_type)}")
+    if not details:
+        return
     print(f"default: {_default}  (use_backend(...), or MOE_FAST_BACKEND before import)")
     print(f"cpp multiplies matrices with: {native.cpu_capability or 'nothing'}")
     for device_type in devices:
@@ -142,6 +173,16 @@ def show_backends() -> None:
                 reason = why_unavailable(op, backend, device_type)
                 state = _describe(op, backend, device_type) if reason is None else f"no: {reason}"
                 print(f"{device_type:5s} {op:16s} {backend:7s} {state}")
+
+
+def _what_runs(device_type: str) -> str:
+    """The backends that calls get by default, each with its ops; what is missing, if anything."""
+    chosen: dict[str, list[str]] = {}
+    for op in OPS:
+        chosen.setdefault(_by_default(op, device_type), []).append(op)
+    parts = [f"{_WORDS[name]} for {', '.join(ops)}" for name, ops in chosen.items()]
+    missing = native.why_unavailable(device_type)
+    return "; ".join(parts if missing is None else [*parts, missing])
 
 
 def _describe(op: str, backend: str, device_type: str) -> str:
@@ -156,7 +197,7 @@ def use_backend(backend: str) -> Iterator[None]:
     """Within the ``with`` block, run ops on ``backend`` unless a call names another.
 
     Ops that ``backend`` does not implement on the tensors' device run in PyTorch
-    (``show_backends()`` lists them). The setting is the process's, not the thread's.
+    (``show_backends(details=True)`` lists them). The setting is the process's, not the thread's.
     """
     global _default
     check_choice("backend", backend, _CHOICES)

@@ -87,7 +87,6 @@ def check_like(
 
     Under autocast dtypes may differ: the op casts, as PyTorch's own layers do.
     """
-    dtype = dtype and not torch.is_autocast_enabled(reference.device.type)
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -96,7 +95,8 @@ def check_like(
                 f"{name} must be on the device of {reference_name}, {reference.device}; "
                 f"got {tensor.device}."
             )
-        if dtype and tensor.dtype != reference.dtype:
+        differs = dtype and tensor.dtype != reference.dtype
+        if differs and not torch.is_autocast_enabled(reference.device.type):
             raise TypeError(
                 f"{name} must have the dtype of {reference_name}, {reference.dtype} (or run under "
                 f"torch.autocast); got {tensor.dtype}."

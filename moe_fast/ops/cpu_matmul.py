@@ -13,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
+from moe_fast.compat import onednn_linear
+
 # Fewer multiplications than this are over before oneDNN has found its kernel.
 _SMALLEST = 2**22
 
@@ -46,7 +48,7 @@ def _suits(x: Tensor, y: Tensor) -> bool:
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), None, "none", [], None)
+        return onednn_linear(_dense(x), _dense(weight))
 
 
 def _dense(x: Tensor) -> Tensor:

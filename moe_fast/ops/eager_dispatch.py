@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from moe_fast.compat import nobody_looks
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -93,7 +93,7 @@ def register_op(
         differentiate = _function(name, kernel, setup_context, backward).apply
 
     def run(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _in_a_transform():
+        if torch.compiler.is_compiling() or not nobody_looks():
             return op(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
         if not all(type(t) in _PLAIN for t in tensors):  # a DTensor, a fake tensor
@@ -103,11 +103,6 @@ def register_op(
         return kernel(*args)
 
     return run
-
-
-def _in_a_transform() -> bool:
-    """Whether ``torch.func`` (vmap, grad ...) is at work, or autograd in forward mode."""
-    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _function(name: str, kernel: Callable, setup_context: Callable, backward: Callable) -> Any:

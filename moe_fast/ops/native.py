@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moe_fast.version import build_command
 
 # The environment names another one for tests, such as a build with sanitizers.
 _LIBRARY = Path(
@@ -36,13 +40,15 @@ _OPS = (
 def _load() -> str | None:
     """Load the library; the reason why not, or ``None``."""
     if not _LIBRARY.exists():
-        return "the native library is not built (MOE_FAST_NATIVE=1 pip install says why)"
+        if sys.platform == "win32":
+            return "the native library is not built: it has no Windows build yet"
+        return f"the native library is not built. To build it: {build_command()}"
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"the native library does not load: {error}"
     if not all(hasattr(torch.ops.moe_fast_cpp, op) for op in _OPS):
-        return "the native library is older than this moe_fast: install again"
+        return f"the native library is older than this moe_fast. To build it: {build_command()}"
     return None
 
 
@@ -63,6 +69,18 @@ _missing = _load()
 _missing_cuda = _load_cuda()
 # What native ops compute with on the CPU, for people; empty where they cannot multiply matrices.
 cpu_capability: str = torch.ops.moe_fast_cpp.cpu_capability() if _missing is None else ""
+
+
+_warned = _missing is None or sys.platform == "win32"
+
+
+def warn_once() -> None:
+    """Say, once per process, that ops run slowly because the library is not there."""
+    global _warned
+    # A warning would break a graph that torch.compile is tracing.
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(f"moe_fast runs in its slow form, PyTorch alone: {_missing}", stacklevel=4)
 
 
 def why_unavailable(device_type: str) -> str | None:

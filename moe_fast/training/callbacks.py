@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_fast import compat
 from moe_fast.layers import MoERouter
 
 
@@ -120,7 +121,7 @@ class ExpertUsageCallback(TrainerCallback):
     def _counter(self, name: str) -> Any:
         def count(router: nn.Module, inputs: Any, output: Any) -> None:
             # Inside a backward pass the same tokens come by again (gradient checkpointing).
-            if not router.training or torch._C._current_graph_task_id() != -1:
+            if not router.training or compat.in_backward():
                 return
             tokens = output.tokens_per_expert.detach()
             previous = self._counts.get(name)

@@ -20,9 +20,9 @@ from sentence_transformers import SentenceTransformerTrainer
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     get_last_checkpoint,
-    rotate_checkpoints,
 )
 
+from moe_fast import compat
 from moe_fast.files import atomic_folder
 from moe_fast.training.locks import hold_folder
 from moe_fast.training.position import POSITION_NAME, DataPosition
@@ -47,8 +47,10 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
     _staging: str | None = None
     _resumed_at: DataPosition | None = None
     _batches_done = 0  # of the pass that is going on
+    _batches_of_pass: int | None = None  # as announced; a stream announces none
     _pass = 0
 
+    @compat.overrides
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -108,12 +110,8 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
                 "uninterrupted one. Resume with args.ignore_data_skip=True if that is meant, which "
                 "starts the data anew."
             )
-        if not hasattr(SentenceTransformerTrainer, "_init_training_state"):
-            raise ValueError(
-                "with this version of transformers training on streamed data cannot be resumed "
-                "exactly: install another one, or use a datasets.Dataset."
-            )
 
+    @compat.overrides
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """The pass and its batches to skip: as the checkpoint says, not as the steps suggest."""
         start: tuple[int, int] = super()._init_training_state(*args, **kwargs)
@@ -121,19 +119,24 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
             return start
         return self._resumed_at.epoch, self._resumed_at.batches
 
-    def _begin_pass(self, epoch: int) -> None:
+    def _begin_pass(self, epoch: int, dataloader: Any) -> None:
+        sized = hasattr(self.train_dataset, "__len__")
+        self._batches_of_pass = len(dataloader) if sized else None
         resumed = self._resumed_at
         self._pass = epoch
         self._batches_done = resumed.batches if resumed and resumed.epoch == epoch else 0
 
     def _position(self) -> DataPosition:
         loading = self.accelerator.gradient_state
-        if loading.in_dataloader and not loading.end_of_dataloader:
+        more = loading.in_dataloader and not loading.end_of_dataloader
+        # A pass ends after the announced number of batches, also where there are more.
+        if more and self._batches_done != self._batches_of_pass:
             return DataPosition(self._pass, self._batches_done)
         streamed = not hasattr(self.train_dataset, "__len__")
         rest = self._batches_done % self.args.gradient_accumulation_steps if streamed else 0
         return DataPosition(self._pass + 1, 0, unfinished=rest)
 
+    @compat.overrides
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; batches are counted, for checkpoints to say how many are done."""
         loss = super().training_step(*args, **kwargs)
@@ -142,9 +145,11 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
 
     # --- saving ----------------------------------------------------------------------------------
 
+    @compat.overrides
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
+    @compat.overrides
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -173,17 +178,20 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
             self._push_from_checkpoint(place)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(run_dir, self.args.save_total_limit, best, use_mtime=True)
+            compat.rotate_checkpoints(run_dir, self.args.save_total_limit, best, use_mtime=True)
 
+    @compat.overrides
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else it is not in its place yet
             super()._push_from_checkpoint(checkpoint_folder)
 
+    @compat.overrides
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; every process waits for the one that writes."""
         super().save_model(output_dir, _internal_call)
         self.accelerator.wait_for_everyone()
 
+    @compat.overrides
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:  # sentence-transformers has every process write the same files
             super()._save(output_dir, state_dict)

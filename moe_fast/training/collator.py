@@ -13,6 +13,7 @@ import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
 
+from moe_fast import compat
 from moe_fast.training.domains import to_domain_ids
 from moe_fast.training.draws import draw_passages, has_flag_columns, is_swapped
 from moe_fast.training.hashing import stable_hash
@@ -68,6 +69,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
     collated: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        compat.check_overrides(type(self))
         if isinstance(self.domains, str) or not all(isinstance(d, str) for d in self.domains):
             raise TypeError(f"domains must be a list of names; got {self.domains!r}.")
         self.domains = list(self.domains)
@@ -166,11 +168,13 @@ class DomainDataCollator(SentenceTransformerDataCollator):
 
     # --- lengths and prompts ---------------------------------------------------------------------
 
+    @compat.overrides
     def _get_prompt_for_column(self, prompts: Any, column_name: str) -> str | None:
         if isinstance(prompts, dict):
             return of_column(prompts, column_name)
         return super()._get_prompt_for_column(prompts, column_name)
 
+    @compat.overrides
     def _get_task_for_column(
         self, column_name: str, column_position: int, router_mapping: dict[str, str]
     ) -> str | None:
@@ -178,6 +182,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         self._column = column_name
         return super()._get_task_for_column(column_name, column_position, router_mapping)
 
+    @compat.overrides
     def _get_max_length_for_task(self, task: str | None) -> int | None:
         return self._max_length_of(self._column)
 

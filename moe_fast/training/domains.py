@@ -17,7 +17,8 @@ def with_domain_names(dataset: Any, column: str) -> Any:
     model's: domains are matched by name. Mappings of datasets are gone through.
     """
     if isinstance(dataset, Mapping):
-        return type(dataset)({k: with_domain_names(part, column) for k, part in dataset.items()})
+        like: Any = type(dataset)  # a DatasetDict stays one
+        return like({k: with_domain_names(part, column) for k, part in dataset.items()})
     features = getattr(dataset, "features", None) or {}
     names = getattr(features.get(column), "names", None)
     if names is None:

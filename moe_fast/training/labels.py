@@ -28,10 +28,11 @@ _POSITIVE_NAMES = {"1", "true", "yes", "positive", "pos"}
 
 def ignores_labels(loss: nn.Module) -> bool:
     """Whether a loss, or the one that it wraps, takes every pair for a positive one."""
-    while loss is not None:
-        if isinstance(loss, _NO_LABELS):
+    inner: Any = loss
+    while inner is not None:
+        if isinstance(inner, _NO_LABELS):
             return True
-        loss = getattr(loss, "loss", None)
+        inner = getattr(inner, "loss", None)
     return False
 
 
@@ -78,10 +79,11 @@ def check_label_batch(loss: nn.Module, labels: Any) -> None:
     Raises:
         ValueError: as there.
     """
-    if isinstance(labels, Tensor) and labels.dim() == 1 and ignores_labels(loss):
-        if not bool(torch.all(labels == 1)):
-            counts = _others(labels.tolist(), None)
-            raise ValueError(_message(loss, "a batch of the data", "label", counts, len(labels)))
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or not ignores_labels(loss):
+        return
+    if not bool(torch.all(labels == 1)):
+        counts = _others(labels.tolist(), None)
+        raise ValueError(_message(loss, "a batch of the data", "label", counts, len(labels)))
 
 
 def _others(values: Iterable[Any], classes: Sequence[str] | None) -> dict[str, int]:

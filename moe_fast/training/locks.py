@@ -48,6 +48,8 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 yield path
             finally:
                 _held.discard(key)
+                with contextlib.suppress(OSError):  # forked processes may hold it, too
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
             return
         finally:
             os.close(descriptor)

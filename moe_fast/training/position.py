@@ -1,7 +1,7 @@
 """Where in its data a run is: the pass over them, and the batches of that pass that are done.
 
-transformers works it out from the number of steps and the length of the data: a stream has none, and
-batches without duplicates may be fewer than announced. A resumed run would then go on elsewhere.
+transformers works it out from the number of steps and the length of the data: a stream has none,
+and batches without duplicates may be fewer than announced. A resumed run would go on elsewhere.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class DataPosition:
             )
         if position.unfinished:
             raise ValueError(
-                f"the checkpoint {str(folder)!r} was saved at the end of a pass over streamed data, "
-                f"with the gradients of {position.unfinished} batches not applied yet, which no "
+                f"the checkpoint {str(folder)!r} was saved at the end of a pass over streamed "
+                f"data, with the gradients of {position.unfinished} batches not applied, which no "
                 "checkpoint holds: a run going on from it would not equal an uninterrupted one. "
                 "Resume from an earlier checkpoint; with gradient accumulation over streamed data, "
                 "save by steps: save_strategy='steps'."

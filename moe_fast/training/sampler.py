@@ -76,7 +76,7 @@ class DomainBatchSampler(DefaultBatchSampler):
         if mode == "single" and not drop_last:
             # accelerate's BatchSamplerShard loses a round of batches whose last one is smaller
             # than `batch_size`; None is its way of saying that sizes vary.
-            self.batch_size = None  # type: ignore[assignment]
+            self.batch_size: int | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator()
@@ -116,7 +116,7 @@ def fixed_sizes(samplers: Sequence[Any]) -> Iterator[bool]:
         yield bool(varying)
     finally:
         for sampler in varying:
-            sampler.batch_size = None  # type: ignore[assignment]
+            sampler.batch_size = None
 
 
 def _rows_of_domain(dataset: Dataset, column: str) -> dict[Any, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from moe_fast import compat
+from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.training.callbacks import ExpertUsageCallback
 from moe_fast.training.checkpoints import WholeCheckpointTrainer
 from moe_fast.training.checks import (
@@ -101,6 +105,8 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         max_length: int | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_one_encoder(model)
+        compat.check_overrides(type(self))
         self._domain_column = domain_column
         self._collation = {
             "swap_pairs": swap_pairs,
@@ -131,6 +137,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
 
     # --- data ------------------------------------------------------------------------------------
 
+    @compat.overrides
     def get_data_collator(
         self, model: BaseModel, args: BaseTrainingArguments, processing_class: Any = None
     ) -> DomainDataCollator:
@@ -157,6 +164,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         self._check_columns(collator)
         return collator
 
+    @compat.overrides
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """As in sentence-transformers; the card counts and quotes texts, which domains are not."""
         kept = self.train_dataset, self.eval_dataset
@@ -164,7 +172,10 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             self.train_dataset, self.eval_dataset = (
                 data if data is None else data.remove_columns(self._domain_column) for data in kept
             )
-        super().add_model_card_callback(default_args_dict)
+        # It shows a progress bar, whatever the arguments say.
+        quiet = redirect_stderr(StringIO()) if self.args.disable_tqdm else nullcontext()
+        with quiet:
+            super().add_model_card_callback(default_args_dict)
         self.train_dataset, self.eval_dataset = kept
 
     def _check_columns(self, collator: DomainDataCollator) -> None:
@@ -201,6 +212,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
                 "pass them to that."
             )
 
+    @compat.overrides
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:
         loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
         # Workers' seeds are drawn when they start, which a resumed run does at other times: not
@@ -235,6 +247,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         if streamed and config.dispatch_batches is None:
             config.dispatch_batches = False
 
+    @compat.overrides
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; see :meth:`WholeCheckpointTrainer.train` for resuming.
 
@@ -250,6 +263,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
             broadcast_from_first(own_state(self.loss).values())
         return super().train(*args, **kwargs)
 
+    @compat.overrides
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch; the last of a step averages over processes."""
         with self._throughput.timing(args[1] if len(args) > 1 else kwargs["inputs"]):
@@ -264,6 +278,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
 
     # --- logs ------------------------------------------------------------------------------------
 
+    @compat.overrides
     def compute_loss(
         self,
         model: Any,
@@ -302,6 +317,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
                 "own or of a loss in it: its gradients would not be averaged over processes."
             )
 
+    @compat.overrides
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, with each training loss, the loss's metrics and the experts' shares."""
         if "loss" in logs:
@@ -312,6 +328,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
                     logs |= callback.pop_logs(self.state)
         super().log(logs, start_time)
 
+    @compat.overrides
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -331,24 +348,29 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
 
     # --- the loss's own state --------------------------------------------------------------------
 
+    @compat.overrides
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Without the loss's own parameters of one element."""
         scalars = {name for name, tensor in own_state(self.loss).items() if tensor.numel() == 1}
         return [n for n in super().get_decay_parameter_names(model) if n not in scalars]
 
+    @compat.overrides
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         output_dir = output_dir or self.args.output_dir or "."
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             save_loss_state(self.loss, output_dir)
 
+    @compat.overrides
     def _checkpoint_push_skip_names(self, checkpoint_folder: str) -> set[str]:
         return super()._checkpoint_push_skip_names(checkpoint_folder) | {LOSS_STATE_NAME}
 
+    @compat.overrides
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         load_loss_state(self.loss, checkpoint_path)
         super()._load_from_checkpoint(checkpoint_path)
 
+    @compat.overrides
     def _load_best_model(self) -> None:
         # The parent's method logs whatever goes wrong and returns: raise what concerns the loss.
         load_loss_state(self.loss, str(self.state.best_model_checkpoint))
@@ -380,7 +402,7 @@ class _SetEpoch(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._trainer._begin_pass(self._epoch)
+        self._trainer._begin_pass(self._epoch, train_dataloader)
         if isinstance(self._trainer.data_collator, DomainDataCollator):
             self._trainer.data_collator.set_epoch(self._epoch)
         sampler = getattr(train_dataloader, "batch_sampler", None)

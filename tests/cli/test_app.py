@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -236,3 +237,21 @@ def test_the_program_loads_the_library_for_a_command():
     assert code == 1 and "error: model 'none/at/all': there is no such folder" in output
     assert "torch" in modules
     assert not modules & {"sentence_transformers", "datasets", "faiss", "matplotlib", "pyarrow"}
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_processes_that_a_command_starts_are_told(quiet, moe_fast_cli, monkeypatch):
+    """Workers load the model anew, and with it the libraries and their talk."""
+    names = ("PYTHONWARNINGS", "HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setenv("PYTHONWARNINGS", "default")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    seen = []
+
+    def upcycle(*arguments, **settings):
+        seen.extend(map(os.environ.get, names))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(moe_fast, "upcycle", upcycle)
+    moe_fast_cli("upcycle", "dense-model", "--num-experts", 2, "-o", "x", *quiet)
+    assert seen == ["ignore" if quiet else "default", "1"]
+    assert [os.environ.get(name) for name in names] == ["default", None]  # as before

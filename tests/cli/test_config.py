@@ -19,6 +19,8 @@ ALLOWED = {
     "loss": Literal["infonce", "clp"],
     "domains": list[str] | None,
     "max_steps": int | None,
+    "data": list[str],
+    "columns": list[str] | None,
 }
 
 
@@ -50,7 +52,7 @@ def test_null_is_the_default(tmp_path):
     [
         ("batchsize: 4", "unknown key 'batchsize'; the nearest known are batch-size"),
         ("learning_rat: 4", "unknown key 'learning_rat'; the nearest known are learning-rate"),
-        ("zzz: 4", "unknown key 'zzz'; known are batch-size, domain, domains"),
+        ("zzz: 4", "unknown key 'zzz'; known are batch-size, columns, data"),
         ("batch-size: 1.5", r"batch-size must be a whole number; got 1.5 \(float\)"),
         ("batch-size: true", r"batch-size must be a whole number; got True \(bool\)"),
         ("batch-size: '4'", r"batch-size must be a whole number; got '4' \(str\)"),
@@ -69,11 +71,46 @@ def test_null_is_the_default(tmp_path):
         ("a: [1", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("? [a, b]\n: 1", "not valid YAML"),
+        ("data: law.jsonl", "data must be a list, each text, or a mapping of names to texts; got"),
+        ("data: {law: 3}", "data: 'law' must be text or texts; got 3"),
+        ("data: {law: []}", r"data: 'law' must be text or texts; got \[\]"),
+        ("data: {a=b: x}", "data: a name must be text without '='; got 'a=b'"),
+        ("data: {1: x}", "data: a name must be text without '='; got 1"),
+        ("domains: {law: x}", r"domains must be a list, each text; got \{'law': 'x'\}"),
+        ("domain: 2024-13-45", "not valid YAML .*month must be in"),
+        ("learning-rate: " + "9" * 400, "learning-rate must be a finite number; got 9999"),
+        ("domains: " + "[" * 5000, "not valid YAML .nested too deeply"),
+        ("domain: '" + "x" * 300_000 + "'", "300,010 bytes; a file of settings has at most"),
+        ("domain:\n  <<: {a: b}", "not valid YAML .*merge keys"),
+        ('"\\e[2J": 1', r"unknown key '.x1b\[2J'"),
     ],
 )
 def test_refused(text, message, tmp_path):
     with pytest.raises(ValueError, match=f"settings.yaml: .*{message}"):
         read(tmp_path, text)
+
+
+def test_a_mapping_is_names_and_values(tmp_path):
+    text = "data: {law: law.jsonl, medicine: [a.csv, b=c.csv]}\ncolumns: {a: question}"
+    assert read(tmp_path, text) == {
+        "data": ["law=law.jsonl", "medicine=a.csv", "medicine=b=c.csv"],
+        "columns": ["a=question"],
+    }
+
+
+@pytest.mark.parametrize("level", ["[*{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}]"])
+@pytest.mark.parametrize("key", ["domains", "data", "zzz", "? "])
+def test_aliases_of_aliases_stay_small(tmp_path, level, key):
+    """Nine to the power of twelve values in some hundred bytes."""
+    names = [f"n{n}" for n in range(12)]
+    lines = ["&n0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [
+        f"&{name} {level.format(other)}" for other, name in zip(names, names[1:], strict=False)
+    ]
+    text = f"{key}: [{', '.join(lines)}]" if key != "? " else f"? [{', '.join(lines)}]\n: 1"
+    with pytest.raises(ValueError, match="settings.yaml: ") as error:
+        read(tmp_path, text)
+    assert len(str(error.value)) < 1000
 
 
 def test_no_such_file(tmp_path):

@@ -72,3 +72,35 @@ def test_failures(moe_fast_cli, workspace):
     result = moe_fast_cli("mine", "pairs.jsonl", "--model", "nowhere/", "-o", "x.jsonl")
     assert result.exit_code == 1 and "there is no such folder" in result.stderr
     assert not (workspace / "x.jsonl").exists()
+
+
+def test_files_as_spreadsheets_have_them(moe_fast_cli, workspace):
+    """Semicolons, quotes, an empty cell, and names of their own."""
+    pytest.importorskip("bm25s")
+    rows = [("what is c", "c is a language"), ("", "x"), ("what is r", "r; is a language")]
+    text = "Title;Body\n" + "".join(f'"{a}";"{b}"\n' for a, b in rows)
+    (workspace / "mine.csv").write_text(text, encoding="utf-8-sig")
+    flags = ["--bm25", "--max-ratio", 0, "--columns", "a=Title,b=Body", "-o", "mined.jsonl"]
+    result = moe_fast_cli("mine", "mine.csv", *flags)
+    assert result.exit_code == 1 and "mine.csv, line 3: a is empty" in result.stderr
+    result = moe_fast_cli("mine", "law=mine.csv", *flags, "--skip-invalid", "--delimiter", ";")
+    assert result.exit_code == 0, result.output
+    mined = read_flag_rows("mined.jsonl")
+    assert mined["domain"] == ["law", "law"] and mined["query"] == ["what is c", "what is r"]
+    assert mined["neg"] == [["r; is a language"], ["c is a language"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--delimiter", ";;"], "--delimiter must be one character or 'tab'; got ';;'"),
+        (["--delimiter", ";"], "--delimiter ';': there is no CSV file among the data"),
+        (["--columns", "question"], "--columns must be OURS=ITS; got 'question'"),
+        (["--columns", "a=x,a=y"], "--columns: the name 'a' is there twice"),
+        (["--columns", "q=x"], "columns: unknown column 'q'"),
+    ],
+)
+def test_wrong_flags_for_the_data(moe_fast_cli, workspace, flags, message):
+    result = moe_fast_cli("mine", "pairs.jsonl", "--bm25", *flags, "-o", "mined.jsonl")
+    assert result.exit_code != 0
+    assert message in " ".join(result.stderr.replace("│", " ").split())

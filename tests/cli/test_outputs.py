@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 
 import pytest
 
@@ -91,3 +92,25 @@ def test_what_is_written_has_the_format_of_its_name(moe_fast_cli, workspace):
         result = moe_fast_cli("inspect", "mixture", *texts, "-o", name)
         assert result.exit_code == 0, result.output
         assert (workspace / name).read_bytes().startswith(start)
+
+
+def test_control_characters_of_files_are_escaped_where_they_are_shown(inputs, moe_fast_cli):
+    """A file must not write to the terminal of whoever reads a message about it."""
+    shutil.copytree((inputs / "mixture").resolve(), inputs / "planted")
+    config = inputs / "planted" / "config.json"
+    planted = json.loads(config.read_text()) | {"default_domain": "\x1b[2Jx"}
+    config.write_text(json.dumps(planted))
+    result = moe_fast_cli("inspect", "planted")
+    assert result.exit_code == 1 and "\x1b" not in result.output + result.stderr
+    assert r"\x1b[2Jx" in result.stderr
+
+
+def test_a_second_run_on_an_output_is_refused(inputs, moe_fast_cli):
+    from moe_fast.files import exclusive
+
+    mine = ["mine", "pairs.jsonl", "--bm25", "-o", "mined.jsonl"]
+    with exclusive("mined.jsonl"):
+        result = moe_fast_cli(*mine)
+    assert result.exit_code == 1 and "mined.jsonl is being written by another run" in result.stderr
+    assert moe_fast_cli(*mine).exit_code == 0
+    assert not list(inputs.glob(".mined*"))

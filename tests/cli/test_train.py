@@ -122,7 +122,8 @@ def test_overwrite_forgets_the_other_run(train, workspace):
     train("mixture", "--save-steps", 1, "--learn-temperature", steps=3)
     train("dense-model", "--save-steps", 1, "--overwrite", steps=1)
     out = workspace / "out"
-    assert {p.name for p in (out / "checkpoints").iterdir()} == {"checkpoint-1", "train.yaml"}
+    names = {path.name for path in (out / "checkpoints").iterdir()}
+    assert names == {"checkpoint-1", "train.yaml", "inputs.json"}
     assert (out / "training.png").exists()
     stale = {"expert_usage.png", "loss_state.safetensors"} & {path.name for path in out.iterdir()}
     assert not stale

@@ -87,16 +87,22 @@ def test_splits(tmp_path: Path):
             r"queries\.jsonl, line 4: _id 'q1' was given before, .*queries\.jsonl, line 1",
         ),
         ({"corpus": [{"_id": "d1", "text": " "}]}, r"corpus\.jsonl, line 1: text is empty"),
-        ({"corpus": [{"_id": 1, "text": "x"}]}, "line 1: _id must be a string, got int"),
-        ({"corpus": [{"id": "1", "text": "x"}]}, r"column '_id' is missing; .*\['id', 'text'\]"),
+        (
+            {"corpus": [{"_id": 1.5, "text": "x"}]},
+            "line 1: _id must be text or a whole number, got",
+        ),
+        ({"corpus": [{"key": "1", "text": "x"}]}, r"column '_id' is missing; .*\['key', 'text'\]"),
         ({"corpus": []}, r"corpus\.jsonl: no rows"),
         ({"queries": [*_with_domains(QUERIES[:1]), QUERIES[1]]}, "line 2: domain must be in every"),
         ({"queries": [QUERIES[0], *_with_domains(QUERIES[1:])]}, "line 2: domain must be in every"),
         (
             {"qrels": QRELS + "q1\tx1\t1\nq1\tx2\t1\n"},
-            r"test\.tsv: 2 unknown documents are named: 'x1', 'x2'$",
+            r"test\.tsv: 2 unknown documents are named: 'x1', 'x2'; on_missing='drop'",
         ),
-        ({"qrels": QRELS + "q9\td1\t1\n"}, r"test\.tsv: 1 unknown queries are named: 'q9'$"),
+        (
+            {"qrels": QRELS + "q9\td1\t1\n"},
+            r"test\.tsv: 1 unknown queries are named: 'q9'; on_missing='drop'",
+        ),
         ({"qrels": QRELS + "q3\td1\t0\n"}, "1 queries have no relevant document: 'q3'"),
         (
             {"qrels": QRELS + "q2\td1\t1\n"},
@@ -157,3 +163,47 @@ def test_what_is_not_there_is_named(tmp_path: Path):
         read_retrieval(write(tmp_path / "r.csv", ""))
     with pytest.raises(ValueError, match="split='dev': .* is one file, which has no splits"):
         read_retrieval(write(tmp_path / "r.json", json.dumps(JSON)), split="dev")
+
+
+MISSING = QRELS + "q1\tgone\t1\nq3\tgone\t1\nq3\td5\t1\nq9\td1\t1\n"
+EMPTY = {"_id": "d5", "title": "", "text": ""}
+
+
+def test_a_lenient_reading_drops_what_is_missing_and_counts_it(tmp_path: Path, caplog):
+    folder = _folder(tmp_path, corpus=[*CORPUS, EMPTY], qrels=MISSING)
+    read = read_retrieval(folder, on_missing="drop")
+    assert (read.corpus, read.queries, read.qrels) == (TEXTS, JSON["queries"], JSON["qrels"])
+    assert read.dropped == {"documents": 1, "judgements": 4, "queries": 2}
+    [said] = caplog.messages
+    assert said.endswith(
+        "left out, as on_missing='drop' asks: 1 documents, 4 judgements, 2 queries"
+    )
+
+
+def test_a_lenient_reading_of_one_json_file(tmp_path: Path):
+    changed = {
+        "corpus": {**TEXTS, "d5": ""},
+        "queries": {**JSON["queries"], "q3": "Query 3?"},
+        "qrels": {**JSON["qrels"], "q3": {"d5": 1, "gone": 1}},
+        "corpus_domains": dict.fromkeys([*TEXTS, "d5"], "x"),
+        "domains": None,
+    }
+    path = write(tmp_path / "r.json", json.dumps(changed))
+    with pytest.raises(ValueError, match="corpus: 'd5' is empty"):
+        read_retrieval(path)
+    read = read_retrieval(path, on_missing="drop")
+    assert (read.corpus, read.queries, read.qrels) == (TEXTS, JSON["queries"], JSON["qrels"])
+    assert read.domains is None and set(read.corpus_domains) == set(TEXTS)
+
+
+def test_nothing_missing_is_nothing_dropped(tmp_path: Path, caplog):
+    assert read_retrieval(_folder(tmp_path), on_missing="drop").dropped == {}
+    assert not caplog.messages
+    with pytest.raises(ValueError, match="on_missing must be 'error' or 'drop'; got 'skip'"):
+        read_retrieval(tmp_path, on_missing="skip")
+
+
+def test_ids_may_be_whole_numbers_and_called_id(tmp_path: Path):
+    corpus = [{"id": 7, "text": "x", "domain": None}, {"id": "8", "text": "y", "domain": None}]
+    folder = _folder(tmp_path, corpus=corpus, qrels="q1\t7\t1\n")
+    assert read_retrieval(folder).corpus == {"7": "x", "8": "y"}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,35 @@ def test_a_truncated_parquet_file(tmp_path: Path):
 def test_a_missing_file_says_so(tmp_path: Path, name: str):
     with pytest.raises(FileNotFoundError):
         list(read_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet"])
+def test_a_name_given_twice_among_very_many(tmp_path: Path, name: str):
+    """Sixty thousand names: a reader that compared each with each would take minutes."""
+    names = [f"n{i}" for i in range(60_000)] + ["n\x1b7"] * 2
+    if name == "r.parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = names[-3_000:]  # Parquet's own reader takes its time
+        pq.write_table(pa.table([pa.array(["x"])] * len(names), names=names), tmp_path / name)
+    elif name == "r.csv":
+        write(tmp_path / name, ",".join(names) + "\n")
+    else:
+        keys = ", ".join(f"{json.dumps(key)}: 1" for key in names)
+        write(tmp_path / name, "{" + keys + "}")
+    with pytest.raises(ValueError, match=r"'n\\x1b7' is (named|given) twice") as error:
+        list(read_rows(tmp_path / name))
+    assert len(str(error.value)) < 300
+
+
+def test_a_message_shows_a_part_of_a_line(tmp_path: Path):
+    text = "[" + ", ".join(["1"] * 10**5) + "]"
+    with pytest.raises(ValueError, match="expected a JSON object, got '") as error:
+        list(read_rows(write(tmp_path / "r.jsonl", text)))
+    assert len(str(error.value)) < 300
+
+
+def test_numbers_beyond_all_bounds(tmp_path: Path):
+    with pytest.raises(ValueError, match="line 1: not valid JSON .*4300 digits"):
+        list(read_rows(write(tmp_path / "r.jsonl", '{"a": ' + "9" * 5000 + "}")))

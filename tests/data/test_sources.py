@@ -10,6 +10,7 @@ pytest.importorskip("datasets", reason="needs the extra moe-fast[train]")
 import datasets
 
 from moe_fast.data import read_pairs
+from moe_fast.data.sources import split_domain
 from tests.data.files import write, write_jsonl, write_parquet
 
 TRAIN = [{"a": f"a{i}", "b": f"b{i}", "label": i % 2} for i in range(5)]
@@ -119,3 +120,23 @@ def test_a_path_is_never_taken_for_an_id(monkeypatch: pytest.MonkeyPatch):
         read_pairs("some/pairs.jsonl")
     with pytest.raises(ValueError, match="unknown format"):
         read_pairs(Path("some/pairs"))
+
+
+def test_a_domain_before_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x=y.csv").touch()
+    assert split_domain("x=y.csv") == (None, "x=y.csv")
+    assert split_domain("law=a=b.csv") == ("law", "a=b.csv")
+    assert split_domain("a.csv") == (None, "a.csv")
+    assert split_domain("law=" + "x" * 5000)[0] == "law"
+    with pytest.raises(ValueError, match="expected DOMAIN=FILE; the file is missing"):
+        split_domain("law=")
+    with pytest.raises(ValueError, match="expected DOMAIN=FILE; the domain is missing"):
+        split_domain("=a.csv")
+
+
+def test_a_damaged_saved_dataset_is_named(tmp_path: Path):
+    datasets.Dataset.from_list(TRAIN).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"saved: not readable as a saved dataset"):
+        read_pairs(tmp_path / "saved")

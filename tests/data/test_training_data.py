@@ -31,8 +31,8 @@ def test_renamed_columns_count(tmp_path: Path):
 
 
 def test_no_known_layout_lists_what_there_is(tmp_path: Path):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"question": "x", "answer": "y"}])
-    with pytest.raises(ValueError, match=r"line 1: columns must be a and b .*\['answer', 'quest"):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"title": "x", "answer": "y"}])
+    with pytest.raises(ValueError, match=r"line 1: columns must be a and b .*\['answer', 'title"):
         read_training_data(path)
     with pytest.raises(ValueError, match="no rows"):
         read_training_data(write_jsonl(tmp_path / "e.jsonl", []))

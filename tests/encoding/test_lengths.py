@@ -82,7 +82,7 @@ def test_tokens_and_lengths_are_the_tokenizers(kind, side):
     places = [i for i, length in enumerate(lengths) if length > LIMIT]
     assert long.num_long == len(places) > 0 and long.num_texts == len(texts)
     assert long.first == (places[0], str(lengths[places[0]]), prompted[places[0]][:60])
-    assert [text.index for text in tokenized] == list(range(len(texts)))
+    assert [text.place for text in tokenized] == list(range(len(texts)))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -186,7 +188,7 @@ def test_a_sentence_transformer_with_its_prompts(dense) -> None:
 def test_what_a_stock_model_would_cut_is_an_error(dense) -> None:
     long = " ".join(["w1"] * 30)  # 32 tokens with [CLS] and [SEP]: as many as it takes
     embed(dense, ["w1", long], "query")
-    message = r"1 of 2 texts are longer than the model's max_seq_length = 32 .*the first has 33"
+    message = r"at most max_seq_length = 32 .*text 1 has 33 \(1 of 2 texts are too long\): 'w1 w1"
     with pytest.raises(ValueError, match=message):
         embed(dense, ["w1", f"{long} w2"], "query")
     for options in (
@@ -194,7 +196,7 @@ def test_what_a_stock_model_would_cut_is_an_error(dense) -> None:
         EncodeOptions(query_prompt_name="query"),
         EncodeOptions(roles=True),
     ):
-        with pytest.raises(ValueError, match="the first has 33"):
+        with pytest.raises(ValueError, match="text 0 has 33"):
             embed(dense, [long], "query", options=options)
     cut = embed(dense, [f"{long} w2"], "query", options=EncodeOptions(truncate=True))
     np.testing.assert_allclose(cut, embed(dense, [long], "query"), atol=1e-6)
@@ -218,3 +220,13 @@ def test_a_mixture_gets_each_texts_domain_and_measures_itself(dense) -> None:
         embed(model, [" ".join(["w1"] * 40)], "query", options=EncodeOptions(domain="x"))
     with pytest.raises(ValueError, match="'z'"):
         embed(model, ["w1"], "query", options=EncodeOptions(domain="z"))
+
+
+def test_a_model_of_several_encoders_is_refused(dense) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
+
+    router = Router.for_query_document(list(copy.deepcopy(dense)), list(dense))
+    both = SentenceTransformer(modules=[router], device="cpu")
+    with pytest.raises(TypeError, match=r"one encoder; got a SentenceTransformer of 2: BertModel"):
+        embed(both, ["w1"], "query")

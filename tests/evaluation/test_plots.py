@@ -38,6 +38,35 @@ def test_expert_usage_is_drawn(tmp_path: Path, layers: int) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["usage.png"]
 
 
+LONG = "a name of a domain, or of a model, that somebody wrote out in full"
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda p: plot_expert_usage({"m": np.full((1, 1, 2), 0.5)}, ["all texts"], p),
+        lambda p: plot_expert_usage({LONG: _usage(2)}, ["x", LONG, "y"], p),
+        lambda p: plot_expert_usage({"m": _usage(1, experts=64)}, DOMAINS, p),
+        lambda p: plot_losses({LONG: [(1, 0.5), (2, 0.4)]}, p, y_label=LONG),
+        lambda p: plot_scores([_evaluation(LONG * 2), _evaluation("n")], "AP", p),
+        lambda p: plot_scores([_evaluation("m", [LONG, "x"])], "AP", p),
+    ],
+)
+def test_nothing_is_cropped(tmp_path: Path, draw) -> None:
+    draw(tmp_path / "x.png")
+    pixels = imread(tmp_path / "x.png")[..., :3]
+    for edge in (pixels[:8], pixels[-8:], pixels[:, :8], pixels[:, -8:]):
+        assert (edge == 1.0).all()
+
+
+def test_titles_of_panels_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = _Kept(monkeypatch)
+    plot_expert_usage({LONG: _usage(3)}, DOMAINS, "unused")
+    kept.figure.canvas.draw()
+    titles = [axis.title.get_window_extent() for axis in kept.figure.axes[:3]]
+    assert all(left.x1 < right.x0 for left, right in zip(titles, titles[1:], strict=False))
+
+
 def test_layers_that_agree_share_a_panel() -> None:
     same = np.repeat(np.eye(3)[:, None], 4, axis=1)
     panels = plots._usage_panels({"enforced": same, "learned": _usage(2)}, 3)

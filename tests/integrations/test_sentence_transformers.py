@@ -422,3 +422,72 @@ def test_a_tokenizer_that_does_not_tell_is_asked_beforehand(enforced, caplog, mo
     with caplog.at_level(logging.WARNING):
         enforced.encode(["w1 " * 40, "w2"], domain="a", truncate=True)
     assert caplog.text.count("1 of 2 texts are longer than max_seq_length = 32") == 1
+
+
+# --- what one text, or one encoder too many, can spoil -------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_the_text_that_gives_nan_is_named(dense, packed, backend):
+    """By its place in what the caller gave, whatever batch and order it was computed in."""
+    model = moe_fast.upcycle(dense, num_experts=3, domains=DOMAINS)
+    with torch.no_grad():
+        model.transformers_model.embeddings.word_embeddings.weight[6 + 13] = float("nan")  # w13
+    texts, domains = [*TEXTS, "w5 " * 9], [*PER_TEXT, "a"]
+    options = {"packed": packed, "batch_size": 4}
+    with moe_fast.use_backend(backend):
+        for domain in ("a", domains):
+            with pytest.raises(ValueError, match=r"text 3: router logits must not be NaN"):
+                model.encode(texts, domain=domain, **options)
+        del texts[3], domains[3]
+        assert np.isfinite(model.encode(texts, domain=domains, **options)).all()
+
+
+def test_no_card_is_written_where_none_is_wanted(enforced, tmp_path):
+    enforced.save_pretrained(str(tmp_path / "a"), create_model_card=False)
+    enforced.save(str(tmp_path / "b"), None, False)
+    assert not list(tmp_path.rglob("README.md"))
+    (tmp_path / "a" / "README.md").write_text("mine")
+    enforced.save_pretrained(str(tmp_path / "a"), create_model_card=False)
+    assert (tmp_path / "a" / "README.md").read_text() == "mine"
+
+
+def _routed(model):
+    """One encoder for queries and one for documents."""
+    from sentence_transformers.base.modules import Router
+
+    return Router.for_query_document(list(copy.deepcopy(model)), list(model))
+
+
+def test_models_of_several_encoders_are_refused_by_name(dense, enforced, tmp_path):
+    message = r"one encoder; got a \w+ of 2: \w+ at '0[.]sub_modules.*Router"
+    both = SentenceTransformer(modules=[_routed(dense)], device="cpu")
+    both.save_pretrained(str(tmp_path), create_model_card=False)
+    for model in (both, str(tmp_path)):
+        with pytest.raises(TypeError, match=message):
+            moe_fast.upcycle(model, num_experts=2)
+        with pytest.raises(TypeError, match=message):
+            moe_fast.from_experts([model, model], domains=["a", "b"])
+    mixtures = SentenceTransformer(modules=[_routed(enforced)], device="cpu")
+    with pytest.raises(TypeError, match=message):
+        moe_fast.extract_expert(mixtures, "a")
+    with pytest.raises(TypeError, match=message):
+        moe_fast.MoESentenceTransformer(modules=[_routed(enforced)], device="cpu")
+    with pytest.raises(TypeError, match=message):
+        moe_fast.MoESentenceTransformer(str(tmp_path), device="cpu")
+    twice = SentenceTransformer(modules=[*dense, copy.deepcopy(dense[0])], device="cpu")
+    with pytest.raises(TypeError, match="of 2: BertModel at '0.model', BertModel at '2.model'"):
+        moe_fast.upcycle(twice, num_experts=2)
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same(enforced):
+    texts = [*TEXTS, "w1 " * 50]
+    want = enforced.encode(texts, domain="b", truncate=True)
+    pool = enforced.start_multi_process_pool(["cpu"])
+    try:
+        got = enforced.encode(texts, domain="b", truncate=True, pool=pool)
+    finally:
+        enforced.stop_multi_process_pool(pool)
+    assert _relative_error(got, want) <= 1e-6

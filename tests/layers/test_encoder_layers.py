@@ -86,8 +86,14 @@ def test_refused_configurations(changes, message):
 
 
 def test_dense_configuration_is_refused():
-    with pytest.raises(ValueError, match="config must have num_experts .*got BertConfig"):
+    message = (
+        r"config must have num_experts, num_experts_per_tok.*as an MoEBertConfig has; got "
+        r"BertConfig\. Make one with moe_fast\.models\.MoEBertConfig\(num_experts=4"
+    )
+    with pytest.raises(ValueError, match=message):
         MoEBertLayer(build("bert").config, 0)
+    with pytest.raises(ValueError, match="as an MoEModernBertConfig has; got ModernBertConfig"):
+        MoEModernBertLayer(build("modernbert").config, 0)
 
 
 @pytest.mark.parametrize("name", ["encoder_hidden_states", "past_key_values", "cache"])

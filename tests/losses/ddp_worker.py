@@ -113,7 +113,12 @@ def run(folder: Path, tokens: int | None, sharded: bool) -> None:
     """Train on this process's rows, and write what was found into the folder."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group(
+        "gloo",
+        init_method=(folder / "rendezvous").as_uri(),
+        rank=rank,
+        world_size=world_size,
+    )
     share = 6 // world_size
     rows = slice(rank * share, (rank + 1) * share)
     results = train(wrapped(Encoder().double(), sharded), rows, tokens)

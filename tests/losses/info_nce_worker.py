@@ -242,7 +242,12 @@ def run(folder: Path, task: str) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     logit_tiles.TILE_ROWS["cpu"] = 2
-    dist.init_process_group("gloo")
+    dist.init_process_group(
+        "gloo",
+        init_method=(folder / "rendezvous").as_uri(),
+        rank=rank,
+        world_size=world_size,
+    )
     tasks = {
         "results": lambda: (
             results(rank, world_size)

@@ -377,7 +377,7 @@ def test_lora():
     peft = pytest.importorskip("peft")
     model = make_model("dense")
     config = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
-    model.add_adapter(config)
+    peft.inject_adapter_in_model(config, model.transformers_model)
     loss = InfoNCELoss(model)
     assert_cached_equals_whole(loss, make_batch(model))
     assert all("lora" in name for name in gradients(loss, loss(make_batch(model))))

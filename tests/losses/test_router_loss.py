@@ -500,6 +500,7 @@ def test_config_is_for_the_model_card():
     assert loss.get_config_dict() == {
         "loss": "InfoNCELoss",
         **COEFFICIENTS,
+        "reduction": "sum",
         "num_domains": 3,
         "joint_decay": 0.5,
     }
@@ -559,3 +560,22 @@ def test_missing_or_wrong_domain_ids_are_named_before_anything_is_encoded(name):
     with pytest.raises(ValueError, match=r"domain_ids must lie in .*\[0, 3\); got 3"):
         loss(columns)
     assert not ran
+
+
+def test_the_mean_over_layers_is_the_sum_divided_by_their_number():
+    """But supervision, which is one term of all layers."""
+    model = learned()
+    columns = pairs_batch(model)
+    for column in columns:
+        column["domain_ids"] = torch.arange(5) % len(DOMAINS)
+    layers = len(model.transformers_model.moe_mlps())
+    assert layers > 1
+    for name in COEFFICIENTS:
+        settings = {name: 1.0, "num_domains": len(DOMAINS)}
+        plain = InfoNCELoss(model)(columns)
+        summed = RouterLoss(InfoNCELoss(model), **settings)(columns) - plain
+        mean = RouterLoss(InfoNCELoss(model), reduction="mean", **settings)(columns) - plain
+        expected = summed if name == "expert_supervision" else summed / layers
+        assert_close(mean, expected)
+    with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean'.*got 'max'"):
+        RouterLoss(InfoNCELoss(model), load_balance=1.0, reduction="max")

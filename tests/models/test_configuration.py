@@ -75,7 +75,12 @@ def test_other_architecture_is_refused(model_type, message):
         ({"moe_layers": [1, 1]}, "moe_layers must be distinct"),
         ({"domains": ["a", "b"], "domain_token_ids": [1]}, "domain_token_ids must hold one id"),
         (
-            {"vocab_size": 9, "domains": ["a"], "domain_token_ids": [3]},
+            {
+                "vocab_size": 9,
+                "domains": ["a"],
+                "domain_token_ids": [3],
+                "domain_token_replaces": 1,
+            },
             r"domain_token_ids must be the vocabulary's last 1 ids, \[8\]; got \[3\]",
         ),
         ({"moe_fast_version": "abc"}, "moe_fast_version must be a version such as .*; got 'abc'"),

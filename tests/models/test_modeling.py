@@ -6,7 +6,7 @@ from transformers import AutoModel, BertLayer
 
 import moe_fast
 from moe_fast.models import MoEBertModel, MoERobertaModel
-from tests.models.tiny import NAMES, build, relative_error, same_weights
+from tests.models.tiny import CLS, NAMES, build, relative_error, same_weights
 
 DOMAINS = {"domains": ["a", "b", "c"], "cls_token_id": 4}
 
@@ -355,3 +355,14 @@ def test_mixed_dtypes_are_refused(bert, batch):
     moe.moe_mlps()[0].to(torch.float64)
     with _expect("router_weight must have the dtype of x", TypeError):
         moe(**batch)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2, 9])
+def test_expert_ids_out_of_range_with_domain_tokens(wrong):
+    """They choose the domains' tokens before any expert sees them."""
+    settings = {"num_experts": 2, "routing": "enforced", "domains": ["a", "b"]}
+    moe = moe_fast.upcycle(build("bert"), **settings, cls_token_id=CLS)
+    ids = torch.full((2, 5), 7)
+    ids[:, 0] = CLS
+    with pytest.raises(ValueError, match=rf"expert_ids must lie in .* \[0, 2\); got {wrong}"):
+        moe(ids, expert_ids=torch.tensor([0, wrong]))

@@ -21,8 +21,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("target", ["mlp", "intermediate", "output"])
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [
+        (torch.float32, "mlp"),
+        (torch.float64, "mlp"),
+        (torch.float64, "intermediate"),
+        (torch.float64, "output"),
+    ],
+)
 @pytest.mark.parametrize(("settings", "how", "tolerance"), CASES)
 def test_output_equals_the_dense_models(dense, batch, dtype, target, settings, how, tolerance):
     dense = dense.to(dtype)
@@ -166,8 +173,8 @@ def test_unsupported_architecture_lists_the_supported(bert):
         ({"layers": [-1]}, r"layers must be .* at least one; got \[-1\]"),
         ({"layers": 1}, r"layers must be .* at least one; got 1"),
         ({"num_experts": 0}, r"num_experts must be at least 1; got 0"),
-        ({"num_experts": 2.0}, r"num_experts must be an int; got 2.0 \(float\)"),
-        ({"num_experts_per_tok": "1"}, r"num_experts_per_tok must be an int; got '1'"),
+        ({"num_experts": 2.0}, r"num_experts must be .*; got 2.0"),
+        ({"num_experts_per_tok": "1"}, r"num_experts_per_tok must be .*; got '1'"),
         ({"routing": "enforced", "num_experts_per_tok": 2}, r"must be 1 with routing='enforced'"),
         (
             {"domains": [1, 2], "cls_token_id": 4},

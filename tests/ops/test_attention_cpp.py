@@ -244,7 +244,7 @@ def test_asked_for_what_it_cannot_do():
 
 
 def test_people_are_told(capsys):
-    ops.show_backends()
+    ops.show_backends(details=True)
     lines = [x.split() for x in capsys.readouterr().out.splitlines() if "varlen_attention" in x]
     said = {line[2]: " ".join(line[3:]) for line in lines if line[0] == "cpu"}
     assert said["cpp"] == "available, leaves float64 to torch: inference without dropout"

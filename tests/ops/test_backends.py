@@ -12,6 +12,7 @@ import torch
 
 import moe_fast
 from moe_fast import ops
+from moe_fast.version import build_command
 
 from .helpers import RecordOps, assert_says
 
@@ -61,11 +62,47 @@ def test_the_public_package_offers_the_same():
         assert getattr(moe_fast, name) is getattr(ops, name)
 
 
-def test_show_backends_names_every_op(capsys):
-    moe_fast.show_backends()
-    printed = capsys.readouterr().out
-    for name in [*OPS, "torch"]:
-        assert name in printed
+def test_show_backends_says_in_one_line_what_runs(capsys):
+    with moe_fast.use_backend("torch"):
+        moe_fast.show_backends()
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("cpu: PyTorch (torch) for ")
+    assert all(name in line for name in OPS)
+    if "cpp" in ops.available_backends("plan"):
+        moe_fast.show_backends()
+        line = capsys.readouterr().out.splitlines()[0]
+        assert "the compiled library (cpp) for route, plan, " in line
+        assert "PyTorch in tiles (tiled) for info_nce" in line
+
+
+def test_show_backends_lists_every_op_and_backend_on_request(capsys):
+    moe_fast.show_backends(details=True)
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert all(["cpu", op, backend] in lines for op in OPS for backend in NAMES[1:])
+
+
+SLOW = """
+import warnings, torch
+from moe_fast import ops
+ids = torch.tensor([[0]])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ops.plan(ids, 2, backend="torch"), ops.info_nce(torch.ones(2, 3), torch.ones(2, 3), scale=1.0)
+    print(len(caught))
+    ops.plan(ids, 2), ops.plan(ids, 2)
+    print(len(caught), caught[0].filename, caught[0].message)
+ops.show_backends()
+"""
+
+
+def test_without_the_library_the_first_slow_call_says_how_to_build_it(tmp_path):
+    """Once; not where PyTorch was asked for, nor where there is nothing faster."""
+    done = run(SLOW, MOE_FAST_NATIVE_LIBRARY=str(tmp_path / "none.so"), MOE_FAST_BACKEND="auto")
+    assert done.returncode == 0, done.stderr
+    before, warned, shown = done.stdout.splitlines()[:3]
+    assert before == "0"
+    assert warned.startswith("1 <string> moe_fast runs in its slow form")
+    assert build_command() in warned and build_command() in shown
 
 
 @pytest.mark.parametrize("backend", [None, "auto", "torch"])

@@ -44,7 +44,7 @@ class Run:
         for process in self.processes:
             process.kill()  # SIGKILL
 
-    def codes(self, timeout: float = 120) -> list[int | None]:
+    def codes(self, timeout: float = 300) -> list[int | None]:
         """The exit codes, when all have ended; a process killed by a signal gives minus that."""
         end = time.monotonic() + timeout
         for process in self.processes:
@@ -54,7 +54,7 @@ class Run:
             pytest.fail(f"no end after {timeout} s:\n{self.tail()}")
         return [process.exitcode for process in self.processes]
 
-    def expect_success(self, timeout: float = 120) -> None:
+    def expect_success(self, timeout: float = 300) -> None:
         # One that has died leaves the others waiting for it.
         end = time.monotonic() + timeout
         while self.alive() and time.monotonic() < end:

@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from tiny_models import folder_names, make_moe, make_pairs
 from transformers import TrainerCallback, TrainerState
 
+from moe_fast import compat
 from moe_fast.losses import InfoNCELoss
 from moe_fast.training import DomainBatchSampler, MoESentenceTransformerTrainer
 from moe_fast.training.checkpoints import STAGING_NAME, check_checkpoint, clear_leftovers
@@ -170,16 +171,15 @@ def test_a_full_disk_at_any_of_torchs_files(tmp_path, monkeypatch, call):
 
 
 def test_older_checkpoints_go_only_when_the_new_one_is_in_its_place(tmp_path, monkeypatch):
-    from moe_fast.training import checkpoints
 
     seen = []
-    rotate = checkpoints.rotate_checkpoints
+    rotate = compat.rotate_checkpoints
 
     def record(output_dir, *args, **kwargs):
         seen.append(folder_names(output_dir))
         rotate(output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoints, "rotate_checkpoints", record)
+    monkeypatch.setattr(compat, "rotate_checkpoints", record)
     make_trainer(tmp_path, max_steps=6, save_total_limit=1).train()
     assert seen == [
         {"checkpoint-2"},

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -530,7 +531,10 @@ def test_the_epoch_reaches_the_sampler_through_every_wrapper():
         batch_sampler = SkipBatchSampler(shard, 1)
 
     state = TrainerState(epoch=3.25)
-    callback = _SetEpoch(collator)
+    trainer = SimpleNamespace(
+        data_collator=collator, _resumed_at=None, _begin_pass=lambda epoch, loader: None
+    )
+    callback = _SetEpoch(trainer)
     callback.on_train_begin(None, state, None)
     for epoch in (3, 4):
         callback.on_epoch_begin(None, state, None, train_dataloader=Loader())

@@ -37,6 +37,9 @@ def load_balance(
 ) -> Tensor:
     """``E * sum_e f_e * P_e``, summed over layers: 1 for a layer in balance, E where it collapsed.
 
+    A coefficient for it grows with the layers: Hallee et al. (arXiv 2401.15713) pool theirs over
+    all layers, so that their 0.05 is about 0.05 / L here for L layers; divide by L for the mean.
+
     f_e is the share of routed slots that went to expert e (sums to 1 over e; no gradient), P_e the
     mean of the tokens' softmax probabilities of e.
 

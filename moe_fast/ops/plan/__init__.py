@@ -60,6 +60,9 @@ class RoutingPlan:
         return self.expert_offsets, self.row_to_token, self.row_to_slot, self.slot_to_row
 
 
+_MOST_EXPERTS = 2**24  # a slip beyond it would ask for terabytes
+
+
 def plan(
     top_k_index: Tensor,
     num_experts: int,
@@ -83,6 +86,8 @@ def plan(
     if top_k_index.dim() != 2 or top_k_index.shape[1] < 1:
         raise ValueError(f"top_k_index must be [T, K], K >= 1; got {list(top_k_index.shape)}.")
     check_count("num_experts", num_experts)
+    if num_experts > _MOST_EXPERTS:
+        raise ValueError(f"num_experts must be at most {_MOST_EXPERTS}; got {num_experts}.")
     for size in block_sizes:
         check_count("block_sizes", size)
     run = backends.select("plan", backend, top_k_index.device)

@@ -153,6 +153,7 @@ def _check_experts(mode: str, router_weight: Tensor | None, num_experts: int | N
         if num_experts is None:
             raise ValueError("num_experts must be given where router_weight is None; got None.")
         return num_experts
+    check_tensor("router_weight", router_weight)
     if router_weight.dim() != 2:
         raise ValueError(f"router_weight must be [E, D]; got {list(router_weight.shape)}.")
     if num_experts is not None and num_experts != router_weight.shape[0]:

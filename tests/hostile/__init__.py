@@ -1,0 +1,1 @@
+"""Damaged and hostile inputs, and kills: see ``python -m tests.hostile --help``."""
