@@ -7,7 +7,7 @@ alone is measured.
   and ``partition_mode="per_direction"``.
 - ``cached``: ``CachedMultipleNegativesRankingLoss``, its loss half, at the default chunk (32 rows)
   and at others; the fastest of these is its best.
-- ``floor``: the four products of tiles that :mod:`moe_fast.ops.info_nce_tiled` makes, alone.
+- ``floor``: the four products of tiles that :mod:`moe_fast.ops.info_nce.tiled` makes, alone.
 
 Losses and gradients are compared before any timing. Memory is the peak of a fresh process, less its
 inputs and gradients and less the peak of the same process at B = 256.
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from moe_fast import ops
-from moe_fast.ops.logit_tiles import tile_size
-from moe_fast.ops.products import add_product, multiply
+from moe_fast.ops.cpu_matmul import add_product, multiply
+from moe_fast.ops.info_nce.tiles import tile_size
 
 from .harness import Result, compare, environment, table, write_json
 

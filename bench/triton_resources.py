@@ -234,7 +234,7 @@ def _plan(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _expert_mlp(
     problem: Problem, k: int, plan: tuple[Tensor, ...], *, gated: bool, act: str, bias: bool
 ) -> None:
-    from moe_fast.ops import expert_mlp_triton
+    from moe_fast.ops.expert_mlp import triton as expert_mlp_triton
 
     p, dtype = problem, problem.dtype
     width = 2 * p.hidden if gated else p.hidden
@@ -255,7 +255,7 @@ def _expert_mlp(
 
 
 def _expert_linear(problem: Problem, k: int, plan: tuple[Tensor, ...]) -> None:
-    from moe_fast.ops import expert_linear_triton
+    from moe_fast.ops.expert_linear import triton as expert_linear_triton
 
     p, dtype = problem, problem.dtype
     tensors: tuple[Any, ...] = (
@@ -346,7 +346,7 @@ def _info_nce(problem: Problem, form: str) -> None:
 
     ``masks``: texts and domains; ``everything``: hard negatives, groups and smoothing too.
     """
-    from moe_fast.ops import info_nce_triton
+    from moe_fast.ops.info_nce import triton as info_nce_triton
 
     size, everything = problem.tokens, form == "everything"
     lengths = (size, 2 * size if everything else size, size, size if everything else None)

@@ -165,7 +165,7 @@ nobody_looks = _eager_test()
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.t()`` by oneDNN, in float32; ``AttributeError`` where this torch lacks the op.
 
-    :mod:`moe_fast.ops.products` tries it once, and multiplies as torch does where it fails.
+    :mod:`moe_fast.ops.cpu_matmul` tries it once, and multiplies as torch does where it fails.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], None)
 

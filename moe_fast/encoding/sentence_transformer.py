@@ -41,8 +41,8 @@ from moe_fast.files import atomic_folder
 from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.modeling import MoEModelMixin
 from moe_fast.models.saving import replaced_files
-from moe_fast.ops.attention import attention_kernel
-from moe_fast.ops.route import NonFiniteLogitsError
+from moe_fast.ops.route.reference import NonFiniteLogitsError
+from moe_fast.ops.varlen_attention.maintained import attention_kernel
 
 # Names of encode's positional arguments behind the texts.
 _ENCODE_OPTIONS = tuple(inspect.signature(SentenceTransformer.encode).parameters)[2:]

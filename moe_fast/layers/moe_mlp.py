@@ -16,7 +16,7 @@ from moe_fast.layers.router import MoERouter
 from moe_fast.layers.routing_info import RoutingInfo
 from moe_fast.ops.activations import ACTIVATIONS, activate
 from moe_fast.ops.checks import check_choice, check_count
-from moe_fast.ops.route import check_experts_per_tok, resolve_weight_mode
+from moe_fast.ops.route.modes import check_experts_per_tok, resolve_weight_mode
 
 TARGETS = ("mlp", "intermediate", "output")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_fast.losses.features import encoder_features
 from moe_fast.ops.checks import check_choice
-from moe_fast.ops.info_nce import SIMILARITIES
+from moe_fast.ops.info_nce.arguments import SIMILARITIES
 
 logger = logging.getLogger(__name__)
 Columns = Sequence[Mapping[str, Any]]

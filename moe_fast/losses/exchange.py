@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_fast.ops.info_nce_tiled import hard_side, join_sums, new_sums, pair_side
-from moe_fast.ops.logit_tiles import Side
+from moe_fast.ops.info_nce.tiled import hard_side, join_sums, new_sums, pair_side
+from moe_fast.ops.info_nce.tiles import Side
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_fast.compat import has_forward_hook
 from moe_fast.layers import MoERouter, RoutingInfo
-from moe_fast.ops.route import sentence_of_token
+from moe_fast.ops.route.reference import sentence_of_token
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from moe_fast.compat import has_forward_hook
 from moe_fast.layers import MoERouter
 from moe_fast.losses.routing_record import sentence_starts
-from moe_fast.ops.route import CHOOSING_MODES, chosen_weights
+from moe_fast.ops.route.chosen_weights import chosen_weights
+from moe_fast.ops.route.modes import CHOOSING_MODES
 
 _COMPACT = torch.int16
 

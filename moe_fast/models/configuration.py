@@ -12,7 +12,7 @@ from transformers import BertConfig, ModernBertConfig, RobertaConfig, XLMRoberta
 from moe_fast.layers.attention import AttentionOfTheCall
 from moe_fast.layers.moe_mlp import TARGETS
 from moe_fast.ops.checks import check_choice, check_count
-from moe_fast.ops.route import check_experts_per_tok, resolve_weight_mode
+from moe_fast.ops.route.modes import check_experts_per_tok, resolve_weight_mode
 from moe_fast.version import __version__
 
 

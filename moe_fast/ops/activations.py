@@ -18,19 +18,27 @@ _aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """An elementwise function and the product of a gradient with its derivative."""
+    """An elementwise function and the product of a gradient with its derivative.
 
+    Attributes:
+        name: what compiled kernels call it.
+        forward: ``z -> act(z)``.
+        backward: ``(gradient of act(z), z) -> gradient of z``.
+    """
+
+    name: str
     forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]  # (gradient of h, z) -> gradient of z
+    backward: Callable[[Tensor, Tensor], Tensor]
 
 
-_GELU = Activation(F.gelu, lambda grad, z: _aten.gelu_backward(grad, z))
+_GELU = Activation("gelu", F.gelu, lambda grad, z: _aten.gelu_backward(grad, z))
 _GELU_TANH = Activation(
+    "gelu_tanh",
     lambda z: F.gelu(z, approximate="tanh"),
     lambda grad, z: _aten.gelu_backward(grad, z, approximate="tanh"),
 )
-_RELU = Activation(F.relu, lambda grad, z: _aten.threshold_backward(grad, z, 0))
-_SILU = Activation(F.silu, lambda grad, z: _aten.silu_backward(grad, z))
+_RELU = Activation("relu", F.relu, lambda grad, z: _aten.threshold_backward(grad, z, 0))
+_SILU = Activation("silu", F.silu, lambda grad, z: _aten.silu_backward(grad, z))
 
 # Keys are transformers' names (ACT2FN); "gelu" is the exact, erf-based one.
 ACTIVATIONS: dict[str, Activation] = {

@@ -109,6 +109,15 @@ def call(op: Callable, *args: Any) -> Any:
     return call_on_views(op, *(t.contiguous() if isinstance(t, Tensor) else t for t in args))
 
 
+def kernel(name: str) -> Callable:
+    """The native op of this name, as an implementation of an operation: see :func:`call`."""
+
+    def run(*args: Any) -> Any:
+        return call(getattr(torch.ops.moe_fast_cpp, name), *args)
+
+    return run
+
+
 def call_on_views(op: Callable, *args: Any) -> Any:
     """Run a native op; what it refuses is a ``ValueError``, as in the reference.
 

@@ -18,7 +18,7 @@ from toy_encoder import BagEncoder, column
 
 from moe_fast.losses import ContrastiveLearningPenaltyLoss, InfoNCELoss
 from moe_fast.losses.functional import global_info_nce
-from moe_fast.ops import logit_tiles
+from moe_fast.ops.info_nce import tiles as logit_tiles
 
 ROWS = {2: [5, 3], 3: [2, 5, 1]}  # of each process: uneven, and one alone
 PER_ROW = {2: 0, 3: 2}  # hard negatives

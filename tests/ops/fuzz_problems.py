@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_fast import ops
-from moe_fast.ops.route import resolve_weight_mode
+from moe_fast.ops.route.modes import resolve_weight_mode
 
 from .helpers import DTYPES
 

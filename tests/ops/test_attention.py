@@ -16,8 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_fast import ops
-from moe_fast.ops import attention
-from moe_fast.ops.attention import attention_kernel, describe_attention, equal_runs
+from moe_fast.ops.varlen_attention import maintained as attention
+from moe_fast.ops.varlen_attention.maintained import (
+    attention_kernel,
+    describe_attention,
+    equal_runs,
+)
 
 from .helpers import DTYPES, FLOAT64, TOLERANCES, assert_close, assert_says, property_test
 

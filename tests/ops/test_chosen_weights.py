@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_fast import ops
-from moe_fast.ops.route import chosen_weights
+from moe_fast.ops.route.chosen_weights import chosen_weights
 
 STARTS = torch.tensor([0, 3, 4, 9])
 SETTINGS = [

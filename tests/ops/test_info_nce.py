@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import moe_fast
 from moe_fast import ops
-from moe_fast.ops import logit_tiles
+from moe_fast.ops.info_nce import tiles as logit_tiles
 
 from . import oracle
 from .helpers import (

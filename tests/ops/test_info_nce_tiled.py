@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast import ops
-from moe_fast.ops import logit_tiles
+from moe_fast.ops.info_nce import tiles as logit_tiles
 
 from .helpers import gradients, leaves
 
@@ -161,7 +161,7 @@ def test_memory_does_not_grow_with_the_square_of_the_batch(monkeypatch):
     inputs = problem(1000, 8, 1, 20.0)
     ids = dict(row_ids=torch.arange(1000) % 900, col_ids=torch.arange(2000))
     args = (*inputs.values(), ids["row_ids"], ids["col_ids"], None, None, None, 0.1, True, True)
-    from moe_fast.ops import info_nce_tiled
+    from moe_fast.ops.info_nce import tiled as info_nce_tiled
 
     with Largest(), torch.no_grad():  # inside the op, where modes do not look
         sums = info_nce_tiled._info_nce_tiled(*args)[3:]

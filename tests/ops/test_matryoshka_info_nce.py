@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_fast import ops
-from moe_fast.ops import logit_tiles
+from moe_fast.ops.info_nce import tiles as logit_tiles
 
 from .helpers import assert_close, assert_gradients_close, assert_says, gradients, opcheck_calls
 from .test_info_nce import F64, ONE, OPTIONS, B, D, G, problem

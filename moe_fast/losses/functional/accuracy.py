@@ -15,7 +15,7 @@ def in_batch_accuracy(
     Args:
         logits: [R, N], row i's own positive in column ``first + i``.
         positive, candidate: [R, N] bool, as
-            :func:`moe_fast.ops.info_nce.positives_and_candidates` gives them.
+            :func:`moe_fast.ops.info_nce.reference.positives_and_candidates` gives them.
     """
     # "not smaller", so that NaN counts against the row as a tie does
     own = logits[:, first : first + len(logits)].diagonal()

@@ -23,16 +23,15 @@ from torch import Tensor
 
 from moe_fast.losses.exchange import AllGather, Ring, Shard, table_of
 from moe_fast.losses.global_sum import several_processes
-from moe_fast.ops import info_nce
+from moe_fast.ops import InfoNCEStats, info_nce
 from moe_fast.ops.checks import FLOAT_DTYPES, check_choice, compute_dtype
-from moe_fast.ops.info_nce import (
-    InfoNCEStats,
+from moe_fast.ops.info_nce.arguments import (
     as_scale,
     check_arguments,
     check_scale,
     check_weights,
 )
-from moe_fast.ops.info_nce_tiled import (
+from moe_fast.ops.info_nce.tiled import (
     Settings,
     add_gradients,
     add_logits,
@@ -41,7 +40,7 @@ from moe_fast.ops.info_nce_tiled import (
     new_sums,
     pair_side,
 )
-from moe_fast.ops.logit_tiles import check_finite, finish_columns, finish_rows
+from moe_fast.ops.info_nce.tiles import check_finite, finish_columns, finish_rows
 
 EXCHANGES = {"gather": AllGather, "ring": Ring}
 

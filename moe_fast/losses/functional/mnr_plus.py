@@ -29,8 +29,8 @@ from moe_fast.losses.functional.accuracy import in_batch_accuracy
 from moe_fast.losses.functional.scalars import checked_scale
 from moe_fast.losses.functional.strips import map_strips, sum_over_strips
 from moe_fast.ops.checks import check_choice
-from moe_fast.ops.info_nce import SIMILARITIES, check_pairs, queries_and_keys
-from moe_fast.ops.logit_tiles import check_finite
+from moe_fast.ops.info_nce.arguments import SIMILARITIES, check_pairs, queries_and_keys
+from moe_fast.ops.info_nce.tiles import check_finite
 
 
 def mnr_plus(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops.checks import checks_values
-from moe_fast.ops.info_nce import as_scale
+from moe_fast.ops.info_nce.arguments import as_scale
 
 
 def checked_scale(scale: float | Tensor, like: Tensor) -> Tensor:

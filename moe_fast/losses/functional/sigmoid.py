@@ -24,13 +24,13 @@ from moe_fast.losses.functional.accuracy import in_batch_accuracy
 from moe_fast.losses.functional.scalars import checked_bias, checked_scale
 from moe_fast.losses.functional.strips import sum_over_strips
 from moe_fast.ops.checks import check_choice
-from moe_fast.ops.info_nce import (
+from moe_fast.ops.info_nce.arguments import (
     SIMILARITIES,
     check_pairs,
-    positives_and_candidates,
     queries_and_keys,
 )
-from moe_fast.ops.logit_tiles import check_finite
+from moe_fast.ops.info_nce.reference import positives_and_candidates
+from moe_fast.ops.info_nce.tiles import check_finite
 
 
 def sigmoid_loss(

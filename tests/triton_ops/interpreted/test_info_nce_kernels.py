@@ -15,7 +15,7 @@ from moe_fast.triton_ops.add_product import add_product
 from moe_fast.triton_ops.config import Config
 
 from moe_fast import ops
-from moe_fast.ops import info_nce_triton
+from moe_fast.ops.info_nce import triton as info_nce_triton
 from tests.ops import oracle
 from tests.ops.helpers import assert_close, gradients, leaves
 

@@ -1,0 +1,53 @@
+"""combine_rows: the weighted sum of each token's rows, from expert order back to token order.
+
+    y[t] = sum over k of w[t, k] * rows[slot_to_row[t, k]]        skipped slots contribute exactly 0
+
+Backward, with upstream gradient dy:
+
+    drows[r] = w[slot of r] * dy[token of r]        0 in skipped rows
+    dw[t, k] = <rows[slot_to_row[t, k]], dy[t]>     0 for skipped slots
+
+A gather, not a scatter: no atomics, slots are summed in their order, the result is deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape
+from moe_fast.ops.combine_rows import cpp, reference  # noqa: F401 - each registers itself
+from moe_fast.ops.plan import RoutingPlan
+
+
+def combine_rows(
+    rows: Tensor, top_k_weights: Tensor, plan: RoutingPlan, *, backend: str | None = None
+) -> Tensor:
+    """The weighted sum of each token's rows.
+
+    Args:
+        rows: [S, D], in the order of ``plan``; skipped rows are not read.
+        top_k_weights: [T, K] float32 or float64, S = T * K. Those of skipped slots are not used.
+        plan: from :func:`plan`.
+        backend: see :func:`moe_fast.use_backend`.
+
+    Returns:
+        [T, D] in the dtype of ``rows``, also under autocast. The sum runs in the wider one of the
+        two dtypes and is rounded once.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes or devices that do not fit; the ``cpp`` backend on
+            the CPU also for index tensors that are no plan.
+    """
+    check_shape("top_k_weights", top_k_weights, (None, None), "[T, K]")
+    check_dtype("top_k_weights", top_k_weights, (torch.float32, torch.float64))
+    slots = top_k_weights.shape[0] * top_k_weights.shape[1]
+    check_shape("rows", rows, (slots, None), "[T * K, D]")
+    check_dtype("rows", rows, FLOAT_DTYPES)
+    check_shape("plan.slot_to_row", plan.slot_to_row, (slots,), "[T * K]")
+    offsets = plan.expert_offsets
+    check_like("rows", rows, dtype=False, top_k_weights=top_k_weights, expert_offsets=offsets)
+    computed_in = torch.promote_types(rows.dtype, top_k_weights.dtype)
+    run = backends.select("combine_rows", backend, rows.device, computed_in)
+    return run(rows, top_k_weights, offsets, plan.slot_to_row)

@@ -1,0 +1,117 @@
+"""Registered ops, which eager calls run without passing PyTorch's dispatcher.
+
+``torch.compile``, ``torch.export``, dispatch modes, function transforms and tensor subclasses must
+meet a registered op. A plain eager call need not: the dispatcher takes 8 microseconds to reach a
+kernel written in Python, and 35 with autograd, which is more than a small problem's work.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fast.compat import nobody_looks
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _no_gradients(*_: Any) -> Any:
+    raise NotImplementedError("the operation has no gradient")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What all implementations of an op share: its schema, its results' shapes, its gradient.
+
+    Attributes:
+        signature: an implementation whose annotations are the op's schema. The other
+            implementations take the same arguments by position.
+        fake: the shapes of the results, see ``torch.library.register_fake``.
+        save: keeps what the gradient needs, see ``torch.library.register_autograd``; ``None`` for
+            an op without a gradient.
+        gradients: ``gradients(backward, ctx, *grads)``: the gradients of all arguments, computed
+            by an implementation's backward op.
+        backward_signature, fake_backward: the same as ``signature`` and ``fake``, of backward ops.
+    """
+
+    signature: Callable
+    fake: Callable
+    save: Callable | None = None
+    gradients: Callable = _no_gradients
+    backward_signature: Callable = _no_gradients
+    fake_backward: Callable = _no_gradients
+
+    def implement(self, name: str, forward: Callable, backward: Callable | None = None) -> Callable:
+        """Register ``forward`` as ``moe_fast::{name}``, ``backward`` as ``{name}_backward``.
+
+        Returns:
+            The function to call, with the arguments of the signature by position.
+        """
+        name = f"moe_fast::{name}"
+        if backward is None:
+            return register_op(name, schema_of(self.signature), forward, self.fake)
+        run_backward = register_op(
+            f"{name}_backward", schema_of(self.backward_signature), backward, self.fake_backward
+        )
+        gradients = functools.partial(self.gradients, run_backward)
+        schema = schema_of(self.signature)
+        return register_op(name, schema, forward, self.fake, self.save, gradients)
+
+
+def schema_of(signature: Callable) -> str:
+    """The schema that the annotations of a function make."""
+    return torch.library.infer_schema(signature, mutates_args=())
+
+
+def register_op(
+    name: str,
+    schema: str,
+    kernel: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Register a ``torch.library.custom_op``; eager calls of the function returned go past it.
+
+    Args:
+        name: with its namespace.
+        schema: of :func:`torch.library.infer_schema`.
+        kernel: computes the results.
+        fake: the shapes of the results.
+        setup_context, backward: as for ``register_autograd``; ``None`` for an op without gradients.
+    """
+    op = torch.library.custom_op(name, kernel, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    differentiate: Callable = op  # which then says that there is no gradient
+    if setup_context is not None and backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
+        differentiate = _function(name, kernel, setup_context, backward).apply
+
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not nobody_looks():
+            return op(*args)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not all(type(t) in _PLAIN for t in tensors):  # a DTensor, a fake tensor
+            return op(*args)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return differentiate(*args)
+        return kernel(*args)
+
+    return run
+
+
+def _function(name: str, kernel: Callable, setup_context: Callable, backward: Callable) -> Any:
+    """A ``torch.autograd.Function``. One with ``setup_context`` of its own takes 15 us longer."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        results = kernel(*args)
+        setup_context(ctx, args, results)
+        return results
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{name}_eager", (torch.autograd.Function,), members)

@@ -1,0 +1,70 @@
+"""expert_linear: one linear map per expert, summed with the routing weights.
+
+    y_t = sum over k of w[t, k] * (W[e] . x_t + b[e]),   e = e(t, k)
+
+The mixture of targets "intermediate" and "output", taken over one projection of the MLP only.
+
+Backward, for a row of expert e with upstream gradient dO (before the weight w), u = dO . W[e]:
+
+    dx = sum over k of w * u;  dw = <u, x> + <dO, b[e]>
+    dW[e] = sum of (w dO)^T x;  db[e] = sum of w dO
+
+Source: Yu, arXiv 2412.17364.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import (
+    FLOAT_DTYPES,
+    autocast_to,
+    check_dtype,
+    check_like,
+    check_shape,
+)
+from moe_fast.ops.expert_linear import cpp, reference, triton  # noqa: F401 - each registers itself
+from moe_fast.ops.plan import RoutingPlan
+from moe_fast.ops.plan_checks import check_plan
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    plan: RoutingPlan,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The mixture of linear maps; see the module's docstring for the mathematics.
+
+    Args:
+        x: [T, I].
+        weight: [E, O, I].
+        bias: [E, O] or ``None``.
+        top_k_weights: [T, K] float32 or float64, from :func:`route`.
+        plan: from :func:`plan` of the same route.
+        backend: see :func:`moe_fast.use_backend`.
+
+    Returns:
+        [T, O] in x's dtype (autocast's under autocast). Skipped slots contribute exactly 0.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes or devices that do not fit.
+    """
+    check_shape("x", x, (None, None), "[T, I]")
+    check_shape("weight", weight, (None, None, x.shape[1]), "[E, O, I]")
+    if not (weight.shape[1] and weight.shape[2]):
+        raise ValueError(f"O and I must be at least 1; got {list(weight.shape[1:])}.")
+    if bias is not None:
+        check_shape("bias", bias, tuple(weight.shape[:2]), "[E, O]")
+    check_dtype("x", x, FLOAT_DTYPES)
+    check_like("x", x, weight=weight, bias=bias)
+    check_plan(x, top_k_weights, plan, weight.shape[0])
+    x, weight, bias = autocast_to(x.device, x, weight, bias)
+    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
+    run = backends.select("expert_linear", backend, x.device, computed_in)
+    return run(x, weight, bias, top_k_weights, *plan.indices)

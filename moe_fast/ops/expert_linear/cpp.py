@@ -1,0 +1,15 @@
+"""expert_linear in C++, on the CPU: kernels/csrc/cpu/expert_linear.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_fast.ops import backends, native
+from moe_fast.ops.expert_linear.reference import OPERATION
+
+run = OPERATION.implement(
+    "expert_linear_cpp", native.kernel("expert_linear"), native.kernel("expert_linear_backward")
+)
+backends.register(
+    "expert_linear", "cpp", run, native.why_no_products, leaves_to_torch=(torch.float64,)
+)

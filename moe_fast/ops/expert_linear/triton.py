@@ -1,0 +1,63 @@
+"""expert_linear on a GPU: grouped products by Triton; formulas in ``__init__.py``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_fast.ops import triton_backend
+from moe_fast.ops.expert_linear.reference import OPERATION
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> Tensor:
+    """y [T, O], as the reference op."""
+    from moe_fast.triton_ops.combine import combine
+    from moe_fast.triton_ops.linear import linear
+
+    plan, w = (expert_offsets, row_to_token, row_to_slot), top_k_weights.contiguous()
+    if w.shape[1] == 1:  # one row per token: written where it belongs
+        return linear(x, weight, bias, w, *plan, gather=True, scatter=True)
+    rows = linear(x, weight, bias, None, *plan, gather=True, scatter=False)
+    return combine(rows, slot_to_row, w, w.shape[1])
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and routing weights, as the reference's backward op."""
+    from moe_fast.triton_ops.column_sum import column_sum
+    from moe_fast.triton_ops.combine import combine
+    from moe_fast.triton_ops.grad_weight import grad_weight
+    from moe_fast.triton_ops.linear import linear
+    from moe_fast.triton_ops.router_grad import router_grad
+
+    plan, w = (expert_offsets, row_to_token, row_to_slot), top_k_weights.contiguous()
+    rows = linear(grad_y, weight.mT, None, None, *plan, gather=True, scatter=False)
+    grad_x = combine(rows, slot_to_row, w, w.shape[1])
+    grad_w = router_grad(None, (rows, x), grad_y, bias, w, *plan)
+    grad_weights = grad_weight(grad_y, x, w, *plan, gather_a=True, gather_b=True)
+    absent = x.new_zeros(weight.shape[:2]) if bias is None else None
+    grad_bias = column_sum(grad_y, w, *plan) if absent is None else absent
+    return grad_x, grad_weights, grad_bias, grad_w
+
+
+run = OPERATION.implement(
+    "expert_linear_triton", triton_backend.on_device(forward), triton_backend.on_device(gradients)
+)
+triton_backend.offer("expert_linear", run)

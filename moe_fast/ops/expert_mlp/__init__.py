@@ -1,0 +1,120 @@
+"""expert_mlp: every token through the MLPs of its K experts, summed with its routing weights.
+
+    z   = W1[e] . x + b1[e]                      (gated: z = [z1, z2], first half activated)
+    h   = act(z)                                 (gated: h = act(z1) * z2)
+    f_e = W2[e] . h + b2[e]
+    y_t = sum over k of w[t, k] * f_{e(t, k)}(x_t)
+
+Backward, for a row of expert e with upstream gradient dO (before the weight w):
+
+    dh = dO . W2[e];  dw = <dh, h> + <dO, b2[e]>;  dz = w * dh * act'(z)
+    dW2[e] = sum of (w dO)^T h;  db2[e] = sum of w dO;  dW1[e] = sum of dz^T x;  db1[e] = sum of dz
+    dx = sum over k of dz . W1[e]
+
+Only x and z are saved; h is computed again from z. ``recompute="up"`` saves x alone.
+
+Source: the expert of Hallee et al., arXiv 2401.15713; saving x and z as in SonicMoE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.activations import ACTIVATIONS
+from moe_fast.ops.checks import (
+    FLOAT_DTYPES,
+    autocast_to,
+    check_choice,
+    check_dtype,
+    check_like,
+    check_shape,
+)
+from moe_fast.ops.expert_mlp import cpp, reference, triton  # noqa: F401 - each registers itself
+from moe_fast.ops.plan import RoutingPlan
+from moe_fast.ops.plan_checks import check_plan
+
+
+def expert_mlp(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    top_k_weights: Tensor,
+    plan: RoutingPlan,
+    *,
+    act: str = "gelu",
+    gated: bool = False,
+    recompute: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The mixture of expert MLPs; see the module's docstring for the mathematics.
+
+    Args:
+        x: [T, D].
+        up_proj: [E, H, D]; gated: [E, 2H, D], activated half first.
+        down_proj: [E, D, H].
+        up_proj_bias, down_proj_bias: [E, H] (gated [E, 2H]) and [E, D], or ``None``.
+        top_k_weights: [T, K] float32 or float64, from :func:`route`.
+        plan: from :func:`plan` of the same route.
+        act: a name of transformers' activations: gelu (exact), gelu_tanh, gelu_new,
+            gelu_pytorch_tanh, relu, silu, swish.
+        recompute: ``None``, or ``"up"`` to compute z again in the backward instead of saving it
+            (less memory, one more product).
+        backend: see :func:`moe_fast.use_backend`.
+
+    Returns:
+        [T, D] in x's dtype (autocast's under autocast). Skipped slots contribute exactly 0.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
+    """
+    check_expert_mlp(x, up_proj, down_proj, up_proj_bias, down_proj_bias, act, gated, recompute)
+    check_plan(x, top_k_weights, plan, up_proj.shape[0])
+    x, up_proj, down_proj, up_proj_bias, down_proj_bias = autocast_to(
+        x.device, x, up_proj, down_proj, up_proj_bias, down_proj_bias
+    )
+    tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
+    run = backends.select("expert_mlp", backend, x.device, computed_in)
+    y, _ = run(*tensors, *plan.indices, act, gated, needs_grad and recompute is None)
+    return y
+
+
+def check_expert_mlp(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    act: str,
+    gated: bool,
+    recompute: str | None,
+) -> None:
+    """Raise unless the tensors of an expert MLP fit each other, naming the argument."""
+    check_choice("act", act, ACTIVATIONS)
+    check_choice("recompute", recompute, (None, "up"))
+    check_shape("x", x, (None, None), "[T, D]")
+    check_shape("down_proj", down_proj, (None, x.shape[1], None), "[E, D, H]")
+    num_experts, dim, hidden = down_proj.shape
+    if not (dim and hidden):
+        raise ValueError(f"D and H must be at least 1; got {dim} and {hidden}.")
+    up_rows = 2 * hidden if gated else hidden
+    letters = "[E, 2H, D]" if gated else "[E, H, D]"
+    check_shape("up_proj", up_proj, (num_experts, up_rows, dim), letters)
+    if up_proj_bias is not None:
+        check_shape("up_proj_bias", up_proj_bias, (num_experts, up_rows), letters[:-4] + "]")
+    if down_proj_bias is not None:
+        check_shape("down_proj_bias", down_proj_bias, (num_experts, dim), "[E, D]")
+    check_dtype("x", x, FLOAT_DTYPES)
+    check_like(
+        "x",
+        x,
+        up_proj=up_proj,
+        down_proj=down_proj,
+        up_proj_bias=up_proj_bias,
+        down_proj_bias=down_proj_bias,
+    )

@@ -1,0 +1,148 @@
+"""expert_mlp in PyTorch: a loop over the experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.activations import activate, activate_backward
+from moe_fast.ops.checks import without_autocast
+from moe_fast.ops.eager_dispatch import Operation
+from moe_fast.ops.plan_checks import combine, new_rows, slot_values
+
+
+@without_autocast
+def _expert_mlp(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    act: str,
+    gated: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = new_rows(x, row_to_token.shape[0], x.shape[1])
+    saved = x.new_empty(row_to_token.shape[0] if save else 0, up_proj.shape[1])
+    offsets = expert_offsets.tolist()
+    for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if first == last:
+            continue
+        z = F.linear(x[row_to_token[first:last]], up_proj[e], _of(up_proj_bias, e))
+        rows[first:last] = F.linear(activate(z, act, gated), down_proj[e], _of(down_proj_bias, e))
+        if save:
+            saved[first:last] = z
+    saved[offsets[-1] :] = 0  # skipped slots: an op must not return uninitialised memory
+    return combine(rows, slot_to_row, top_k_weights), saved
+
+
+def _of(bias: Tensor | None, expert: int) -> Tensor | None:
+    return None if bias is None else bias[expert]
+
+
+@without_autocast
+def _expert_mlp_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    top_k_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    saved: Tensor,
+    act: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # Experts without rows keep the zeros; absent biases get an empty gradient nobody reads.
+    grad_up, grad_down = up_proj.new_zeros(up_proj.shape), down_proj.new_zeros(down_proj.shape)
+    grad_up_bias = x.new_zeros(up_proj.shape[:2])
+    grad_down_bias = x.new_zeros(down_proj.shape[:2])
+    grad_rows = new_rows(x, row_to_token.shape[0], x.shape[1])
+    grad_row_weights = top_k_weights.new_empty(row_to_token.shape[0])
+    row_weights = top_k_weights.reshape(-1)[row_to_slot]
+    offsets = expert_offsets.tolist()
+    for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if first == last:
+            continue
+        here = slice(first, last)
+        rows_x, grad_out = x[row_to_token[here]], grad_y[row_to_token[here]]
+        z = saved[here] if saved.shape[0] else F.linear(rows_x, up_proj[e], _of(up_proj_bias, e))
+        h = activate(z, act, gated)
+        grad_h = grad_out @ down_proj[e]
+        weight = row_weights[here, None]
+        grad_row_weights[here] = (grad_h.to(weight.dtype) * h).sum(-1)
+        if down_proj_bias is not None:
+            grad_row_weights[here] += grad_out.to(weight.dtype) @ down_proj_bias[e].to(weight.dtype)
+        grad_z = activate_backward((grad_h * weight).to(x.dtype), z, act, gated)
+        grad_out = (grad_out * weight).to(x.dtype)
+        grad_down[e], grad_down_bias[e] = grad_out.t() @ h, grad_out.sum(0)
+        grad_up[e], grad_up_bias[e] = grad_z.t() @ rows_x, grad_z.sum(0)
+        grad_rows[here] = grad_z @ up_proj[e]
+    grad_weights = slot_values(grad_row_weights, slot_to_row, top_k_weights.shape)
+    grad_x = combine(grad_rows, slot_to_row, torch.ones_like(top_k_weights))
+    return grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights
+
+
+def _fake(x, up_proj, *rest):
+    row_to_token, save = rest[5], rest[-1]
+    saved_rows = row_to_token.shape[0] if save else 0
+    return x.new_empty(x.shape), x.new_empty((saved_rows, up_proj.shape[1]))
+
+
+def _fake_backward(
+    grad_y, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *rest
+):
+    return (
+        x.new_empty(x.shape),
+        up_proj.new_empty(up_proj.shape),
+        down_proj.new_empty(down_proj.shape),
+        x.new_empty(up_proj.shape[:2]),
+        x.new_empty(down_proj.shape[:2]),
+        top_k_weights.new_empty(top_k_weights.shape),
+    )
+
+
+def _save_for_backward(ctx, inputs, output):
+    """Keep the op's tensors, and z where it was saved."""
+    *tensors, act, gated, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.settings = (act, gated)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or autograd makes zeros as large as z for its gradient
+
+
+def _gradients(backward, ctx, grad_y, _):
+    if grad_y is None:  # only z was asked for, which has no gradient
+        return (None,) * 13
+    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
+    up_bias, down_bias = tensors[3:5]
+    grads = backward(grad_y, *tensors, *ctx.settings)
+    grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights = grads
+    return (
+        grad_x,
+        grad_up,
+        grad_down,
+        None if up_bias is None else grad_up_bias,
+        None if down_bias is None else grad_down_bias,
+        grad_weights,
+        *[None] * 7,
+    )
+
+
+OPERATION = Operation(
+    _expert_mlp, _fake, _save_for_backward, _gradients, _expert_mlp_backward, _fake_backward
+)
+backends.register(
+    "expert_mlp", "torch", OPERATION.implement("expert_mlp", _expert_mlp, _expert_mlp_backward)
+)

@@ -1,0 +1,121 @@
+"""expert_mlp_norm: the mixture of expert MLPs with BERT's output block behind it.
+
+    y   = expert_mlp(x)
+    s   = residual + dropout(y)
+    out = LayerNorm(s) = norm_weight * (s - mean(s)) / sqrt(var(s) + eps) + norm_bias
+
+On ``torch`` and ``cpp`` it is that composition. ``triton`` sums a token's rows, drops, adds and
+normalises in one pass (``kernels/triton_ops/combine_norm.py``); backward, one pass gives the
+gradients of y and of the residual, and expert_mlp's own backward goes on from there. Beside x and
+z it saves s, two numbers per token and what dropout kept.
+
+The mask of dropout is drawn by torch before an implementation is chosen: all drop the same
+entries, and they are those that ``torch.nn.functional.dropout`` would drop in its place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import (
+    FLOAT_DTYPES,
+    autocast_to,
+    check_dtype,
+    check_like,
+    check_shape,
+)
+from moe_fast.ops.expert_mlp import check_expert_mlp
+from moe_fast.ops.expert_mlp_norm import reference, triton  # noqa: F401 - each registers itself
+from moe_fast.ops.plan import RoutingPlan
+from moe_fast.ops.plan_checks import check_plan
+
+
+def expert_mlp_norm(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    top_k_weights: Tensor,
+    plan: RoutingPlan,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float = 1e-12,
+    dropout: float = 0.0,
+    act: str = "gelu",
+    gated: bool = False,
+    recompute: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``LayerNorm(dropout(expert_mlp(x)) + residual)``; see the module's docstring.
+
+    Args:
+        x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, plan, act, gated,
+            recompute: as in :func:`moe_fast.ops.expert_mlp`.
+        residual: [T, D].
+        norm_weight, norm_bias: [D], LayerNorm's gamma and beta.
+        eps: is added to the variance.
+        dropout: the probability with which an entry of y is dropped; 0 outside of training.
+        backend: see :func:`moe_fast.use_backend`.
+
+    Returns:
+        [T, D] in x's dtype; under autocast float32, as LayerNorm's. Skipped slots add 0: a token
+        without any gets ``LayerNorm(residual)``.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
+    """
+    check_expert_mlp(x, up_proj, down_proj, up_proj_bias, down_proj_bias, act, gated, recompute)
+    check_plan(x, top_k_weights, plan, up_proj.shape[0])
+    _check_block(x, residual, norm_weight, norm_bias, dropout)
+    x, *weights = autocast_to(
+        x.device, x, up_proj, down_proj, up_proj_bias, down_proj_bias
+    )  # as a product would be, and what follows as LayerNorm
+    block = _as_layer_norm(residual, norm_weight, norm_bias)
+    keep = None if dropout == 0 else _kept(x, dropout)
+    tensors = (x, *weights, top_k_weights)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*tensors, *block)
+    )
+    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
+    run = backends.select("expert_mlp_norm", backend, x.device, computed_in)
+    return run(
+        *tensors,
+        *plan.indices,
+        *block,
+        keep,
+        1 / (1 - dropout) if dropout < 1 else 0.0,
+        eps,
+        act,
+        gated,
+        needs_grad,
+        needs_grad and recompute is None,
+    )[0]
+
+
+def _check_block(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, dropout: float
+) -> None:
+    check_shape("residual", residual, tuple(x.shape), "[T, D]")
+    check_dtype("residual", residual, FLOAT_DTYPES)
+    check_shape("norm_weight", norm_weight, (x.shape[1],), "[D]")
+    check_shape("norm_bias", norm_bias, (x.shape[1],), "[D]")
+    check_like("x", x, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a probability, 0 to 1; got {dropout}.")
+
+
+def _as_layer_norm(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In float32 under autocast, which normalises in no narrower dtype."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
+
+
+def _kept(x: Tensor, dropout: float) -> Tensor:
+    """[T, D] bool: what dropout keeps, drawn from the device's generator."""
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)

@@ -1,0 +1,33 @@
+"""expert_mlp_norm as a composition: a backend's expert_mlp, and PyTorch's functions behind it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_fast.ops import backends, native
+
+
+def _composition(backend: str, *arguments: Any) -> tuple[Tensor]:
+    *tensors, residual, norm_weight, norm_bias, keep, scale, eps, act, gated, _, save = arguments
+    x, top_k_weights = tensors[0], tensors[5]
+    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
+    run = backends.select("expert_mlp", backend, x.device, computed_in)
+    y, _ = run(*tensors, act, gated, save)
+    if keep is not None:
+        y = y * (keep.to(y.dtype) * scale)
+    return (F.layer_norm(y + residual, norm_weight.shape, norm_weight, norm_bias, eps),)
+
+
+backends.register("expert_mlp_norm", "torch", functools.partial(_composition, "torch"))
+backends.register(
+    "expert_mlp_norm",
+    "cpp",
+    functools.partial(_composition, "cpp"),
+    native.why_no_products,
+    leaves_to_torch=(torch.float64,),
+)

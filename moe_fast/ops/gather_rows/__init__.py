@@ -1,0 +1,48 @@
+"""gather_rows: each token's vector at its rows, in the order in which experts see them.
+
+    rows[r] = x[row_to_token[r]]        0 in the skipped rows behind expert_offsets[E]
+
+With :func:`combine_rows` this is all that an expert of one's own needs: what lies between the two
+sees contiguous rows, ``expert_offsets[e] .. expert_offsets[e + 1]`` for expert e. (``expert_mlp``
+gathers inside its products, and needs neither.) The gradient of a token is the sum over its rows,
+which is ``combine_rows`` with weights of 1.
+
+Source: the permutation of MegaBlocks, arXiv 2211.15841, without its padding.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape
+from moe_fast.ops.gather_rows import cpp, reference  # noqa: F401 - each registers itself
+from moe_fast.ops.plan import RoutingPlan
+
+
+def gather_rows(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> Tensor:
+    """The rows of ``plan``, each a copy of its token's vector.
+
+    Args:
+        x: [T, D].
+        plan: from :func:`plan`, of T tokens.
+        backend: see :func:`moe_fast.use_backend`.
+
+    Returns:
+        [S, D] in the dtype of x, also under autocast: nothing is computed.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes or devices that do not fit; the ``cpp`` backend on
+            the CPU also for index tensors that are no plan.
+    """
+    check_shape("x", x, (None, None), "[T, D]")
+    check_dtype("x", x, FLOAT_DTYPES)
+    slots = plan.row_to_token.shape[0]
+    if slots % x.shape[0] if x.shape[0] else slots:
+        raise ValueError(
+            f"plan must be of the {x.shape[0]} tokens of x; got {slots} rows, no multiple of it."
+        )
+    check_shape("plan.slot_to_row", plan.slot_to_row, (slots,), "[S]")
+    check_like("x", x, dtype=False, expert_offsets=plan.expert_offsets)
+    run = backends.select("gather_rows", backend, x.device, x.dtype)
+    return run(x, plan.expert_offsets, plan.row_to_token, plan.slot_to_row)

@@ -1,0 +1,114 @@
+"""info_nce: the contrastive loss with in-batch negatives (multiple negatives ranking), dense form.
+
+With ``q = a`` and ``k = [b; negatives]`` (normalised to unit length for cosine similarity):
+
+    s_ij = scale * <q_i, k_j>                                   [B, N], N = B + B * G
+    row_i = cross_entropy(s_i. , T_i.)       a to b, over all N candidates
+    col_j = cross_entropy(s_.j , T'_.j)      b to a, over the B anchors, j < B
+    loss  = sum_i w_i * (row_i + col_i) / 2 / sum_i w_i          (one-way: w_i * row_i)
+
+Targets: the row's own positive, or, with ``group_ids``, evenly all rows of its group (as the outer
+form of SupCon, Khosla et al., arXiv 2004.11362); with ``label_smoothing`` eps, ``(1 - eps)`` of
+that plus eps spread evenly over the candidates that are not masked.
+
+Masks: a pair (i, j) is left out of both directions, unless j is a positive of i, when
+
+    - the rows i and j (j < B) share a text: the same anchor, the same positive, or one's anchor is
+      the other's positive; or a hard negative j is the same text as i's anchor or positive;
+    - ``domain_ids`` of the rows differ (a hard negative has the domain of its row).
+
+Backward, with P and P' the row- and column-wise softmax and g the upstream gradient:
+
+    G = g / sum(w) * (w_i (P - T) + w_j (P' - T')) / 2
+    dq = scale * G . k;  dk = scale * G^T . q;  dscale = sum(G * <q, k>)
+
+The products and the logits are at least float32 whatever the inputs are, with autocast off.
+
+Source: Henderson et al., arXiv 1705.00652 (in-batch negatives); van den Oord et al., arXiv
+1807.03748 (InfoNCE).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import compute_dtype
+from moe_fast.ops.info_nce import reference, tiled, triton  # noqa: F401 - each registers itself
+from moe_fast.ops.info_nce.arguments import as_scale, check_arguments, check_not_alone
+
+
+@dataclass(frozen=True)
+class InfoNCEStats:
+    """What one pass of the loss also knows; detached, for logs and for choosing rows.
+
+    Attributes:
+        row_loss: [B] float, each row's loss (the mean of both directions where symmetric).
+        rank: [B] int64, 1 + the number of unmasked candidates, positives aside, at least as
+            similar to the anchor as its own positive: 1 is best, ties count against the row.
+        accuracy: [] float, the share of rows with rank 1.
+    """
+
+    row_loss: Tensor
+    rank: Tensor
+    accuracy: Tensor
+
+
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    similarity: str = "cosine",
+    symmetric: bool = True,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    domain_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, InfoNCEStats]:
+    """The contrastive loss of B pairs; see the module's docstring for the mathematics.
+
+    Args:
+        a: [B, d] anchors, B >= 1.
+        b: [B, d] positives, row i belonging to ``a[i]``.
+        negatives: [B * G, d] hard negatives, row i's being ``i * G .. i * G + G - 1``.
+        scale: 1 / temperature, > 0; a float, or a tensor of one element that wants a gradient.
+        similarity: "cosine" or "dot".
+        symmetric: the mean of both directions, or a to b only.
+        row_ids, col_ids: int64 [B] and [N], equal where texts are (hashes of anchors, and of
+            positives followed by hard negatives): the same text is never its own negative.
+        domain_ids: int64 [B]; negatives come from the same domain only.
+        group_ids: int64 [B]; rows of one group are each other's positives.
+        weights: float [B], >= 0, not all 0.
+        label_smoothing: in [0, 1).
+        return_stats: also return an :class:`InfoNCEStats`, at no extra pass.
+        backend: see :func:`moe_fast.use_backend`.
+
+    Returns:
+        The loss, [] float32 (float64 for float64 inputs), or ``(loss, stats)``. Gradients reach
+        ``a``, ``b``, ``negatives`` and ``scale``, not ``weights``.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+    """
+    ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
+    check_arguments(a, b, negatives, similarity, label_smoothing, weights, col_ids, **ids)
+    check_not_alone(a, negatives)
+    dtype = compute_dtype(a.dtype)
+    scale = as_scale(scale, a.device, dtype)
+    run = backends.select("info_nce", backend, a.device, dtype)
+    loss, row_loss, rank = run(
+        *(a, b, negatives, scale, row_ids, col_ids, domain_ids, group_ids, weights),
+        *(label_smoothing, symmetric, similarity == "cosine"),
+    )
+    if not return_stats:
+        return loss
+    row_loss = row_loss.detach()
+    return loss, InfoNCEStats(row_loss, rank, (rank == 1).to(row_loss.dtype).mean())

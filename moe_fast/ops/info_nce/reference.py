@@ -1,0 +1,173 @@
+"""info_nce in PyTorch, with the whole matrix of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import without_autocast
+from moe_fast.ops.eager_dispatch import Operation
+from moe_fast.ops.info_nce.arguments import check_scale, queries_and_keys, row_weights
+from moe_fast.ops.info_nce.tiles import check_finite
+
+
+def positives_and_candidates(
+    batch: int,
+    num_candidates: int,
+    device: torch.device,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    first: int = 0,
+    last: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Two bool matrices [B, N], or their rows ``first`` to ``last``.
+
+    j is a positive of i; j takes part in i's softmax.
+    """
+    row = torch.arange(batch, device=device)
+    here = slice(first, last)
+    num_negatives = (num_candidates - batch) // batch
+    row_of_candidate = torch.cat((row, row.repeat_interleave(num_negatives)))  # [N]
+    own = torch.arange(num_candidates, device=device) == row[here, None]
+    positive = own
+    if group_ids is not None:
+        positive = own.clone()
+        positive[:, :batch] |= group_ids[here, None] == group_ids
+    masked = torch.zeros_like(own)
+    if row_ids is not None and col_ids is not None:
+        masked |= (col_ids == row_ids[here, None]) | (col_ids == col_ids[:batch][here, None])
+        masked[:, :batch] |= row_ids == row_ids[here, None]
+        masked[:, :batch] |= row_ids == col_ids[:batch][here, None]
+    if domain_ids is not None:
+        masked |= domain_ids[here, None] != domain_ids[row_of_candidate]
+    return positive, positive | ~masked
+
+
+def _targets(positive: Tensor, candidate: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """[B, N] target distribution of each row; rows sum to 1."""
+    target = positive.to(dtype) / positive.sum(1, keepdim=True)
+    if eps:
+        target = (1 - eps) * target + eps * candidate.to(dtype) / candidate.sum(1, keepdim=True)
+    return target
+
+
+def _cross_entropy(logits: Tensor, candidate: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Row-wise cross entropy [B] and softmax [B, N] over the candidates."""
+    log_p = logits.masked_fill(~candidate, -torch.inf).log_softmax(1)
+    return -torch.where(target > 0, target * log_p, 0).sum(1), log_p.exp()
+
+
+def _directions(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    label_smoothing: float,
+    symmetric: bool,
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """(logits, positive, candidate, softmax - target, loss) of a to b, then of b to a."""
+    batch = q.shape[0]
+    logits = scale * (q @ k.t())
+    positive, candidate = positives_and_candidates(
+        batch, k.shape[0], q.device, row_ids, col_ids, domain_ids, group_ids
+    )
+    views = [(logits, positive, candidate)]
+    if symmetric:
+        views.append((logits[:, :batch].t(), positive[:, :batch].t(), candidate[:, :batch].t()))
+    result = []
+    for view in views:
+        target = _targets(view[1], view[2], label_smoothing, q.dtype)
+        loss, p = _cross_entropy(view[0], view[2], target)
+        result.append((*view, p - target, loss))
+    return result
+
+
+@without_autocast
+def _info_nce(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_scale(scale)
+    check_finite(a=q, b=k[: len(q)], negatives=k[len(q) :])
+    each = row_weights(weights, q)
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)
+    row_loss = torch.stack([d[-1] for d in directions]).mean(0)
+    logits, positive, candidate = directions[0][:3]
+    # "not smaller", so that NaN counts against the row as a tie does
+    beats = candidate & ~positive & ~(logits < logits.diagonal()[:, None])
+    return (each * row_loss).sum(), row_loss, 1 + beats.sum(1)
+
+
+def _fake(q, *rest):
+    batch = q.shape[0]
+    return q.new_empty(()), q.new_empty((batch,)), q.new_empty((batch,), dtype=torch.int64)
+
+
+@without_autocast
+def _info_nce_backward(
+    grad_loss: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    each = row_weights(weights, q)
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)
+    grad = each[:, None] * directions[0][3]  # [B, N], row-wise softmax minus target
+    if symmetric:
+        grad[:, : q.shape[0]] += (each[:, None] * directions[1][3]).t()
+    grad *= grad_loss / len(directions)
+    return scale * (grad @ k), scale * (grad.t() @ q), (grad * (q @ k.t())).sum()
+
+
+def _fake_backward(grad_loss, q, k, scale, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), scale.new_empty(())
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, label_smoothing, symmetric = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings = (label_smoothing, symmetric)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(backward, ctx, grad_loss, _row_loss, _rank):
+    grads = backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *[None] * 7
+
+
+_OPERATION = Operation(
+    _info_nce, _fake, _save_for_backward, _gradients, _info_nce_backward, _fake_backward
+)
+_run_op = _OPERATION.implement("info_nce", _info_nce, _info_nce_backward)
+
+
+def _run(a, b, negatives, scale, *rest):
+    check_finite(a=a, b=b, negatives=negatives)  # the op sees unit vectors, whatever these are
+    q, k = queries_and_keys(a, b, negatives, "cosine" if rest[-1] else "dot")
+    return _run_op(q, k, scale, *rest[:-1])
+
+
+backends.register("info_nce", "torch", _run)

@@ -1,0 +1,448 @@
+"""info_nce without a B x B matrix: the loss's sums, then its gradient, tile by tile.
+
+Forward, one product: of each row and each column over all tiles (online, Milakov and Gimelshein,
+arXiv 1805.02867)
+
+    neg  = logsumexp of the logits of its negatives       pos = logsumexp of those of its positives
+    loss = (lse - pos) + (pos - mean positive logit),  lse - pos = softplus(neg - pos)
+
+Never ``lse - s_ii``: the loss of a pair told apart well is 1e-8, the rounding of its lse 1e-6.
+
+Backward, three products: the tile again, and
+
+    G_ij = w_i (exp(s_ij - lse_i) - T_ij) + w_j (exp(s_ij - lse_j) - T'_ij)
+
+into both sides (:mod:`moe_fast.ops.info_nce.tiles`). A tile serves both directions. The gradient of
+a row's only positive is ``-w_i sigmoid(neg - pos)``, for the same reason as above. Columns of hard
+negatives have no second term.
+
+Every function here works on some rows against some columns: several processes hold the rows of one
+batch and add up the columns' sums (:mod:`moe_fast.losses.functional.global_info_nce`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import without_autocast
+from moe_fast.ops.eager_dispatch import Operation
+from moe_fast.ops.info_nce.arguments import check_scale, row_weights
+from moe_fast.ops.info_nce.tiles import (
+    MASKED,
+    Side,
+    Workspace,
+    add_products,
+    blocks,
+    check_finite,
+    comparable,
+    finish_columns,
+    finish_rows,
+    inverse_norm,
+    logits_tile,
+    scaled_rows,
+    tile_masks,
+)
+
+# What is summed over a row's, or a column's, logits, these being in base 2; sums are [6, n].
+NEG, POS = 0, 1  # log2 sum exp2 over negatives, and over positives
+POS_SUM, POS_COUNT, ALL_SUM, ALL_COUNT = 2, 3, 4, 5  # sums; the last two for label smoothing only
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the tiles are computed with.
+
+    Attributes:
+        scale: [] in the dtype of the logits.
+        label_smoothing: in [0, 1).
+    """
+
+    scale: Tensor
+    label_smoothing: float
+
+
+def new_sums(count: int, like: Tensor) -> Tensor:
+    """[6, count] sums over nothing."""
+    sums = like.new_zeros((6, count))
+    sums[:POS_SUM] = -torch.inf
+    return sums
+
+
+def join_sums(sums: Tensor, others: Tensor) -> None:
+    """Adds the sums over other logits [6, n] to ``sums`` [6, n] in place."""
+    torch.logaddexp2(sums[:POS_SUM], others[:POS_SUM], out=sums[:POS_SUM])
+    sums[POS_SUM:] += others[POS_SUM:]
+
+
+def cross_entropy(sums: Tensor, label_smoothing: float) -> Tensor:
+    """[n] the loss of each row, or column."""
+    neg, pos = sums[NEG], sums[POS]
+    mean_positive = sums[POS_SUM] / sums[POS_COUNT]
+    if not label_smoothing:
+        bits = torch.logaddexp2(neg - pos, torch.zeros_like(pos)) + (pos - mean_positive)
+        return bits * math.log(2)
+    mean = sums[ALL_SUM] / sums[ALL_COUNT]
+    target = (1 - label_smoothing) * mean_positive + label_smoothing * mean
+    return (torch.logaddexp2(neg, pos) - target) * math.log(2)
+
+
+# --- forward -------------------------------------------------------------------------------------
+
+
+def add_logits(
+    rows: Side,
+    columns: Side,
+    settings: Settings,
+    row_sums: Tensor,
+    column_sums: Tensor | None,
+    own_logit: Tensor,
+    rank: Tensor,
+    own: bool,
+) -> None:
+    """Adds the logits of all rows against some columns to the sums.
+
+    Args:
+        row_sums: [6, m], added to.
+        column_sums: [6, n], added to; ``None`` for columns without a loss.
+        own_logit: [m], each row's logit with its own positive: written where ``own``, else read.
+        rank: [m] int64, added to.
+        own: whether the columns are the rows' own positives; these must come first.
+    """
+    device = rows.x.device
+    rows, columns = comparable(rows, columns)
+    space = Workspace(len(rows), len(columns), settings.scale)
+    for first, last in blocks(len(rows), device):
+        block = rows.block(first, last)
+        scaled_q = scaled_rows(block, settings.scale)
+        here = own_logit[first:last]
+        for low, high in diagonal_first(blocks(len(columns), device), first, own):
+            tile, diagonal = columns.block(low, high), own and low == first
+            s = logits_tile(scaled_q, tile, space)
+            if diagonal:
+                here.copy_(s.diagonal())
+            directions = [(row_sums[:, first:last], 1)]
+            if column_sums is not None:
+                directions.append((column_sums[:, low:high], 0))
+            masks = tile_masks(block, tile, diagonal, space)
+            add_tile(s, *masks, diagonal, settings.label_smoothing, directions, space)
+            smaller = torch.lt(s, here[:, None], out=space.tile("scratch", *s.shape))
+            # "not smaller", so that NaN counts against the row as a tie does
+            rank[first:last] += s.shape[1] - smaller.sum(1).to(torch.int64)
+
+
+def diagonal_first(
+    column_blocks: list[tuple[int, int]], first: int, own: bool
+) -> list[tuple[int, int]]:
+    """The blocks of columns, the one with the rows' own positives in front: ranks need these."""
+    return sorted(column_blocks, key=lambda block: own and block[0] != first)
+
+
+def add_tile(
+    s: Tensor,
+    positive: Tensor | None,
+    excluded: Tensor | None,
+    diagonal: bool,
+    label_smoothing: float,
+    directions: Sequence[tuple[Tensor, int]],
+    space: Workspace,
+) -> None:
+    """Adds a tile s [m, n] to sums, each with the axis it sums over; only negatives stay in s."""
+    if label_smoothing:
+        kept = torch.ones_like(s) if excluded is None else (excluded == 0).to(s.dtype)
+        for sums, axis in directions:
+            sums[ALL_SUM] += (s * kept).sum(axis)
+            sums[ALL_COUNT] += kept.sum(axis)
+    if excluded is not None:
+        s.add_(excluded, alpha=MASKED)
+    if positive is not None:
+        positives = torch.add(s, 1 - positive, alpha=MASKED)
+        for sums, axis in directions:
+            sums[POS] = torch.logaddexp2(sums[POS], log2_sum_exp2(positives, axis, space))
+            sums[POS_SUM] += (s * positive).sum(axis)
+            sums[POS_COUNT] += positive.sum(axis)
+        s.add_(positive, alpha=MASKED)
+    elif diagonal:
+        for sums, _ in directions:
+            sums[POS] = sums[POS_SUM] = s.diagonal()
+            sums[POS_COUNT] = 1
+        s.fill_diagonal_(MASKED)
+    for sums, axis in directions:
+        sums[NEG] = torch.logaddexp2(sums[NEG], log2_sum_exp2(s, axis, space))
+
+
+def log2_sum_exp2(s: Tensor, axis: int, space: Workspace) -> Tensor:
+    """log2 sum exp2 of a tile over an axis: [n], or [m]."""
+    largest = s.amax(axis, keepdim=True)
+    shifted = torch.sub(s, largest, out=space.tile("scratch", *s.shape))
+    return shifted.exp2_().sum(axis).log2_() + largest.squeeze(axis)
+
+
+# --- backward ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the gradient of a tile needs of each row, or column: [n] each.
+
+    Attributes:
+        log_total: lse - log w in base 2: ``exp2(s - log_total)`` is the weighted softmax.
+        positive: w (1 - eps) / number of positives.
+        every: w eps / number of candidates.
+        own: the gradient of an only positive, exact where it is tiny.
+        alone: whether there is only one, and no smoothing.
+    """
+
+    log_total: Tensor
+    positive: Tensor
+    every: Tensor
+    own: Tensor
+    alone: Tensor
+
+    def block(self, first: int, last: int) -> Terms:
+        """Rows ``first`` to ``last`` alone."""
+        if first == 0 and last == len(self.own):
+            return self
+        fields = (getattr(self, name) for name in self.__dataclass_fields__)
+        return Terms(*(t[first:last] for t in fields))
+
+
+def gradient_terms(sums: Tensor, weights: Tensor, label_smoothing: float) -> Terms:
+    """Of rows, or columns, with these sums [6, n] and weights [n] in the loss."""
+    neg, pos = sums[NEG], sums[POS]
+    return Terms(
+        log_total=torch.logaddexp2(neg, pos) - weights.log2(),
+        positive=weights * (1 - label_smoothing) / sums[POS_COUNT],
+        every=weights * label_smoothing / sums[ALL_COUNT].clamp(min=1),
+        own=-weights * torch.sigmoid((neg - pos) * math.log(2)),
+        alone=(sums[POS_COUNT] == 1) & (label_smoothing == 0),
+    )
+
+
+def add_gradients(
+    rows: Side,
+    columns: Side,
+    settings: Settings,
+    row_terms: Terms,
+    column_terms: Terms | None,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    own: bool,
+) -> None:
+    """Adds the gradients of all rows against some columns to [m, d] and [n, d], unfinished.
+
+    See :func:`moe_fast.ops.info_nce.tiles.finish_rows` for what is left to do. ``column_terms`` is
+    ``None`` for columns without a loss; ``own`` as in :func:`add_logits`.
+    """
+    device = rows.x.device
+    rows, columns = comparable(rows, columns)
+    space = Workspace(len(rows), len(columns), settings.scale)
+    for first, last in blocks(len(rows), device):
+        block, by_row = rows.block(first, last), row_terms.block(first, last)
+        scaled_q = scaled_rows(block, settings.scale)
+        for low, high in blocks(len(columns), device):
+            tile, diagonal = columns.block(low, high), own and low == first
+            by_column = None if column_terms is None else column_terms.block(low, high)
+            s = logits_tile(scaled_q, tile, space)
+            masks = tile_masks(block, tile, diagonal, space)
+            grad = tile_gradient(
+                s, *masks, diagonal, settings.label_smoothing, by_row, by_column, space
+            )
+            add_products(grad, scaled_q, tile, grad_rows[first:last], grad_columns[low:high])
+
+
+def tile_gradient(
+    s: Tensor,
+    positive: Tensor | None,
+    excluded: Tensor | None,
+    diagonal: bool,
+    label_smoothing: float,
+    rows: Terms,
+    columns: Terms | None,
+    space: Workspace,
+) -> Tensor:
+    """G [m, n] of a tile; s is overwritten."""
+
+    def outer(of_row: Tensor, of_column: Tensor | None) -> Tensor:
+        return of_row[:, None] if of_column is None else of_row[:, None] + of_column
+
+    if excluded is not None:
+        s.add_(excluded, alpha=MASKED)
+    grad = torch.sub(s, rows.log_total[:, None], out=space.tile("scratch", *s.shape)).exp2_()
+    if columns is not None:
+        grad += s.sub_(columns.log_total).exp2_()
+    if label_smoothing:
+        target = outer(rows.every, None if columns is None else columns.every)
+        grad -= target if excluded is None else target * (excluded == 0)
+    if positive is not None:
+        grad.addcmul_(
+            positive, outer(rows.positive, None if columns is None else columns.positive), value=-1
+        )
+    if diagonal:
+        on = grad.diagonal()
+        own, target = rows.own, rows.positive
+        if columns is not None:
+            own, target = own + columns.own, target + columns.positive
+        on.copy_(torch.where(rows.alone, own, on if positive is not None else on - target))
+    return grad
+
+
+# --- the op of one process -----------------------------------------------------------------------
+
+
+def pair_side(
+    x: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    cosine: bool,
+) -> Side:
+    """Anchors or positives x [B, d] with the ids of :func:`moe_fast.ops.info_nce`."""
+    texts = None if col_ids is None else col_ids[: len(x)]
+    return Side(x, inverse_norm(x) if cosine else None, row_ids, texts, domain_ids, group_ids)
+
+
+def hard_side(
+    negatives: Tensor | None,
+    batch: int,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    cosine: bool,
+) -> Side | None:
+    """Hard negatives [B * G, d], with their rows' domains; ``None`` if there are none."""
+    if negatives is None or not len(negatives):
+        return None
+    if domain_ids is not None:
+        domain_ids = domain_ids.repeat_interleave(len(negatives) // batch)
+    texts = None if col_ids is None else col_ids[batch:]
+    return Side(negatives, inverse_norm(negatives) if cosine else None, None, texts, domain_ids)
+
+
+@without_autocast
+def _info_nce_tiled(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    symmetric: bool,
+    cosine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_scale(scale)
+    check_finite(a=a, b=b, negatives=negatives)
+    each = row_weights(weights, a)
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
+    hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
+    settings = Settings(scale, label_smoothing)
+    row_sums = new_sums(len(rows), scale)
+    column_sums = new_sums(len(pairs) if symmetric else 0, scale)
+    own_logit = torch.empty_like(row_sums[0])
+    rank = torch.ones(len(rows), dtype=torch.int64, device=a.device)
+    both = (row_sums, column_sums if symmetric else None)
+    add_logits(rows, pairs, settings, *both, own_logit, rank, own=True)
+    if hard is not None:
+        add_logits(rows, hard, settings, row_sums, None, own_logit, rank, own=False)
+    row_loss = cross_entropy(row_sums, label_smoothing)
+    if symmetric:
+        row_loss = (row_loss + cross_entropy(column_sums, label_smoothing)) / 2
+    return (each * row_loss).sum(), row_loss, rank, row_sums, column_sums
+
+
+def _fake(a, b, negatives, scale, *rest):
+    batch, symmetric = a.shape[0], rest[-2]
+    return (
+        scale.new_empty(()),
+        scale.new_empty((batch,)),
+        a.new_empty((batch,), dtype=torch.int64),
+        scale.new_empty((6, batch)),
+        scale.new_empty((6, batch if symmetric else 0)),
+    )
+
+
+@without_autocast
+def _info_nce_tiled_backward(
+    grad_loss: Tensor,
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    weights: Tensor | None,
+    row_sums: Tensor,
+    column_sums: Tensor,
+    label_smoothing: float,
+    symmetric: bool,
+    cosine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    each = row_weights(weights, a)
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
+    hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
+    settings = Settings(scale, label_smoothing)
+    by_row = gradient_terms(row_sums, each, label_smoothing)
+    by_column = gradient_terms(column_sums, each, label_smoothing) if symmetric else None
+    grad_a, grad_b = (torch.zeros_like(x, dtype=scale.dtype) for x in (a, b))
+    grad_hard = scale.new_zeros((0 if hard is None else len(hard), a.shape[1]))
+    add_gradients(rows, pairs, settings, by_row, by_column, grad_a, grad_b, own=True)
+    factor = grad_loss / 2 if symmetric else grad_loss
+    if hard is not None:
+        add_gradients(rows, hard, settings, by_row, None, grad_a, grad_hard, own=False)
+        finish_columns(hard, grad_hard, factor)
+    finish_columns(pairs, grad_b, factor)
+    grad_scale = finish_rows(rows, grad_a, scale, factor)
+    return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_hard.to(a.dtype), grad_scale
+
+
+def _fake_backward(grad_loss, a, b, negatives, scale, *rest):
+    return (
+        a.new_empty(a.shape),
+        b.new_empty(b.shape),
+        a.new_empty((0, a.shape[1]) if negatives is None else negatives.shape),
+        scale.new_empty(()),
+    )
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, label_smoothing, symmetric, cosine = inputs
+    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.settings = (label_smoothing, symmetric, cosine)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(backward, ctx, grad_loss, *_):
+    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
+    grad_a, grad_b, grad_hard, grad_scale = backward(grad_loss, *tensors, *ctx.settings)
+    return grad_a, grad_b, None if tensors[2] is None else grad_hard, grad_scale, *[None] * 8
+
+
+OPERATION = Operation(
+    _info_nce_tiled,
+    _fake,
+    _save_for_backward,
+    _gradients,
+    _info_nce_tiled_backward,
+    _fake_backward,
+)
+_run_op = OPERATION.implement("info_nce_tiled", _info_nce_tiled, _info_nce_tiled_backward)
+
+
+def _run(*inputs):
+    return _run_op(*inputs)[:3]
+
+
+backends.register("info_nce", "tiled", _run)

@@ -1,0 +1,337 @@
+"""info_nce on a GPU: tiles of logits by Triton, nothing of them stored; see ``tiled.py``.
+
+Work goes by rectangles of the logits. Forward, one product: a kernel reduces each tile along both
+axes, and the rectangle's sums are joined to the batch's. Backward, three: a kernel makes the logits
+again and writes their gradient H for one rectangle, whose products ``H k`` and ``H^T q`` are added
+to both sides. A kernel that held ``H k`` instead of H would need [rows, d] float32 in registers, or
+the logits again for every part of d: 5 products in all at d = 256, 9 at d = 768.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import triton_backend
+from moe_fast.ops.checks import without_autocast
+from moe_fast.ops.info_nce.arguments import check_scale, row_weights
+from moe_fast.ops.info_nce.tiled import (
+    ALL_SUM,
+    NEG,
+    OPERATION,
+    POS,
+    POS_COUNT,
+    POS_SUM,
+    cross_entropy,
+    gradient_terms,
+    hard_side,
+    join_sums,
+    new_sums,
+    pair_side,
+)
+from moe_fast.ops.info_nce.tiles import Side, check_finite, project_to_tangent, with_small_ids
+
+# The most rows, and columns, of a rectangle: H takes 1/4 GB. 11,264 rows of 16 bits are 88 tiles
+# of 128, times 3 of 256 columns at d = 768 two full waves of an H200's 132 multiprocessors.
+SPANS = {2: 11_264, 4: 8_192, 8: 4_096}
+_ALIGNMENT = 128  # of rectangles: whole tiles, and rows of H that are loaded 16 bytes at once
+
+
+@dataclass(frozen=True)
+class _Against:
+    """The rows against some columns, as the kernels take them.
+
+    Attributes:
+        rows, columns: the kernels' sides, ids comparable.
+        masks: the kernels' masks.
+        side: the columns once more.
+        own: whether they are the rows' own positives.
+    """
+
+    rows: Any
+    columns: Any
+    masks: Any
+    side: Side
+    own: bool
+
+
+def spans(count: int, itemsize: int) -> list[tuple[int, int]]:
+    """(first, last) of about equal parts of ``count`` rows."""
+    parts = math.ceil(count / SPANS[itemsize])
+    size = math.ceil(count / parts / _ALIGNMENT) * _ALIGNMENT
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _sides(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    cosine: bool,
+) -> tuple[Side, list[_Against]]:
+    """The rows, and what they are worked against: the pairs, then the hard negatives if any."""
+    from moe_fast.triton_ops.launch import row_major
+
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    rows, pairs = (pair_side(row_major(x), *ids, cosine) for x in (a, b))
+    negatives = None if negatives is None else row_major(negatives)
+    hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
+    against = [_against(rows, pairs, own=True)]
+    if hard is not None:
+        against.append(_against(rows, hard, own=False))
+    return rows, against
+
+
+def _against(rows: Side, columns: Side, own: bool) -> _Against:
+    from moe_fast.triton_ops import logits
+
+    masks = logits.Masks(
+        own=own,
+        texts=columns.text_ids is not None,
+        anchors=columns.anchor_ids is not None,
+        domains=columns.domain_ids is not None,
+        groups=columns.group_ids is not None,
+    )
+    compared = any(masks[1:])
+    both = with_small_ids(rows, columns) if compared else (rows, columns)
+    left, right = (logits.Side(s.x, s.inverse_norm, _ids(s) if compared else None) for s in both)
+    return _Against(left, right, masks, columns, own)
+
+
+def _ids(side: Side) -> Tensor:
+    """[4, n] float32; those that are absent are never read."""
+    ids = torch.zeros(4, len(side), device=side.x.device)
+    given = (side.anchor_ids, side.text_ids, side.domain_ids, side.group_ids)
+    for row, values in zip(ids, given, strict=True):
+        if values is not None:
+            row.copy_(values)
+    return ids
+
+
+# --- forward -------------------------------------------------------------------------------------
+
+
+def forward(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    symmetric: bool,
+    cosine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, row losses, ranks, and the sums of rows and columns, as the tiled op."""
+    from moe_fast.triton_ops.info_nce import own_logits
+
+    check_scale(scale)
+    check_finite(a=a, b=b, negatives=negatives)
+    each = row_weights(weights, a)
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    rows, against = _sides(a, b, negatives, *ids, cosine)
+    own = own_logits(against[0].rows, against[0].columns, scale)
+    row_sums = new_sums(len(rows), scale)
+    column_sums = new_sums(len(rows) if symmetric else 0, scale)
+    rank = torch.ones(len(rows), dtype=torch.int64, device=a.device)
+    for some in against:
+        wanted = column_sums if symmetric and some.own else None
+        _add_logits(some, scale, own, bool(label_smoothing), row_sums, wanted, rank)
+    if group_ids is None:
+        for sums in (row_sums, column_sums) if symmetric else (row_sums,):
+            sums[POS], sums[POS_SUM], sums[POS_COUNT] = own, own, 1
+    row_loss = cross_entropy(row_sums, label_smoothing)
+    if symmetric:
+        row_loss = (row_loss + cross_entropy(column_sums, label_smoothing)) / 2
+    return (each * row_loss).sum(), row_loss, rank, row_sums, column_sums
+
+
+def _add_logits(
+    some: _Against,
+    scale: Tensor,
+    own: Tensor,
+    smooth: bool,
+    row_sums: Tensor,
+    column_sums: Tensor | None,
+    rank: Tensor,
+) -> None:
+    """Adds the logits of all rows against some columns to the sums [6, n] and to the ranks."""
+    from moe_fast.triton_ops.info_nce import info_nce_sums
+    from moe_fast.triton_ops.logits import Area
+
+    for (first, last), (low, high) in _rectangles(some):
+        from_rows, from_columns, ranks = info_nce_sums(
+            *(some.rows, some.columns, scale, own, Area(first, last, low, high), some.masks),
+            smooth=smooth,
+            want_columns=column_sums is not None,
+        )
+        _join(row_sums[:, first:last], from_rows, some.masks.groups, smooth)
+        if column_sums is not None:
+            _join(column_sums[:, low:high], from_columns, some.masks.groups, smooth)
+        rank[first:last] += ranks.sum(0)
+
+
+def _rectangles(some: _Against) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """The spans of rows, and of columns, of each."""
+    size = some.side.x.dtype.itemsize
+    for rows in spans(len(some.rows.x), size):
+        for columns in spans(len(some.side), size):
+            yield rows, columns
+
+
+def _join(sums: Tensor, tiles: Tensor, groups: bool, smooth: bool) -> None:
+    """Adds the sums of tiles [tiles, 1 or 6, n] to ``sums`` [6, n] in place."""
+    others = new_sums(sums.shape[1], sums)
+    others[NEG] = _log2_sum_exp2(tiles[:, NEG])
+    if groups:
+        others[POS] = _log2_sum_exp2(tiles[:, POS])
+        others[POS_SUM:ALL_SUM] = tiles[:, POS_SUM:ALL_SUM].sum(0)
+    if smooth:
+        others[ALL_SUM:] = tiles[:, ALL_SUM:].sum(0)
+    join_sums(sums, others)
+
+
+def _log2_sum_exp2(parts: Tensor) -> Tensor:
+    """[n] of [parts, n]."""
+    top = parts.amax(0)
+    return top + (parts - top).exp2().sum(0).log2()
+
+
+# --- backward ------------------------------------------------------------------------------------
+
+
+def gradients(
+    grad_loss: Tensor,
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    weights: Tensor | None,
+    row_sums: Tensor,
+    column_sums: Tensor,
+    label_smoothing: float,
+    symmetric: bool,
+    cosine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of a, b, the negatives and the scale, as the tiled op."""
+    each = row_weights(weights, a)
+    ids = (row_ids, col_ids, domain_ids, group_ids)
+    rows, against = _sides(a, b, negatives, *ids, cosine)
+    by_row = _terms(row_sums, each, label_smoothing)
+    by_column = _terms(column_sums, each, label_smoothing) if symmetric else None
+    factor = grad_loss / 2 if symmetric else grad_loss
+    smooth, size = bool(label_smoothing), a.dtype.itemsize
+    grad_a = torch.empty_like(a, memory_format=torch.contiguous_format)
+    grad_columns = [scale.new_zeros(some.side.x.shape) for some in against]
+    total, workspace = scale.new_zeros(()), _workspace(rows, against)
+    for first, last in spans(len(rows), size):
+        grad_rows = scale.new_zeros((last - first, a.shape[1]))
+        for some, grad in zip(against, grad_columns, strict=True):
+            total += _add_gradients(
+                some,
+                scale,
+                (by_row, by_column if some.own else None),
+                (first, last),
+                smooth,
+                grad_rows,
+                grad,
+                workspace,
+            )
+        grad_a[first:last] = _finish(rows.block(first, last), grad_rows, scale * factor)
+    finished = [
+        _finish(some.side, grad, scale * factor)
+        for some, grad in zip(against, grad_columns, strict=True)
+    ]
+    grad_hard = finished[1] if len(finished) > 1 else a.new_empty((0, a.shape[1]))
+    return grad_a, finished[0], grad_hard, total * (math.log(2) / scale) * factor
+
+
+def _terms(sums: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:
+    """[5, n] what the kernel needs of each row, or column."""
+    t = gradient_terms(sums, weights, label_smoothing)
+    return torch.stack((t.log_total, t.positive, t.every, t.own, t.alone.to(sums.dtype)))
+
+
+def _workspace(rows: Side, against: list[_Against]) -> Tensor:
+    """Memory for H of the largest rectangle."""
+    from moe_fast.triton_ops.logits import gradient_dtype
+
+    def longest(side: Side) -> int:
+        first, last = spans(len(side), side.x.dtype.itemsize)[0]
+        return math.ceil((last - first) / _ALIGNMENT) * _ALIGNMENT
+
+    width = max(longest(some.side) for some in against)
+    return rows.x.new_empty(longest(rows), width, dtype=gradient_dtype(rows.x.dtype))
+
+
+def _add_gradients(
+    some: _Against,
+    scale: Tensor,
+    terms: tuple[Tensor, Tensor | None],
+    span: tuple[int, int],
+    smooth: bool,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    workspace: Tensor,
+) -> Tensor:
+    """Adds ``H k`` of a span of rows to ``grad_rows`` and ``H^T q`` to ``grad_columns``.
+
+    Returns:
+        [] the sum of ``G s`` in base 2.
+    """
+    from moe_fast.triton_ops.add_product import add_product
+    from moe_fast.triton_ops.info_nce_grad import info_nce_grad
+    from moe_fast.triton_ops.logits import Area
+
+    total = scale.new_zeros(())
+    first, last = span
+    for low, high in spans(len(some.side), some.side.x.dtype.itemsize):
+        h = workspace[: last - first, : high - low]
+        area = Area(first, last, low, high)
+        total += info_nce_grad(
+            some.rows, some.columns, scale, *terms, area, some.masks, h, smooth=smooth
+        ).sum()
+        add_product(grad_rows, h, some.columns.x[low:high])
+        add_product(grad_columns[low:high], h.t(), some.rows.x[first:last])
+    return total
+
+
+def _finish(side: Side, grad: Tensor, factor: Tensor) -> Tensor:
+    """dL/dx in x's dtype of ``H k`` or ``H^T q``, which is overwritten."""
+    project_to_tangent(side, grad)
+    return grad.mul_(factor).to(side.x.dtype)
+
+
+# --- the op --------------------------------------------------------------------------------------
+
+_run_op = OPERATION.implement(
+    "info_nce_triton",
+    triton_backend.on_device(without_autocast(forward)),
+    triton_backend.on_device(without_autocast(gradients)),
+)
+
+
+def _run(a, b, negatives, *rest):
+    if a.dtype != b.dtype or (negatives is not None and a.dtype != negatives.dtype):
+        # Under autocast they may differ; the kernels multiply one dtype with itself.
+        dtype = rest[0].dtype
+        a, b, negatives = (None if x is None else x.to(dtype) for x in (a, b, negatives))
+    return _run_op(a, b, negatives, *rest)[:3]
+
+
+triton_backend.offer("info_nce", _run)

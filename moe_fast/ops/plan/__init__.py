@@ -1,0 +1,110 @@
+"""plan: the order in which experts see their rows, from the ids that ``route`` chose.
+
+Every (token, slot) pair whose id is below E is a row. Rows are sorted by expert, stably: within
+an expert they keep the order of their flat slot ``t * K + k``. A :class:`RoutingPlan` holds that
+permutation in both directions, so that compute can walk an expert's rows contiguously and results
+can be gathered back per token without atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import INTEGER_DTYPES, check_count, check_dtype
+from moe_fast.ops.plan import cpp, reference, triton  # noqa: F401 - each registers itself
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Index tensors that tie routing to compute; all int64, S = T * K.
+
+    Attributes:
+        expert_offsets: [E + 1]; the rows of expert e are ``offsets[e] .. offsets[e + 1]``.
+        row_to_token: [S]; the token of each row.
+        row_to_slot: [S]; the flat slot ``t * K + k`` of each row.
+        slot_to_row: [S]; the row of each flat slot, -1 where the slot is skipped.
+        tiles: for each block size asked for, [n, 2] pairs (first row, expert) that cover every
+            expert's rows in steps of the block size, padded with -1 to the bound
+            ``n = ceil(max(S - E + 1, 0) / block) + E - 1`` that depends on shapes alone.
+
+    Only the first ``expert_offsets[E]`` rows are valid; the rows behind them are the skipped
+    slots, in slot order, and nothing may be computed from them.
+
+    Example: 6 tokens, 3 experts, K = 2; token 5 is padding (id 3 = E, "skip")::
+
+        top_k_index = [[0, 2], [2, 0], [1, 0], [2, 1], [2, 0], [3, 3]]
+        flat slot       0  1    2  3    4  5    6  7    8  9   10 11
+
+        expert_offsets = [0, 4, 6, 10]
+                          expert 0    | expert 1 | expert 2   | skipped
+        row_to_slot    = [0, 3, 5, 9,   4, 7,      1, 2, 6, 8,  10, 11]
+        row_to_token   = [0, 1, 2, 4,   2, 3,      0, 1, 3, 4,   5,  5]
+        slot_to_row    = [0, 6, 7, 1, 4, 2, 8, 5, 9, 3, -1, -1]
+        tiles[3]       = [[0, 0], [3, 0], [4, 1], [6, 2], [9, 2], [-1, -1]]
+    """
+
+    expert_offsets: Tensor
+    row_to_token: Tensor
+    row_to_slot: Tensor
+    slot_to_row: Tensor
+    tiles: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four index tensors, in the order in which the registered ops take them."""
+        return self.expert_offsets, self.row_to_token, self.row_to_slot, self.slot_to_row
+
+
+_MOST_EXPERTS = 2**24  # a slip beyond it would ask for terabytes
+
+
+def plan(
+    top_k_index: Tensor,
+    num_experts: int,
+    *,
+    block_sizes: Sequence[int] = (),
+    backend: str | None = None,
+) -> RoutingPlan:
+    """Sort the (token, slot) pairs by expert.
+
+    Args:
+        top_k_index: [T, K] int64 or int32; ids >= E are skipped.
+        num_experts: E.
+        block_sizes: row counts to make a tile schedule for, each > 0.
+        backend: see :func:`moe_fast.use_backend`.
+
+    Raises:
+        ValueError, TypeError: for shapes and dtypes that do not fit; on the CPU (elsewhere with
+            ``MOE_FAST_CHECK=1``) also for negative ids.
+    """
+    check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
+    if top_k_index.dim() != 2 or top_k_index.shape[1] < 1:
+        raise ValueError(f"top_k_index must be [T, K], K >= 1; got {list(top_k_index.shape)}.")
+    check_count("num_experts", num_experts)
+    if num_experts > _MOST_EXPERTS:
+        raise ValueError(f"num_experts must be at most {_MOST_EXPERTS}; got {num_experts}.")
+    for size in block_sizes:
+        check_count("block_sizes", size)
+    run = backends.select("plan", backend, top_k_index.device)
+    offsets, row_to_token, row_to_slot, slot_to_row = run(top_k_index, num_experts)
+    tiles = {b: _tile_schedule(offsets, row_to_slot.shape[0], b) for b in block_sizes}
+    return RoutingPlan(offsets, row_to_token, row_to_slot, slot_to_row, tiles)
+
+
+def _tile_schedule(expert_offsets: Tensor, num_rows: int, block_size: int) -> Tensor:
+    """[n, 2] pairs (first row, expert); see :class:`RoutingPlan`. No synchronisation."""
+    num_experts = expert_offsets.shape[0] - 1
+    bound = (max(num_rows - num_experts + 1, 0) + block_size - 1) // block_size + num_experts - 1
+    tiles_of_expert = (expert_offsets.diff() + block_size - 1) // block_size
+    ends = tiles_of_expert.cumsum(0)
+    tile = torch.arange(bound, device=expert_offsets.device)
+    expert = torch.searchsorted(ends, tile, right=True)
+    safe = expert.clamp(max=num_experts - 1)
+    first = expert_offsets[safe] + (tile - ends[safe] + tiles_of_expert[safe]) * block_size
+    schedule = torch.stack((first, expert), dim=1)
+    return torch.where((expert < num_experts)[:, None], schedule, -1)

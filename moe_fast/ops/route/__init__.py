@@ -1,0 +1,204 @@
+"""route: which experts each token visits, and with which weights.
+
+    logits = x . Wr^T                      [T, E], in at least float32, autocast off
+    index  = the K largest logits          [T, K], equal logits in order of expert id
+    weight = f(logits, index)              [T, K]
+
+``mode`` says what chooses:
+
+    token_topk       each token, by its own logits
+    sentence_topk    each sentence, by the mean of its real tokens' logits
+    sentence_switch  the same with K = 1
+    enforced         nobody: expert ids are given, per sentence or per token; weight 1
+    dense            every token visits all E experts (K = E), weights softmax(logits)
+
+``weight_mode`` says with which weight, p being softmax over all E logits:
+
+    renormalize       softmax over the K chosen logits (the default for K >= 2)
+    probability       the K chosen entries of p
+    straight_through  forward exactly 1, gradient of log p: ``p / p.detach()`` (default, K = 1)
+    one               the constant 1: the router gets no gradient from the task
+
+Padding (``token_mask`` False) is never routed: its ids are E ("skip"), its weights and logits 0,
+and its rows of ``x`` are never read, so they may hold anything.
+
+Sources: Hallee et al., arXiv 2401.15713 (sentence and enforced routing, probability, one); Yu,
+arXiv 2412.17364 (renormalize).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import (
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    check_choice,
+    check_dtype,
+    check_like,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+)
+from moe_fast.ops.route import cpp, triton  # noqa: F401 - each registers itself
+from moe_fast.ops.route.modes import (
+    MODES,
+    SENTENCE_MODES,
+    check_experts_per_tok,
+    resolve_weight_mode,
+)
+from moe_fast.ops.route.reference import route_enforced
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The route of T tokens to K of E experts each.
+
+    Attributes:
+        top_k_index: [T, K] int64. An id >= E means "skip, contributes 0" (padding has id E).
+        top_k_weights: [T, K] float32, or float64 where the input is.
+        router_logits: [T, E] of the same dtype, each token's own, also in the sentence modes;
+            0 for padding. ``None`` when routing is enforced.
+        tokens_per_expert: [E] int64, how many (token, slot) pairs each expert got.
+    """
+
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    router_logits: Tensor | None
+    tokens_per_expert: Tensor
+
+
+def route(
+    x: Tensor,
+    router_weight: Tensor | None,
+    num_experts_per_tok: int,
+    *,
+    mode: str = "token_topk",
+    weight_mode: str = "auto",
+    expert_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_experts: int | None = None,
+    backend: str | None = None,
+) -> Routing:
+    """Route tokens to experts; see the module's docstring for the mathematics.
+
+    Args:
+        x: [T, D], or [B, L, D] with T = B * L; the input of the experts.
+        router_weight: [E, D]; ``None`` with ``mode="enforced"``, which has no router.
+        num_experts_per_tok: K, 1 <= K <= E. ``mode="dense"`` visits all E whatever K says.
+        mode, weight_mode: see above.
+        expert_ids: with ``mode="enforced"`` only, int64 or int32, in [0, E): [B] (one a sentence)
+            or [B, L] beside a [B, L, D] input; [T], or [B] together with ``cu_seqlens``, beside
+            a [T, D] input. Ids of padding are not looked at.
+        token_mask: bool, True for real tokens: [B, L] or [T]. ``None``: all are real.
+        cu_seqlens: [B + 1] int32 or int64, where sentences start in a packed [T, D] input
+            (0 = first, T = last). The sentence modes need it there.
+        num_experts: E where ``router_weight`` is ``None``.
+        backend: see :func:`moe_fast.use_backend`.
+
+    Returns:
+        A :class:`Routing`; ``top_k_weights`` and ``router_logits`` carry gradients to ``x`` and
+        ``router_weight``.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or names that do not fit. On the CPU
+            (elsewhere with ``MOE_FAST_CHECK=1``) also for ids out of range and NaN logits.
+    """
+    num_experts = _check_experts(mode, router_weight, num_experts)
+    weight_mode = resolve_weight_mode(mode, weight_mode, num_experts_per_tok)
+    check_experts_per_tok(mode, num_experts_per_tok, num_experts)
+    tokens, mask, starts = _flatten(x, token_mask, cu_seqlens)
+    if starts is None and x.dim() == 3 and mode not in ("token_topk", "dense"):
+        starts = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
+    if mode == "enforced":
+        ids = _check_expert_ids(expert_ids, x, starts)
+        dtype = compute_dtype(x.dtype)
+        index, weights, counts = route_enforced(
+            ids, tokens.shape[0], starts, mask, num_experts, dtype
+        )
+        return Routing(index, weights, None, counts)
+    if expert_ids is not None:
+        raise ValueError(f"expert_ids go with mode='enforced'; got them with mode={mode!r}.")
+    assert router_weight is not None  # _check_experts
+    check_shape("router_weight", router_weight, (num_experts, tokens.shape[1]), "[E, D]")
+    check_dtype("router_weight", router_weight, FLOAT_DTYPES)
+    check_like("x", x, router_weight=router_weight)
+    if mode in SENTENCE_MODES and starts is None:
+        raise ValueError(
+            f"mode={mode!r} needs sentences: give x as [B, L, D], or cu_seqlens beside [T, D]; "
+            f"got x {list(x.shape)} and no cu_seqlens."
+        )
+    computed_in = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
+    run = backends.select("route", backend, x.device, computed_in)
+    weights, logits, index, counts = run(
+        tokens, router_weight, num_experts_per_tok, mode, weight_mode, mask, starts
+    )
+    return Routing(index, weights, logits, counts)
+
+
+# --- what comes in -------------------------------------------------------------------------------
+
+
+def _check_experts(mode: str, router_weight: Tensor | None, num_experts: int | None) -> int:
+    """E, from the router's weight or, when enforced, from the argument."""
+    check_choice("mode", mode, MODES)
+    if router_weight is None:
+        if mode != "enforced":
+            raise ValueError(f"router_weight must be given with mode={mode!r}; got None.")
+        if num_experts is None:
+            raise ValueError("num_experts must be given where router_weight is None; got None.")
+        return num_experts
+    check_tensor("router_weight", router_weight)
+    if router_weight.dim() != 2:
+        raise ValueError(f"router_weight must be [E, D]; got {list(router_weight.shape)}.")
+    if num_experts is not None and num_experts != router_weight.shape[0]:
+        raise ValueError(
+            f"num_experts must equal router_weight's E = {router_weight.shape[0]}; "
+            f"got {num_experts}."
+        )
+    return router_weight.shape[0]
+
+
+def _flatten(
+    x: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x as [T, D], the mask as [T], and the starts of packed sentences, [B + 1] int64."""
+    check_dtype("x", x, FLOAT_DTYPES)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must be [T, D] or [B, L, D]; got {list(x.shape)}.")
+    check_like("x", x, dtype=False, token_mask=token_mask, cu_seqlens=cu_seqlens)
+    if token_mask is not None:
+        check_dtype("token_mask", token_mask, (torch.bool,))
+        check_shape("token_mask", token_mask, tuple(x.shape[:-1]), "of x without D")
+        token_mask = token_mask.reshape(-1)
+    if x.dim() == 2:
+        if cu_seqlens is not None:
+            check_dtype("cu_seqlens", cu_seqlens, INTEGER_DTYPES)
+            check_shape("cu_seqlens", cu_seqlens, (None,), "[B + 1]")
+            cu_seqlens = cu_seqlens.to(torch.int64)
+        return x, token_mask, cu_seqlens
+    if cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens go with a packed x [T, D]; got them with x {list(x.shape)}.")
+    return x.flatten(0, 1), token_mask, None
+
+
+def _check_expert_ids(expert_ids: Tensor | None, x: Tensor, starts: Tensor | None) -> Tensor:
+    """Enforced ids as [T] or [B], int64; the op spreads [B] over the sentences' tokens."""
+    if expert_ids is None:
+        raise ValueError("expert_ids must be given with mode='enforced'; got None.")
+    check_tensor("expert_ids", expert_ids)
+    check_dtype("expert_ids", expert_ids, INTEGER_DTYPES)
+    check_like("x", x, dtype=False, expert_ids=expert_ids)
+    allowed = [list(x.shape[:-1])] + ([] if starts is None else [[starts.shape[0] - 1]])
+    if list(expert_ids.shape) not in allowed:
+        per_sentence = "[B] with cu_seqlens" if starts is None else str(allowed[-1])
+        raise ValueError(
+            f"expert_ids must have shape {allowed[0]} (one per token) or {per_sentence} (one per "
+            f"sentence) for x {list(x.shape)}; got {list(expert_ids.shape)}."
+        )
+    return expert_ids.reshape(-1).to(torch.int64)

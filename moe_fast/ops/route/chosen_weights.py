@@ -1,0 +1,53 @@
+"""The routing weights of a choice of experts that was made before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops.checks import INTEGER_DTYPES, check_choice, check_dtype, check_shape
+from moe_fast.ops.route.modes import CHOOSING_MODES, SENTENCE_MODES, resolve_weight_mode
+from moe_fast.ops.route.reference import Choice, weights_of
+
+
+def chosen_weights(
+    router_logits: Tensor,
+    top_k_index: Tensor,
+    *,
+    mode: str,
+    weight_mode: str = "auto",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The weights that :func:`route` gives to a choice of experts, with their gradient.
+
+    For a choice that is to be made again, whatever the logits say by now (a second forward whose
+    rounding differs). Given the choice that :func:`route` made of the same logits, its weights.
+
+    Args:
+        router_logits: [T, E], as :func:`route` returns them.
+        top_k_index: [T, K] int64; an id >= E is padding, whose weights are 0.
+        mode, weight_mode: as in :func:`route`; a mode that chooses.
+        cu_seqlens: [B + 1], where sentences start; needed by the sentence modes.
+
+    Returns:
+        [T, K] in the dtype of the logits, differentiable in them.
+
+    Raises:
+        ValueError, TypeError: for settings or shapes that do not fit.
+    """
+    check_choice("mode", mode, CHOOSING_MODES)
+    check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
+    check_shape("top_k_index", top_k_index, (router_logits.shape[0], None), "[T, K]")
+    if mode in SENTENCE_MODES and cu_seqlens is None:
+        raise ValueError(f"mode={mode!r} needs cu_seqlens; got None.")
+    weight_mode = resolve_weight_mode(mode, weight_mode, top_k_index.shape[1])
+    real = top_k_index < router_logits.shape[1]
+    index = torch.where(real, top_k_index, 0)
+    choice = Choice(router_logits, mode, real[:, 0], cu_seqlens)
+    logits = choice.to_tokens(choice.logits)
+    if weight_mode == "straight_through":
+        log_p = logits.log_softmax(-1).gather(1, index)
+        weights = (log_p - log_p.detach()).exp()
+    else:
+        weights = weights_of(logits, index, weight_mode)
+    return torch.where(real, weights, 0)

@@ -1,0 +1,69 @@
+"""route on a GPU: logits, choice, weights and counts in one pass over x, by Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import triton_backend
+from moe_fast.ops.checks import check_starts, compute_dtype
+from moe_fast.ops.route.modes import SENTENCE_MODES
+from moe_fast.ops.route.reference import OPERATION, check_logits
+
+
+def _settings(mode: str, weight_mode: str, k: int, num_experts: int) -> Any:
+    from moe_fast.triton_ops.choice import RouteSettings
+
+    dense = mode == "dense"
+    return RouteSettings(
+        k=num_experts if dense else k,
+        weight_mode=weight_mode,
+        sentences=mode in SENTENCE_MODES,
+        dense=dense,
+    )
+
+
+@triton_backend.on_device
+def _route(
+    x: Tensor,
+    router_weight: Tensor,
+    num_experts_per_tok: int,
+    mode: str,
+    weight_mode: str,
+    token_mask: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from moe_fast.triton_ops import route
+
+    check_starts(starts, x.shape[0])
+    settings = _settings(mode, weight_mode, num_experts_per_tok, router_weight.shape[0])
+    dtype = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
+    results = route.route(x, router_weight, settings, token_mask, starts, dtype)
+    check_logits(results[1])
+    return results
+
+
+@triton_backend.on_device
+def _route_backward(
+    grad_weights: Tensor,
+    grad_logits: Tensor,
+    x: Tensor,
+    router_weight: Tensor,
+    logits: Tensor,
+    num_experts_per_tok: int,
+    mode: str,
+    weight_mode: str,
+    token_mask: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from moe_fast.triton_ops import route_grad
+
+    settings = _settings(mode, weight_mode, num_experts_per_tok, router_weight.shape[0])
+    return route_grad.route_backward(
+        grad_weights, grad_logits, x, router_weight, logits, settings, token_mask, starts
+    )
+
+
+triton_backend.offer("route", OPERATION.implement("route_triton", _route, _route_backward))

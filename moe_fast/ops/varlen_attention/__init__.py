@@ -1,0 +1,102 @@
+"""varlen_attention: every token of a packed batch attends to the tokens of its own sequence.
+
+    y_i = sum over j of softmax_j(scale * q_i . k_j) v_j,   j in i's sequence and |i - j| <= window
+
+Sequences lie one behind the other, without padding; ``cu_seqlens`` says where each starts. Backend
+``cpp`` is a forward on the CPU, for inference (kernels/csrc/cpu/attention.cpp). ``torch`` is no
+kernel of ours: it chooses among maintained ones.
+
+    cuda, float16 and bfloat16, no dropout   torch.nn.attention.varlen.varlen_attn (head_dim a
+                                             multiple of 8, at most 256; capability 8.0)
+    cuda, otherwise, where it is installed   xformers.ops.memory_efficient_attention (no window)
+    everywhere else                          F.scaled_dot_product_attention, once for each run of
+                                             neighbours of equal length
+
+Why so on the CPU: docs/packed.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends
+from moe_fast.ops.checks import (
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    autocast_to,
+    check_dtype,
+    check_like,
+    check_shape,
+    check_starts,
+)
+from moe_fast.ops.varlen_attention import cpp, maintained  # noqa: F401 - each registers itself
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention within each sequence of a packed batch; see the module's docstring.
+
+    Args:
+        query, key, value: [T, heads, head_dim].
+        cu_seqlens: [B + 1] int32 or int64, where sentences start (0 = first, T = last); empty
+            ones are allowed.
+        scale: of the scores; ``None``: 1 / sqrt(head_dim).
+        window: how far a token sees to either side; ``None``: all of its sequence.
+        dropout: probability of dropping an attention weight.
+        max_length: the longest sequence's length, where it is known: spares a GPU a
+            synchronisation.
+        backend: see :func:`moe_fast.use_backend`. Where a gradient is wanted, or dropout, ``torch``
+            runs whatever the default is.
+
+    Returns:
+        [T, heads, head_dim] in the query's dtype (autocast's under autocast), with gradients to
+        query, key and value.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes and devices that do not fit; on the CPU (elsewhere
+            with ``MOE_FAST_CHECK=1``) also for ``cu_seqlens`` that do not rise from 0 to T.
+        ValueError: for ``backend="cpp"`` with dropout or where a gradient is wanted.
+    """
+    _check(query, key, value, cu_seqlens, window)
+    query, key, value = autocast_to(query.device, query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if wanted or dropout:
+        if backend == "cpp":
+            given = "gradients wanted" if wanted else f"dropout={dropout}"
+            raise ValueError(
+                "backend='cpp' computes varlen_attention without gradients and dropout; got "
+                f"{given}. Use 'torch', or torch.no_grad()."
+            )
+        backend = "torch"
+    run = backends.select("varlen_attention", backend, query.device, query.dtype)
+    return run(query, key, value, cu_seqlens, scale, window, dropout, max_length)
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None
+) -> None:
+    letters = "[T, heads, head_dim]"
+    check_shape("query", query, (None, None, None), letters)
+    check_shape("key", key, tuple(query.shape), letters)
+    check_shape("value", value, tuple(query.shape), letters)
+    check_dtype("query", query, FLOAT_DTYPES)
+    check_like("query", query, key=key, value=value)
+    check_like("query", query, dtype=False, cu_seqlens=cu_seqlens)
+    check_dtype("cu_seqlens", cu_seqlens, INTEGER_DTYPES)
+    check_shape("cu_seqlens", cu_seqlens, (None,), "[B + 1]")
+    if not torch.compiler.is_compiling():
+        check_starts(cu_seqlens, query.shape[0])
+    if window is not None and window < 0:
+        raise ValueError(f"window must not be negative; got {window}.")

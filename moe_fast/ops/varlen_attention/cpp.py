@@ -1,0 +1,49 @@
+"""varlen_attention in C++, on the CPU, for inference: kernels/csrc/cpu/attention.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fast.ops import backends, native
+from moe_fast.ops.eager_dispatch import Operation
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
+) -> Tensor:
+    # Views are read in place where rows are not scattered.
+    rows = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    starts = cu_seqlens.to(torch.int64).contiguous()
+    op = torch.ops.moe_fast_cpp.varlen_attention
+    return native.call_on_views(op, *rows, starts, scale, window)
+
+
+def _fake(query, key, value, cu_seqlens, scale, window):
+    return query.new_empty(query.shape)
+
+
+_attend = Operation(_attention, _fake).implement("varlen_attention_cpp", _attention)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    max_length: int | None,
+) -> Tensor:
+    return _attend(query, key, value, cu_seqlens, scale, window)
+
+
+backends.register(
+    "varlen_attention",
+    "cpp",
+    _run,
+    native.why_no_products,
+    leaves_to_torch=(torch.float64,),
+    note=lambda _: "inference without dropout",
+)
