@@ -392,6 +392,27 @@ def rotate_checkpoints(*args: Any, **kwargs: Any) -> None:
     (found or refusing)(*args, **kwargs)
 
 
+_LOSS_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+
+
+def loss_sums(trainer: Any) -> list[float]:
+    """What a trainer in training has added up of its loss; nothing without these names.
+
+    Returns:
+        [the sum since its last log, the sum of all until then, the step of that log].
+    """
+    known = all(hasattr(trainer, name) for name in _LOSS_SUMS)
+    return [float(getattr(trainer, name)) for name in _LOSS_SUMS] if known else []
+
+
+def restore_loss_sums(trainer: Any, sums: list[float]) -> None:
+    """Go on with what :func:`loss_sums` gave; without these names with the steps from here on."""
+    if sums and loss_sums(trainer):
+        since, total, step = sums
+        trainer._tr_loss += since
+        trainer._total_loss_scalar, trainer._globalstep_last_logged = total, int(step)
+
+
 # --- sentence-transformers, tqdm -----------------------------------------------------------------
 
 

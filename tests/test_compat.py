@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -394,6 +395,19 @@ def test_rotation_of_checkpoints_says_when_it_is_gone(monkeypatch, tmp_path):
     monkeypatch.delattr("transformers.trainer_utils.rotate_checkpoints")
     with pytest.raises(RuntimeError, match="rotate_checkpoints.*older checkpoints stay"):
         compat.rotate_checkpoints(str(tmp_path), None)
+
+
+def test_sums_of_a_loss_are_restored_where_they_are_known():
+    names = {"_tr_loss": torch.tensor(0.0), "_total_loss_scalar": 0.0}
+    trainer = SimpleNamespace(**names, _globalstep_last_logged=3)
+    compat.restore_loss_sums(trainer, [0.5, 2.0, 7.0])
+    assert compat.loss_sums(trainer) == [0.5, 2.0, 7.0]
+    compat.restore_loss_sums(trainer, [])
+    assert compat.loss_sums(trainer) == [0.5, 2.0, 7.0]
+    other = SimpleNamespace(**names)
+    assert compat.loss_sums(other) == []
+    compat.restore_loss_sums(other, [0.5, 2.0, 7.0])
+    assert vars(other) == names
 
 
 def test_modules_of_a_pipeline():

@@ -66,9 +66,8 @@ def run_command(
     arguments = [*(operations or ()), "--json", str(output), "--size", size]
     arguments += ["--processes", str(processes), "--seconds", str(seconds)]
     arguments += ["--threads", str(threads)] if threads is not None else []
-    code = bench.main(arguments)
     run.save_settings(output)
-    raise typer.Exit(code)
+    raise typer.Exit(bench.main(arguments))
 
 
 def _bench() -> ModuleType:

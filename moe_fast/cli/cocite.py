@@ -9,7 +9,17 @@ from typing import Annotated, Literal
 import typer
 
 from moe_fast.cli.command import Run
-from moe_fast.cli.options import Columns, Output, Overwrite, SkipInvalid, column_names, split_commas
+from moe_fast.cli.options import (
+    Columns,
+    Delimiter,
+    Output,
+    Overwrite,
+    SkipInvalid,
+    check_delimiter,
+    column_names,
+    delimiter_for,
+    split_commas,
+)
 
 EXAMPLE = "moe-fast cocite papers.jsonl --fractions .5,.5,0 -o cited-pairs"
 _FRACTIONS = [".8,.1,.1"]
@@ -39,6 +49,7 @@ def run_command(
         Literal["jsonl", "csv", "parquet"], typer.Option("--format", help="Of the files.")
     ] = "jsonl",
     columns: Columns = None,
+    delimiter: Delimiter = None,
     skip_invalid: SkipInvalid = False,
     overwrite: Overwrite = False,
     run: Run,
@@ -54,10 +65,12 @@ def run_command(
         shares = [float(part) for part in split_commas(fractions)]
     except ValueError as error:
         raise typer.BadParameter(f"--fractions must be numbers; got {fractions}") from error
+    check_delimiter(delimiter, [str(papers)])
     check_output(output, overwrite)
     pairs = cocitation_pairs(
         papers,
         columns=column_names(columns),
+        delimiter=delimiter_for(str(papers), delimiter),
         skip_invalid=skip_invalid,
         min_cocitations=min_cocitations,
         negatives_per_positive=negatives_per_positive,

@@ -47,7 +47,11 @@ class Run:
             print(text, flush=True)
 
     def save_settings(self, result: str | Path) -> None:
-        """Write the resolved settings beside a result file, or into a result folder."""
+        """Write the resolved settings beside a result file, or into a result folder.
+
+        Called before the file takes its place: a run that is killed between the two leaves no
+        result that would keep the same command from being run again.
+        """
         from moe_fast.version import __version__
 
         result = Path(result)

@@ -2,7 +2,8 @@
 
 A file's keys are the names of the command's flags and arguments, with dashes or underscores. Flags
 go before the file, the file before the defaults. The file is checked as a whole before anything
-runs: nothing in it is ignored, and no value is cast to another type.
+runs: nothing in it is ignored, and no value is cast to another type. Where a flag may be given
+several times, a text alone stands for a list of one, as on the command line.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: the key {name.replace('_', '-')!r} is there twice")
         if isinstance(value, dict) and name in NAMED:
             value = _named(value, f"{path}: {name.replace('_', '-')}")
+        if isinstance(value, str) and list[str] in _members(allowed[name]):
+            value = [value]
         if not _fits(value, allowed[name]):
             mapping = ", or a mapping of names to texts" if name in NAMED else ""
             raise ValueError(
@@ -183,7 +186,10 @@ def _describe(kind: Any) -> str:
     parts = []
     for member in _members(kind):
         if get_origin(member) is list:
-            parts.append(f"a list, each {_describe(get_args(member)[0])}")
+            item = _describe(get_args(member)[0])
+            parts.append(
+                f"{item} or a list, each {item}" if item == "text" else f"a list of {item}"
+            )
         elif get_origin(member) is Literal:
             parts.append("one of " + ", ".join(get_args(member)))
         elif member is Path:

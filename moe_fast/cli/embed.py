@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,13 +13,18 @@ from moe_fast.cli.options import (
     MOST_THREADS,
     TEXT,
     BatchSize,
+    Delimiter,
     Device,
     Domain,
     DomainColumn,
     ModelArgument,
     Overwrite,
+    SkipInvalid,
     TextColumn,
+    TextColumns,
+    TextReading,
     Truncate,
+    check_delimiter,
     file_and_domain,
 )
 
@@ -48,6 +54,9 @@ def run_command(
     text_column: TextColumn = TEXT,
     domain: Domain = None,
     domain_column: DomainColumn = None,
+    columns: TextColumns = None,
+    delimiter: Delimiter = None,
+    skip_invalid: SkipInvalid = False,
     prompt_name: Annotated[
         str | None,
         typer.Option(
@@ -102,7 +111,9 @@ def run_command(
     from moe_fast.inference.embed import embed_file
     from moe_fast.inference.encoder import EncoderSettings
 
-    source, domain, domain_column = file_and_domain(texts, domain, domain_column)
+    reading = TextReading.from_flags(columns, text_column, domain_column, delimiter, skip_invalid)
+    source, domain, domain_column = file_and_domain(texts, domain, reading.domain_column)
+    check_delimiter(delimiter, [str(source)])
     settings = EncoderSettings(
         model=model,
         domain=domain,
@@ -117,14 +128,13 @@ def run_command(
         source,
         output,
         settings,
-        columns=tuple(text_column),
-        domain_column=domain_column,
+        **reading.of(source, domain_column),
         chunk_size=chunk_size,
         processes=processes,
         threads=threads,
         overwrite=overwrite,
         progress=not run.quiet,
+        finish=partial(run.save_settings, output),
     )
-    run.save_settings(output)
     resumed = f", {embedded.resumed_rows:,} of them from before" if embedded.resumed_rows else ""
     run.say(f"{output}: {embedded.rows:,} x {embedded.dimension}{resumed}")

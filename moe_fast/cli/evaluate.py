@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moe_fast.cli.command import Run
-from moe_fast.cli.options import BatchSize, Device, ModelArgument, Overwrite, Truncate, split_commas
+from moe_fast.cli.options import (
+    BatchSize,
+    Columns,
+    Delimiter,
+    Device,
+    ModelArgument,
+    Overwrite,
+    SkipInvalid,
+    Truncate,
+    check_delimiter,
+    split_commas,
+)
 from moe_fast.cli.outputs import write_json
 
 if TYPE_CHECKING:
@@ -116,6 +127,9 @@ def run_command(
     document_prompt: Annotated[
         str | None, typer.Option(help="Text to put before every document (before b, of pairs).")
     ] = None,
+    columns: Columns = None,
+    delimiter: Delimiter = None,
+    skip_invalid: SkipInvalid = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown.")
     ] = False,
@@ -133,6 +147,7 @@ def run_command(
         raise typer.BadParameter("give --pairs, --retrieval or --sts, at least one")
     if dev and not pairs:
         raise typer.BadParameter("--dev goes with --pairs")
+    check_delimiter(delimiter, [*(pairs or ()), *(dev or ()), *(sts or ())])
     if json_output is not None:
         check_output(json_output, overwrite)
     encode = EncodeOptions(
@@ -152,6 +167,9 @@ def run_command(
         measures=split_commas(measures),
         on_missing=on_missing,
         ignore_identical_ids=ignore_identical_ids,
+        columns=columns,
+        delimiter=delimiter,
+        skip_invalid=skip_invalid,
     )
     names = [model] if against is None else [model, against]
     found = [_measure(name, tasks, domain, device, common) for name in names]
@@ -165,8 +183,8 @@ def run_command(
             "comparisons": [comparison.to_dict() for comparison in comparisons],
         }
     if json_output is not None:
-        write_json(results, json_output)
         run.save_settings(json_output)
+        write_json(results, json_output)
 
 
 def read_tasks(
@@ -179,10 +197,16 @@ def read_tasks(
     measures: list[str],
     on_missing: Literal["error", "drop"],
     ignore_identical_ids: bool,
+    **reading: Any,
 ) -> dict[str, Callable[..., Evaluation]]:
-    """{name: function of a model}; all data is read, and checked, before any model is loaded."""
+    """{name: function of a model}; all data is read, and checked, before any model is loaded.
+
+    ``reading``: the columns and so on of pairs and scored pairs, see
+    :func:`moe_fast.cli.training_data.read_sources`.
+    """
     from functools import partial
 
+    from moe_fast.cli.training_data import read_sources
     from moe_fast.data import read_pairs, read_sts
     from moe_fast.evaluation import evaluate_pairs, evaluate_retrieval, evaluate_sts
 
@@ -190,8 +214,8 @@ def read_tasks(
     if pairs:
         tasks["pairs"] = partial(
             evaluate_pairs,
-            dataset=_read_rows(pairs, read_pairs),
-            dev=_read_rows(dev, read_pairs) if dev else None,
+            dataset=read_sources(pairs, read_pairs, **reading),
+            dev=read_sources(dev, read_pairs, **reading) if dev else None,
             threshold=threshold,
         )
     if retrieval is not None:
@@ -202,31 +226,8 @@ def read_tasks(
             ignore_identical_ids=ignore_identical_ids,
         )
     if sts:
-        tasks["sts"] = partial(evaluate_sts, dataset=_read_rows(sts, read_sts))
+        tasks["sts"] = partial(evaluate_sts, dataset=read_sources(sts, read_sts, **reading))
     return tasks
-
-
-def _read_rows(sources: Sequence[str], read: Callable[[str], Any]) -> Any:
-    """One dataset of all files, each maybe as DOMAIN=FILE, which gives its rows that domain."""
-    from datasets import concatenate_datasets
-
-    from moe_fast.data.sources import split_domain
-
-    parts: list[Any] = []
-    for source in sources:
-        domain, path = split_domain(source)
-        rows = read(path)
-        if domain is not None:
-            if "domain" in rows.column_names:
-                raise ValueError(f"{source}: the file has a column 'domain' already")
-            rows = rows.add_column("domain", [domain] * len(rows))
-        parts.append(rows)
-        if set(rows.column_names) != set(parts[0].column_names):
-            raise ValueError(
-                f"{source}: columns {sorted(rows.column_names)}, but {sources[0]} has "
-                f"{sorted(parts[0].column_names)}; all files must have the same"
-            )
-    return concatenate_datasets(parts)
 
 
 def _read_retrieval(source: str, on_missing: Literal["error", "drop"]) -> Retrieval:

@@ -91,8 +91,8 @@ def run_command(
             from moe_fast.evaluation.plots import plot_expert_usage
 
             label = Path(model).name
-            plot_expert_usage({label: usage}, names, output, layers=config.moe_layers)
             run.save_settings(output)
+            plot_expert_usage({label: usage}, names, output, layers=config.moe_layers)
             run.say(f"{output}: tokens per expert")
     if json_output is not None:
         write_json(shown, json_output)

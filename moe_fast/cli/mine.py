@@ -17,6 +17,8 @@ from moe_fast.cli.options import (
     Overwrite,
     SkipInvalid,
     Truncate,
+    check_delimiter,
+    delimiter_for,
 )
 from moe_fast.cli.outputs import one_at_a_time
 
@@ -84,7 +86,7 @@ def run_command(
 
     Each negative's own query goes with it, as neg_q, where all of them are known.
     """
-    from moe_fast.cli.training_data import check_delimiter, read_data
+    from moe_fast.cli.training_data import read_data
     from moe_fast.data import MiningSettings, mine_hard_negatives, write_flag_rows
     from moe_fast.files import check_output
 
@@ -130,8 +132,8 @@ def run_command(
         corpus=_corpus(corpus, delimiter),
         encode_options=options,
     )
-    write_flag_rows(mined.rows, output)
     run.save_settings(output)
+    write_flag_rows(mined.rows, output)
     _say(mined.report, output, "neg_q" in mined.rows[0], run)
 
 
@@ -148,7 +150,6 @@ def _retriever(model: str | None, device: str | None, **options: Any) -> tuple[A
 
 
 def _corpus(path: Path | None, delimiter: str | None) -> list[str]:
-    from moe_fast.cli.training_data import delimiter_for
     from moe_fast.data import read_texts
 
     if path is None:

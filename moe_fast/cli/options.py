@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -89,6 +90,10 @@ Columns = Annotated[
     list[str] | None,
     typer.Option(help="Columns called otherwise: a=question,b=answer,domain=source."),
 ]
+TextColumns = Annotated[
+    list[str] | None,
+    typer.Option(help="Columns called otherwise: text=body,id=key,domain=source."),
+]
 Delimiter = Annotated[
     str | None,
     typer.Option(help="Between the cells of CSV files, or 'tab'; by default as the header says."),
@@ -121,6 +126,88 @@ def delimiter_character(value: str | None) -> str | None:
     if len(value) != 1 or value in '"\r\n\0':
         raise typer.BadParameter(f"--delimiter must be one character or 'tab'; got {value!r}")
     return value
+
+
+def delimiter_for(path: str, delimiter: str | None) -> str | None:
+    """The character of ``--delimiter`` for a CSV file, None for any other file."""
+    from moe_fast.data.rows import CSV_FORMATS
+
+    character = delimiter_character(delimiter)
+    return character if path.lower().removesuffix(".gz").endswith(CSV_FORMATS) else None
+
+
+def check_delimiter(delimiter: str | None, sources: Iterable[str]) -> None:
+    """Raise ValueError where ``--delimiter`` is given and no source is a CSV file."""
+    if delimiter is not None and not any(delimiter_for(source, delimiter) for source in sources):
+        raise ValueError(f"--delimiter {delimiter!r}: there is no CSV file among the data")
+
+
+@dataclass(frozen=True)
+class TextReading:
+    """How a command reads its files of texts.
+
+    Attributes:
+        columns: of the text.
+        id_column, domain_column: where they are not as they are called by default.
+        delimiter: value of ``--delimiter``.
+        skip_invalid: leave out rows that cannot be read.
+    """
+
+    columns: tuple[str, ...]
+    id_column: str | None
+    domain_column: str | None
+    delimiter: str | None
+    skip_invalid: bool
+
+    @classmethod
+    def from_flags(
+        cls,
+        columns: Sequence[str] | None,
+        text_column: Sequence[str],
+        domain_column: str | None,
+        delimiter: str | None,
+        skip_invalid: bool,
+    ) -> TextReading:
+        """Of ``--columns text=...,id=...,domain=...``, ``--text-column`` and ``--domain-column``.
+
+        Raises:
+            typer.BadParameter: an unknown name, or one that two flags give.
+        """
+        names = column_names(columns)
+        if unknown := sorted(names.keys() - {"text", "id", "domain"}):
+            raise typer.BadParameter(
+                f"--columns: of texts there are text, id and domain; got {', '.join(unknown)}"
+            )
+        both = [
+            name
+            for name, given in (("text", list(text_column) != TEXT), ("domain", domain_column))
+            if given and name in names
+        ]
+        if both:
+            raise typer.BadParameter(
+                f"give --{both[0]}-column or --columns {both[0]}={names[both[0]]}, not both"
+            )
+        return cls(
+            (names["text"],) if "text" in names else tuple(text_column),
+            names.get("id"),
+            domain_column or names.get("domain"),
+            delimiter,
+            skip_invalid,
+        )
+
+    def of(self, path: Path, domain_column: str | None) -> dict[str, Any]:
+        """What :func:`moe_fast.inference.embed_file` takes, for one of the files.
+
+        Args:
+            domain_column: as `file_and_domain` says of this file.
+        """
+        return {
+            "columns": self.columns,
+            "id_column": self.id_column,
+            "domain_column": domain_column,
+            "delimiter": delimiter_for(str(path), self.delimiter),
+            "skip_invalid": self.skip_invalid,
+        }
 
 
 def split_commas(values: Sequence[str] | None) -> list[str]:

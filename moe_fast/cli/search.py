@@ -13,10 +13,15 @@ from moe_fast.cli.command import Run
 from moe_fast.cli.options import (
     TEXT,
     BatchSize,
+    Delimiter,
     Device,
     Overwrite,
+    SkipInvalid,
     TextColumn,
+    TextColumns,
+    TextReading,
     Truncate,
+    check_delimiter,
     file_and_domain,
 )
 
@@ -92,6 +97,9 @@ def run_command(
         str | None,
         typer.Option(help="Column that holds each text's domain, in each file without DOMAIN=."),
     ] = None,
+    columns: TextColumns = None,
+    delimiter: Delimiter = None,
+    skip_invalid: SkipInvalid = False,
     document_prompt: Annotated[
         str | None, typer.Option(help="Name of the model's prompt to put before documents.")
     ] = None,
@@ -110,10 +118,12 @@ def run_command(
     from 0.
     """
     from moe_fast.evaluation import write_run
-    from moe_fast.files import check_output
+    from moe_fast.files import atomic_folder, check_output
     from moe_fast.inference import index as library
 
     _check_combination(documents, load_index, queries, output, save_index)
+    reading = TextReading.from_flags(columns, text_column, domain_column, delimiter, skip_invalid)
+    check_delimiter(delimiter, [source for source in (documents, queries) if source is not None])
     if load_index is not None and index != "Flat":
         raise typer.BadParameter(f"--index {index} is for --documents; a saved index has its own")
     for path in (output, save_index):
@@ -124,7 +134,7 @@ def run_command(
     def vectors_of(source: str, prompt_name: str | None, folder: str) -> Vectors:
         from moe_fast.inference.encoder import EncoderSettings
 
-        path, own_domain, column = file_and_domain(source, domain, domain_column)
+        path, own_domain, column = file_and_domain(source, domain, reading.domain_column)
         if _is_vectors(path):
             return _stored(path, run)
         if model is None:
@@ -137,8 +147,9 @@ def run_command(
             truncate=truncate,
             device=device,
         )
-        reading = {"columns": tuple(text_column), "domain_column": column}
-        return _embedded(path, settings, reading, Path(folder), progress=not run.quiet)
+        return _embedded(
+            path, settings, reading.of(path, column), Path(folder), progress=not run.quiet
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         if load_index is not None:
@@ -153,15 +164,16 @@ def run_command(
                 vectors_of(documents, document_prompt, folder), factory=index, normalize=normalize
             )
         if save_index is not None:
-            library.save_index(built, save_index)
-            run.save_settings(save_index)
+            with atomic_folder(save_index, replaces=("*",)) as temporary:
+                library.save_index(built, temporary)
+                run.save_settings(temporary)
             run.say(f"{save_index}: {len(built.ids):,} documents, index {built.factory}")
         if queries is not None and output is not None:
             asked = vectors_of(queries, query_prompt, folder)
             hits = _Hits(built, asked, k, ignore_identical_ids)
             found = dict(hits)
-            write_run(found, output, tag=tag)
             run.save_settings(output)
+            write_run(found, output, tag=tag)
             run.say(f"{output}: {len(found):,} queries, {sum(map(len, found.values())):,} hits")
             if hits.own:
                 run.say(

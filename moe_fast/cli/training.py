@@ -18,6 +18,7 @@ import typer
 
 from moe_fast.cli.command import Run, is_first_process
 from moe_fast.cli.models import describe_size
+from moe_fast.cli.options import check_delimiter
 from moe_fast.cli.training_checks import (
     check_batches,
     check_dims,
@@ -27,7 +28,6 @@ from moe_fast.cli.training_checks import (
     wants_experts,
 )
 from moe_fast.cli.training_data import (
-    check_delimiter,
     check_domains,
     columns_of,
     domains_of,

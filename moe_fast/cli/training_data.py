@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_fast.cli.command import Run
-from moe_fast.cli.options import column_names, delimiter_character
-from moe_fast.data.rows import CSV_FORMATS
+from moe_fast.cli.options import column_names, delimiter_for
 
 
 def read_data(
@@ -34,45 +33,54 @@ def read_data(
         ValueError: sources with different columns; a domain for a file that has a column of them;
             pairs with label 0; as the reader.
     """
+    from moe_fast.data import read_training_data
+
+    def read(path: str, **reading: Any) -> Any:
+        return _positives(read_training_data(path, keep=keep, **reading), path, positives_only)
+
+    return read_sources(
+        sources, read, columns=columns, delimiter=delimiter, skip_invalid=skip_invalid
+    )
+
+
+def read_sources(
+    sources: Sequence[str],
+    read: Callable[..., Any],
+    *,
+    columns: Sequence[str] | None = None,
+    delimiter: str | None = None,
+    skip_invalid: bool = False,
+) -> Any:
+    """One dataset of all sources, each maybe as DOMAIN=FILE, which gives its rows that domain.
+
+    Args:
+        sources, columns, delimiter, skip_invalid: see `read_data`.
+        read: reads a path, with ``columns``, ``delimiter`` and ``skip_invalid``.
+
+    Raises:
+        ValueError: sources with different columns; a domain for a file that has a column of them.
+    """
     from datasets import concatenate_datasets
 
-    from moe_fast.data import read_training_data
     from moe_fast.data.sources import split_domain
 
     names = column_names(columns)
-    parts = []
+    parts: list[Any] = []
     for source in sources:
         domain, path = split_domain(source)
-        rows = read_training_data(
-            path,
-            columns=names,
-            keep=keep,
-            delimiter=delimiter_for(path, delimiter),
-            skip_invalid=skip_invalid,
-        )
+        character = delimiter_for(path, delimiter)
+        rows = read(path, columns=names, delimiter=character, skip_invalid=skip_invalid)
         if domain is not None:
             if "domain" in rows.column_names:
                 raise ValueError(f"{source}: the file has a column 'domain' already")
             rows = rows.add_column("domain", [domain] * len(rows))
-        parts.append(_positives(rows, path, positives_only))
-        if set(parts[-1].column_names) != set(parts[0].column_names):
+        parts.append(rows)
+        if set(rows.column_names) != set(parts[0].column_names):
             raise ValueError(
-                f"{source}: columns {sorted(parts[-1].column_names)}, but {sources[0]} has "
+                f"{source}: columns {sorted(rows.column_names)}, but {sources[0]} has "
                 f"{sorted(parts[0].column_names)}; all files must have the same"
             )
     return concatenate_datasets(parts)
-
-
-def delimiter_for(path: str, delimiter: str | None) -> str | None:
-    """The character of ``--delimiter`` for a CSV file, None for any other file."""
-    character = delimiter_character(delimiter)
-    return character if path.lower().removesuffix(".gz").endswith(CSV_FORMATS) else None
-
-
-def check_delimiter(delimiter: str | None, sources: Iterable[str]) -> None:
-    """Raise ValueError where ``--delimiter`` is given and no source is a CSV file."""
-    if delimiter is not None and not any(delimiter_for(source, delimiter) for source in sources):
-        raise ValueError(f"--delimiter {delimiter!r}: there is no CSV file among the data")
 
 
 def _positives(rows: Any, path: str, positives_only: bool) -> Any:

@@ -84,6 +84,7 @@ def cocitation_pairs(
     papers: AnySource,
     *,
     columns: Mapping[str, str] | None = None,
+    delimiter: str | None = None,
     skip_invalid: bool = False,
     min_cocitations: int = 1,
     negatives_per_positive: int = 1,
@@ -111,7 +112,7 @@ def cocitation_pairs(
 
     Args:
         papers: see `read_papers`.
-        columns, skip_invalid: see `read_papers`.
+        columns, delimiter, skip_invalid: see `read_papers`.
         min_cocitations: at least 1.
         negatives_per_positive: at least 0; with 0 there is no column ``label``.
         fractions: of the papers in train, dev and test, adding up to 1; a split may be 0.
@@ -131,7 +132,7 @@ def cocitation_pairs(
         FileNotFoundError, ImportError: as `read_papers`.
     """
     _check_arguments(min_cocitations, negatives_per_positive, fractions, max_references, max_pairs)
-    graph = read_papers(papers, columns=columns, skip_invalid=skip_invalid)
+    graph = read_papers(papers, columns=columns, delimiter=delimiter, skip_invalid=skip_invalid)
     for_splits, for_draws = np.random.SeedSequence(seed).spawn(2)
     domains = _numbers(graph.domains or [""] * len(graph))
     split_of = _split_papers(domains, fractions, for_splits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 from moe_fast.data import checks
 from moe_fast.data.columns import Columns, Value
 from moe_fast.data.rows import Row
-from moe_fast.data.sources import AnySource, first_row, open_source
+from moe_fast.data.sources import AnySource, FileSource, first_row, open_source
 from moe_fast.data.tables import placed_rows
-from moe_fast.messages import shown
+from moe_fast.messages import reason, shown
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -60,6 +61,7 @@ def read_papers(
     source: AnySource,
     *,
     columns: Mapping[str, str] | None = None,
+    delimiter: str | None = None,
     skip_invalid: bool = False,
 ) -> Papers:
     """Read papers ``{"id", "abstract", "citing": [id, ...], "cited_by": [id, ...], "domain"}``.
@@ -67,10 +69,12 @@ def read_papers(
     A link counts where either of its ends names it, and once.
 
     Args:
-        source: a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file, or a dataset as in `read_pairs`.
-            ``citing`` (the papers that this one cites) or ``cited_by`` may be absent, not both;
-            ``domain`` is in every row or in none. Ids are strings or whole numbers; 7 is "7".
+        source: a file or a dataset as in `read_pairs`. In the cells of a CSV file ids are parted by
+            white space, or stand in a JSON list. ``citing`` (the papers that this one cites) or
+            ``cited_by`` may be absent, not both; ``domain`` is in every row or in none. Ids are
+            strings or whole numbers; 7 is "7".
         columns: {our name: the source's name} where they differ.
+        delimiter: see `read_pairs`.
         skip_invalid: see `read_pairs`; an id given twice is an error nevertheless.
 
     Raises:
@@ -80,13 +84,26 @@ def read_papers(
             `read_pairs` otherwise.
         ImportError: scipy or datasets is not installed.
     """
-    opened = open_source(source)
+    opened = open_source(source, delimiter=delimiter)
     where, row = first_row(opened, skip_invalid)
-    wanted = Columns(REQUIRED, OPTIONAL, columns or {}).matched(row, where)
+    has_cells = isinstance(opened, FileSource) and opened.delimiter is not None
+    links = dict.fromkeys(("citing", "cited_by"), _ids_in_cell) if has_cells else {}
+    wanted = Columns(REQUIRED, {**OPTIONAL, **links}, columns or {}).matched(row, where)
     reading = _Reading()
     for where, row in placed_rows(opened, wanted, skip_invalid):
         reading.add(row, where)
     return reading.finish()
+
+
+def _ids_in_cell(value: str, name: str, where: str) -> list[str]:
+    """The ids in a cell of a CSV file, which may hold none."""
+    if not value.startswith("["):
+        return value.split()
+    try:
+        ids = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {name} is no JSON list of ids ({reason(error)})") from error
+    return checks.identifiers(ids, name, where)
 
 
 @dataclass

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from moe_fast.extras import missing
 from moe_fast.models.json_files import read_json, read_modules, read_object
 
@@ -52,6 +54,7 @@ def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
     model = load_base(base)
     try:
         wrapped = PeftModel.from_pretrained(_encoder(model), str(adapter))
+        _check_complete(wrapped, adapter)
         encoder = wrapped.merge_and_unload(safe_merge=True)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter in {adapter} does not fit its base: {error}") from error
@@ -63,6 +66,24 @@ def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
     if not hasattr(model, "encode"):
         raise ValueError(f"{path} is a SentenceTransformer, and its base {base} a bare encoder")
     return _with_modules_of(path, model)
+
+
+def _check_complete(wrapped: Any, adapter: Path) -> None:
+    """Raise for tensors that the adapter's file lacks: PEFT leaves them as they begin, at random.
+
+    Raises:
+        ValueError: naming them.
+    """
+    from peft import get_peft_model_state_dict
+
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
+    wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+    if lacking := sorted(wanted - stored):
+        names = ", ".join(lacking[:10]) + (", ..." if len(lacking) > 10 else "")
+        raise ValueError(
+            f"{adapter / WEIGHTS} lacks {len(lacking)} tensors of the adapter: {names}."
+        )
 
 
 def _encoder(model: Any) -> Any:

@@ -28,6 +28,9 @@ _SHOWN = 60
 # Tokens beside a cut through a text may differ from those of the whole text; so many are not used.
 _MARGIN = 64
 _GROWTH = 16  # of a part with too few tokens, such as blanks or one endless word; seldom
+# Beyond so many characters, or one growth, a text with too few tokens is read no further: it would
+# take a tokenizer a second and 150 MB for each million.
+_MOST_CHARACTERS = 1 << 20
 
 
 class TokenizedText(NamedTuple):
@@ -97,7 +100,8 @@ def tokenize_texts(
     """Texts behind their prompt as token ids, of which the long ones keep ``limit``.
 
     The ids are those of ``tokenizer(prompt + text, truncation=True, max_length=limit)``, whose own
-    state stays as it is. Of a very long text only as much is read as surely holds them.
+    state stays as it is. Of a very long text only as much is read as surely holds them, or a
+    million characters: one with fewer tokens in those counts as too long.
     """
     long = LongTexts(limit, len(texts))
     return list(_tokenized(tokenizer, texts, prompt, long)), long
@@ -132,16 +136,19 @@ def _tokenized(
         for i, row in enumerate(reader.read(pieces), start):
             text, piece = chunk[i - start], pieces[i - start]
             size = reader.most_characters
-            while len(piece) < len(text) and row.length <= reader.enough:
-                size *= _GROWTH
+            most = max(_MOST_CHARACTERS, _GROWTH * size)
+            while len(piece) < len(text) and row.length <= reader.enough and size < most:
+                size = min(_GROWTH * size, most)
                 piece = reader.piece(text, size)
                 (row,) = reader.read([piece])
             whole = len(piece) == len(text)
             if not whole:
                 long.pieces[i] = piece
-            if limit is not None and row.length > limit:
+            if limit is not None and (row.length > limit or not whole):
                 long.num_long += 1
                 length = f"{row.length}" if whole else f"more than {row.length - _MARGIN}"
+                if row.length <= reader.enough and not whole:
+                    length = f"{row.length} in {len(piece):,} characters, and is read no further"
                 long.first = long.first or (i, length, text[:_SHOWN])
             yield TokenizedText(row.ids, row.type_ids, i)
 

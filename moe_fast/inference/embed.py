@@ -12,8 +12,9 @@ the run was stopped. At the end the chunks are copied into the output one by one
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from moe_fast.data.lines import Refuse, refuse
+from moe_fast.data.tables import Skipped
 from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
 from moe_fast.encoding.model_paths import file_sha256, model_fingerprint
 from moe_fast.files import check_output, exclusive
@@ -33,6 +36,8 @@ from moe_fast.inference.threads import check_threads
 from moe_fast.inference.vectors import check_vector_format, write_vectors
 from moe_fast.inference.workers import worker_pool
 from moe_fast.ops.checks import check_count
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,15 @@ def embed_file(
     *,
     columns: tuple[str, ...] = ("text",),
     domain_column: str | None = None,
+    id_column: str | None = None,
+    delimiter: str | None = None,
+    skip_invalid: bool = False,
     chunk_size: int = 1024,
     processes: int = 1,
     threads: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    finish: Callable[[], None] | None = None,
 ) -> EmbeddedFile:
     """Embed every text of a file; start it again after an interruption and it goes on.
 
@@ -78,7 +87,10 @@ def embed_file(
             ``embedding``. Ids are the source's ``id`` or ``_id``, else the row number from 0, as
             text.
         settings: the model and how to call it.
-        columns, domain_column: see :func:`moe_fast.inference.texts.read_text_rows`.
+        columns, domain_column, id_column, delimiter: see
+            :func:`moe_fast.inference.texts.read_text_rows`.
+        skip_invalid: leave out rows that cannot be read, with a warning that counts them and names
+            the first; otherwise the first one is an error.
         chunk_size: texts per chunk: what a kill can lose, per process.
         processes: how many embed at the same time, each with a copy of the model.
         threads: of PyTorch in each process. ``None``: those of the interrupted run; on a new one
@@ -86,6 +98,8 @@ def embed_file(
             between numbers of threads, and in nothing between numbers of processes.
         overwrite: replace an `output` that exists, and what is left of a run with other settings.
         progress: show a bar that counts texts.
+        finish: called when the output is there and before the chunks go, for what else belongs to
+            it: a run that was killed before its end calls it when it is started again.
 
     Raises:
         FileExistsError: `output` exists; an interrupted run with other settings left its chunks.
@@ -106,9 +120,17 @@ def embed_file(
             "give domain or domain_column, not both; got "
             f"domain={settings.domain!r} and domain_column={domain_column!r}"
         )
-    reading: dict[str, Any] = {"columns": columns, "domain_column": domain_column}
+    reading: dict[str, Any] = {
+        "columns": columns,
+        "domain_column": domain_column,
+        "id_column": id_column,
+        "delimiter": delimiter,
+    }
     with exclusive(output):
-        first, count, domains = _look_through(source, **reading)
+        skipped = Skipped(str(source))
+        first, count, domains = _look_through(source, reading, skipped if skip_invalid else refuse)
+        if skipped.count:
+            logger.warning("%s: %s", source, skipped.summary())
         encoder = TextEncoder(settings)
         encoder.checkdomains_of_rows(sorted(domains))
         # One text shows whether any can be embedded, before anything is written.
@@ -117,7 +139,9 @@ def embed_file(
         sizes = [min(chunk_size, count - start) for start in range(0, count, chunk_size)]
         parts = open_parts(
             output,
-            _manifest(source, settings, reading, chunk_size, output),
+            _manifest(
+                source, settings, {**reading, "skip_invalid": skip_invalid}, chunk_size, output
+            ),
             (dimension, settings.dtype),
             threads=threads,
             default_threads=max(1, torch.get_num_threads() // processes),
@@ -126,7 +150,8 @@ def embed_file(
         found, truncated = count, TruncatedTexts()
         if not parts.are_in_output(sizes):
             check_output(output, overwrite)
-            chunks = _chunks(read_text_rows(source, **reading), chunk_size)
+            again = Skipped(str(source)) if skip_invalid else refuse  # said above
+            chunks = _chunks(read_text_rows(source, **reading, invalid=again), chunk_size)
             with tqdm(total=count, unit=" texts", desc="embed", disable=not progress) as bar:
                 missing = _Missing(chunks, parts, bar)
                 if processes == 1:
@@ -140,22 +165,25 @@ def embed_file(
             found = missing.found
             truncated.warn(count - found)
             write_vectors(output, parts.read(len(sizes)), (count, dimension))
+        if finish is not None:
+            finish()
         parts.remove()
     return EmbeddedFile(output, count, dimension, found, truncated.num_long)
 
 
 def _look_through(
-    source: Path, columns: tuple[str, ...], domain_column: str | None
+    source: Path, reading: dict[str, Any], invalid: Refuse
 ) -> tuple[TextRow, int, set[str]]:
     """The first text, the number of texts and the domains' names; every row is checked."""
     first, count, domains = None, 0, set()
-    for row in read_text_rows(source, columns=columns, domain_column=domain_column):
+    for row in read_text_rows(source, **reading, invalid=invalid):
         first = first or row
         count += 1
         if row.domain is not None:
             domains.add(row.domain)
     if first is None:
-        raise ValueError(f"{source}: no texts in this file")
+        skipped = f" ({invalid.summary()})" if isinstance(invalid, Skipped) else ""
+        raise ValueError(f"{source}: no texts in this file{skipped}")
     return first, count, domains
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moe_fast.data import checks
-from moe_fast.data.lines import read_lines
-from moe_fast.data.rows import FORMATS, file_format, read_rows
+from moe_fast.data.lines import Refuse, read_lines, refuse
+from moe_fast.data.rows import FORMATS, Row, file_format, read_rows
 
 ID_COLUMNS = ("id", "_id")
 TEXT_FORMATS = (".txt", ".txt.gz", *FORMATS)
@@ -21,7 +23,7 @@ class TextRow:
 
     Attributes:
         text: never empty.
-        id: the row's ``id`` or ``_id``; its number, counted from 0, where it has neither.
+        id: the row's ``id`` or ``_id``; the text's number, counted from 0, where it has neither.
         domain: where asked for.
         where: the file and line, for messages.
     """
@@ -37,6 +39,9 @@ def read_text_rows(
     *,
     columns: Sequence[str] = ("text",),
     domain_column: str | None = None,
+    id_column: str | None = None,
+    delimiter: str | None = None,
+    invalid: Refuse = refuse,
 ) -> Iterator[TextRow]:
     """Yield the texts of a file, holding a part of it in memory.
 
@@ -46,6 +51,10 @@ def read_text_rows(
         columns: the columns that hold the text; several are joined by a space, and of several
             some may be empty. Not used for ``.txt``.
         domain_column: the column that holds the text's domain.
+        id_column: the column that holds the text's id, where it is neither ``id`` nor ``_id``.
+        delimiter: between the cells of a CSV file; by default as its header says.
+        invalid: takes the error of a row that cannot be read; where it returns, reading goes on
+            with the next. By default it raises.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -56,22 +65,48 @@ def read_text_rows(
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if file_format(path, TEXT_FORMATS) == ".txt":
-        if domain_column is not None:
-            raise ValueError(
-                f"{path}: domain_column={domain_column!r} needs a file with columns "
-                f"({', '.join(FORMATS)}); this one holds texts alone"
-            )
-        for line, text in read_lines(path):
-            where = f"{path}, line {line}"
-            yield TextRow(
-                checks.text(text.rstrip("\r\n"), "text", where), str(line - 1), None, where
-            )
-        return
-    for number, (where, row) in enumerate(read_rows(path)):
-        checks.present(row, [*columns, *([domain_column] if domain_column else [])], where)
-        domain = checks.text(row[domain_column], domain_column, where) if domain_column else None
-        key = next((row[name] for name in ID_COLUMNS if name in row), number)
-        yield TextRow(_joined(row, columns, where), _checked_id(key, where), domain, where)
+        columns_asked = {"domain_column": domain_column, "id_column": id_column}
+        for name, column in columns_asked.items():
+            if column is not None:
+                raise ValueError(
+                    f"{path}: {name}={column!r} needs a file with columns ({', '.join(FORMATS)}); "
+                    "this one holds texts alone"
+                )
+        lines = ((f"{path}, line {line}", text) for line, text in read_lines(path, invalid))
+        read: Iterator[tuple[str, Any]] = lines
+        take: Callable[[Any, int, str], TextRow] = _line
+    else:
+        read = read_rows(path, delimiter=delimiter, invalid=invalid)
+        take = partial(_row, columns=columns, domain_column=domain_column, id_column=id_column)
+    number = 0
+    for where, content in read:
+        try:
+            row = take(content, number, where)
+        except ValueError as error:
+            invalid(error)
+        else:
+            number += 1
+            yield row
+
+
+def _line(text: str, number: int, where: str) -> TextRow:
+    return TextRow(checks.text(text.rstrip("\r\n"), "text", where), str(number), None, where)
+
+
+def _row(
+    row: Row,
+    number: int,
+    where: str,
+    *,
+    columns: Sequence[str],
+    domain_column: str | None,
+    id_column: str | None,
+) -> TextRow:
+    checks.present(row, [*columns, *(c for c in (domain_column, id_column) if c)], where)
+    domain = checks.text(row[domain_column], domain_column, where) if domain_column else None
+    ids = (id_column,) if id_column else ID_COLUMNS
+    key = next((row[name] for name in ids if name in row), number)
+    return TextRow(_joined(row, columns, where), _checked_id(key, where), domain, where)
 
 
 def _joined(row: dict, columns: Sequence[str], where: str) -> str:

@@ -240,9 +240,10 @@ class MoEModelMixin(PreTrainedModel):
         """Resolve the routing, run the dense model's forward, put the routing in the output.
 
         Among ``kwargs``, ``packed=True`` leaves the padding out of this one batch, whatever the
-        configuration's attention is.
+        configuration's attention is; not under gradient checkpointing, whose second forward comes
+        when the choice is over, and would attend over all sentences as one.
         """
-        if kwargs.pop("packed", False):
+        if kwargs.pop("packed", False) and not self._runs_again():
             with packed_attention():
                 return self._moe_forward(
                     dense_inputs, expert_ids, domain, domain_ids, output_router_logits, kwargs
@@ -304,6 +305,11 @@ class MoEModelMixin(PreTrainedModel):
         if packing is not None:
             unpack_outputs(self, packing, output)
         return self._returned(output, return_dict)
+
+    def _runs_again(self) -> bool:
+        """Whether the backward computes the layers' forward a second time."""
+        layers = self.encoder_layers if self.training and torch.is_grad_enabled() else ()
+        return any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
 
     def _returned(self, output: BaseModelOutput, return_dict: bool | None) -> Any:
         if return_dict is None:

@@ -109,6 +109,15 @@ class ExpertUsageCallback(TrainerCallback):
                 logs |= {f"expert_share/{name}/expert_{e}": share for e, share in enumerate(layer)}
         return {key: round(value, 4) for key, value in logs.items()}
 
+    def state(self) -> dict[str, Any]:
+        """The history, and the tokens since the last entry, of this process."""
+        return {"history": self.history, "counts": {n: c.tolist() for n, c in self._counts.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with what :meth:`state` gave."""
+        self.history = list(state["history"])
+        self._counts = {name: torch.tensor(counts) for name, counts in state["counts"].items()}
+
     def total_tokens(self) -> dict[str, list[int]]:
         """Each layer's tokens per expert, over the whole history."""
         total: dict[str, list[int]] = {}
@@ -125,7 +134,9 @@ class ExpertUsageCallback(TrainerCallback):
                 return
             tokens = output.tokens_per_expert.detach()
             previous = self._counts.get(name)
-            self._counts[name] = tokens.clone() if previous is None else previous + tokens
+            self._counts[name] = (
+                tokens.clone() if previous is None else previous.to(tokens.device) + tokens
+            )
 
         return count
 

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformerTrainer
 from transformers.trainer_utils import (
@@ -25,6 +26,7 @@ from transformers.trainer_utils import (
 from moe_fast import compat
 from moe_fast.files import atomic_folder
 from moe_fast.training.locks import hold_folder
+from moe_fast.training.log_state import load_log_state, save_log_state
 from moe_fast.training.position import POSITION_NAME, DataPosition
 
 STAGING_NAME = ".checkpoint-in-progress"
@@ -41,11 +43,15 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
     that saves holds its folder: a second one there is refused while it lives.
 
     A checkpoint says where in the data the run was (:class:`DataPosition`): a resumed run goes on
-    there, with data of any form, in whatever pass it stopped.
+    there, with data of any form, in whatever pass it stopped. It says too what was added up for the
+    next log (:mod:`moe_fast.training.log_state`): logs are those of an uninterrupted run, and the
+    ``train_loss`` at the end is the mean over all steps.
     """
 
     _staging: str | None = None
     _resumed_at: DataPosition | None = None
+    _resumed_logs: dict[str, Any] | None = None  # until training begins
+    _loss_from = 0  # the step since which losses are added up: of a resumed run 0 where it is known
     _batches_done = 0  # of the pass that is going on
     _batches_of_pass: int | None = None  # as announced; a stream announces none
     _pass = 0
@@ -90,11 +96,33 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
                 )
         if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_checkpoint(checkpoint, num_processes=self.args.world_size)
-        self._resumed_at = None
+        self._resumed_at, self._resumed_logs, self._loss_from = None, None, 0
+        if checkpoint is not None:
+            processes = self.args.process_index, self.args.world_size
+            self._resumed_logs = load_log_state(checkpoint, *processes)
         if checkpoint is not None and not self.args.ignore_data_skip:
             self._resumed_at = DataPosition.load(checkpoint)
             self._check_resumable(checkpoint)
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    # --- what was added up for the logs ----------------------------------------------------------
+
+    def _log_state(self) -> dict[str, Any]:
+        """What this process has added up since its last log, as JSON can hold it."""
+        return {"loss": compat.loss_sums(self), "loss_from": self._loss_from}
+
+    def _restore_logs(self, state: dict[str, Any]) -> None:
+        self._loss_from = state.get("loss_from", self.state.global_step)
+        compat.restore_loss_sums(self, state.get("loss", []))
+
+    @compat.overrides
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers; the loss at the end is of the whole run, not of what was resumed."""
+        if "train_loss" in logs and (sums := compat.loss_sums(self)):
+            # in place: this is what train() gives back
+            logs["train_loss"] = sums[1] / max(self.state.global_step - self._loss_from, 1)
+        super().log(logs, start_time)
 
     # --- where in the data the run is ------------------------------------------------------------
 
@@ -125,6 +153,9 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
         resumed = self._resumed_at
         self._pass = epoch
         self._batches_done = resumed.batches if resumed and resumed.epoch == epoch else 0
+        if self._resumed_logs is not None:
+            self._restore_logs(self._resumed_logs)
+            self._resumed_logs = None
 
     def _position(self) -> DataPosition:
         loading = self.accelerator.gradient_state
@@ -161,9 +192,11 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
             self.accelerator.wait_for_everyone()  # each process writes its own random state
             if self.state.best_model_checkpoint == staged:
                 self.state.best_model_checkpoint = place
+            log_states = gather_object([self._log_state()])
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(staged, _STATE_NAME))
                 self._position().save(staged)
+                save_log_state(log_states, staged)
                 _publish(staged, place)
         except Exception as error:
             last = get_last_checkpoint(run_dir) or "none"

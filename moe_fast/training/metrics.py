@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -28,12 +29,21 @@ class RunningMeans:
             gather: takes this process's one-element list and gives that of all processes, such as
                 ``accelerate.utils.gather_object``. Processes may have seen different metrics.
         """
-        own = {name: (total.item(), self._calls[name]) for name, total in self._sums.items()}
+        own = self.state()
         self._sums, self._calls = {}, {}
         parts = gather([own])
         names = dict.fromkeys(name for part in parts for name in part)
         means = {name: _mean([p[name] for p in parts if name in p]) for name in names}
         return {name: float(f"{mean:.6g}") for name, mean in means.items()}
+
+    def state(self) -> dict[str, tuple[float, int]]:
+        """{name: (sum, calls)} since the last pop, of this process."""
+        return {name: (total.item(), self._calls[name]) for name, total in self._sums.items()}
+
+    def restore(self, state: Mapping[str, tuple[float, int]]) -> None:
+        """Go on with what :meth:`state` gave."""
+        self._sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
+        self._calls = {name: calls for name, (_, calls) in state.items()}
 
 
 def _mean(parts: list[tuple[float, int]]) -> float:

@@ -323,10 +323,22 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
         if "loss" in logs:
             logs = logs | self._metrics["train"].pop(gather_object)
             logs |= self._throughput.pop(gather_object)
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ExpertUsageCallback):
-                    logs |= callback.pop_logs(self.state)
+            for callback in self._usage_callbacks():
+                logs |= callback.pop_logs(self.state)
         super().log(logs, start_time)
+
+    def _usage_callbacks(self) -> list[ExpertUsageCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, ExpertUsageCallback)]
+
+    def _log_state(self) -> dict[str, Any]:
+        usage = [callback.state() for callback in self._usage_callbacks()]
+        return {**super()._log_state(), "metrics": self._metrics["train"].state(), "usage": usage}
+
+    def _restore_logs(self, state: dict[str, Any]) -> None:
+        super()._restore_logs(state)
+        self._metrics["train"].restore(state.get("metrics", {}))
+        for callback, counted in zip(self._usage_callbacks(), state.get("usage", []), strict=False):
+            callback.restore(counted)
 
     @compat.overrides
     def evaluation_loop(

@@ -39,6 +39,19 @@ def test_other_formats(moe_fast_cli, workspace):
     assert len(read_pairs(workspace / "x" / "train.parquet")) > 0
 
 
+def test_a_table(moe_fast_cli, workspace):
+    papers = [json.loads(line) for line in (workspace / "papers.jsonl").read_text().splitlines()]
+    lines = [f"{p['id']}|{p['abstract']}|{' '.join(p['citing'])}" for p in papers]
+    (workspace / "papers.csv").write_text("\n".join(["id|summary|citing", *lines, "x||"]) + "\n")
+    flags = ["--fractions", "1,0,0", "--delimiter", "|", "--columns", "abstract=summary"]
+    result = moe_fast_cli("cocite", "papers.csv", *flags, "--skip-invalid", "-o", "x")
+    assert result.exit_code == 0, result.output
+    moe_fast_cli("cocite", "papers.jsonl", "--fractions", "1,0,0", "-o", "y")
+    assert (workspace / "x/train.jsonl").read_text() == (workspace / "y/train.jsonl").read_text()
+    result = moe_fast_cli("cocite", "papers.jsonl", "--delimiter", "|", "-o", "z")
+    assert result.exit_code == 1 and "there is no CSV file" in result.stderr
+
+
 def test_failures(moe_fast_cli, workspace):
     result = moe_fast_cli("cocite", "papers.jsonl", "--fractions", "a,b", "-o", "x")
     assert result.exit_code == 2 and "--fractions must be numbers" in result.stderr

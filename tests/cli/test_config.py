@@ -62,8 +62,8 @@ def test_null_is_the_default(tmp_path):
         ("output: 3", r"output must be a path; got 3 \(int\)"),
         ("domain: 3", r"domain must be text; got 3 \(int\)"),
         ("loss: mse", r"loss must be one of infonce, clp; got 'mse'"),
-        ("domains: law", r"domains must be a list, each text; got 'law' \(str\)"),
-        ("domains: [law, 3]", r"domains must be a list, each text; got \['law', 3\]"),
+        ("domains: 3", r"domains must be text or a list, each text; got 3 \(int\)"),
+        ("domains: [law, 3]", r"domains must be text or a list, each text; got \['law', 3\]"),
         ("batch-size: 1\nbatch-size: 2", "the key 'batch-size' is there twice"),
         ("batch-size: 1\nbatch_size: 2", "the key 'batch-size' is there twice"),
         ("- a\n- b", r"must be a mapping of settings \(name: value\); got list"),
@@ -71,12 +71,12 @@ def test_null_is_the_default(tmp_path):
         ("a: [1", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("? [a, b]\n: 1", "not valid YAML"),
-        ("data: law.jsonl", "data must be a list, each text, or a mapping of names to texts; got"),
+        ("data: 3", "data must be text or a list, each text, or a mapping of names to texts; got"),
         ("data: {law: 3}", "data: 'law' must be text or texts; got 3"),
         ("data: {law: []}", r"data: 'law' must be text or texts; got \[\]"),
         ("data: {a=b: x}", "data: a name must be text without '='; got 'a=b'"),
         ("data: {1: x}", "data: a name must be text without '='; got 1"),
-        ("domains: {law: x}", r"domains must be a list, each text; got \{'law': 'x'\}"),
+        ("domains: {law: x}", r"domains must be text or a list, each text; got \{'law': 'x'\}"),
         ("domain: 2024-13-45", "not valid YAML .*month must be in"),
         ("learning-rate: " + "9" * 400, "learning-rate must be a finite number; got 9999"),
         ("domains: " + "[" * 5000, "not valid YAML .nested too deeply"),
@@ -88,6 +88,21 @@ def test_null_is_the_default(tmp_path):
 def test_refused(text, message, tmp_path):
     with pytest.raises(ValueError, match=f"settings.yaml: .*{message}"):
         read(tmp_path, text)
+
+
+def test_a_text_alone_is_a_list_of_one(tmp_path):
+    """As files of settings had it before a flag could be given several times."""
+    assert read(tmp_path, "data: law.jsonl\ndomains: law") == {
+        "data": ["law.jsonl"],
+        "domains": ["law"],
+    }
+
+
+@pytest.mark.parametrize(("command", "name"), [("evaluate", "pairs"), ("inspect", "texts")])
+def test_a_files_name_where_several_may_be_given(command, name, moe_fast_cli, workspace):
+    (workspace / "old.yaml").write_text(f"model: mixture\n{name}: none.jsonl\n")
+    result = moe_fast_cli(command, "--config", "old.yaml", "--domain", "law")
+    assert result.exit_code == 1 and "none.jsonl" in result.stderr
 
 
 def test_a_mapping_is_names_and_values(tmp_path):

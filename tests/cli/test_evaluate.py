@@ -105,6 +105,21 @@ def test_files_that_name_their_domain(evaluate, workspace):
             assert same == pytest.approx(score["value"], abs=1e-6)
 
 
+def test_tables_as_spreadsheets_have_them(evaluate, moe_fast_cli, workspace):
+    pairs = [json.loads(line) for line in (workspace / "pairs.jsonl").read_text().splitlines()]
+    lines = [f"{row['a']}|{row['b']}|{row['domain']}" for row in pairs]
+    (workspace / "p.csv").write_text("\n".join(["x|y|z", *lines, "|w1|law"]) + "\n")
+    reading = ["--columns", "a=x,b=y,domain=z", "--delimiter", "|"]
+    result = moe_fast_cli("evaluate", "mixture", "--pairs", "p.csv", *reading)
+    assert result.exit_code == 1 and "p.csv, line 26: a is empty" in result.stderr
+    _, scores = evaluate("mixture", "--pairs", "p.csv", *reading, "--skip-invalid")
+    (workspace / "scores.json").unlink()
+    _, plain = evaluate("mixture", "--pairs", "pairs.jsonl")
+    assert scores == plain
+    result = moe_fast_cli("evaluate", "mixture", "--pairs", "pairs.jsonl", "--delimiter", "|")
+    assert result.exit_code == 1 and "there is no CSV file" in result.stderr
+
+
 def test_a_retrieval_set_of_one_domain(evaluate, workspace):
     write_retrieval(workspace / "r.json", read_jsonl("texts.jsonl"))
     _, found = evaluate("mixture", "--retrieval", "law=r.json")

@@ -4,9 +4,11 @@ import gzip
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
+from moe_fast.cli.command import Run
 from tests.cli.conftest import write_jsonl
 
 
@@ -114,3 +116,41 @@ def test_a_second_run_on_an_output_is_refused(inputs, moe_fast_cli):
     assert result.exit_code == 1 and "mined.jsonl is being written by another run" in result.stderr
     assert moe_fast_cli(*mine).exit_code == 0
     assert not list(inputs.glob(".mined*"))
+
+
+_SEARCH = ["search", "--model", "mixture", "--domain", "law", "--documents", "texts.jsonl"]
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before them", "after them"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["embed", "mixture", "law=texts.jsonl", "-o", "x.npy"],
+        ["mine", "pairs.jsonl", "--model", "mixture", "--max-ratio", "0", "-o", "x.jsonl"],
+        ["evaluate", "mixture", "--pairs", "pairs.jsonl", "--resamples", "0", "--json", "x.json"],
+        [*_SEARCH, "--queries", "queries.jsonl", "-o", "x.trec"],
+        [*_SEARCH, "--save-index", "x"],
+    ],
+    ids=["embed", "mine", "evaluate", "search", "index"],
+)
+def test_killed_at_its_settings_the_same_command_runs_again(
+    arguments, written, inputs, moe_fast_cli, monkeypatch
+):
+    """A result has its settings beside it, or the same command goes on and gives both."""
+    if arguments[0] == "search":
+        pytest.importorskip("faiss", reason="needs the extra moe-fast[search]")
+    save_settings = Run.save_settings
+
+    def die(self, result):
+        if written:
+            save_settings(self, result)
+        raise KeyboardInterrupt
+
+    output = Path(arguments[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_settings", die)
+        assert moe_fast_cli(*arguments, "--quiet").exit_code != 0
+    result = moe_fast_cli(*arguments, "--quiet")
+    assert result.exit_code == 0, result.output
+    settings = output / "search.yaml" if output.is_dir() else Path(f"{output}.yaml")
+    assert output.exists() and settings.is_file()

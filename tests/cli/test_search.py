@@ -62,6 +62,37 @@ def test_texts_vectors_and_a_saved_index_rank_alike(moe_fast_cli, expected, work
     assert (workspace / "run.trec").read_text().splitlines()[0].split()[-1] == "mine"
 
 
+def test_tables_as_spreadsheets_have_them(moe_fast_cli, expected, workspace):
+    """embed and search: semicolons, names of their own, and a row that is none."""
+    lines = [f"{row['id']};{row['text']}" for row in rows("texts.jsonl")]
+    (workspace / "t.csv").write_text("\n".join(["key;body", *lines[:5], "x;", *lines[5:]]) + "\n")
+    reading = ["--columns", "text=body,id=key", "--delimiter", ";", "--skip-invalid"]
+    assert moe_fast_cli("embed", "mixture", "law=t.csv", *reading, "-o", "v.npy").exit_code == 0
+    queries = [{"key": row["_id"], "body": row["text"]} for row in rows("queries.jsonl")]
+    (workspace / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    for documents in ("v.npy", "t.csv"):
+        flags = reading if documents == "t.csv" else reading[:2]
+        flags = [*flags, "--documents", documents, "--queries", "q.jsonl", "-o", "run.trec"]
+        assert search(moe_fast_cli, *MODEL, *flags, "-k", 99, "--overwrite") == expected
+    result = moe_fast_cli("embed", "mixture", "law=t.csv", *reading[:4], "-o", "w.npy")
+    assert result.exit_code == 1 and "t.csv, line 7: body is empty" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--columns", "a=x"], "of texts there are text, id and domain; got a"),
+        (["--columns", "text=x", "--text-column", "y"], "--text-column or --columns text=x, not"),
+        (["--columns", "domain=x", "--domain-column", "y"], "--columns domain=x, not both"),
+        (["--delimiter", ";"], "there is no CSV file among the data"),
+    ],
+)
+def test_flags_that_do_not_fit_the_texts(flags, message, moe_fast_cli):
+    result = moe_fast_cli("embed", "mixture", "texts.jsonl", *flags, "-o", "v.npy")
+    assert result.exit_code != 0
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_each_file_has_its_domain(moe_fast_cli, workspace):
     model = load_model("mixture", device="cpu")
     texts = {"law": rows("texts.jsonl"), "medicine": rows("queries.jsonl")}

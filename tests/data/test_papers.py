@@ -29,6 +29,20 @@ def test_a_link_counts_where_either_end_names_it_and_once(tmp_path: Path, name: 
     assert (papers.rows, papers.links_outside, papers.self_citations) == (3, 2, 1)
 
 
+@pytest.mark.parametrize("delimiter", [None, ";"])
+def test_cells_hold_ids_parted_by_space_or_a_json_list(tmp_path: Path, delimiter: str | None):
+    lines = ["id;abstract;citing;cited_by;domain", 'p;P;q  q z;"[""y""]";x', "q;Q;[];p;x"]
+    path = write(tmp_path / "p.csv", "\n".join([*lines, "r;R;r;q r;y"]) + "\n")
+    papers = read_papers(path, delimiter=delimiter)
+    assert papers.citations.toarray().tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0]]
+    assert (papers.rows, papers.links_outside, papers.self_citations) == (3, 2, 1)
+    write(path, "\n".join([*lines, "r;R;[r;q;y"]) + "\n")
+    with pytest.raises(ValueError, match=r"line 4: citing is no JSON list of ids"):
+        read_papers(path)
+    with pytest.raises(ValueError, match=r"delimiter=';': .* is no CSV file"):
+        read_papers(write_jsonl(tmp_path / "p.jsonl", ROWS), delimiter=";")
+
+
 def test_papers_with_the_same_abstract_are_one(tmp_path: Path):
     rows = [
         {"id": "p", "abstract": "P", "citing": ["q"], "domain": "x"},

@@ -1,6 +1,7 @@
 """Models saved as an adapter: merged into their base wherever a model is loaded by its path."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ pytest.importorskip("sentence_transformers", reason="needs the extra moe-fast[tr
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import moe_fast
 from moe_fast.encoding.adapters import adapter_folder
@@ -93,6 +95,17 @@ def test_an_adapter_without_safetensors_is_not_read(folders, tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors"):
         load_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["adapter", "whole"])
+def test_tensors_that_an_adapter_lacks_are_named(folders, tmp_path, name):
+    shutil.copytree(folders[0] / name, tmp_path / name)
+    file = tmp_path / name / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = next(key for key in tensors if "up_proj" in key or "query" in key)
+    save_file({key: value for key, value in tensors.items() if key != lost}, file)
+    with pytest.raises(ValueError, match=f"safetensors lacks 1 tensors of the adapter: {lost}"):
+        load_model(str(tmp_path / name), device="cpu")
 
 
 def test_what_is_no_adapter(folders):

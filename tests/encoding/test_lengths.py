@@ -121,6 +121,22 @@ def test_of_five_million_characters_a_few_thousand_are_read():
         long.settle(truncate=False)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("text", "ids"), [("a" * 3_000_000, [2, 1, 3]), ("w1" + " " * 3_000_000 + "w1", [2, 5, 3])]
+)
+def test_of_one_endless_word_or_gap_a_million_characters_are_read(text, ids, side):
+    tokenizer = word_piece()
+    tokenizer.truncation_side = side
+    (tokenized, other), long = tokenize_texts(tokenizer, [text, "w2"], "", LIMIT)
+    assert (list(tokenized.ids), list(other.ids)) == (ids, [2, 6, 3])
+    assert len(shortened([text, "w2"], "", long)[0]) <= 2**20
+    with pytest.raises(
+        ValueError, match=r"text 0 has 3 in 1,048,57[56] .* read no further \(1 of 2"
+    ):
+        long.settle(truncate=False)
+
+
 def test_the_tokenizer_is_left_as_it_was():
     tokenizer = word_piece()
     tokenizer(["w1"], truncation=True, max_length=5, padding="max_length")

@@ -47,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not result.is_right:
                 print(f"{len(results)} of {len(chosen)}: {shown(result)}", file=sys.stderr)
         print(summary(results))
-        kills = run_kills(given.kills, folder, given.seed, given.processes) if given.kills else []
-    for kill in kills:
-        print(kill)
+        kills = []
+        for kill in run_kills(given.kills, folder, given.seed, given.processes):
+            print(kill, flush=True)
+            kills.append(kill)
     print(f"{time.monotonic() - start:.0f} s")
     return 0 if is_good(results) and all(kill.is_right for kill in kills) else 1
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tests.hostile.cases import SIGNALLED, TIMED_OUT, Result, all_cases, try_case
+from tests.hostile.cases import SIGNALLED, TIMED_OUT, Result, all_cases, clock, try_case
 
-SECONDS = 10.0  # by the clock, for one input
+SECONDS = 10.0  # for one input, as cases.clock counts them
 _START_SECONDS = 300.0  # to load Python, torch and the rest, once for many inputs
 _MEMORY = 12 * 2**30
 
@@ -67,10 +66,10 @@ class _Worker:
         self._process = context.Process(target=_work, args=(theirs, str(bases)), daemon=True)
         self._process.start()
         theirs.close()
-        self._limit = _now() + _START_SECONDS
+        self._limit = self._now() + _START_SECONDS
 
     def send(self, number: int) -> None:
-        self.number, self._limit = number, _now() + SECONDS
+        self.number, self._limit = number, self._now() + SECONDS
         self.pipe.send(number)
 
     def received(self) -> Any:
@@ -81,17 +80,16 @@ class _Worker:
             return None
 
     def is_late(self) -> bool:
-        return _now() > self._limit
+        return self._now() > self._limit
+
+    def _now(self) -> float:
+        return clock(self._process.pid or "self")
 
     def end(self) -> int | None:
         self.pipe.close()
         self._process.kill()
         self._process.join()
         return self._process.exitcode
-
-
-def _now() -> float:
-    return time.monotonic()
 
 
 def _work(pipe: Connection, bases: str) -> None:

@@ -79,6 +79,21 @@ def test_settings_reach_the_vectors(models, texts, tmp_path):
     np.testing.assert_allclose(vectors, model.encode(TEXTS, **options), rtol=0, atol=1e-3)
 
 
+def test_rows_that_cannot_be_read_are_left_out_once_it_is_said(models, tmp_path, caplog):
+    source = write(
+        tmp_path / "t.jsonl", [{"key": f"k{i}", "text": "w1" * (i != 1)} for i in range(4)]
+    )
+    options = {"id_column": "key", "skip_invalid": True, "chunk_size": 2}
+    found = embed(source, tmp_path / "v.npy", settings(models), **options)
+    assert found.rows == 3 and np.load(tmp_path / "v.npy").shape[0] == 3
+    ids = (tmp_path / "v.npy.ids.jsonl").read_text().split()
+    assert ids == ['"k0"', '"k2"', '"k3"']
+    assert caplog.text.count("1 invalid rows skipped: line 2: text is empty") == 1
+    write(source, [{"key": "k1", "text": ""}])
+    with pytest.raises(ValueError, match="no texts in this file .1 invalid rows skipped"):
+        embed(source, tmp_path / "w.npy", settings(models), **options)
+
+
 def test_a_dense_model_and_a_text_file(models, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     embed(
@@ -316,6 +331,23 @@ def test_killed_before_the_end_of_the_clean_up(begun, suffix, models, texts, tmp
     assert not output.with_name(f"{output.name}.parts").exists()
 
 
+def test_killed_before_what_belongs_to_the_output_is_written(models, texts, tmp_path):
+    """The same command writes it, and is not told that the output exists."""
+    output, settings_file = tmp_path / "v.npy", tmp_path / "v.npy.yaml"
+
+    def die():
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        embed(texts, output, settings(models), finish=die)
+    content = output.read_bytes()
+    again = embed(texts, output, settings(models), finish=lambda: settings_file.write_text("x"))
+    assert again.resumed_rows == 60 and settings_file.read_text() == "x"
+    assert output.read_bytes() == content
+    with pytest.raises(FileExistsError, match=r"v\.npy exists already"):
+        embed(texts, output, settings(models))
+
+
 def test_an_absurd_number_of_threads_is_refused(models, texts, tmp_path, monkeypatch):
     most = 4 * os.cpu_count()
     for name in ("threads", "processes"):
@@ -351,6 +383,35 @@ def run_until_killed(arguments, parts, chunks, kill=os.killpg):
         time.sleep(0.002)
     wait_for_the_end_of_group(process.pid)
     return process.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0, 0.03, 0.1])
+def test_of_two_at_once_one_wins(delay, models, tmp_path):
+    """Two real processes, of different sources, on one output."""
+    count, output = 20_000, tmp_path / "v.npy"
+    sources = [
+        write(
+            tmp_path / f"{name}.jsonl", [{"id": f"{name}{i}", "text": "w1"} for i in range(count)]
+        )
+        for name in ("one", "two")
+    ]
+    arguments = ["-o", output, "--domain", "law", "--threads", 1, "--device", "cpu", "--quiet"]
+    processes = []
+    for source in sources:
+        line = [sys.executable, "-m", "moe_fast.cli", "embed", models / "moe", source, *arguments]
+        processes.append(subprocess.Popen([*map(str, line)], stderr=subprocess.PIPE, text=True))
+        time.sleep(delay)
+    said = [process.communicate()[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 1], said
+    winner, loser = codes.index(0), codes.index(1)
+    assert "v.npy is being written by another run" in said[loser]
+    ids = [json.loads(line) for line in (tmp_path / "v.npy.ids.jsonl").read_text().splitlines()]
+    assert ids == [f"{('one', 'two')[winner]}{i}" for i in range(count)]
+    assert len(np.load(output)) == count
+    kept = {"one.jsonl", "two.jsonl", "v.npy", "v.npy.ids.jsonl", "v.npy.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def wait_for_the_end_of_group(group, seconds=60):

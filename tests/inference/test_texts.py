@@ -69,6 +69,38 @@ def test_bad_rows(rows, options, message, tmp_path):
         list(read_text_rows(write(tmp_path / "t.jsonl", rows), **options))
 
 
+def test_a_table_with_names_of_its_own_and_rows_that_are_none(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("key|body|area\nk1|one|law\nk2||law\nk3|two\nk4|three; four|art\n")
+    options = {"columns": ["body"], "id_column": "key", "domain_column": "area", "delimiter": "|"}
+    refused = []
+    rows = list(read_text_rows(path, **options, invalid=refused.append))
+    assert [(row.id, row.text, row.domain) for row in rows] == [
+        ("k1", "one", "law"),
+        ("k4", "three; four", "art"),
+    ]
+    places = [str(error).removeprefix(f"{path}, ") for error in refused]
+    assert places == ["line 3: body is empty", "line 4: 2 cells, but the header names 3"]
+    with pytest.raises(ValueError, match="line 3: body is empty"):
+        list(read_text_rows(path, **options))
+    with pytest.raises(ValueError, match="line 2: column 'none' is missing"):
+        list(read_text_rows(path, columns=["body"], id_column="none", delimiter="|"))
+
+
+def test_lines_that_are_no_texts_are_left_out_and_the_others_counted(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"one\n\n\xff\ntwo\n")
+    refused = []
+    rows = list(read_text_rows(path, invalid=refused.append))
+    assert [(row.id, row.text, row.where) for row in rows] == [
+        ("0", "one", f"{path}, line 1"),
+        ("1", "two", f"{path}, line 4"),
+    ]
+    assert len(refused) == 2
+    with pytest.raises(ValueError, match="id_column='id' needs a file with columns"):
+        list(read_text_rows(path, id_column="id"))
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file .*none.jsonl"):
         list(read_text_rows(tmp_path / "none.jsonl"))
