@@ -1,4 +1,4 @@
-"""Encodes texts as unit vectors, with any model that has ``encode``."""
+"""Texts to unit vectors, with any model that has ``encode``."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class EncodeOptions:
 
 
 def wants_domains(model: Any) -> bool:
-    """Tells whether the model's encoder takes domains, for its experts or its domain tokens."""
+    """Whether its encoder knows domains: experts chosen by domain, or tokens of domains."""
     config = getattr(getattr(model, "transformers_model", None), "config", None)
     return bool(getattr(config, "domains", None))
 
@@ -85,7 +85,7 @@ def embed(
     domains: Sequence[str] | None = None,
     options: EncodeOptions | None = None,
 ) -> Any:
-    """Returns unit vectors of texts; each different text (of a domain) is encoded once.
+    """Unit vectors of texts, each different text (of a domain) encoded once.
 
     Args:
         model: anything with ``encode(texts, **keywords)`` that gives [N, d], an array, a tensor or
@@ -134,7 +134,7 @@ def embed(
 def embed_pairs(
     model: Any, columns: Mapping[str, Sequence[Any]], options: EncodeOptions | None
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Returns unit vectors of the columns ``a`` (as queries) and ``b`` (as documents), row by row.
+    """Unit vectors of the columns ``a`` (as queries) and ``b`` (as documents), row by row.
 
     Returns:
         (a [N, d], b [N, d], the settings of the encoding, ready for JSON).
@@ -148,14 +148,14 @@ def embed_pairs(
 
 
 def pairwise_cosine(a: Any, b: Any) -> NDArray[np.float64]:
-    """Returns the cosines, [N] float64, of the rows of two matrices of unit vectors, [N, d]."""
+    """Row by row, of unit vectors [N, d], dense or sparse -> [N] float64, see `all_cosines`."""
     if hasattr(a, "multiply"):
         return np.round(np.asarray(a.multiply(b).sum(axis=1)).ravel(), _DECIMALS)
     return np.round(np.einsum("nd,nd->n", a, b), _DECIMALS)
 
 
 def all_cosines(a: Any, b: Any) -> NDArray[np.float64]:
-    """Returns all cosines, [N, M] float64, of unit vectors [N, d] and [M, d], dense or sparse.
+    """Of unit vectors [N, d] and [M, d], dense or sparse -> [N, M] float64.
 
     Rounded to 12 decimals, or the order of summation would decide between equal cosines.
     """
@@ -165,7 +165,7 @@ def all_cosines(a: Any, b: Any) -> NDArray[np.float64]:
 
 
 def passes_domain(model: Any, options: EncodeOptions, domains_known: bool) -> bool:
-    """Tells whether texts go to the model with their domains.
+    """Whether texts go to the model with their domains.
 
     Raises:
         ValueError: the options want it, and the data names no domains.
@@ -193,7 +193,7 @@ def _to_array(vectors: Any) -> Any:
 
 
 def _prompt(model: Any, role: Role, options: EncodeOptions) -> str:
-    """Returns the prompt that a ``SentenceTransformer`` will put in front of every text."""
+    """The prompt that a ``SentenceTransformer`` will put in front of every text."""
     given = getattr(options, f"{role}_prompt")
     name = getattr(options, f"{role}_prompt_name")
     return prompt_of(model, given, name, role if options.roles else None)
