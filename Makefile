@@ -30,7 +30,7 @@ NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc 
 
 .DEFAULT_GOAL := help
 .PHONY: look-again help setup lock wheel demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
-  bench-compare bench-report bench-instructions lint lint-schemas format clean
+  bench-compare bench-report bench-instructions lint lint-schemas docs format clean
 
 help:
 	@echo "moe_fast: make <target>. The first one to run sets everything up in $(VENV)."
@@ -58,6 +58,7 @@ help:
 	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
 	@echo "  lint         ruff (rules and format), mypy, import-linter (imports go down the floors only), and"
 	@echo "               the schemas of GitHub's files and CITATION.cff"
+	@echo "  docs         the site of these pages and of the docstrings, in build/site; fails at a broken link"
 	@echo "  format       let ruff mend what it can"
 	@echo "  wheel        an sdist and a manylinux wheel in dist, checked"
 	@echo "  lock         write constraints.txt and constraints-oldest.txt anew, from pyproject.toml"
@@ -97,7 +98,7 @@ wheel: setup
 	.ci/wheel $(abspath $(PY)) dist
 
 # uv resolves, for every Python and platform at once or for the lower bounds; pip installs.
-COMPILE := build/uv/bin/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --extra dev \
+COMPILE := build/uv/bin/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --extra dev --extra docs \
   --no-annotate --custom-compile-command "make lock"
 lock:
 	$(PYTHON) -m venv build/uv
@@ -221,6 +222,24 @@ lint-schemas: setup
 	$(SCHEMA) vendor.github-issue-config $(FORMS)/config.yml
 	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard $(FORMS)/*.yml))
 	$(SCHEMA) vendor.citation-file-format CITATION.cff
+
+# The site is built in an environment of its own, without torch: docstrings are read, not imported.
+DOCS_ENV := $(VENV)-docs
+$(DOCS_ENV)/.ready: pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["docs"], sep="\n")' > $(DOCS_ENV)/requirements.txt
+	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check $(addprefix -c ,$(LOCK)) \
+	  -r $(DOCS_ENV)/requirements.txt
+	@touch $@
+
+docs: $(DOCS_ENV)/.ready
+	rm -rf build/docs
+	mkdir -p build/docs/experiments
+	cp -R $(wildcard *.md) docs examples build/docs
+	cp -R experiments/results build/docs/experiments
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict
+	@echo "The site is in build/site."
 
 format: setup
 	$(PY) -m ruff check --fix .

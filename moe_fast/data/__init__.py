@@ -1,4 +1,4 @@
-"""Files in, datasets out."""
+"""Reads files of texts, pairs, triplets, judgements and papers into datasets, and writes them."""
 
 from __future__ import annotations
 

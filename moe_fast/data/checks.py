@@ -1,4 +1,4 @@
-"""What a value of a row must be, and the message where it is something else.
+"""Checks the values of a row, and says in the error what a value must be.
 
 Every check takes the value, its column and its place (file and line), and gives the value back.
 Values and names from a file stand in messages through `moe_fast.messages` only.

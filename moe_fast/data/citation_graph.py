@@ -1,4 +1,4 @@
-"""Co-citation in a citation graph: which papers are cited together, and which have no link.
+"""Finds papers that are cited together in a citation graph, and papers without a link.
 
 Throughout, ``citations`` is [N, N], sparse and of integers: 1 where the row's paper cites the
 column's, with an empty diagonal.
@@ -111,7 +111,7 @@ def _blocks(citers: csr_array, citations: csr_array) -> Iterator[tuple[int, int]
 
 
 def without_surveys(citations: csr_array, max_references: int) -> tuple[csr_array, int]:
-    """The citations without those of papers with more references, and how many such papers."""
+    """Removes the citations of papers with too many references, and counts these papers."""
     references = np.diff(citations.indptr)
     counted = references <= max_references
     kept = citations.copy()

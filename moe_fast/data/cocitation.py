@@ -1,4 +1,4 @@
-"""Positive and negative pairs from a citation graph.
+"""Makes positive and negative pairs of papers from a citation graph.
 
 Two papers that others cite together are about the same thing (Small 1973, co-citation). After
 Hallee et al. (arXiv 2401.15713), who train on pairs of co-cited abstracts; they publish the

@@ -1,4 +1,4 @@
-"""Which columns of a source are read, and under which names.
+"""Decides which columns of a source are read, and under which names.
 
 A column is found by the name that the caller gives, else by our own name, else by one of its
 `SPELLINGS`: the names of sentence-transformers and of common datasets, in any case, with spaces or

@@ -1,4 +1,4 @@
-"""Records of CSV files: their cells, the line where each begins, and what is between the cells."""
+"""Reads the records of CSV files: their cells, and the line where each record begins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_delimiter(delimiter: str) -> None:
 
 
 def guess_delimiter(path: Path) -> str:
-    """What parts the first line into most cells: a comma, a semicolon, a tab or a bar.
+    """Guesses the delimiter: the one of comma, semicolon, tab and bar that gives the most cells.
 
     A word is said about it unless it is a comma.
     """

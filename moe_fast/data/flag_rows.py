@@ -1,4 +1,4 @@
-"""Rows as FlagEmbedding has them: a query with lists of positives and negatives.
+"""Reads FlagEmbedding rows: a query with lists of positives and negatives.
 
 ``{"query": str, "pos": [str, ...], "neg": [str, ...]}``, and optionally ``"neg_q"`` (for each
 negative a query that it does answer), ``"pos_scores"`` and ``"neg_scores"`` (a teacher's score of

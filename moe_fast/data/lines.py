@@ -1,4 +1,4 @@
-"""Lines of UTF-8 text files, compressed or not, with bounds on what a file may unfold to."""
+"""Reads the lines of UTF-8 text files, compressed or not, and limits how large they may become."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Refuse = Callable[[ValueError], None]
 
 
 def refuse(error: ValueError) -> None:
-    """What becomes of a record that cannot be read, unless the caller says otherwise."""
+    """Raises the error of a record that cannot be read, unless the caller handles it otherwise."""
     raise error
 
 
 def check_file(path: Path) -> None:
-    """There is a regular file of that name.
+    """Raises unless there is a regular file of that name.
 
     Raises:
         FileNotFoundError: there is nothing.

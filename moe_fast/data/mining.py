@@ -1,4 +1,4 @@
-"""Hard negatives: documents that a search ranks high for a query and that do not answer it.
+"""Mines hard negatives: documents ranked high for a query that do not answer it.
 
 Many of the best ranked do answer it, and nobody has said so: these false negatives do more harm
 than easy ones. What is left out, in this order, and counted:
@@ -253,7 +253,7 @@ class _Pool:
 
 
 def plain(text: str) -> str:
-    """What two texts have in common that differ in case and white space alone."""
+    """Normalizes a text, so that texts that differ in case and white space alone are equal."""
     return " ".join(text.split()).casefold()
 
 
@@ -349,7 +349,7 @@ def _why_not(row: Row, place: int, pool: _Pool, settings: MiningSettings) -> str
 
 
 def _highest_score(positive: float, settings: MiningSettings) -> float:
-    """What a negative may score at most."""
+    """Returns the highest score that a negative may have."""
     limit = math.inf
     if settings.max_ratio is not None and positive > 0:
         limit = settings.max_ratio * positive

@@ -1,4 +1,4 @@
-"""The two searches that hard negatives are taken from: by a model's vectors, and by words.
+"""Searches for hard negatives, by the vectors of a model or by words.
 
 Both answer the same question, and tell what a row's own positives score, to which the others are
 compared.

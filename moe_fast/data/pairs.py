@@ -1,4 +1,4 @@
-"""Text pairs: two texts that belong together, or, with a label, that do or do not.
+"""Reads text pairs: two texts that belong together, or that a label says do or do not.
 
 Columns: `a` and `b`, the two texts; optional `label`, 0 or 1; optional `domain`, a name. Everything
 is checked while it is read, so that a mistake is reported with the file and the line, and not as a

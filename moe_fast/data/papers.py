@@ -1,4 +1,4 @@
-"""Papers that cite each other: from a file to a citation graph."""
+"""Reads a file of papers that cite each other into a citation graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retrieval sets: documents, queries, and which documents answer which query."""
+"""Reads retrieval sets: documents, queries, and which documents answer which query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV and Parquet files, each with its place.
+"""Reads the rows of JSONL, CSV and Parquet files, each with its place in the file.
 
 Every reader of this package goes through here, so that a broken file is reported in the same words
 wherever it is read: the file, and the line (text formats) or the row (Parquet), counted from 1. A

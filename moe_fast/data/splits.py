@@ -1,4 +1,4 @@
-"""Splits in which no document is on both sides.
+"""Splits a dataset so that no document is on both sides.
 
 Rows that share a document (the same answer, the same topic) are near copies of each other: split by
 row, a model is tested on what it was trained on.

@@ -1,4 +1,4 @@
-"""Pairs of sentences with a gold score of their similarity, as in STS-B."""
+"""Reads pairs of sentences with a gold score of their similarity, as in STS-B."""
 
 from __future__ import annotations
 

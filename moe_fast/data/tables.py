@@ -1,4 +1,4 @@
-"""From checked rows to a dataset: in memory, or streaming."""
+"""Builds a dataset of checked rows, in memory or streaming."""
 
 from __future__ import annotations
 

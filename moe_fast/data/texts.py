@@ -1,4 +1,4 @@
-"""Single texts, to embed or to search, from files of any size."""
+"""Reads single texts, to embed or to search, from files of any size."""
 
 from __future__ import annotations
 

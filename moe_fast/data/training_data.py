@@ -1,4 +1,4 @@
-"""Training data of any layout, told by its columns."""
+"""Reads training data of any layout, which the columns tell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triplets: a pair and the hard negatives of its first text, one column each."""
+"""Reads triplets: a pair and the hard negatives of its first text, one column each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of a text, in any script, for searches and filters that know words only.
+"""Splits a text into words, in any script, for searches and filters by words.
 
 A word is a run of letters, digits, underscores and the marks upon them, however short: "C" and "5"
 are words. Scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese)

@@ -1,4 +1,4 @@
-"""Writing rows so that the readers of this package take them back; whole files or none."""
+"""Writes rows that the readers of this package read back; a file appears once it is whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring trained models: pairs, retrieval, STS, where tokens go, and pictures of it.
+"""Measures trained models on pairs, retrieval and STS; shows where tokens go; draws pictures.
 
 Each ``evaluate_*`` returns an `Evaluation`: metrics by maintained libraries, per domain and over
 all, with bootstrap intervals; `compare` gives the paired difference of two of them, `format_table`

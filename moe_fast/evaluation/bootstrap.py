@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals, of one system and of the difference of two on the same items.
+"""Percentile bootstrap intervals of one system, and of the difference of two on the same items.
 
 The resampling and the percentiles are ``scipy.stats.bootstrap``'s. What is resampled are the
 *numbers* of the items, so that any statistic fits, and two systems see the same resamples.
@@ -91,7 +91,7 @@ def bootstrap_bounds(
 
 
 def check_bootstrap(confidence: float, resamples: int) -> None:
-    """Refuse settings that `bootstrap_bounds` cannot use; call it before any work starts.
+    """Raises for settings that `bootstrap_bounds` cannot use; call it before any work starts.
 
     Raises:
         ValueError: a confidence outside (0, 1), or resamples below 1.

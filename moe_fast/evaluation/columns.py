@@ -1,4 +1,4 @@
-"""A data set's columns as lists, checked before anything is encoded."""
+"""Reads a data set's columns as lists, checked before anything is encoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation during training, for models that want to be told domains.
+"""Evaluates during training models that take a domain with every text.
 
 sentence-transformers' own evaluators call ``encode`` without a domain: with a learned router, or a
 ``default_domain``, they are all that is needed, and give the numbers of this package. This one is

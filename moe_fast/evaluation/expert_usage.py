@@ -1,4 +1,4 @@
-"""Which experts the tokens of each domain go to."""
+"""Counts which experts the tokens of each domain go to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def expert_usage(
     pass_domain: bool = False,
     **encode_options: Any,
 ) -> NDArray[np.float64]:
-    """Share of each domain's real tokens that each expert got, layer by layer.
+    """Returns the share of each domain's real tokens that each expert got, layer by layer.
 
     Args:
         model: a ``SentenceTransformer`` with MoE layers (anything that has ``encode`` and holds

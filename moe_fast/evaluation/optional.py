@@ -1,4 +1,4 @@
-"""Libraries that only the evaluation needs."""
+"""Imports libraries that only the evaluation needs."""
 
 from __future__ import annotations
 

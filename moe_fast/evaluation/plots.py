@@ -1,4 +1,4 @@
-"""Pictures: where each domain's tokens go, how training went, how systems score by domain."""
+"""Draws where each domain's tokens go, how training went, and how systems score by domain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations and comparisons as one table, for a terminal or for Markdown."""
+"""Formats evaluations and comparisons as one table, for a terminal or for Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def format_table(
     *,
     markdown: bool = False,
 ) -> str:
-    """A row per model and domain, then over all, then the differences; a column per metric.
+    """Formats a table: a row per model and domain, then over all, then the differences.
 
     Args:
         evaluations: of one task, with the same metrics.

@@ -1,4 +1,4 @@
-"""What an evaluation gives: metrics with intervals, per domain and over all."""
+"""The result of an evaluation: metrics with intervals, per domain and over all."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Items(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one model scored on one data set.
+    """The metrics of one model on one data set.
 
     Attributes:
         task: ``"pairs"``, ``"retrieval"`` or ``"sts"``.
@@ -152,7 +152,7 @@ def evaluation_of(
 def compare(
     first: Evaluation, second: Evaluation, *, bootstrap: Bootstrap | None = None
 ) -> Comparison:
-    """First minus second, with the paired bootstrap interval of every difference.
+    """Returns the metrics' differences, first minus second, with paired bootstrap intervals.
 
     Both are computed on the same resamples of the same items, so what makes an item hard for both
     cancels. A difference is significant where its interval leaves out zero.

@@ -1,4 +1,4 @@
-"""Retrieval: searching a corpus with a model, and scoring what comes out.
+"""Evaluates retrieval: searches a corpus with a model and scores the hits.
 
 BEIR's conventions: the document with the query's own id is no hit of it (``ignore_identical_ids``),
 a relevance above 0 is relevant, and queries without judgements are not scored.
@@ -139,7 +139,7 @@ def retrieve(
     ignore_identical_ids: bool = True,
     encode: EncodeOptions | None = None,
 ) -> Run:
-    """The best documents for each query, by an exact search with the cosine.
+    """Finds the best documents for each query, by an exact search with the cosine.
 
     Args:
         model: anything with ``encode``; its ``encode_query`` and ``encode_document``, where it has
@@ -357,7 +357,7 @@ def _sorted(value: Any) -> Any:
 
 
 def check_qrels(retrieval: Retrieval) -> None:
-    """Refuse judgements that cannot be scored; call it before anything is encoded.
+    """Raises for judgements that cannot be scored; call it before anything is encoded.
 
     Raises:
         ValueError: no query with a relevant document, judgements of an unknown query or document,

@@ -1,4 +1,4 @@
-"""Semantic textual similarity: how well the cosine ranks pairs that people have scored."""
+"""Evaluates semantic textual similarity: how well the cosine ranks pairs scored by people."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def evaluate_sts(
     encode: EncodeOptions | None = None,
     bootstrap: Bootstrap | None = None,
 ) -> Evaluation:
-    """Spearman's and Pearson's correlation of the cosine with people's scores.
+    """Correlates the cosine with people's scores, by Spearman and by Pearson.
 
     Args:
         model: anything with ``encode``, see `moe_fast.evaluation.embed`.

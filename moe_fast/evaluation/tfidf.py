@@ -1,4 +1,4 @@
-"""The baseline that knows words only."""
+"""A baseline that compares texts by their words alone."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class TfidfEncoder:
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> Any:
-        """Unit vectors [N, words], a SciPy CSR matrix; both options are for show."""
+        """Unit vectors [N, words], a SciPy CSR matrix; both options are ignored."""
         return self.vectorizer.transform(texts)

@@ -1,4 +1,4 @@
-"""Run files in TREC's format: ``query Q0 document rank score tag``, one hit per line."""
+"""Reads and writes TREC run files: ``query Q0 document rank score tag``, one hit per line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on sentence-transformers' trainer: what a mixture of experts over domains adds to it.
+"""Extends sentence-transformers' trainer by what a mixture of experts over domains needs.
 
 Needs the training extra: ``pip install -e '.[train]'`` in a checkout.
 """

@@ -1,4 +1,4 @@
-"""Which experts the tokens went to, in the trainer's logs."""
+"""Logs the share of the tokens that each expert got during training."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ExpertUsageCallback(TrainerCallback):
         self._remove_hooks()
 
     def pop_logs(self, state: TrainerState) -> dict[str, float]:
-        """What to log of the tokens since the last call, which start again from zero.
+        """Returns what to log of the tokens since the last call, and sets the counts to zero.
 
         With several processes their counts are added up: every process must call.
         """
@@ -119,7 +119,7 @@ class ExpertUsageCallback(TrainerCallback):
         self._counts = {name: torch.tensor(counts) for name, counts in state["counts"].items()}
 
     def total_tokens(self) -> dict[str, list[int]]:
-        """Each layer's tokens per expert, over the whole history."""
+        """Returns each layer's tokens per expert, summed over the whole history."""
         total: dict[str, list[int]] = {}
         for entry in self.history:
             for name, counts in entry["tokens"].items():
@@ -147,7 +147,7 @@ class ExpertUsageCallback(TrainerCallback):
 
 
 def _layer_names(module_names: list[str]) -> list[str]:
-    """``layer_{i}`` with the last number in each name, or the names where those are ambiguous."""
+    """Returns ``layer_{i}`` by the last number in each name, or the names where it is ambiguous."""
     numbers = [re.findall(r"(?<=\.)\d+(?=\.)", f".{name}.") for name in module_names]
     last = [found[-1] if found else None for found in numbers]
     if None in last or max(Counter(last).values(), default=1) > 1:

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there, and are looked at before a run resumes from one.
+"""Writes checkpoints atomically, and checks a checkpoint before a run resumes from it.
 
-transformers' trainer writes a checkpoint file by file into its place: killed meanwhile, it would
-resume from half of one, and a missing optimizer state it passes over in silence.
+transformers' trainer writes a checkpoint file by file into its final place. A run that is killed
+meanwhile would resume from half a checkpoint, and a missing optimizer state is ignored in silence.
 """
 
 from __future__ import annotations

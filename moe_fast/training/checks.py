@@ -1,4 +1,4 @@
-"""What a trainer asks of its datasets before it starts."""
+"""Checks the datasets before training starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROWS_AT_ONCE = 10_000
 
 
 def flatten(**datasets: Any) -> dict[str, Any]:
-    """The datasets that have columns, by name; a mapping's parts as ``{name}.{part}``."""
+    """Returns the datasets by name; those inside a mapping are named ``{name}.{part}``."""
     flat = {}
     for name, dataset in datasets.items():
         parts = dataset if isinstance(dataset, Mapping) else {"": dataset}
@@ -38,7 +38,7 @@ def flatten(**datasets: Any) -> dict[str, Any]:
 def check_column_names(
     datasets: Mapping[str, Any], domain_column: str, labels: Sequence[str]
 ) -> None:
-    """Refuse columns that would be embedded as texts and are meant for something else.
+    """Raises for columns that would be embedded as texts, but are meant for something else.
 
     sentence-transformers takes every column but the label's for a text, whatever its name: one
     named nearly as the domain or the label column, or of numbers, is none.
@@ -69,7 +69,7 @@ def check_column_names(
 
 
 def _plain(name: str) -> str:
-    """A column's name without what people vary: case, underscores, spaces, the plural."""
+    """Normalizes a column's name: case, underscores, spaces and the plural do not count."""
     return "".join(c for c in name.casefold() if c.isalnum()).removesuffix("s")
 
 
@@ -82,7 +82,7 @@ def _is_number(kind: str) -> bool:
 
 
 def has_domain_column(datasets: Mapping[str, Any], column: str) -> bool:
-    """Whether the datasets have the column.
+    """Tells whether the datasets have the domain column.
 
     Raises:
         ValueError: some have it and some have not.
@@ -97,7 +97,7 @@ def has_domain_column(datasets: Mapping[str, Any], column: str) -> bool:
 
 
 def domain_names(datasets: Mapping[str, Any], column: str) -> list[str]:
-    """Every domain name in the datasets, sorted; a streamed dataset is read through once.
+    """Returns every domain name in the datasets, sorted; reads a streamed dataset once.
 
     Raises:
         ValueError: the column holds something else than names.
@@ -112,7 +112,7 @@ def domain_names(datasets: Mapping[str, Any], column: str) -> list[str]:
 
 
 def check_domains(datasets: Mapping[str, Any], column: str, domains: Sequence[str]) -> None:
-    """Refuse domains that the model does not know; streamed datasets are left to the collator.
+    """Raises for domains that the model does not know; the collator checks streamed datasets.
 
     One domain alone in the training data of a model that has several draws a warning.
 
@@ -140,7 +140,7 @@ def check_domains(datasets: Mapping[str, Any], column: str, domains: Sequence[st
 
 
 def check_flag_rows(datasets: Mapping[str, Any], num_negatives: int) -> None:
-    """Refuse FlagEmbedding rows that nothing could be drawn from; rows with too few are counted.
+    """Raises for FlagEmbedding rows without passages to sample; counts the rows with too few.
 
     Lists are measured, not read. Rows of a streamed dataset are left to the collator.
 
@@ -166,7 +166,7 @@ def check_flag_rows(datasets: Mapping[str, Any], num_negatives: int) -> None:
 def text_columns(
     columns: Iterable[str], num_negatives: int, domain_column: str | None, labels: Sequence[str]
 ) -> list[str]:
-    """The text columns a batch will have, in order.
+    """Returns the text columns that a batch will have, in order.
 
     Raises:
         ValueError: FlagEmbedding's columns and others that do not belong to them.
@@ -184,7 +184,7 @@ def text_columns(
 
 
 def check_swappable(columns: Mapping[str, Sequence[str]], *settings: Any) -> None:
-    """Refuse swapping where the two texts of a row are not of a kind.
+    """Raises where swapping is asked for and the two texts of a row are treated differently.
 
     Args:
         columns: each training dataset's text columns.
@@ -212,7 +212,7 @@ def _setting_of(setting: Any, column: str) -> Any:
 
 
 def check_exchanges(losses: Mapping[str, nn.Module]) -> None:
-    """Refuse losses per dataset that do not exchange the same sums between processes.
+    """Raises for losses per dataset that exchange different sums between processes.
 
     At one step the processes may be at different datasets; a message that only some of them send,
     or of another size, would hang the others or end them.
@@ -236,7 +236,7 @@ def check_exchanges(losses: Mapping[str, nn.Module]) -> None:
 
 
 def check_settings_match(name: str, settings: Any, columns: Iterable[str]) -> None:
-    """Refuse a setting for a column that no dataset has, which would silently have no effect.
+    """Raises for a setting of a column that no dataset has: it would have no effect.
 
     Raises:
         ValueError: naming the columns there are.
@@ -256,7 +256,7 @@ def _unique(dataset: Any, column: str) -> Iterable[Any]:
 
 
 def _list_lengths(dataset: Any) -> Iterator[dict[str, int | None]]:
-    """Of every row, the lengths of its lists by column."""
+    """Returns the lengths of every row's lists, by column."""
     import pyarrow.compute as pc
 
     names = [n for n in FLAG_COLUMNS if n in dataset.column_names and n != QUERY]

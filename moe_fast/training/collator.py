@@ -1,4 +1,4 @@
-"""Batches whose rows know their domain, and draw what the epoch gives them."""
+"""Collates rows into batches: adds domain ids, samples the positive and negatives of an epoch."""
 
 from __future__ import annotations
 
@@ -104,17 +104,17 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         return cls(**kwargs)
 
     def for_training(self) -> DomainDataCollator:
-        """A copy that draws and swaps anew in each epoch; it shares this one's epoch."""
+        """Returns a copy for training, which samples anew in each epoch; both share the epoch."""
         collator = copy.copy(self)
         collator._training = True
         return collator
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of the draws, also for data loader workers that are running already."""
+        """Sets the epoch to sample for, also in data loader workers that are running already."""
         self._epoch.fill_(epoch)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Rows of the dataset to the tensors of a batch; an empty list gives an empty dict."""
+        """Collates rows of the dataset into the tensors of a batch; no rows give an empty dict."""
         if not features:
             return {}
         domain_ids = self._domain_ids(features)
@@ -136,7 +136,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         return batch
 
     def _texts(self, row: dict[str, Any], epoch: int | None) -> dict[str, Any]:
-        """The row's columns of texts and its label, drawn and swapped where that is asked for."""
+        """Returns the row's text columns and its label, after sampling and swapping."""
         row = {k: v for k, v in row.items() if k != self.domain_column}
         if has_flag_columns(row):
             return draw_passages(row, self.num_negatives, self.seed, epoch)
@@ -212,7 +212,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         return getattr(getattr(self.preprocess_fn, "__self__", None), "max_seq_length", None)
 
     def _count_truncated(self, column: str, batch: dict[str, Any]) -> None:
-        """Cheaply, from lengths alone: a text of just the allowed length counts as well."""
+        """Counts truncated texts by their lengths; a text of just the allowed length counts."""
         limit = self._max_length_of(column) or self._model_limit()
         mask = batch.get(f"{column}_attention_mask")
         if limit is None or mask is None:
@@ -230,5 +230,5 @@ class DomainDataCollator(SentenceTransformerDataCollator):
 
 
 def of_column(settings: Mapping[str, Any], column: str) -> Any:
-    """A column's setting: by its name, or by its name without the number, else ``None``."""
+    """Returns a column's setting, by its name with or without its number, else ``None``."""
     return settings.get(column, settings.get(re.sub(r"_\d+$", "", column)))

@@ -1,6 +1,7 @@
-"""What data-parallel training does for the encoder's parameters, for those of the loss.
+"""Synchronizes the parameters and gradients of a loss between data-parallel processes.
 
-``DistributedDataParallel`` wraps the encoder; a loss's own parameters (a temperature) lie outside.
+``DistributedDataParallel`` does so for the encoder that it wraps, but not for the parameters of a
+loss (a temperature), which lie outside of the encoder.
 """
 
 from __future__ import annotations

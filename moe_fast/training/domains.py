@@ -1,4 +1,4 @@
-"""From what a dataset's domain column holds to the domain ids that the model takes."""
+"""Converts the values of a dataset's domain column to the domain ids that the model takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def with_domain_names(dataset: Any, column: str) -> Any:
-    """The dataset, its domain column as names where it holds classes that carry their own.
+    """Returns the dataset with class labels in its domain column replaced by their names.
 
     The number of a ``ClassLabel`` is a place in the dataset's list of names, which need not be the
     model's: domains are matched by name. Mappings of datasets are gone through.
@@ -36,7 +36,7 @@ def with_domain_names(dataset: Any, column: str) -> Any:
 
 
 def to_domain_ids(values: Sequence[Any], domains: Sequence[str]) -> Tensor:
-    """[B] int64, from names or from integer ids.
+    """Returns domain ids, [B] int64, for names or integer ids.
 
     Raises:
         ValueError: for a name that is not in ``domains`` (which are listed) or an id out of range.

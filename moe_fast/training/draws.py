@@ -1,4 +1,4 @@
-"""Random choices of a training row, as functions of the seed, the epoch and the row alone.
+"""Samples passages of a row as a function of the seed, the epoch and the row alone.
 
 They depend on nothing else: not on the order of the batches, the number of workers or processes,
 or on whether the run was interrupted. A row is known by its texts, not by its number, so that
@@ -26,12 +26,12 @@ FLAG_COLUMNS = (
 
 
 def has_flag_columns(columns: Sequence[str] | Mapping[str, Any]) -> bool:
-    """Whether these are the columns of FlagEmbedding's rows: a query, lists of passages."""
+    """Tells whether these are the columns of FlagEmbedding rows: a query and lists of passages."""
     return QUERY in columns and POSITIVES in columns and NEGATIVES in columns
 
 
 def flag_row_columns(num_negatives: int, negative_queries: bool) -> list[str]:
-    """The text columns that :func:`draw_passages` makes, in order."""
+    """Returns the text columns that :func:`draw_passages` makes, in order."""
     numbers = range(1, num_negatives + 1)
     columns = [QUERY, "positive", *(f"negative_{g}" for g in numbers)]
     if negative_queries:
@@ -42,7 +42,7 @@ def flag_row_columns(num_negatives: int, negative_queries: bool) -> list[str]:
 def draw_passages(
     row: Mapping[str, Any], num_negatives: int, seed: int = 0, epoch: int | None = None
 ) -> dict[str, Any]:
-    """A FlagEmbedding row to one positive and ``num_negatives`` negatives, in columns of texts.
+    """Samples one positive and ``num_negatives`` negatives of a FlagEmbedding row.
 
     Args:
         row: ``query`` (str), ``pos`` and ``neg`` (lists of str); optionally ``neg_q`` (for each
@@ -80,12 +80,12 @@ def draw_passages(
 
 
 def is_swapped(first: str, second: str, seed: int, epoch: int) -> bool:
-    """Whether this epoch takes the pair the other way round: for every second row."""
+    """Tells whether this epoch takes the pair (a, b) as (b, a), as it does for half of the rows."""
     return bool(stable_hash(repr((seed, epoch, "swap", first, second))) & 1)
 
 
 def check_flag_row(lengths: Mapping[str, int | None], num_negatives: int, place: str) -> None:
-    """Refuse lists that are empty or do not belong together.
+    """Raises for lists of passages that are empty or of lengths that do not fit.
 
     Args:
         lengths: of the row's list columns; ``None`` for a missing list.
@@ -123,7 +123,7 @@ def _length(values: Any) -> int | None:
 
 
 def _choose(available: int, wanted: int, rng: random.Random | None) -> list[int]:
-    """``wanted`` of ``available`` indices, without repetition as long as that is possible."""
+    """Samples ``wanted`` of ``available`` indices, without repetition as long as possible."""
     if not wanted:
         return []
     rounds, rest = divmod(wanted, available)

@@ -1,4 +1,4 @@
-"""Integers from text that are the same in every process, on every machine, in every run."""
+"""Hashes texts to integers that are the same in every process, on every machine, in every run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hashlib import blake2b
 
 
 def stable_hash(text: str) -> int:
-    """A signed 64-bit integer: the first 8 bytes of BLAKE2b of the UTF-8 text.
+    """Returns a signed 64-bit integer: the first 8 bytes of BLAKE2b of the UTF-8 text.
 
     Python's own ``hash`` differs between processes, so that a worker's duplicates would not be
     found. Lone surrogates, which real files contain, are hashed too.

@@ -1,4 +1,4 @@
-"""Labels of pairs beside losses that take every pair for a positive one."""
+"""Checks the labels of pairs for losses that take every pair for a positive one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _POSITIVE_NAMES = {"1", "true", "yes", "positive", "pos"}
 
 
 def ignores_labels(loss: nn.Module) -> bool:
-    """Whether a loss, or the one that it wraps, takes every pair for a positive one."""
+    """Tells whether a loss, or the one that it wraps, takes every pair for a positive one."""
     inner: Any = loss
     while inner is not None:
         if isinstance(inner, _NO_LABELS):
@@ -37,7 +37,7 @@ def ignores_labels(loss: nn.Module) -> bool:
 
 
 def label_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """The column that sentence-transformers takes for the label: the first of ``names``."""
+    """Returns the column that sentence-transformers takes for the label: the first of ``names``."""
     return next((name for name in names if name in columns), None)
 
 
@@ -46,7 +46,7 @@ def check_labels(
     losses: nn.Module | Mapping[str, nn.Module],
     names: Sequence[str],
 ) -> None:
-    """Refuse labels that a loss would pass over, training what is no pair as one.
+    """Raises for labels other than 1 where the loss takes every pair for a positive one.
 
     Labels that are all 1 (1.0, true, or a class named "1", "positive", "true" or "yes") say what
     the loss takes for granted. Streamed datasets are looked at batch by batch, see
@@ -87,7 +87,7 @@ def check_label_batch(loss: nn.Module, labels: Any) -> None:
 
 
 def _others(values: Iterable[Any], classes: Sequence[str] | None) -> dict[str, int]:
-    """How often each label stands there that is not 1."""
+    """Counts each label other than 1."""
     counts: dict[str, int] = {}
     for value in values:
         if classes is not None and value is not None:

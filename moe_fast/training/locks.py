@@ -1,4 +1,4 @@
-"""One run at a time in a folder of checkpoints."""
+"""Locks a folder of checkpoints, so that one run at a time writes to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss's own tensors (a learned temperature, running averages) beside a checkpoint.
+"""Saves and loads a loss's own tensors, such as a learned temperature, with a checkpoint.
 
 sentence-transformers' trainer saves the model, not the loss: what the loss has learned would start
 afresh on resuming. It lies in one safetensors file, written whole or not at all.
@@ -23,7 +23,7 @@ LOSS_STATE_NAME = "loss_state.safetensors"
 def own_state(
     loss: nn.Module | Mapping[str, nn.Module], *, keep_vars: bool = False
 ) -> dict[str, Tensor]:
-    """A loss's parameters and persistent buffers but for those of the encoders in it.
+    """Returns a loss's parameters and persistent buffers without those of its encoders.
 
     A mapping of losses gives ``{name}.{key}``. The tensors share the loss's memory; with
     ``keep_vars`` they are its parameters and buffers themselves.

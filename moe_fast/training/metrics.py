@@ -1,4 +1,4 @@
-"""Averages of numbers that stay on the device until somebody asks."""
+"""Averages metrics on the device, and copies them to the host only when they are logged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RunningMeans:
             self._calls[name] = self._calls.get(name, 0) + 1
 
     def pop(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
-        """The means by name, to six significant digits, and starts afresh.
+        """Returns the means by name, to six significant digits, and starts afresh.
 
         Args:
             gather: takes this process's one-element list and gives that of all processes, such as

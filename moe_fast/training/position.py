@@ -1,4 +1,4 @@
-"""Where in its data a run is: the pass over them, and the batches of that pass that are done.
+"""Saves a run's position in its data: the pass over them, and the batches of it that are done.
 
 transformers works it out from the number of steps and the length of the data: a stream has none,
 and batches without duplicates may be fewer than announced. A resumed run would go on elsewhere.
@@ -15,7 +15,7 @@ POSITION_NAME = "data_position.json"
 
 @dataclass(frozen=True)
 class DataPosition:
-    """What a checkpoint says of the data.
+    """The position that a checkpoint holds.
 
     Attributes:
         epoch: the pass to go on in, from 0.
@@ -33,7 +33,7 @@ class DataPosition:
 
     @classmethod
     def load(cls, folder: str | Path) -> DataPosition | None:
-        """What :meth:`save` wrote; ``None`` in a checkpoint that another trainer saved.
+        """Reads what :meth:`save` wrote; ``None`` in a checkpoint that another trainer saved.
 
         Raises:
             ValueError: the file is none of ours, or training cannot go on from there exactly.

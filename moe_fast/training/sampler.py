@@ -1,4 +1,4 @@
-"""Batches composed by domain."""
+"""Samples batches by domain: mixed evenly, or of one domain each."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def fixed_sizes(samplers: Sequence[Any]) -> Iterator[bool]:
 
 
 def _rows_of_domain(dataset: Dataset, column: str) -> dict[Any, Tensor]:
-    """The [n] int64 row numbers of each domain, in the order in which domains first appear."""
+    """Returns each domain's row numbers, [n] int64, in the order in which domains first appear."""
     if column not in dataset.column_names:
         raise ValueError(
             f"the dataset has no column {column!r} (domain_column) to compose batches by; "
@@ -141,7 +141,7 @@ def _shuffle(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _spread_evenly(domains: list[Tensor], generator: torch.Generator) -> Tensor:
-    """All rows, [N], so that every stretch holds each domain in about its share.
+    """Orders all rows, [N], so that every stretch holds each domain in about its share.
 
     The k-th of a domain's n rows is put at (k + offset) / n of the way, with one random offset per
     domain, so that every stretch of the way holds its share of a domain, rounded up or down.

@@ -1,4 +1,4 @@
-"""Tokens per second of training steps, for the logs."""
+"""Measures the tokens per second of training steps, for the logs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Throughput:
-    """Real tokens, and the time their forward and backward passes took, since the last pop."""
+    """Counts real tokens and the time of their forward and backward passes, since the last pop."""
 
     def __init__(self) -> None:
         self._tokens: Tensor | int = 0
@@ -20,7 +20,7 @@ class Throughput:
 
     @contextmanager
     def timing(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """The block is one step on ``inputs``; they are counted before it, without a sync."""
+        """Times the block, a step on ``inputs``; counts their tokens before it, without a sync."""
         self._tokens = self._tokens + count_tokens(inputs)
         start = time.perf_counter()
         yield
@@ -39,7 +39,7 @@ class Throughput:
 
 
 def count_tokens(inputs: Mapping[str, Any]) -> Tensor | int:
-    """Real tokens of all text columns in a batch as the trainer has it, padded or packed."""
+    """Counts the real tokens of all text columns in the trainer's batch, padded or packed."""
     total: Tensor | int = 0
     for key, value in inputs.items():
         if key.endswith("attention_mask") and isinstance(value, Tensor):

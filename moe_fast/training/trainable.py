@@ -1,4 +1,4 @@
-"""What a trainer asks of the model and the loss before it starts: that they can learn."""
+"""Checks before training that the model and the loss have something to learn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REMEDY = (
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuse a model of which nothing would be trained.
+    """Raises for a model of which nothing would be trained.
 
     Raises:
         ValueError: every parameter of the model is frozen; the remedies are named. Parameters of a
@@ -29,7 +29,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_reached(model: nn.Module) -> None:
-    """Refuse, after the first backward pass, a loss that none of the model's weights follows.
+    """Raises, after the first backward pass, where no weight of the model has a gradient.
 
     Raises:
         ValueError: no trainable parameter has a gradient; some of them are named.
@@ -44,7 +44,7 @@ def check_reached(model: nn.Module) -> None:
 
 
 def check_precision(model: nn.Module, loss: nn.Module | Mapping[str, nn.Module]) -> None:
-    """Have nobody train half-precision weights unknowingly. Frozen ones may be of any precision.
+    """Checks the precision of the weights to be trained; frozen ones may be of any precision.
 
     An update below 1/256 (bfloat16) or 1/2048 (float16) of a weight is rounded away; AdamW's are
     about the learning rate. Autocast (``bf16=True``) computes in half precision on float32 weights.
@@ -77,5 +77,5 @@ def check_precision(model: nn.Module, loss: nn.Module | Mapping[str, nn.Module])
 
 
 def precisions(parameters: Iterable[Any]) -> list[str]:
-    """The names of the floating-point types below float32 among the parameters, sorted."""
+    """Returns the sorted names of the floating-point types below float32 among the parameters."""
     return sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype in _HALF})

@@ -1,4 +1,4 @@
-"""sentence-transformers' trainer for models, losses and datasets that know domains."""
+"""A sentence-transformers trainer for models, losses and datasets with domains."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
     def get_data_collator(
         self, model: BaseModel, args: BaseTrainingArguments, processing_class: Any = None
     ) -> DomainDataCollator:
-        """The collator for the datasets' columns, which are looked at first."""
+        """Returns the collator for the datasets' columns, after checking these."""
         stock = super().get_data_collator(model, args, processing_class)
         column = self._domain_column
         domains = getattr(model.config, "domains", None) or ()
@@ -390,7 +390,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the epoch to the trainer, the collator, and a batch sampler behind any wrappers.
+    """Sets the epoch of the trainer, the collator and the batch sampler behind any wrappers.
 
     In an epoch resumed with several processes transformers stops one wrapper short, and the order
     would be that of epoch 0. Epochs are counted, for a streamed dataset's are not in the state.

@@ -54,8 +54,8 @@ def expert_mlp_norm(
     """``LayerNorm(dropout(expert_mlp(x)) + residual)``; see the module's docstring.
 
     Args:
-        x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, plan, act, gated,
-            recompute: as in :func:`moe_fast.ops.expert_mlp`.
+        x, up_proj, down_proj, up_proj_bias, down_proj_bias: as in :func:`moe_fast.ops.expert_mlp`.
+        top_k_weights, plan, act, gated, recompute: as in :func:`moe_fast.ops.expert_mlp`.
         residual: [T, D].
         norm_weight, norm_bias: [D], LayerNorm's gamma and beta.
         eps: is added to the variance.
