@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_fast.ops import triton_backend
-from moe_fast.ops.activations import ACTIVATIONS
 from moe_fast.ops.expert_mlp.reference import OPERATION
 
 
@@ -62,7 +61,7 @@ def expert_rows(
     from moe_fast.triton_ops.up import up
 
     plan, scatter = (expert_offsets, row_to_token, row_to_slot), by_token is not None
-    form = dict(act=ACTIVATIONS[act].name, gated=gated)
+    form = dict(act=act, gated=gated)
     z, h = up(x, up_proj, up_proj_bias, *plan[:2], **form, want_z=save, want_h=True)
     rows = linear(h, down_proj, down_proj_bias, by_token, *plan, gather=False, scatter=scatter)
     return rows, z
@@ -92,7 +91,7 @@ def gradients(
     from moe_fast.triton_ops.up import up
 
     plan, w = (expert_offsets, row_to_token, row_to_slot), top_k_weights.contiguous()
-    form = dict(act=ACTIVATIONS[act].name, gated=gated)
+    form = dict(act=act, gated=gated)
     z = saved
     if saved.shape[0] != row_to_token.shape[0]:
         z, _ = up(x, up_proj, up_proj_bias, *plan[:2], **form, want_z=True, want_h=False)
