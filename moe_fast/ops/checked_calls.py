@@ -35,7 +35,8 @@ def once_per_signature(check: Callable[..., None]) -> Callable[..., None]:
             signature = _signature(first, args)
             if signature in passed:
                 return
-        except (AttributeError, TypeError):  # what check refuses, or sizes traced symbolically
+        except (AttributeError, TypeError, RuntimeError):
+            # Such as what check will refuse, sizes traced symbolically, a device without autocast.
             return check(first, *args)
         check(first, *args)
         if len(passed) >= _MOST:
