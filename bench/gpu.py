@@ -170,7 +170,7 @@ def attempt(run: Callable[[], Any]) -> Any:
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     """Search tile sizes for every case that is timed; write the GPU's table."""
-    from moe_fast.triton_ops import lookup, tables
+    from moe_fast.triton_ops import launch_config, tuning_tables
     from moe_fast.triton_ops import tune as search
 
     device, cases = _device(arguments.dry_run), _cases(arguments.dry_run)
@@ -181,7 +181,9 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         found = search.search(
             search.Problem(**sizes), device, seconds=share * arguments.tune_seconds
         )
-        tables.add_to_table(lookup.gpu_name(device), {k: c.after for k, c in found.items()})
+        tuning_tables.add_to_table(
+            launch_config.gpu_name(device), {k: c.after for k, c in found.items()}
+        )
         record[name] = found
         for choice in found.values():
             print(f"{name} {choice.product}: {choice.before_ms:.3f} -> {choice.after_ms:.3f} ms, "

@@ -152,7 +152,7 @@ def _pointer(dtype: torch.dtype) -> str:
 @contextlib.contextmanager
 def recorded(target: str) -> Iterator[list[Launch]]:
     """Collect kernel launches within the block instead of running them, as if on ``target``."""
-    from moe_fast.triton_ops import lookup
+    from moe_fast.triton_ops import launch_config
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
@@ -166,9 +166,9 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(lookup, "target_of", lambda index: target),
+        mock.patch.object(launch_config, "target_of", lambda index: target),
         # The heuristic's configurations: no table goes by this name.
-        mock.patch.object(lookup, "gpu_name", lambda device: target),
+        mock.patch.object(launch_config, "gpu_name", lambda device: target),
     ):
         yield launches
 
@@ -286,19 +286,19 @@ def _output_block(problem: Problem, k: int, slot_to_row: Tensor) -> None:
 
 def _by_descriptors(problem: Problem, plan: tuple[Tensor, ...]) -> None:
     """The shipped tiles with descriptors instead of pointers, where the target has them."""
-    from moe_fast.triton_ops import lookup
+    from moe_fast.triton_ops import launch_config
     from moe_fast.triton_ops.config import why_not
     from moe_fast.triton_ops.linear import linear
-    from moe_fast.triton_ops.up import up
+    from moe_fast.triton_ops.up_projection import up_projection
 
-    p, dtype, target = problem, problem.dtype, lookup.target_of(None)
+    p, dtype, target = problem, problem.dtype, launch_config.target_of(None)
     x = _new(p.tokens, p.dim, dtype=dtype)
     rows, h = plan[:3], _new(len(plan[1]), p.hidden, dtype=dtype)
     down = _new(p.experts, p.dim, p.hidden, dtype=dtype)
     bias, weights = _new(p.experts, p.dim, dtype=dtype), _new(len(plan[1]), dtype=torch.float32)
 
     def config(kernel: str, n: int, k: int) -> Any:
-        found = lookup.config_for(kernel, x, n, k, p.tokens // p.experts)
+        found = launch_config.config_for(kernel, x, n, k, p.tokens // p.experts)
         found = dataclasses.replace(found, descriptors=True)
         return None if why_not(found, kernel, dtype, target, n, k) else found
 
@@ -306,7 +306,7 @@ def _by_descriptors(problem: Problem, plan: tuple[Tensor, ...]) -> None:
         if found := config(kernel, p.hidden, p.dim):
             w = _new(p.experts, p.hidden * (1 + gated), p.dim, dtype=dtype)
             form = dict(act="silu" if gated else "gelu", gated=gated, want_z=True, want_h=True)
-            up(x, w, None if gated else w[:, :, 0], *rows[:2], **form, config=found)
+            up_projection(x, w, None if gated else w[:, :, 0], *rows[:2], **form, config=found)
     if found := config("linear", p.dim, p.hidden):
         linear(h, down, bias, weights, *rows, gather=False, scatter=True, config=found)
         linear(h, down, None, None, *rows, gather=False, scatter=False, config=found)
@@ -316,21 +316,21 @@ def _by_descriptors(problem: Problem, plan: tuple[Tensor, ...]) -> None:
 
 
 def _around_grouped_mm(problem: Problem, plan: tuple[Tensor, ...]) -> None:
-    from moe_fast.triton_ops.finish_rows import finish_rows
     from moe_fast.triton_ops.grouped_mm import zero_empty
+    from moe_fast.triton_ops.row_epilogue import row_epilogue
 
     p, dtype = problem, problem.dtype
     rows, bias = _new(len(plan[1]), p.dim, dtype=dtype), _new(p.experts, p.dim, dtype=dtype)
     weights = _new(len(plan[1]), dtype=torch.float32)
     for b, w, scatter in ((bias, weights, True), (bias, None, False), (None, weights, False)):
-        finish_rows(rows, b, w, *plan[:3], scatter=scatter)
+        row_epilogue(rows, b, w, *plan[:3], scatter=scatter)
     zero_empty(_new(p.experts, p.dim, p.hidden, dtype=dtype), plan[0])
 
 
 def _route(problem: Problem, mode: str, weight_mode: str, k: int) -> None:
-    from moe_fast.triton_ops.choice import RouteSettings
     from moe_fast.triton_ops.route import route
     from moe_fast.triton_ops.route_grad import route_backward
+    from moe_fast.triton_ops.top_k import RouteSettings
 
     x = _new(problem.tokens, problem.dim, dtype=problem.dtype)
     router_weight = _new(problem.experts, problem.dim, dtype=problem.dtype)

@@ -98,7 +98,8 @@ import pathlib, sys, torch, moe_fast
 from importlib.util import find_spec
 package = pathlib.Path(moe_fast.__file__).parent
 assert package.is_relative_to(sys.argv[1]), package
-assert find_spec("moe_fast.triton_ops") is not None and "moe_fast.triton_ops.up" not in sys.modules
+assert find_spec("moe_fast.triton_ops") is not None
+assert "moe_fast.triton_ops.up_projection" not in sys.modules
 plan = moe_fast.ops.plan(torch.tensor([[1], [0]]), 2)
 assert plan.row_to_slot.tolist() == [1, 0]
 libraries = sorted(p.name for p in package.glob("*.so"))

@@ -7,7 +7,7 @@
 
 #include "attention.h"
 #include "cpu/gemm.h"
-#include "cpu/vector.h"
+#include "cpu/simd.h"
 #include "expert_linear.h"
 #include "expert_mlp.h"
 #include "plan.h"
@@ -19,7 +19,7 @@ namespace {
 // What the CPU's operations run on here, for people; empty where they cannot run.
 std::string cpu_capability() {
   if (moe_fast::why_no_gemm() != nullptr) return "";
-  return std::string(moe_fast::gemm().name) + ", " + moe_fast::vector().name;
+  return std::string(moe_fast::gemm().name) + ", " + moe_fast::simd().name;
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import lookup
+from . import launch_config
 from .config import Config, heuristic
 from .launch import precision
 from .numerics import columns_of, dot
@@ -76,7 +76,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, config: Config | None = Non
         config: tile sizes; ``None``: the heuristic's.
     """
     (m, k), n = a.shape, b.shape[1]
-    config = config or heuristic("linear", a.dtype, lookup.target_of(a.device.index), n, 128)
+    config = config or heuristic("linear", a.dtype, launch_config.target_of(a.device.index), n, 128)
     widened = a.dtype == torch.float32 and b.dtype == torch.float16
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     add_product_kernel[(tiles,)](

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import Config
 from .launch import COLUMNS, accumulator, expert_block, precision, row_major, triton_dtype
-from .lookup import config_for
+from .launch_config import config_for
 from .numerics import activate, cast, dot, halves
 from .tiles import find_tile, swizzle, tile_bound
 

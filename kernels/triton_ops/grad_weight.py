@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import Config
 from .grouped_mm import grouped_weight
 from .launch import accumulator, precision, row_major, triton_dtype
-from .lookup import config_for
+from .launch_config import config_for
 from .numerics import cast, dot
 from .split_sum import split_sum
 from .tiles import swizzle

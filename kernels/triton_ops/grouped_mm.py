@@ -2,7 +2,7 @@
 
 It takes contiguous rows and the experts' ends on the device, and waits for nothing. Rows that are
 gathered are copied first; bias, routing weight and the store in token order are a pass behind it
-(``finish_rows.py``). Rows behind the last expert's are not written, as by our own kernel.
+(``row_epilogue.py``). Rows behind the last expert's are not written, as by our own kernel.
 
 An expert without rows gets zeros for its gradient by a kernel of ours: on compute capability 10.0
 grouped_mm leaves values there (pytorch issue 172439).
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .finish_rows import finish_rows
 from .launch import aligned
+from .row_epilogue import row_epilogue
 
 _BLOCK = 1024
 
@@ -41,7 +41,7 @@ def grouped_linear(
     if bias is None and row_weights is None and not scatter:
         return rows
     plan = (expert_offsets, row_to_token, row_to_slot)
-    return finish_rows(rows, bias, row_weights, *plan, scatter=scatter)
+    return row_epilogue(rows, bias, row_weights, *plan, scatter=scatter)
 
 
 def grouped_weight(
@@ -62,7 +62,7 @@ def grouped_weight(
     b = aligned(b.index_select(0, row_to_token) if gather_b else b)
     if row_weights is not None:
         plan = (expert_offsets, row_to_token, row_to_slot)
-        a = finish_rows(a, None, row_weights, *plan, scatter=False)
+        a = row_epilogue(a, None, row_weights, *plan, scatter=False)
     out = F.grouped_mm(a.mT, b, offs=expert_offsets[1:].to(torch.int32))
     return zero_empty(out, expert_offsets)
 

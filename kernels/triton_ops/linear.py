@@ -16,7 +16,7 @@ from .config import Config
 from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
 from .grouped_mm import grouped_linear
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
-from .lookup import config_for
+from .launch_config import config_for
 from .numerics import cast, dot
 from .tiles import find_tile, swizzle, tile_bound
 from .zero_tail import zero_tail

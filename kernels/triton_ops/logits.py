@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import lookup
+from . import launch_config
 from .config import Config, heuristic
 from .launch import accumulator, precision, triton_dtype
 from .numerics import dot
@@ -81,7 +81,7 @@ class Area(NamedTuple):
 
 def config_of(x: Tensor, masks: Masks, smooth: bool) -> Config:
     """Tile sizes for the logits of embeddings [n, d]: the more is asked, the fewer columns."""
-    target = lookup.target_of(x.device.index)
+    target = launch_config.target_of(x.device.index)
     config = heuristic("linear", x.dtype, target, 128, x.shape[1])
     columns = 64 if target.startswith("gfx") else config.block_n
     if masks.groups or smooth or x.dtype == torch.float32:

@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .choice import (
+from .launch import row_major
+from .numerics import dot
+from .split_sum import split_sum
+from .top_k import (
     DIM,
     TOKENS,
     RouteSettings,
@@ -26,9 +29,6 @@ from .choice import (
     sentence_scores,
     weights_of,
 )
-from .launch import row_major
-from .numerics import dot
-from .split_sum import split_sum
 
 
 @triton.jit

@@ -13,7 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .choice import (
+from .launch import row_major
+from .numerics import cast, dot
+from .split_sum import split_sum
+from .top_k import (
     DIM,
     TOKENS,
     RouteSettings,
@@ -25,9 +28,6 @@ from .choice import (
     sentence_scores,
     softmax,
 )
-from .launch import row_major
-from .numerics import cast, dot
-from .split_sum import split_sum
 
 _MOST_SPLITS = 128  # runs of tokens that the router's gradient is summed over
 

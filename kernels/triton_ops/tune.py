@@ -20,12 +20,12 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from .config import BY_GROUPED_MM, Config, why_not
 from .grad_hidden import grad_hidden
 from .grad_weight import grad_weight
+from .launch_config import config_for, target_of
 from .linear import linear
-from .lookup import config_for, target_of
 from .numerics import INTERPRETED
 from .plan import plan
-from .tables import table_key
-from .up import up
+from .tuning_tables import table_key
+from .up_projection import up_projection
 
 # What each setting can be moved to.
 AXES: Mapping[str, tuple[int, ...]] = dict(
@@ -125,13 +125,15 @@ def _mlp_products(
     w1, b1 = new(p.experts, width, p.dim, scale=p.dim**-0.5), new(p.experts, width)
     w2, b2 = new(p.experts, p.dim, p.hidden, scale=p.hidden**-0.5), new(p.experts, p.dim)
     form = dict(act="silu" if p.gated else "gelu", gated=p.gated)
-    z, h = up(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True)
+    z, h = up_projection(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True)
     dz, wh, _, _ = grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True)
     one = p.k == 1  # rows are written where their tokens are
 
     yield Product(
         "up", "gated_up" if p.gated else "up", p.hidden, p.dim,
-        lambda c: up(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True, config=c)[1],
+        lambda c: up_projection(
+            x, w1, b1, *rows[:2], **form, want_z=True, want_h=True, config=c
+        )[1],
     )  # fmt: skip
     yield Product(
         "down", "linear", p.dim, p.hidden,

@@ -100,7 +100,7 @@ def attention_forward(
     batch, heads, length, dim = query.shape
     real, starts = real_tokens(attention_mask, batch, length, query.device)
     q, k, v = (pick(t.transpose(1, 2).flatten(0, 1), real) for t in (query, key, value))
-    y = put_back(ops.varlen_attention(q, k, v, starts, **options), real, batch * length)
+    y = scatter_rows(ops.varlen_attention(q, k, v, starts, **options), real, batch * length)
     return y.view(batch, length, heads, dim), None
 
 
@@ -145,8 +145,11 @@ def pick(x: Tensor, places: Tensor | None) -> Tensor:
     return x if places is None else x.index_select(0, places)
 
 
-def put_back(x: Tensor, places: Tensor | None, size: int) -> Tensor:
-    """The adjoint of :func:`pick`: rows of x [T, ...] at their places in [size, ...], else 0."""
+def scatter_rows(x: Tensor, places: Tensor | None, size: int) -> Tensor:
+    """Scatters the rows of x [T, ...] to ``places`` in [size, ...]; the other rows are 0.
+
+    The adjoint of :func:`pick`.
+    """
     if places is None:
         return x
     return x.new_zeros(size, *x.shape[1:]).index_copy(0, places, x)

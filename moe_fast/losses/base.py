@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_fast.losses.features import encoder_features
+from moe_fast.losses.batch_features import encoder_features
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce.arguments import SIMILARITIES
 

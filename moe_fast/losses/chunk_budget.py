@@ -70,7 +70,7 @@ class ChunkProbe:
         features, size = self._block(num_tokens)
         times = []
         for _ in range(2):
-            with torch.no_grad(), _aside(self.model, self.device):
+            with torch.no_grad(), without_side_effects(self.model, self.device):
                 start = self._now()
                 self.encode(features)
                 times.append(self._now() - start)
@@ -89,7 +89,7 @@ class ChunkProbe:
             return tensor
 
         keeping = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-        aside = _aside(self.model, self.device)
+        aside = without_side_effects(self.model, self.device)
         with torch.enable_grad(), aside, without_sync(self.model), keeping:
             self.encode(features)
         return sum(kept.values()) / size
@@ -184,10 +184,11 @@ def most_over_processes(number: int, device: torch.device) -> int:
 
 
 @contextmanager
-def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Draws and routed tokens within the block count for nothing.
+def without_side_effects(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within the block, random draws and routed tokens leave no trace.
 
-    Routers out of training mode route as they do in it, but are not counted in the logs.
+    The random generators are set back afterwards. The routers leave training mode, in which they
+    route in the same way, but do not count their tokens for the logs.
     """
     routers = [m for m in model.modules() if isinstance(m, MoERouter) and m.training]
     for router in routers:

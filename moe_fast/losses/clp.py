@@ -11,7 +11,7 @@ from moe_fast.losses.base import Columns, check_num_columns
 from moe_fast.losses.functional import contrastive_learning_penalty
 from moe_fast.losses.global_sum import global_sum
 from moe_fast.losses.info_nce import InfoNCELoss
-from moe_fast.losses.masks import check_masks
+from moe_fast.losses.negative_masks import check_masks
 from moe_fast.ops.checks import check_count
 
 

@@ -19,7 +19,7 @@ from moe_fast.losses.base import (
 )
 from moe_fast.losses.functional.global_info_nce import EXCHANGES, global_info_nce
 from moe_fast.losses.global_sum import several_processes
-from moe_fast.losses.masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
+from moe_fast.losses.negative_masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
 from moe_fast.ops.checks import check_choice, compute_dtype
 
 

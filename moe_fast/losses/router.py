@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_fast.losses.base import Columns, check_weight
-from moe_fast.losses.features import encoder_config
+from moe_fast.losses.batch_features import encoder_config
 from moe_fast.losses.functional.mutual_information import (
     domain_expert_sums,
     joint_from_sums,

@@ -15,7 +15,7 @@ from moe_fast.losses.base import (
     temperature_metric,
 )
 from moe_fast.losses.functional import sigmoid_loss
-from moe_fast.losses.masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
+from moe_fast.losses.negative_masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
 from moe_fast.ops.checks import check_choice
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moe_fast.compat import attention_of
 from moe_fast.layers import ATTENTION
-from moe_fast.layers.attention import pick, put_back, real_tokens
+from moe_fast.layers.attention import pick, real_tokens, scatter_rows
 from moe_fast.layers.routing_info import token_mask_of
 from moe_fast.ops.checks import (
     INTEGER_DTYPES,
@@ -131,7 +131,9 @@ class Packing:
 
     def unpack_rows(self, x: Tensor) -> Tensor:
         """[T, ...] to [B * L, ...], zero for padding."""
-        return x if self.shape is None else put_back(x, self.places, self.shape[0] * self.shape[1])
+        return (
+            x if self.shape is None else scatter_rows(x, self.places, self.shape[0] * self.shape[1])
+        )
 
     def first_tokens(self, output: Tensor) -> Tensor:
         """[B, 1, D]: each sequence's first real token of :meth:`unpack`'s output."""

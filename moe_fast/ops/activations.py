@@ -24,11 +24,13 @@ class Activation(NamedTuple):
         name: what compiled kernels call it.
         forward: ``z -> act(z)``.
         backward: ``(gradient of act(z), z) -> gradient of z``.
+        kernels: the backends whose compiled kernels have it. The others leave it to PyTorch.
     """
 
     name: str
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
+    kernels: tuple[str, ...] = ("triton", "cpp")
 
 
 _GELU = Activation("gelu", F.gelu, lambda grad, z: _aten.gelu_backward(grad, z))

@@ -3,7 +3,9 @@
 ``torch`` is the reference and always there. ``cpp`` and ``triton`` are offered where their
 compiled library or compiler is present and the tensors' device suits them; ``tiled`` is PyTorch
 too, for ops whose reference needs memory that grows with the square of the batch. ``auto`` takes
-the first of triton, cpp, tiled, torch that can run. Nothing above the ops knows which one ran.
+the first of triton, cpp, tiled, torch that can run the call: on its device, in its dtype, with its
+activation, with gradients and dropout where it wants them. Nothing above the ops knows which one
+ran.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from moe_fast.ops import native
-from moe_fast.ops.checks import check_choice
+from moe_fast.ops.activations import ACTIVATIONS
+from moe_fast.ops.checks import FLOAT_DTYPES, check_choice
 
 OPS = (
     "route",
@@ -43,23 +47,48 @@ _default = os.environ.get("MOE_FAST_BACKEND", "auto")
 
 @dataclass(frozen=True)
 class Implementation:
-    """One op on one backend.
+    """One op on one backend, and what it can do.
+
+    Which activations it can do is said beside the activations, in
+    :data:`moe_fast.ops.activations.ACTIVATIONS`.
 
     Attributes:
         run: the implementation, with the op's own internal signature.
         unavailable: why it cannot run on a device type (``"cpu"``, ``"cuda"``), or ``None``.
-        leaves_to_torch: compute dtypes that it hands to PyTorch: to ``tiled`` where the op has
-            that, else to the reference.
+        dtypes: what it can compute in. A call that computes in another one runs in PyTorch.
+        gradients, dropout: whether it has them.
         note: what runs on a device type, for people, where that needs saying.
     """
 
     run: Callable
     unavailable: Callable[[str], str | None]
-    leaves_to_torch: tuple[torch.dtype, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    gradients: bool = True
+    dropout: bool = True
     note: Callable[[str], str] | None = None
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a call needs of an implementation.
+
+    Attributes:
+        device_type: where its tensors are.
+        dtype: what is computed in; ``None`` for ops that compute nothing.
+        act: the activation's name; ``None`` for ops without one.
+        gradients: whether autograd will ask for them.
+        dropout: whether entries are to be dropped.
+    """
+
+    device_type: str
+    dtype: torch.dtype | None = None
+    act: str | None = None
+    gradients: bool = False
+    dropout: bool = False
+
+
 _registry: dict[tuple[str, str], Implementation] = {}
+_chosen: dict[tuple, Callable] = {}  # what `select` found, by everything that it depends on
 
 
 def register(
@@ -67,13 +96,16 @@ def register(
     backend: str,
     run: Callable,
     unavailable: Callable[[str], str | None] = lambda _: None,
-    leaves_to_torch: tuple[torch.dtype, ...] = (),
-    note: Callable[[str], str] | None = None,
+    **can: Any,
 ) -> None:
-    """Offer ``run`` as ``backend``'s implementation of ``op``. Called once per op file."""
+    """Offer ``run`` as ``backend``'s implementation of ``op``, see :class:`Implementation`.
+
+    Called once by each file of an op that implements it.
+    """
     check_choice("op", op, OPS)
     check_choice("backend", backend, BACKENDS)
-    _registry[op, backend] = Implementation(run, unavailable, leaves_to_torch, note)
+    _registry[op, backend] = Implementation(run, unavailable, **can)
+    _chosen.clear()
 
 
 def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
@@ -84,62 +116,86 @@ def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
     return implementation.unavailable(device_type)
 
 
+def _why_not(op: str, backend: str, needs: Needs) -> str | None:
+    """The reason why ``backend`` cannot run such a call of ``op``, its dtype aside."""
+    reason = why_unavailable(op, backend, needs.device_type)
+    if reason is not None:
+        return reason
+    can = _registry[op, backend]
+    if needs.gradients and not can.gradients:
+        return "it has no gradients, and some are wanted (none are under torch.no_grad())"
+    if needs.dropout and not can.dropout:
+        return "it has no dropout"
+    kernels = None if needs.act is None else ACTIVATIONS[needs.act].kernels
+    if kernels is not None and backend in ("triton", "cpp") and backend not in kernels:
+        return f"it has no kernel for act={needs.act!r}"
+    return None
+
+
 def select(
-    op: str, backend: str | None, device: torch.device, dtype: torch.dtype | None = None
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    act: str | None = None,
+    gradients: bool = False,
+    dropout: bool = False,
 ) -> Callable:
     """The implementation of ``op`` to run for tensors on ``device``.
 
     Args:
-        dtype: what is computed in, for ops of which backends leave some dtypes to the reference.
         backend: a backend's name, ``"auto"``, or ``None`` for the default (``use_backend``, else
             the environment variable ``MOE_FAST_BACKEND`` at import, else ``"auto"``).
+        dtype, act, gradients, dropout: what the call needs, see :class:`Needs`.
 
     Raises:
-        ValueError: for an unknown backend, or one that cannot run here; the message says why.
+        ValueError: for an unknown backend, or one that cannot run the call; the message says why.
     """
+    if torch.compiler.is_compiling():  # a graph must not depend on which calls came before
+        needs = Needs(device.type, dtype, act, gradients, dropout)
+        return _registry[op, _backend_for(op, backend, needs)].run
+    key = (op, backend, _default, device, dtype, act, gradients, dropout)
+    run = _chosen.get(key)
+    if run is None:
+        needs = Needs(device.type, dtype, act, gradients, dropout)
+        run = _chosen[key] = _registry[op, _backend_for(op, backend, needs)].run
+        automatic = (_default if backend is None else backend) == "auto"
+        if automatic and device.type == "cpu" and (op, "cpp") in _registry:
+            native.warn_once()
+    return run
+
+
+def _backend_for(op: str, backend: str | None, needs: Needs) -> str:
     chosen = _default if backend is None else backend
     if chosen not in _CHOICES:
         check_choice("backend" if backend is not None else "MOE_FAST_BACKEND", chosen, _CHOICES)
-    if chosen != "auto":
-        reason = why_unavailable(op, chosen, device.type)
-        if reason is None:
-            return _for_dtype(op, chosen, dtype)
-        if backend is not None:
-            offered = ", ".join(available_backends(op, device.type))
-            raise ValueError(
-                f"backend={backend!r} cannot run {op} on {device.type}: {reason}. "
-                f"Available here: {offered}."
-            )
-        # A default for the whole program hands ops that it lacks to PyTorch.
-        return _registry[op, _in_pytorch(op)].run
-    name = _automatic(op, device.type)
-    if device.type == "cpu" and name != "cpp" and (op, "cpp") in _registry:
-        native.warn_once()
-    return _for_dtype(op, name, dtype)
+    if chosen == "auto":
+        return _automatic(op, needs)
+    reason = _why_not(op, chosen, needs)
+    if reason is None and _computes_in(op, chosen, needs.dtype):
+        return chosen
+    if reason is not None and backend is not None:
+        able = [b for b in BACKENDS if _why_not(op, b, needs) is None]
+        raise ValueError(
+            f"backend={backend!r} cannot run {op} on {needs.device_type}: {reason}. "
+            f"Available here: {', '.join(able)}."
+        )
+    # A default for the whole program hands ops that it lacks to PyTorch; so do all with a dtype.
+    return _in_pytorch(op)
 
 
-def _automatic(op: str, device_type: str) -> str:
-    """The first backend that can run ``op`` there."""
+def _automatic(op: str, needs: Needs) -> str:
+    """The first backend that can run such a call of ``op``."""
     for name in BACKENDS:
-        if name == "triton" and device_type == "cpu":
+        if name == "triton" and needs.device_type == "cpu":
             continue  # Triton's interpreter: for tests, never by itself
-        if why_unavailable(op, name, device_type) is None:
+        if _why_not(op, name, needs) is None and _computes_in(op, name, needs.dtype):
             return name
     raise AssertionError("unreachable: the torch backend runs everywhere")
 
 
-def _by_default(op: str, device_type: str) -> str:
-    """The backend that a call which names none gets."""
-    if _default not in _CHOICES:
-        check_choice("MOE_FAST_BACKEND", _default, _CHOICES)
-    if _default == "auto":
-        return _automatic(op, device_type)
-    return _default if why_unavailable(op, _default, device_type) is None else _in_pytorch(op)
-
-
-def _for_dtype(op: str, backend: str, dtype: torch.dtype | None) -> Callable:
-    leaves = dtype in _registry[op, backend].leaves_to_torch
-    return _registry[op, _in_pytorch(op) if leaves else backend].run
+def _computes_in(op: str, backend: str, dtype: torch.dtype | None) -> bool:
+    return dtype is None or dtype in _registry[op, backend].dtypes
 
 
 def _in_pytorch(op: str) -> str:
@@ -179,17 +235,21 @@ def _what_runs(device_type: str) -> str:
     """The backends that calls get by default, each with its ops; what is missing, if anything."""
     chosen: dict[str, list[str]] = {}
     for op in OPS:
-        chosen.setdefault(_by_default(op, device_type), []).append(op)
+        backend = _backend_for(op, None, Needs(device_type))
+        chosen.setdefault(backend, []).append(op)
     parts = [f"{_WORDS[name]} for {', '.join(ops)}" for name, ops in chosen.items()]
     missing = native.why_unavailable(device_type)
     return "; ".join(parts if missing is None else [*parts, missing])
 
 
 def _describe(op: str, backend: str, device_type: str) -> str:
-    implementation = _registry[op, backend]
-    names = ", ".join(str(d).removeprefix("torch.") for d in implementation.leaves_to_torch)
-    state = f"available, leaves {names} to {_in_pytorch(op)}" if names else "available"
-    return f"{state}: {implementation.note(device_type)}" if implementation.note else state
+    can = _registry[op, backend]
+    left = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES if d not in can.dtypes)
+    state = f"available, leaves {left} to {_in_pytorch(op)}" if left else "available"
+    notes = [] if can.note is None else [can.note(device_type)]
+    notes += [] if can.gradients else ["no gradients"]
+    notes += [] if can.dropout else ["no dropout"]
+    return f"{state}: {', '.join(notes)}" if notes else state
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 _CHECK_EVERYWHERE = os.environ.get("MOE_FAST_CHECK", "0") == "1"
 INTEGER_DTYPES = (torch.int64, torch.int32)
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPILED_DTYPES = FLOAT_DTYPES[1:]  # what our kernels compute in: float64 is PyTorch's
 
 
 def checks_values(device: torch.device) -> bool:
@@ -110,6 +111,11 @@ def check_starts(cu_seqlens: Tensor | None, num_tokens: int) -> None:
     starts = cu_seqlens.tolist()
     if not starts or starts[0] != 0 or starts[-1] != num_tokens or starts != sorted(starts):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {num_tokens}; got {starts}.")
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from ``tensors``."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast_to(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
+from moe_fast.ops.checks import COMPILED_DTYPES, FLOAT_DTYPES
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # As Triton reads it, when the kernels are imported.
@@ -55,8 +56,8 @@ def offer(op: str, run: Callable) -> None:
     float64 is for oracles: on a GPU the reference computes it, and no kernel is compiled for it.
     The interpreter runs it, so that tests can compare the kernels' arithmetic to 1e-10.
     """
-    left = () if _INTERPRETED else (torch.float64,)
-    backends.register(op, "triton", run, why_unavailable, leaves_to_torch=left)
+    dtypes = FLOAT_DTYPES if _INTERPRETED else COMPILED_DTYPES
+    backends.register(op, "triton", run, why_unavailable, dtypes=dtypes)
 
 
 def on_device(kernels: Callable) -> Callable:

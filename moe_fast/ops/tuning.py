@@ -64,7 +64,7 @@ def tune(
     reason = backends.why_unavailable("expert_mlp", "triton", device.type)
     if reason is not None:
         raise RuntimeError(f"there is nothing to tune on {device.type}: {reason}.")
-    from moe_fast.triton_ops import lookup, tables
+    from moe_fast.triton_ops import launch_config, tuning_tables
     from moe_fast.triton_ops import tune as search
 
     problem = search.Problem(
@@ -79,4 +79,4 @@ def tune(
     )
     choices = search.search(problem, device, seconds=seconds)
     found = {key: choice.after for key, choice in choices.items()}
-    return Tuned(tables.add_to_table(lookup.gpu_name(device), found), choices)
+    return Tuned(tuning_tables.add_to_table(launch_config.gpu_name(device), found), choices)

@@ -180,3 +180,55 @@ def test_the_environment_chooses_and_nothing_optional_is_loaded():
     for fragment in ["MOE_FAST_BACKEND", "cuda", *NAMES]:
         assert fragment in said
     assert rest == ["[0]", "[]"]
+
+
+@pytest.fixture
+def mish(monkeypatch):
+    """An activation that no compiled kernel has."""
+    from moe_fast.ops.activations import ACTIVATIONS, Activation
+
+    f = torch.nn.functional.mish
+    backward = torch.ops.aten.mish_backward
+    monkeypatch.setitem(ACTIVATIONS, "mish", Activation("mish", f, backward, kernels=()))
+
+
+def _expert_mlp(backend=None):
+    torch.manual_seed(0)
+    up, down, weights = torch.randn(3, 5, 4), torch.randn(3, 4, 5), torch.ones(2, 1)
+    plan = ops.plan(torch.tensor([[2], [0]]), 3)
+    tensors = (torch.randn(2, 4), up, down, None, None, weights, plan)
+    block = (torch.randn(2, 4), torch.ones(4), torch.zeros(4))
+    settings = {"act": "mish", "backend": backend}
+    return ops.expert_mlp(*tensors, **settings), ops.expert_mlp_norm(*tensors, *block, **settings)
+
+
+@pytest.mark.parametrize("default", NAMES)
+def test_an_activation_without_a_kernel_runs_in_pytorch(mish, default):
+    expected = _expert_mlp("torch")
+    with moe_fast.use_backend(default):
+        for actual, y in zip(_expert_mlp(), expected, strict=True):
+            assert torch.equal(actual, y)
+
+
+def test_a_backend_that_was_asked_for_names_the_activation_that_it_lacks(mish):
+    if "cpp" not in ops.available_backends("expert_mlp"):
+        pytest.skip("the native library is not built")
+    with pytest.raises(ValueError) as error:
+        _expert_mlp("cpp")
+    assert_says(error, "backend='cpp'", "expert_mlp", "act='mish'", "Available here: torch.")
+
+
+def test_auto_skips_a_backend_without_gradients_or_dropout():
+    """varlen_attention's cpp has neither."""
+    if "cpp" not in ops.available_backends("varlen_attention"):
+        pytest.skip("the native library is not built")
+    q, starts = torch.randn(4, 1, 8), torch.tensor([0, 4])
+    for default in ("auto", "cpp"):
+        with moe_fast.use_backend(default):
+            with RecordOps() as recorded:
+                ops.varlen_attention(q, q, q, starts)
+            assert set(recorded.calls) == {"moe_fast::varlen_attention_cpp"}
+            with RecordOps() as recorded:
+                ops.varlen_attention(q, q, q, starts, dropout=0.5)
+                y = ops.varlen_attention(q.clone().requires_grad_(), q, q, starts)
+            assert not recorded.calls and y.requires_grad

@@ -66,13 +66,13 @@ def test_bert_base_in_bfloat16(target, which):
 @needs_triton
 def test_a_configuration_too_large_is_found():
     from moe_fast.triton_ops.config import Config
-    from moe_fast.triton_ops.up import up
+    from moe_fast.triton_ops.up_projection import up_projection
 
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     with resources.recorded("sm_90") as launches:
-        up(
+        up_projection(
             *(new(4096, 768), new(8, 3072, 768), None),
             *(new(9, dtype=torch.int64), new(4096, dtype=torch.int64)),
             **dict(act="gelu", gated=False, want_z=True, want_h=True),

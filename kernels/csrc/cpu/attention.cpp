@@ -20,10 +20,11 @@
 #include <string>
 #include <vector>
 
-#include "blocks.h"
 #include "gemm.h"
-#include "problem.h"
-#include "vector.h"
+#include "packing.h"
+#include "plan_view.h"
+#include "simd.h"
+#include "tasks.h"
 
 namespace moe_fast {
 namespace {
@@ -116,7 +117,7 @@ const G* copy_keys(const Attention& in, int64_t first, int64_t count, int64_t he
   for (int64_t i = 0; i < count; ++i) {
     const void* row = in.key.row(first + i, head);
     if constexpr (std::is_same_v<G, float>) {
-      vector().load(row, in.dtype, keys + i * in.dim, in.dim);
+      simd().load(row, in.dtype, keys + i * in.dim, in.dim);
     } else {
       std::memcpy(keys + i * in.dim, row, static_cast<size_t>(in.dim) * sizeof(G));
     }
@@ -137,15 +138,15 @@ void transpose_group(const Attention& in, int64_t first, int64_t count, int64_t 
     const void* row = in.value.row(first + p * pair, head);
     pointers[p] = words + p * in.dim;
     if constexpr (std::is_same_v<G, float>) {
-      vector().load(row, in.dtype, reinterpret_cast<float*>(words + p * in.dim), in.dim);
+      simd().load(row, in.dtype, reinterpret_cast<float*>(words + p * in.dim), in.dim);
     } else {
       const bool last = 2 * p + 1 == count;
       const void* next = last ? buffers.zeros.get<Bf16>(0) : in.value.row(first + 2 * p + 1, head);
-      vector().interleave(static_cast<const Bf16*>(row), static_cast<const Bf16*>(next),
+      simd().interleave(static_cast<const Bf16*>(row), static_cast<const Bf16*>(next),
                           words + p * in.dim, in.dim);
     }
   }
-  vector().transpose(pointers, here, in.dim, reinterpret_cast<uint32_t*>(out), kKeys / pair);
+  simd().transpose(pointers, here, in.dim, reinterpret_cast<uint32_t*>(out), kKeys / pair);
 }
 
 // The values transposed, in blocks [dim, kKeys], with zeros up to a multiple of kKeyStep.
@@ -196,12 +197,12 @@ const G* pack_queries(const Attention& in, int64_t first, const Panel& panel, in
     for (int64_t i = 0; i < here; ++i) {
       const void* row = in.query.row(first + panel.first + j + i, head);
       if (convert) {
-        vector().load(row, in.dtype, converted + i * in.dim, in.dim);
+        simd().load(row, in.dtype, converted + i * in.dim, in.dim);
         row = converted + i * in.dim;
       }
       rows[i] = static_cast<const uint32_t*>(row);
     }
-    vector().transpose(rows, here, in.dim / pair, reinterpret_cast<uint32_t*>(packed) + j,
+    simd().transpose(rows, here, in.dim / pair, reinterpret_cast<uint32_t*>(packed) + j,
                        panel.width);
   }
   return packed;
@@ -259,7 +260,7 @@ void add_keys(const Attention& in, const Gemm& gemm, const Head<G>& head, int64_
   run(gemm, count, width, in.dim, head.keys + from * in.dim, in.dim, running.query, width, scores,
       width, false);
   const bool rising = in.scale > 0.0f;  // else -inf must be put in behind the scaling
-  if (!rising) vector().scale_add(scores, in.scale, nullptr, scores, count * width);
+  if (!rising) simd().scale_add(scores, in.scale, nullptr, scores, count * width);
   hide(in, running.panel, first, count, head.length, scores);
 
   G* weights;
@@ -271,9 +272,9 @@ void add_keys(const Attention& in, const Gemm& gemm, const Head<G>& head, int64_
     pairs = reinterpret_cast<uint32_t*>(weights);
   }
   float factor[kPanel];
-  vector().softmax(scores, rising ? in.scale : 1.0f, count, width, running.max, running.sum, factor,
+  simd().softmax(scores, rising ? in.scale : 1.0f, count, width, running.max, running.sum, factor,
                    pairs);
-  if (running.seen_keys) vector().scale_columns(running.output, factor, in.dim, width);
+  if (running.seen_keys) simd().scale_columns(running.output, factor, in.dim, width);
   const G* values = head.values + from / kKeys * kKeys * in.dim + from % kKeys;
   run(gemm, in.dim, width, count, values, kKeys, weights, width, running.output, width,
       running.seen_keys);
@@ -287,13 +288,13 @@ void finish(const Attention& in, const Head<G>& head, Running<G>& running, void*
   const Panel& panel = running.panel;
   float inverse[kPanel];
   for (int64_t i = 0; i < panel.width; ++i) inverse[i] = 1.0f / running.sum[i];
-  vector().scale_columns(running.output, inverse, in.dim, panel.width);
+  simd().scale_columns(running.output, inverse, in.dim, panel.width);
   const int64_t padded = round_up(in.dim, 16);
   float* rows = buffers.rows.get<float>(panel.width * padded);
   transpose_floats(running.output, panel.width, in.dim, panel.width, rows, padded);
   for (int64_t i = 0; i < panel.count; ++i) {
     const int64_t to = ((head.token + panel.first + i) * in.heads + head.index) * in.dim;
-    vector().store(rows + i * padded, in.dtype, at(y, in.dtype, to), in.dim);
+    simd().store(rows + i * padded, in.dtype, at(y, in.dtype, to), in.dim);
   }
 }
 

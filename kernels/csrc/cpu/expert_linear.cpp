@@ -6,11 +6,12 @@
 
 #include <stdexcept>
 
-#include "blocks.h"
 #include "gemm.h"
 #include "gradient.h"
-#include "problem.h"
-#include "vector.h"
+#include "packing.h"
+#include "plan_view.h"
+#include "simd.h"
+#include "tasks.h"
 
 namespace moe_fast {
 namespace {
@@ -91,12 +92,12 @@ void forward_task(const Linear& linear, const Gemm& gemm, const Task& task, void
       for (int64_t j = 0; j < std::min(kPanel, count - column); ++j) {
         const int64_t row = task.first + column + j;
         if (y == nullptr) {
-          vector().scale_add(rows + j * padded, 1.0f, bias, rows_out + row * linear.out + o,
+          simd().scale_add(rows + j * padded, 1.0f, bias, rows_out + row * linear.out + o,
                              outputs);
         } else {
           const int64_t to = plan.row_to_token[row] * linear.out + o;
-          vector().scale_add(rows + j * padded, plan.weight(row), bias, finished, outputs);
-          vector().store(finished, linear.dtype, at(y, linear.dtype, to), outputs);
+          simd().scale_add(rows + j * padded, plan.weight(row), bias, finished, outputs);
+          simd().store(finished, linear.dtype, at(y, linear.dtype, to), outputs);
         }
       }
     }
@@ -154,8 +155,8 @@ void backward_task(const Linear& linear, const Gemm& gemm, const void* grad_y, c
     multiply<G>(gemm, {grad, outputs}, padded, outputs, factor, inputs, rows, inputs, false);
     for (int64_t i = 0; i < count; ++i) {
       const float* u = rows + i * inputs;
-      vector().load(x_row(i), dtype, input, inputs);
-      row_weights[first + i] += vector().dot(u, input, inputs);
+      simd().load(x_row(i), dtype, input, inputs);
+      row_weights[first + i] += simd().dot(u, input, inputs);
       std::memcpy(out.rows + (first + i) * linear.in + task.begin, u,
                   static_cast<size_t>(inputs) * sizeof(float));
     }
@@ -165,7 +166,7 @@ void backward_task(const Linear& linear, const Gemm& gemm, const void* grad_y, c
   const int64_t to = task.expert * outputs * linear.in + task.begin;
   store_matrix(grad_weight, outputs, inputs, dtype, at(out.grad_weight, dtype, to), linear.in);
   if (db != nullptr) {
-    vector().store(db, dtype, at(out.grad_bias, dtype, task.expert * outputs), outputs);
+    simd().store(db, dtype, at(out.grad_bias, dtype, task.expert * outputs), outputs);
   }
 }
 

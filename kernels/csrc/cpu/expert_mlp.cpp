@@ -35,13 +35,13 @@ template <typename G>
 void activate_panel(const Mlp& mlp, const float* z, const float* z2, int64_t units, int64_t width,
                     G* out, Buffer& buffer) {
   if constexpr (std::is_same_v<G, float>) {
-    vector().activate(z, z2, mlp.act, out, units * width);
+    simd().activate(z, z2, mlp.act, out, units * width);
   } else {
     float* h = buffer.get<float>(units * width);
-    vector().activate(z, z2, mlp.act, h, units * width);
+    simd().activate(z, z2, mlp.act, h, units * width);
     auto* pairs = reinterpret_cast<uint32_t*>(out);
     for (int64_t u = 0; u < units; u += 2) {
-      vector().round_pairs(h + u * width, h + (u + 1) * width, pairs + u / 2 * width, width);
+      simd().round_pairs(h + u * width, h + (u + 1) * width, pairs + u / 2 * width, width);
     }
   }
 }
@@ -59,11 +59,11 @@ void finish_rows(const Mlp& mlp, const Task& task, const ForwardOutput& out, int
     const int64_t row = task.first + first + j;
     if (out.y == nullptr) {
       float* to = out.rows + (task.part * mlp.plan.num_slots() + row) * mlp.dim + first_dim;
-      vector().scale_add(rows + j * ld, 1.0f, bias, to, dims);
+      simd().scale_add(rows + j * ld, 1.0f, bias, to, dims);
     } else {
       const int64_t to = mlp.plan.row_to_token[row] * mlp.dim + first_dim;
-      vector().scale_add(rows + j * ld, mlp.plan.weight(row), bias, finished, dims);
-      vector().store(finished, mlp.dtype, at(out.y, mlp.dtype, to), dims);
+      simd().scale_add(rows + j * ld, mlp.plan.weight(row), bias, finished, dims);
+      simd().store(finished, mlp.dtype, at(out.y, mlp.dtype, to), dims);
     }
   }
 }
@@ -140,13 +140,13 @@ void forward_few(const Mlp& mlp, const Task& task, const ForwardOutput& out) {
     z[half] = rows;
   }
   float* h = buffers.tile.get<float>(count * part);
-  vector().activate(z[0], z[1], mlp.act, h, count * part);
+  simd().activate(z[0], z[1], mlp.act, h, count * part);
   Bf16* activated = buffers.activated.get<Bf16>(count * part);
-  vector().store(h, mlp.dtype, activated, count * part);
+  simd().store(h, mlp.dtype, activated, count * part);
   float* rows = buffers.rows.get<float>(count * dim);
   const auto* weights = reinterpret_cast<const Bf16*>(
       at(mlp.down, mlp.dtype, mlp.down_at(task.expert, 0) + task.begin));
-  vector().dots_bf16(weights, mlp.hidden, dim, activated, part, count, part, rows, dim);
+  simd().dots_bf16(weights, mlp.hidden, dim, activated, part, count, part, rows, dim);
   finish_rows(mlp, task, out, 0, dim, rows, dim, 0, count, buffers);
 }
 

@@ -114,7 +114,7 @@ const float* rows_of_z(const Mlp& mlp, const void* saved, const RowBlock<G>& blo
   for (int64_t j = 0; j < count; ++j) {
     const int64_t row = block.first + first + j;
     const void* from = at(saved, mlp.dtype, row * mlp.up_rows + half * mlp.hidden + unit.first);
-    vector().load(from, mlp.dtype, z + j * unit.units, unit.units);
+    simd().load(from, mlp.dtype, z + j * unit.units, unit.units);
   }
   return z;
 }
@@ -137,16 +137,16 @@ void activation_backward(const Mlp& mlp, const void* saved, const RowBlock<G>& b
       const int64_t r = i + j;
       const float* second = mlp.gated ? z2 + j * n : nullptr;
       float* dz2 = mlp.gated ? dz[1] + j * n : nullptr;
-      row_weights[block.first + r] += vector().activate_backward(
+      row_weights[block.first + r] += simd().activate_backward(
           grad_h + r * n, z + j * n, second, mlp.plan.weight(block.first + r), mlp.act,
           group + j * n, dz[0] + j * n, dz2, n);
     }
     for (int64_t half = 0; half < halves; ++half) {
       for (int64_t j = 0; j < here; ++j) {
         if (db1 != nullptr) {
-          vector().add_scaled(db1 + half * mlp.hidden + unit.first, dz[half] + j * n, 1.0f, n);
+          simd().add_scaled(db1 + half * mlp.hidden + unit.first, dz[half] + j * n, 1.0f, n);
         }
-        vector().store(dz[half] + j * n, stored, unit.dz[half] + (i + j) * n, n);
+        simd().store(dz[half] + j * n, stored, unit.dz[half] + (i + j) * n, n);
       }
       std::memset(unit.dz[half] + (i + here) * n, 0,
                   static_cast<size_t>((kGroup - here) * n) * sizeof(G));
@@ -295,11 +295,11 @@ void backward_task(const Mlp& mlp, const Gemm& gemm, const RowSource& grad_y, co
 
   for (int64_t half = 0; half < (mlp.gated ? 2 : 1); ++half) {
     const int64_t row = half * mlp.hidden + task.begin;
-    vector().store(db1 + row, mlp.dtype,
+    simd().store(db1 + row, mlp.dtype,
                    at(out.grad_up_bias, mlp.dtype, task.expert * mlp.up_rows + row), units);
   }
   if (db2 != nullptr) {
-    vector().store(db2, mlp.dtype, at(out.grad_down_bias, mlp.dtype, task.expert * dim), dim);
+    simd().store(db2, mlp.dtype, at(out.grad_down_bias, mlp.dtype, task.expert * dim), dim);
   }
 }
 

@@ -1,8 +1,9 @@
 // The upstream gradient of a block of rows, gathered into the factors of the backward products.
 #pragma once
 
-#include "blocks.h"
-#include "problem.h"
+#include "packing.h"
+#include "plan_view.h"
+#include "tasks.h"
 
 namespace moe_fast {
 
@@ -22,12 +23,12 @@ void pack_gradient(const RowSource& grad_y, const PlanView& plan, int64_t first,
     for (int64_t j = 0; j < here; ++j) {
       const int64_t row = first + i + j;
       float* values = group + j * dim;
-      vector().load(grad_y.row(row), grad_y.dtype, values, dim);
+      simd().load(grad_y.row(row), grad_y.dtype, values, dim);
       const void* exact = std::is_same_v<G, float> ? values : grad_y.row(row);
       std::memcpy(grad + (i + j) * dim, exact, static_cast<size_t>(dim) * sizeof(G));
-      row_weights[row] = bias == nullptr ? 0.0f : vector().dot(values, bias, dim);
-      vector().scale_add(values, plan.weight(row), nullptr, values, dim);
-      if (db != nullptr) vector().add_scaled(db, values, 1.0f, dim);
+      row_weights[row] = bias == nullptr ? 0.0f : simd().dot(values, bias, dim);
+      simd().scale_add(values, plan.weight(row), nullptr, values, dim);
+      if (db != nullptr) simd().add_scaled(db, values, 1.0f, dim);
     }
     std::memset(grad + (i + here) * dim, 0,
                 static_cast<size_t>((kGroup - here) * dim) * sizeof(G));

@@ -13,9 +13,10 @@
 #include <stdexcept>
 #include <vector>
 
-#include "blocks.h"
-#include "problem.h"
-#include "vector.h"
+#include "packing.h"
+#include "plan_view.h"
+#include "simd.h"
+#include "tasks.h"
 
 namespace moe_fast {
 namespace {
@@ -23,7 +24,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
 
-constexpr int64_t kFour = 4;  // rows that vector().dot4 and add_scaled4 take
+constexpr int64_t kFour = 4;  // rows that simd().dot4 and add_scaled4 take
 
 enum class WeightMode { renormalize, probability, straight_through, one };
 
@@ -107,7 +108,7 @@ Router view_router(const Tensor& x, const Tensor& router_weight, int64_t k,
     router.weight = static_cast<const float*>(weight);
   } else {
     router.converted.resize(static_cast<size_t>(router.num_experts * router.dim));
-    vector().load(weight, router.weight_dtype, router.converted.data(),
+    simd().load(weight, router.weight_dtype, router.converted.data(),
                   router.num_experts * router.dim);
     router.weight = router.converted.data();
   }
@@ -152,7 +153,7 @@ void compute_logits(const Router& router, float* logits) {
         const float* rows[kFour];
         float dots[kFour];
         router.four_rows(e, rows);
-        vector().dot4(row, rows, dots, router.dim);
+        simd().dot4(row, rows, dots, router.dim);
         for (int64_t j = 0; j < std::min(kFour, router.num_experts - e); ++j) {
           finite &= std::isfinite(dots[j]);
           out[e + j] = dots[j];
@@ -206,7 +207,7 @@ void group_logits(const Router& router, const float* logits, int64_t group, Choi
   if (router.starts == nullptr) return;
   std::fill(choice.mean.begin(), choice.mean.end(), 0.0f);
   for (int64_t t = first; t < last; ++t) {  // logits of padding are 0
-    vector().add_scaled(choice.mean.data(), logits + t * router.num_experts,
+    simd().add_scaled(choice.mean.data(), logits + t * router.num_experts,
                         1.0f / static_cast<float>(std::max<int64_t>(choice.num_real, 1)),
                         router.num_experts);
   }
@@ -296,9 +297,9 @@ void input_gradient(const Router& router, const float* grad, void* grad_x) {
         float by[kFour] = {};
         router.four_rows(e, rows);
         std::copy_n(grad + t * router.num_experts + e, std::min(kFour, router.num_experts - e), by);
-        vector().add_scaled4(sum, rows, by, router.dim);
+        simd().add_scaled4(sum, rows, by, router.dim);
       }
-      vector().store(sum, router.x_dtype, at(grad_x, router.x_dtype, t * router.dim), router.dim);
+      simd().store(sum, router.x_dtype, at(grad_x, router.x_dtype, t * router.dim), router.dim);
     }
   });
 }
@@ -321,7 +322,7 @@ void add_weight_gradient(const Router& router, const float* grad, int64_t begin,
     for (int64_t e = 0; e < router.num_experts; ++e) {
       float by[kFour] = {};
       for (int64_t j = 0; j < found; ++j) by[j] = grad[tokens[j] * router.num_experts + e];
-      vector().add_scaled4(sums + e * router.dim, rows, by, router.dim);
+      simd().add_scaled4(sums + e * router.dim, rows, by, router.dim);
     }
   }
 }
@@ -339,9 +340,9 @@ void weight_gradient(const Router& router, const float* grad, void* grad_weight)
     }
   });
   for (int64_t p = 1; p < parts; ++p) {
-    vector().add_scaled(sums.data(), sums.data() + p * size, 1.0f, size);
+    simd().add_scaled(sums.data(), sums.data() + p * size, 1.0f, size);
   }
-  vector().store(sums.data(), router.weight_dtype, grad_weight, size);
+  simd().store(sums.data(), router.weight_dtype, grad_weight, size);
 }
 
 const float* floats_of(const char* name, const Tensor& tensor, std::vector<int64_t> shape) {

@@ -9,9 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "blocks.h"
-#include "problem.h"
-#include "vector.h"
+#include "packing.h"
+#include "plan_view.h"
+#include "simd.h"
+#include "tasks.h"
 
 namespace moe_fast {
 namespace {
@@ -118,9 +119,9 @@ Tensor combine_rows_cpu(Tensor rows, Tensor top_k_weights, Tensor slot_to_row) {
       for (int64_t slot = token * in.k; slot < (token + 1) * in.k; ++slot) {
         if (places[slot] < 0) continue;
         const float* row = floats_at(in.rows, in.dtype, places[slot], in.dim, converted);
-        vector().add_scaled(sum, row, in.weights[slot], in.dim);
+        simd().add_scaled(sum, row, in.weights[slot], in.dim);
       }
-      vector().store(sum, in.dtype, at(to, in.dtype, token * in.dim), in.dim);
+      simd().store(sum, in.dtype, at(to, in.dtype, token * in.dim), in.dim);
     }
   });
   return y;
@@ -149,10 +150,10 @@ std::tuple<Tensor, Tensor> combine_rows_backward_cpu(Tensor grad_y, Tensor rows,
       if (places[slot] < 0) continue;
       const int64_t row = places[slot];
       const float* g = floats_at(upstream, in.dtype, slot / in.k, in.dim, upstreams);
-      dots[slot] = vector().dot(g, floats_at(in.rows, in.dtype, row, in.dim, converted), in.dim);
+      dots[slot] = simd().dot(g, floats_at(in.rows, in.dtype, row, in.dim, converted), in.dim);
       float* out = scaled.get<float>(in.dim);
-      vector().scale_add(g, in.weights[slot], nullptr, out, in.dim);
-      vector().store(out, in.dtype, at(to, in.dtype, row * in.dim), in.dim);
+      simd().scale_add(g, in.weights[slot], nullptr, out, in.dim);
+      simd().store(out, in.dtype, at(to, in.dtype, row * in.dim), in.dim);
     }
   });
   return {grad_rows, grad_weights};

@@ -8,12 +8,9 @@ namespace {
 constexpr int64_t kFewRows = kPanel;
 
 Act act_of(const std::string& name) {
-  if (name == "gelu") return Act::gelu;
-  if (name == "gelu_tanh" || name == "gelu_new" || name == "gelu_pytorch_tanh") {
-    return Act::gelu_tanh;
+  for (const NamedAct& known : kActs) {
+    if (name == known.name) return known.act;
   }
-  if (name == "relu") return Act::relu;
-  if (name == "silu" || name == "swish") return Act::silu;
   throw std::runtime_error("act is unknown: " + name + ".");
 }
 
@@ -61,12 +58,12 @@ void store_rows(const float* tile, int64_t units, int64_t width, int64_t count, 
   float* rows = buffer.get<float>(width * padded);
   transpose_floats(tile, width, units, width, rows, padded);
   for (int64_t j = 0; j < count; ++j) {
-    vector().store(rows + j * padded, dtype, at(out, dtype, j * ld), units);
+    simd().store(rows + j * padded, dtype, at(out, dtype, j * ld), units);
   }
 }
 
 bool has_few_rows(const Mlp& mlp, int64_t expert) {
-  return mlp.dtype == Dtype::bf16 && vector().dots_bf16 != nullptr &&
+  return mlp.dtype == Dtype::bf16 && simd().dots_bf16 != nullptr &&
          mlp.plan.rows_of(expert) <= kFewRows;
 }
 
@@ -84,15 +81,15 @@ void project_few(const Mlp& mlp, int64_t expert, int64_t unit, int64_t units, co
                  int64_t count, float* z, UpBuffers& buffers) {
   const auto* weights =
       reinterpret_cast<const Bf16*>(at(mlp.up, mlp.dtype, mlp.up_at(expert, unit)));
-  vector().dots_bf16(weights, mlp.dim, units, x, mlp.dim, count, mlp.dim, z, units);
+  simd().dots_bf16(weights, mlp.dim, units, x, mlp.dim, count, mlp.dim, z, units);
   const float* bias =
       load_floats(mlp.up_bias, mlp.dtype, expert * mlp.up_rows + unit, units, buffers.bias);
   Bf16* rounded = buffers.weights.get<Bf16>(units);
   for (int64_t j = 0; j < count; ++j) {
     float* row = z + j * units;
-    vector().scale_add(row, 1.0f, bias, row, units);
-    vector().store(row, mlp.dtype, rounded, units);
-    vector().load(rounded, mlp.dtype, row, units);
+    simd().scale_add(row, 1.0f, bias, row, units);
+    simd().store(row, mlp.dtype, rounded, units);
+    simd().load(rounded, mlp.dtype, row, units);
   }
 }
 

@@ -5,10 +5,11 @@
 #include <optional>
 #include <string>
 
-#include "blocks.h"
 #include "gemm.h"
-#include "problem.h"
-#include "vector.h"
+#include "packing.h"
+#include "plan_view.h"
+#include "simd.h"
+#include "tasks.h"
 
 namespace moe_fast {
 
@@ -56,7 +57,7 @@ void project_up(const Mlp& mlp, const Gemm& gemm, int64_t expert, int64_t count,
     const float* bias =
         load_floats(mlp.up_bias, mlp.dtype, expert * mlp.up_rows + row, units, buffers.bias);
     for (int64_t column = 0; column < count; column += kPanel) {
-      vector().add_bias(tiles + column * units, bias, mlp.dtype, units,
+      simd().add_bias(tiles + column * units, bias, mlp.dtype, units,
                         panel_width(count, column));
     }
   }

@@ -6,7 +6,7 @@ Each process works its own rows against the columns (positives and hard negative
     dL/dk of a column                  = each process's share, added up where the column lives
 
 so that N processes share the work of one, 4 products of B x B x d, evenly. Columns come to the
-rows in one of the two ways of :mod:`moe_fast.losses.exchange`.
+rows in one of the two ways of :mod:`moe_fast.losses.cross_device_negatives`.
 
 Every process returns the loss of the whole batch. The gradient is that of the whole batch times N,
 since data-parallel training takes the mean of N processes' gradients: the mean is then what one
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_fast.losses.exchange import AllGather, Ring, Shard, table_of
+from moe_fast.losses.cross_device_negatives import AllGather, Ring, Shard, table_of
 from moe_fast.losses.global_sum import several_processes
 from moe_fast.ops import InfoNCEStats, info_nce
 from moe_fast.ops.checks import FLOAT_DTYPES, check_choice, compute_dtype
@@ -40,7 +40,7 @@ from moe_fast.ops.info_nce.tiled import (
     new_sums,
     pair_side,
 )
-from moe_fast.ops.info_nce.tiles import check_finite, finish_columns, finish_rows
+from moe_fast.ops.info_nce.tiles import check_finite, finish_columns, row_epilogue
 
 EXCHANGES = {"gather": AllGather, "ring": Ring}
 
@@ -230,7 +230,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
         finish_columns(pairs, grad_b, factor)
         if hard is not None:
             finish_columns(hard, grad_hard, factor)
-        grad_scale = finish_rows(rows, grad_a, scale, factor)
+        grad_scale = row_epilogue(rows, grad_a, scale, factor)
         grad_negatives = grad_hard.to(a.dtype) if has_negatives else None
         grads = (grad_a.to(a.dtype), grad_b.to(a.dtype), grad_negatives, grad_scale)
         return *grads, *[None] * 6

@@ -14,7 +14,7 @@ column's, unless its row j lies in a crowd that some row i stands apart from, su
 ``logsumexp_j - logsumexp_i > S_jj - S_ij``. But for that this is the symmetric
 :func:`moe_fast.ops.info_nce` with dot products.
 
-Rows, and then columns, are worked through in strips: no matrix is held whole.
+The matrix is computed in blocks of rows, and then of columns, and is never held whole.
 
 Source: Hallee et al., arXiv 2401.15713, and its code; the older form learns ``1 / scale``.
 """
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast.losses.functional.accuracy import in_batch_accuracy
-from moe_fast.losses.functional.scalars import checked_scale
-from moe_fast.losses.functional.strips import map_strips, sum_over_strips
+from moe_fast.losses.functional.row_blocks import map_row_blocks, sum_over_row_blocks
+from moe_fast.losses.functional.scale_and_bias import checked_scale
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce.arguments import SIMILARITIES, check_pairs, queries_and_keys
 from moe_fast.ops.info_nce.tiles import check_finite
@@ -86,7 +86,7 @@ def _cross_entropy(q: Tensor, k: Tensor, scale: Tensor, target: Tensor) -> Tenso
         hits = in_batch_accuracy(logits, own, every, first) * (last - first)
         return torch.stack((loss, hits))
 
-    return sum_over_strips(loss_and_hits, len(q), len(k)) / len(q)
+    return sum_over_row_blocks(loss_and_hits, len(q), len(k)) / len(q)
 
 
 @torch.no_grad()
@@ -98,11 +98,11 @@ def _targets(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """
     both = torch.cat((q, k), dim=1)
 
-    def strip(first: int, last: int) -> Tensor:
+    def block(first: int, last: int) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             return both[first:last] @ both.t() / (2 * scale)
 
-    log_sum = torch.cat(map_strips(lambda *at: strip(*at).logsumexp(1), len(q), len(k)))
-    by_row = map_strips(lambda *at: strip(*at).argmax(1), len(q), len(k))
-    by_column = map_strips(lambda *at: (strip(*at) - log_sum).argmax(1), len(q), len(k))
+    log_sum = torch.cat(map_row_blocks(lambda *at: block(*at).logsumexp(1), len(q), len(k)))
+    by_row = map_row_blocks(lambda *at: block(*at).argmax(1), len(q), len(k))
+    by_column = map_row_blocks(lambda *at: (block(*at) - log_sum).argmax(1), len(q), len(k))
     return torch.cat(by_row), torch.cat(by_column)

@@ -7,8 +7,8 @@ With the candidates k = [b; negatives], N = B + B * G, and z_ij = 1 where j is a
 
 No softmax, hence no other candidates in a pair's gradient. Nearly all pairs are negative, which is
 why the bias starts at -10. Masked pairs, as in :mod:`moe_fast.ops.info_nce`, are left out of the
-sum; it is over rows only, there is no second direction. Rows are worked through in strips: the
-matrix is never held whole.
+sum; it is over rows only, there is no second direction. The loss is computed in blocks of rows, so
+that the matrix is never held whole.
 
 Source: Zhai et al. (SigLIP), arXiv 2303.15343, whose values to start from are scale = 10, learned
 as its logarithm, and bias = -10.
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast.losses.functional.accuracy import in_batch_accuracy
-from moe_fast.losses.functional.scalars import checked_bias, checked_scale
-from moe_fast.losses.functional.strips import sum_over_strips
+from moe_fast.losses.functional.row_blocks import sum_over_row_blocks
+from moe_fast.losses.functional.scale_and_bias import checked_bias, checked_scale
 from moe_fast.ops.checks import check_choice
 from moe_fast.ops.info_nce.arguments import (
     SIMILARITIES,
@@ -70,7 +70,7 @@ def sigmoid_loss(
     scale, bias = checked_scale(scale, q), checked_bias(bias, q)
 
     def loss_and_hits(first: int, last: int) -> Tensor:
-        """[2], summed over the rows of a strip."""
+        """[2], summed over the rows of a block."""
         positive, candidate = positives_and_candidates(
             len(q), len(k), q.device, col_ids=col_ids, first=first, last=last, **ids
         )
@@ -80,5 +80,5 @@ def sigmoid_loss(
             hits = in_batch_accuracy(logits, positive, candidate, first) * (last - first)
             return torch.stack((torch.where(candidate, terms, 0).sum(), hits))
 
-    loss, hits = (sum_over_strips(loss_and_hits, len(q), len(k)) / len(q)).unbind()
+    loss, hits = (sum_over_row_blocks(loss_and_hits, len(q), len(k)) / len(q)).unbind()
     return (loss, {"in_batch_accuracy": hits.detach()}) if return_metrics else loss

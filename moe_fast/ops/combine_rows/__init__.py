@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
-from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape
+from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape, wants_gradients
 from moe_fast.ops.combine_rows import cpp, reference  # noqa: F401 - each registers itself
 from moe_fast.ops.plan import RoutingPlan
 
@@ -49,5 +49,6 @@ def combine_rows(
     offsets = plan.expert_offsets
     check_like("rows", rows, dtype=False, top_k_weights=top_k_weights, expert_offsets=offsets)
     computed_in = torch.promote_types(rows.dtype, top_k_weights.dtype)
-    run = backends.select("combine_rows", backend, rows.device, computed_in)
+    needs_grad = wants_gradients(rows, top_k_weights)
+    run = backends.select("combine_rows", backend, rows.device, computed_in, gradients=needs_grad)
     return run(rows, top_k_weights, offsets, plan.slot_to_row)

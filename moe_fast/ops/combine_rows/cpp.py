@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends, native
+from moe_fast.ops.checks import COMPILED_DTYPES
 from moe_fast.ops.combine_rows.reference import OPERATION
 
 
@@ -23,5 +24,5 @@ backends.register(
     "cpp",
     combine_rows,
     native.why_unavailable,
-    leaves_to_torch=(torch.float64,),
+    dtypes=COMPILED_DTYPES,
 )

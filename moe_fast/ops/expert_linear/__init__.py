@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     autocast_to,
     check_dtype,
     check_like,
     check_shape,
+    wants_gradients,
 )
 from moe_fast.ops.expert_linear import cpp, reference, triton  # noqa: F401 - each registers itself
 from moe_fast.ops.plan import RoutingPlan
@@ -55,6 +57,19 @@ def expert_linear(
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit.
     """
+    _check(x, weight, bias, top_k_weights, plan)
+    x, weight, bias = autocast_to(x.device, x, weight, bias)
+    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
+    tensors = (x, weight, bias, top_k_weights)
+    needs_grad = wants_gradients(*tensors)
+    run = backends.select("expert_linear", backend, x.device, computed_in, gradients=needs_grad)
+    return run(*tensors, *plan.indices)
+
+
+@once_per_signature
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, top_k_weights: Tensor, plan: RoutingPlan
+) -> None:
     check_shape("x", x, (None, None), "[T, I]")
     check_shape("weight", weight, (None, None, x.shape[1]), "[E, O, I]")
     if not (weight.shape[1] and weight.shape[2]):
@@ -64,7 +79,3 @@ def expert_linear(
     check_dtype("x", x, FLOAT_DTYPES)
     check_like("x", x, weight=weight, bias=bias)
     check_plan(x, top_k_weights, plan, weight.shape[0])
-    x, weight, bias = autocast_to(x.device, x, weight, bias)
-    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
-    run = backends.select("expert_linear", backend, x.device, computed_in)
-    return run(x, weight, bias, top_k_weights, *plan.indices)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moe_fast.ops import backends
 from moe_fast.ops.activations import ACTIVATIONS
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     autocast_to,
@@ -30,6 +31,7 @@ from moe_fast.ops.checks import (
     check_dtype,
     check_like,
     check_shape,
+    wants_gradients,
 )
 from moe_fast.ops.expert_mlp import cpp, reference, triton  # noqa: F401 - each registers itself
 from moe_fast.ops.plan import RoutingPlan
@@ -71,25 +73,29 @@ def expert_mlp(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
     """
-    check_expert_mlp(x, up_proj, down_proj, up_proj_bias, down_proj_bias, act, gated, recompute)
-    check_plan(x, top_k_weights, plan, up_proj.shape[0])
+    weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
+    check_expert_mlp(x, *weights, top_k_weights, plan, act, gated, recompute)
     x, up_proj, down_proj, up_proj_bias, down_proj_bias = autocast_to(
         x.device, x, up_proj, down_proj, up_proj_bias, down_proj_bias
     )
     tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    needs_grad = wants_gradients(*tensors)
     computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
-    run = backends.select("expert_mlp", backend, x.device, computed_in)
+    act = ACTIVATIONS[act].name
+    run = backends.select("expert_mlp", backend, x.device, computed_in, act, needs_grad)
     y, _ = run(*tensors, *plan.indices, act, gated, needs_grad and recompute is None)
     return y
 
 
+@once_per_signature
 def check_expert_mlp(
     x: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
     up_proj_bias: Tensor | None,
     down_proj_bias: Tensor | None,
+    top_k_weights: Tensor,
+    plan: RoutingPlan,
     act: str,
     gated: bool,
     recompute: str | None,
@@ -118,3 +124,4 @@ def check_expert_mlp(
         up_proj_bias=up_proj_bias,
         down_proj_bias=down_proj_bias,
     )
+    check_plan(x, top_k_weights, plan, num_experts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_fast.ops import triton_backend
-from moe_fast.ops.activations import ACTIVATIONS
 from moe_fast.ops.expert_mlp.reference import OPERATION
 
 
@@ -59,11 +58,11 @@ def expert_rows(
         by_token: routing weights [T, 1]: multiply with them and store in token order, y [T, D].
     """
     from moe_fast.triton_ops.linear import linear
-    from moe_fast.triton_ops.up import up
+    from moe_fast.triton_ops.up_projection import up_projection
 
     plan, scatter = (expert_offsets, row_to_token, row_to_slot), by_token is not None
-    form = dict(act=ACTIVATIONS[act].name, gated=gated)
-    z, h = up(x, up_proj, up_proj_bias, *plan[:2], **form, want_z=save, want_h=True)
+    form = dict(act=act, gated=gated)
+    z, h = up_projection(x, up_proj, up_proj_bias, *plan[:2], **form, want_z=save, want_h=True)
     rows = linear(h, down_proj, down_proj_bias, by_token, *plan, gather=False, scatter=scatter)
     return rows, z
 
@@ -89,13 +88,13 @@ def gradients(
     from moe_fast.triton_ops.grad_hidden import grad_hidden
     from moe_fast.triton_ops.grad_weight import grad_weight
     from moe_fast.triton_ops.router_grad import router_grad
-    from moe_fast.triton_ops.up import up
+    from moe_fast.triton_ops.up_projection import up_projection
 
     plan, w = (expert_offsets, row_to_token, row_to_slot), top_k_weights.contiguous()
-    form = dict(act=ACTIVATIONS[act].name, gated=gated)
+    form = dict(act=act, gated=gated)
     z = saved
     if saved.shape[0] != row_to_token.shape[0]:
-        z, _ = up(x, up_proj, up_proj_bias, *plan[:2], **form, want_z=True, want_h=False)
+        z, _ = up_projection(x, up_proj, up_proj_bias, *plan[:2], **form, want_z=True, want_h=False)
     has_bias = up_proj_bias is not None
     grad_z, weighted_h, dots, grad_up_bias = grad_hidden(
         grad_y, down_proj, z, w, *plan, **form, want_bias=has_bias

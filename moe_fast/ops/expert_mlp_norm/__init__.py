@@ -19,17 +19,19 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
+from moe_fast.ops.activations import ACTIVATIONS
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     autocast_to,
     check_dtype,
     check_like,
     check_shape,
+    wants_gradients,
 )
 from moe_fast.ops.expert_mlp import check_expert_mlp
 from moe_fast.ops.expert_mlp_norm import reference, triton  # noqa: F401 - each registers itself
 from moe_fast.ops.plan import RoutingPlan
-from moe_fast.ops.plan_checks import check_plan
 
 
 def expert_mlp_norm(
@@ -69,20 +71,18 @@ def expert_mlp_norm(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
     """
-    check_expert_mlp(x, up_proj, down_proj, up_proj_bias, down_proj_bias, act, gated, recompute)
-    check_plan(x, top_k_weights, plan, up_proj.shape[0])
+    projections = (up_proj, down_proj, up_proj_bias, down_proj_bias)
+    check_expert_mlp(x, *projections, top_k_weights, plan, act, gated, recompute)
     _check_block(x, residual, norm_weight, norm_bias, dropout)
-    x, *weights = autocast_to(
-        x.device, x, up_proj, down_proj, up_proj_bias, down_proj_bias
-    )  # as a product would be, and what follows as LayerNorm
+    # As a product would be cast, and what follows as LayerNorm.
+    x, *weights = autocast_to(x.device, x, *projections)
     block = _as_layer_norm(residual, norm_weight, norm_bias)
     keep = None if dropout == 0 else _kept(x, dropout)
     tensors = (x, *weights, top_k_weights)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*tensors, *block)
-    )
+    needs_grad = wants_gradients(*tensors, *block)
     computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
-    run = backends.select("expert_mlp_norm", backend, x.device, computed_in)
+    act = ACTIVATIONS[act].name
+    run = backends.select("expert_mlp_norm", backend, x.device, computed_in, act, needs_grad)
     return run(
         *tensors,
         *plan.indices,
@@ -97,6 +97,7 @@ def expert_mlp_norm(
     )[0]
 
 
+@once_per_signature
 def _check_block(
     x: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, dropout: float
 ) -> None:

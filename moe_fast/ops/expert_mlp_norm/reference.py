@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast.ops import backends, native
+from moe_fast.ops.checks import COMPILED_DTYPES
 
 
 def _composition(backend: str, *arguments: Any) -> tuple[Tensor]:
     *tensors, residual, norm_weight, norm_bias, keep, scale, eps, act, gated, _, save = arguments
     x, top_k_weights = tensors[0], tensors[5]
     computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
-    run = backends.select("expert_mlp", backend, x.device, computed_in)
+    run = backends.select("expert_mlp", backend, x.device, computed_in, act)
     y, _ = run(*tensors, act, gated, save)
     if keep is not None:
         y = y * (keep.to(y.dtype) * scale)
@@ -29,5 +30,5 @@ backends.register(
     "cpp",
     functools.partial(_composition, "cpp"),
     native.why_no_products,
-    leaves_to_torch=(torch.float64,),
+    dtypes=COMPILED_DTYPES,
 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_fast.ops import backends
-from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape
+from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape, wants_gradients
 from moe_fast.ops.gather_rows import cpp, reference  # noqa: F401 - each registers itself
 from moe_fast.ops.plan import RoutingPlan
 
@@ -44,5 +44,6 @@ def gather_rows(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> 
         )
     check_shape("plan.slot_to_row", plan.slot_to_row, (slots,), "[S]")
     check_like("x", x, dtype=False, expert_offsets=plan.expert_offsets)
-    run = backends.select("gather_rows", backend, x.device, x.dtype)
+    needs_grad = wants_gradients(x)
+    run = backends.select("gather_rows", backend, x.device, x.dtype, gradients=needs_grad)
     return run(x, plan.expert_offsets, plan.row_to_token, plan.slot_to_row)

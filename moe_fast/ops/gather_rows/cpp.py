@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends, native
+from moe_fast.ops.checks import COMPILED_DTYPES
 from moe_fast.ops.combine_rows.cpp import combine_rows
 from moe_fast.ops.gather_rows.reference import implement
 
@@ -21,5 +22,5 @@ backends.register(
     "cpp",
     implement("gather_rows_cpp", _gather_rows, combine_rows),
     native.why_unavailable,
-    leaves_to_torch=(torch.float64,),
+    dtypes=COMPILED_DTYPES,
 )

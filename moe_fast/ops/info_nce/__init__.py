@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_fast.ops import backends
-from moe_fast.ops.checks import compute_dtype
+from moe_fast.ops.checks import compute_dtype, wants_gradients
 from moe_fast.ops.info_nce import reference, tiled, triton  # noqa: F401 - each registers itself
 from moe_fast.ops.info_nce.arguments import as_scale, check_arguments, check_not_alone
 
@@ -103,7 +103,8 @@ def info_nce(
     check_not_alone(a, negatives)
     dtype = compute_dtype(a.dtype)
     scale = as_scale(scale, a.device, dtype)
-    run = backends.select("info_nce", backend, a.device, dtype)
+    needs_grad = wants_gradients(a, b, negatives, scale)
+    run = backends.select("info_nce", backend, a.device, dtype, gradients=needs_grad)
     loss, row_loss, rank = run(
         *(a, b, negatives, scale, row_ids, col_ids, domain_ids, group_ids, weights),
         *(label_smoothing, symmetric, similarity == "cosine"),

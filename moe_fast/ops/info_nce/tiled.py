@@ -42,9 +42,9 @@ from moe_fast.ops.info_nce.tiles import (
     check_finite,
     comparable,
     finish_columns,
-    finish_rows,
     inverse_norm,
     logits_tile,
+    row_epilogue,
     scaled_rows,
     tile_masks,
 )
@@ -236,7 +236,7 @@ def add_gradients(
 ) -> None:
     """Adds the gradients of all rows against some columns to [m, d] and [n, d], unfinished.
 
-    See :func:`moe_fast.ops.info_nce.tiles.finish_rows` for what is left to do. ``column_terms`` is
+    See :func:`moe_fast.ops.info_nce.tiles.row_epilogue` for what is left to do. ``column_terms`` is
     ``None`` for columns without a loss; ``own`` as in :func:`add_logits`.
     """
     device = rows.x.device
@@ -404,7 +404,7 @@ def _info_nce_tiled_backward(
         add_gradients(rows, hard, settings, by_row, None, grad_a, grad_hard, own=False)
         finish_columns(hard, grad_hard, factor)
     finish_columns(pairs, grad_b, factor)
-    grad_scale = finish_rows(rows, grad_a, scale, factor)
+    grad_scale = row_epilogue(rows, grad_a, scale, factor)
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_hard.to(a.dtype), grad_scale
 
 

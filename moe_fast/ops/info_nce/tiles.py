@@ -153,7 +153,7 @@ def add_products(
 ) -> None:
     """Adds ``G . k`` to ``grad_rows`` [m, d] and ``G^T . scaled_q`` to ``grad_columns`` [n, d].
 
-    ``grad`` [m, n] is overwritten. For what is left to do see :func:`finish_rows` and
+    ``grad`` [m, n] is overwritten. For what is left to do see :func:`row_epilogue` and
     :func:`finish_columns`: ``k`` is not at unit length, and its length is missing in its own sum.
     """
     if columns.inverse_norm is not None:
@@ -162,7 +162,7 @@ def add_products(
     add_product(grad_columns, grad.t(), scaled_q)
 
 
-def finish_rows(rows: Side, grad: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+def row_epilogue(rows: Side, grad: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
     """Turns ``sum G . k`` [M, d] into dL/dx in place, times ``factor``; returns dL/dscale, [].
 
     ``dq = scale * sum G . k``, and ``dL/dscale = sum_ij G_ij <q_i, k_j> = sum_i <q_i, sum G . k>``.

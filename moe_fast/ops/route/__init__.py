@@ -43,6 +43,7 @@ from moe_fast.ops.checks import (
     check_shape,
     check_tensor,
     compute_dtype,
+    wants_gradients,
 )
 from moe_fast.ops.route import cpp, triton  # noqa: F401 - each registers itself
 from moe_fast.ops.route.modes import (
@@ -134,7 +135,8 @@ def route(
             f"got x {list(x.shape)} and no cu_seqlens."
         )
     computed_in = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
-    run = backends.select("route", backend, x.device, computed_in)
+    needs_grad = wants_gradients(x, router_weight)
+    run = backends.select("route", backend, x.device, computed_in, gradients=needs_grad)
     weights, logits, index, counts = run(
         tokens, router_weight, num_experts_per_tok, mode, weight_mode, mask, starts
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moe_fast.ops import backends, native
+from moe_fast.ops.checks import COMPILED_DTYPES
 from moe_fast.ops.route.reference import OPERATION, NonFiniteLogitsError
 
 
@@ -20,4 +21,4 @@ def _route(*args: Any) -> Any:
 
 
 run = OPERATION.implement("route_cpp", _route, native.kernel("route_backward"))
-backends.register("route", "cpp", run, native.why_not_on_cpu, leaves_to_torch=(torch.float64,))
+backends.register("route", "cpp", run, native.why_not_on_cpu, dtypes=COMPILED_DTYPES)

@@ -14,7 +14,7 @@ from moe_fast.ops.route.reference import OPERATION, check_logits
 
 
 def _settings(mode: str, weight_mode: str, k: int, num_experts: int) -> Any:
-    from moe_fast.triton_ops.choice import RouteSettings
+    from moe_fast.triton_ops.top_k import RouteSettings
 
     dense = mode == "dense"
     return RouteSettings(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
@@ -29,6 +30,7 @@ from moe_fast.ops.checks import (
     check_like,
     check_shape,
     check_starts,
+    wants_gradients,
 )
 from moe_fast.ops.varlen_attention import cpp, maintained  # noqa: F401 - each registers itself
 
@@ -56,8 +58,8 @@ def varlen_attention(
         dropout: probability of dropping an attention weight.
         max_length: the longest sequence's length, where it is known: spares a GPU a
             synchronisation.
-        backend: see :func:`moe_fast.use_backend`. Where a gradient is wanted, or dropout, ``torch``
-            runs whatever the default is.
+        backend: see :func:`moe_fast.use_backend`. Where a gradient is wanted, or dropout, a
+            default of ``"cpp"`` runs ``torch``.
 
     Returns:
         [T, heads, head_dim] in the query's dtype (autocast's under autocast), with gradients to
@@ -69,21 +71,22 @@ def varlen_attention(
         ValueError: for ``backend="cpp"`` with dropout or where a gradient is wanted.
     """
     _check(query, key, value, cu_seqlens, window)
+    if not torch.compiler.is_compiling():
+        check_starts(cu_seqlens, query.shape[0])
     query, key, value = autocast_to(query.device, query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if wanted or dropout:
-        if backend == "cpp":
-            given = "gradients wanted" if wanted else f"dropout={dropout}"
-            raise ValueError(
-                "backend='cpp' computes varlen_attention without gradients and dropout; got "
-                f"{given}. Use 'torch', or torch.no_grad()."
-            )
-        backend = "torch"
-    run = backends.select("varlen_attention", backend, query.device, query.dtype)
+    run = backends.select(
+        "varlen_attention",
+        backend,
+        query.device,
+        query.dtype,
+        gradients=wants_gradients(query, key, value),
+        dropout=dropout > 0,
+    )
     return run(query, key, value, cu_seqlens, scale, window, dropout, max_length)
 
 
+@once_per_signature
 def _check(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None
 ) -> None:
@@ -96,7 +99,5 @@ def _check(
     check_like("query", query, dtype=False, cu_seqlens=cu_seqlens)
     check_dtype("cu_seqlens", cu_seqlens, INTEGER_DTYPES)
     check_shape("cu_seqlens", cu_seqlens, (None,), "[B + 1]")
-    if not torch.compiler.is_compiling():
-        check_starts(cu_seqlens, query.shape[0])
     if window is not None and window < 0:
         raise ValueError(f"window must not be negative; got {window}.")

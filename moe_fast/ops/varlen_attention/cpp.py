@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops import backends, native
+from moe_fast.ops.checks import COMPILED_DTYPES
 from moe_fast.ops.eager_dispatch import Operation
 
 
@@ -44,6 +45,7 @@ backends.register(
     "cpp",
     _run,
     native.why_no_products,
-    leaves_to_torch=(torch.float64,),
-    note=lambda _: "inference without dropout",
+    dtypes=COMPILED_DTYPES,
+    gradients=False,
+    dropout=False,
 )

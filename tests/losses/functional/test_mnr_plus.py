@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loss_checks import F64, assert_close, assert_same, property_test, randn
 
-from moe_fast.losses.functional import info_nce, mnr_plus, strips
+from moe_fast.losses.functional import info_nce, mnr_plus, row_blocks
 
 
 def log_sum_exp(values: list[torch.Tensor]) -> torch.Tensor:
@@ -130,8 +130,8 @@ def test_bad_input_is_named(a, b, kwargs, message):
         mnr_plus(a, b, **kwargs)
 
 
-def test_strips_of_rows_are_one_matrix(monkeypatch):
-    """Targets, value, gradients and metrics; strips of 3, 3 and 1 rows."""
+def test_blocks_of_rows_are_one_matrix(monkeypatch):
+    """Targets, value, gradients and metrics; blocks of 3, 3 and 1 rows."""
     a, b = randn(7, 4), randn(7, 4, seed=1)
     scale = torch.tensor(0.7, dtype=F64, requires_grad=True)
 
@@ -140,6 +140,6 @@ def test_strips_of_rows_are_one_matrix(monkeypatch):
         return loss, *torch.autograd.grad(loss, [a, b, scale]), *metrics.values()
 
     whole = both()
-    monkeypatch.setattr(strips, "STRIP_LOGITS", 3 * 7)
+    monkeypatch.setattr(row_blocks, "BLOCK_LOGITS", 3 * 7)
     for one, other in zip(both(), whole, strict=True):
         assert_close(one, other, 1e-12)

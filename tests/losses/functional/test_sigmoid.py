@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loss_checks import F64, assert_close, assert_same, property_test, randn
 from transformers import SiglipConfig, SiglipModel
 
-from moe_fast.losses.functional import sigmoid_loss, strips
+from moe_fast.losses.functional import row_blocks, sigmoid_loss
 
 
 def oracle(a, b, negatives, scale, bias, positive=None, masked=lambda i, j: False) -> torch.Tensor:
@@ -156,8 +156,8 @@ def test_bad_input_is_named(kwargs, message):
         sigmoid_loss(randn(2, 3), randn(2, 3), **settings)
 
 
-def test_strips_of_rows_are_one_matrix(monkeypatch):
-    """Value, gradients and accuracy, masks and groups included; strips of 2, 2 and 1 rows."""
+def test_blocks_of_rows_are_one_matrix(monkeypatch):
+    """Value, gradients and accuracy, masks and groups included; blocks of 2, 2 and 1 rows."""
     a, b, negatives = randn(5, 4), randn(5, 4, seed=1), randn(10, 4, seed=2)
     scale = torch.tensor(3.0, dtype=F64, requires_grad=True)
     ids = dict(
@@ -174,7 +174,7 @@ def test_strips_of_rows_are_one_matrix(monkeypatch):
         return loss, *torch.autograd.grad(loss, [a, b, negatives, scale]), *metrics.values()
 
     whole = both()
-    monkeypatch.setattr(strips, "STRIP_LOGITS", 2 * 15 + 3)
+    monkeypatch.setattr(row_blocks, "BLOCK_LOGITS", 2 * 15 + 3)
     for one, other in zip(both(), whole, strict=True):
         assert_close(one, other, 1e-12)
-    assert len(strips.strips(5, 15)) == 3
+    assert len(row_blocks.row_blocks(5, 15)) == 3

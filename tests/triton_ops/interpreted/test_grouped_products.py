@@ -14,7 +14,7 @@ from moe_fast.triton_ops.config import Config
 from moe_fast.triton_ops.grad_hidden import grad_hidden
 from moe_fast.triton_ops.grad_weight import grad_weight
 from moe_fast.triton_ops.linear import linear
-from moe_fast.triton_ops.up import up
+from moe_fast.triton_ops.up_projection import up_projection
 from torch import Tensor
 
 from tests.ops.helpers import TOLERANCES, assert_close
@@ -121,7 +121,7 @@ def check_up(case, act: str, hidden: int) -> None:
     w = new(experts, width, dim, dtype=dtype, scale=dim**-0.5)
     b = new(experts, width, dtype=dtype) if bias else None
     settings = dict(act=act, gated=gated, config=config)
-    z, h = up(x, w, b, *rows.plan[:2], **settings, want_z=True, want_h=True)
+    z, h = up_projection(x, w, b, *rows.plan[:2], **settings, want_z=True, want_h=True)
     for r, e in enumerate(rows.expert):
         expected = w[e].double() @ x[rows.row_to_token[r]].double()
         if bias:
@@ -134,7 +134,7 @@ def check_up(case, act: str, hidden: int) -> None:
         expected = expected * z[: len(rows.expert), hidden:].double()
     assert_close(h[: len(rows.expert)], expected, TOLERANCES[dtype], "h")
     assert (z[len(rows.expert) :] == 0).all()
-    _, alone = up(x, w, b, *rows.plan[:2], **settings, want_z=False, want_h=True)
+    _, alone = up_projection(x, w, b, *rows.plan[:2], **settings, want_z=False, want_h=True)
     assert torch.equal(alone[: len(rows.expert)], h[: len(rows.expert)])
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_fast.triton_ops.choice import RouteSettings
 from moe_fast.triton_ops.route import route
 from moe_fast.triton_ops.route_grad import route_backward
+from moe_fast.triton_ops.top_k import RouteSettings
 
 from tests.ops import oracle
 from tests.ops.helpers import TOLERANCES, assert_close, gradients, leaves

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from moe_fast.triton_ops import lookup, tables, tune
+from moe_fast.triton_ops import launch_config, tune, tuning_tables
 from moe_fast.triton_ops.config import Config
 from triton.runtime.errors import OutOfResources
 
@@ -19,10 +19,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def own_table(tmp_path, monkeypatch):
-    monkeypatch.setenv(tables.OWN_TABLES, str(tmp_path))
-    tables.load_table.cache_clear()
+    monkeypatch.setenv(tuning_tables.OWN_TABLES, str(tmp_path))
+    tuning_tables.load_table.cache_clear()
     yield
-    tables.load_table.cache_clear()
+    tuning_tables.load_table.cache_clear()
 
 
 def by_size(launch, config: Config) -> float:
@@ -58,11 +58,11 @@ def test_what_is_found_is_what_every_product_is_launched_with(gated, monkeypatch
     both = [1, 2, 1, 2, 2, 2]  # grouped_mm beside ours, where there is no epilogue
     assert [c.tried for c in found.values()] == both
     configs = {key: Config(16, 16, 16, group_m=number) for number, key in enumerate(found, 1)}
-    path = tables.add_to_table(lookup.gpu_name(CPU), configs)
+    path = tuning_tables.add_to_table(launch_config.gpu_name(CPU), configs)
     assert path.name == "interpreter.json"
     used = []
-    parse = dict(tables.load_table("interpreter"))
-    monkeypatch.setattr(lookup, "load_table", lambda gpu: Recorded(parse, used))
+    parse = dict(tuning_tables.load_table("interpreter"))
+    monkeypatch.setattr(launch_config, "load_table", lambda gpu: Recorded(parse, used))
     run_backward(problem)
     assert set(used) == set(found)
 
@@ -77,7 +77,7 @@ def test_a_mixture_of_one_projection(target, inner, outer, k, monkeypatch):
     assert [c.product for c in found.values()] == ["linear", "grad_x", "grad_weight"]
     used = []
     table = {key: Config(16, 16, 16) for key in found}
-    monkeypatch.setattr(lookup, "load_table", lambda gpu: Recorded(table, used))
+    monkeypatch.setattr(launch_config, "load_table", lambda gpu: Recorded(table, used))
     x, weight = torch.randn(24, inner, requires_grad=True), torch.randn(3, outer, inner)
     weights = torch.rand(24, k)
     plan = ops.plan(torch.randint(3, (24, k)), 3)
@@ -115,14 +115,16 @@ def test_grouped_mm_is_chosen_where_it_is_faster_and_serves_forward_and_backward
     found = tune.search(PROBLEM, CPU, seconds=1e-9, timer=timer)
     chosen = {c.product for c in found.values() if c.after.implementation == "grouped_mm"}
     assert chosen == {"down", "grad_x", "grad_down", "grad_up"}
-    tables.add_to_table(lookup.gpu_name(CPU), {key: c.after for key, c in found.items()})
+    tuning_tables.add_to_table(
+        launch_config.gpu_name(CPU), {key: c.after for key, c in found.items()}
+    )
     # From the table's entry the search finds the way back.
     again = tune.search(PROBLEM, CPU, seconds=60, timer=by_size)
     assert all(c.after.implementation == "triton" for c in again.values())
     torch.manual_seed(0)
     grads = run_backward(PROBLEM)
-    tables.load_table.cache_clear()
-    monkeypatch.setattr(lookup, "load_table", lambda gpu: {})
+    tuning_tables.load_table.cache_clear()
+    monkeypatch.setattr(launch_config, "load_table", lambda gpu: {})
     torch.manual_seed(0)
     for ours, theirs in zip(grads, run_backward(PROBLEM), strict=True):
         assert_close(ours, theirs, TOLERANCES[torch.float32])

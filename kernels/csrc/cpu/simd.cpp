@@ -1,6 +1,6 @@
 // Compiled once per instruction set, with MOE_ISA as the name of each copy. Plain loops that the
 // compiler vectorises; intrinsics only where it cannot (16-bit floats, transposes).
-#include "vector.h"
+#include "simd.h"
 
 #include <cmath>
 #include <cstring>
@@ -493,8 +493,8 @@ void dots_bf16(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t*
 
 }  // namespace
 
-extern const VectorOps ops;
-const VectorOps ops = {
+extern const SimdOps ops;
+const SimdOps ops = {
     MOE_STRING(MOE_ISA), load,     store,    transpose,         interleave, round_pairs,
     softmax,             scale_columns,
     add_bias,            activate, activate_backward, add_scaled, scale_add,  dot,

@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import Config
 from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
-from .lookup import config_for
+from .launch_config import config_for
 from .numerics import activate, cast, dot, halves
 from .tiles import find_tile, swizzle, tile_bound
 from .zero_tail import zero_tail
@@ -156,7 +156,7 @@ def up_kernel(
     )  # fmt: skip
 
 
-def up(
+def up_projection(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

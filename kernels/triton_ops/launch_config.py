@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import Config, heuristic, why_not
 from .numerics import INTERPRETED
-from .tables import load_table, table_key
+from .tuning_tables import load_table, table_key
 
 
 @functools.cache

@@ -11,8 +11,8 @@ from tests.ops.helpers import assert_says
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from moe_fast.triton_ops import lookup
-from moe_fast.triton_ops import tables as t
+from moe_fast.triton_ops import launch_config
+from moe_fast.triton_ops import tuning_tables as t
 from moe_fast.triton_ops.config import Config
 
 KEY = "up/n3072/k768/rows8192/bfloat16"
@@ -88,29 +88,29 @@ def test_a_broken_own_table_is_not_overwritten(tmp_path):
 
 
 def test_lookup_takes_the_table_s_entry_else_the_heuristic_s(monkeypatch):
-    monkeypatch.setattr(lookup, "gpu_name", lambda device: "A GPU")
-    monkeypatch.setattr(lookup, "target_of", lambda index: "sm_90")
+    monkeypatch.setattr(launch_config, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(launch_config, "target_of", lambda index: "sm_90")
     t.add_to_table("A GPU", TABLE)
     like = torch.empty(0, dtype=torch.bfloat16)
-    assert lookup.config_for("up", like, 3072, 768, 5000) == TABLE[KEY]
-    heuristic = lookup.heuristic("up", torch.bfloat16, "sm_90", 3072, 768)
-    assert lookup.config_for("up", like, 3072, 768, 9000) == heuristic != TABLE[KEY]
+    assert launch_config.config_for("up", like, 3072, 768, 5000) == TABLE[KEY]
+    heuristic = launch_config.heuristic("up", torch.bfloat16, "sm_90", 3072, 768)
+    assert launch_config.config_for("up", like, 3072, 768, 9000) == heuristic != TABLE[KEY]
 
 
 def test_an_entry_too_large_for_the_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(lookup, "gpu_name", lambda device: "A GPU")
-    monkeypatch.setattr(lookup, "target_of", lambda index: "sm_80")
+    monkeypatch.setattr(launch_config, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(launch_config, "target_of", lambda index: "sm_80")
     t.add_to_table("A GPU", {KEY: Config(256, 256, 128, 8, 4)})
     with pytest.raises(ValueError) as error:
-        lookup.config_for("up", torch.empty(0, dtype=torch.bfloat16), 3072, 768, 8192)
+        launch_config.config_for("up", torch.empty(0, dtype=torch.bfloat16), 3072, 768, 8192)
     assert_says(error, "A GPU", KEY, 4 * 128 * 512 * 2, 166_912)
 
 
 def test_an_entry_for_grouped_mm_where_there_is_none_is_refused(monkeypatch):
-    monkeypatch.setattr(lookup, "gpu_name", lambda device: "A GPU")
-    monkeypatch.setattr(lookup, "target_of", lambda index: "sm_80")
+    monkeypatch.setattr(launch_config, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(launch_config, "target_of", lambda index: "sm_80")
     key = t.table_key("linear", 768, 3072, 8192, torch.bfloat16)
     t.add_to_table("A GPU", {key: Config(implementation="grouped_mm")})
     with pytest.raises(ValueError) as error:
-        lookup.config_for("linear", torch.empty(0, dtype=torch.bfloat16), 768, 3072, 8192)
+        launch_config.config_for("linear", torch.empty(0, dtype=torch.bfloat16), 768, 3072, 8192)
     assert_says(error, "A GPU", key, "sm_90", "sm_80")

@@ -1,4 +1,4 @@
-"""What follows a product that was computed without it: bias, routing weight, token order.
+"""What follows a grouped product: adds the bias, multiplies by the routing weight, orders by token.
 
 out[r or its token] = weight[r] * (rows[r] + bias[e])        for the rows r of expert e
 """
@@ -15,7 +15,7 @@ from .zero_tail import zero_tail
 
 
 @triton.jit
-def finish_rows_kernel(
+def row_epilogue_kernel(
     rows_ptr,  # [S, N]
     bias_ptr,  # [E, N]
     row_weight_ptr,  # [S] by slot
@@ -54,7 +54,7 @@ def finish_rows_kernel(
     tl.store(out, cast(value, out_ptr.dtype.element_ty), mask=mask)
 
 
-def finish_rows(
+def row_epilogue(
     rows: Tensor,
     bias: Tensor | None,
     row_weights: Tensor | None,
@@ -75,7 +75,7 @@ def finish_rows(
     if not out.numel():
         return out
     num_experts = expert_offsets.shape[0] - 1
-    finish_rows_kernel[(triton.cdiv(num_rows, ROWS), triton.cdiv(n, COLUMNS))](
+    row_epilogue_kernel[(triton.cdiv(num_rows, ROWS), triton.cdiv(n, COLUMNS))](
         rows,
         None if bias is None else bias.contiguous(),
         row_weights,

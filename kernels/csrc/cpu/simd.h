@@ -1,5 +1,5 @@
-// The elementwise work around the products. One source, vector.cpp, is compiled once per
-// instruction set; vector() gives the best one that this processor runs. Nothing of torch may be
+// The elementwise work around the products. One source, simd.cpp, is compiled once per
+// instruction set; simd() gives the best one that this processor runs. Nothing of torch may be
 // included here: the linker keeps one copy of an inline function, and it may be an AVX-512 one.
 #pragma once
 
@@ -8,10 +8,20 @@
 namespace moe_fast {
 
 enum class Dtype { f32, bf16, f16 };
+
+// The activations, by the names that moe_fast/ops/activations.py gives them.
 enum class Act { gelu, gelu_tanh, relu, silu };
+struct NamedAct {
+  const char* name;
+  Act act;
+};
+inline constexpr NamedAct kActs[] = {{"gelu", Act::gelu},
+                                     {"gelu_tanh", Act::gelu_tanh},
+                                     {"relu", Act::relu},
+                                     {"silu", Act::silu}};
 
 // Lengths are in elements. Rows of 16-bit elements are passed as void*.
-struct VectorOps {
+struct SimdOps {
   const char* name;
 
   // Between rows of `dtype` and floats, rounding to nearest even.
@@ -61,6 +71,6 @@ struct VectorOps {
 };
 
 // MOE_FAST_CPU=portable, avx2 or avx512 in the environment holds it back (for tests).
-const VectorOps& vector();
+const SimdOps& simd();
 
 }  // namespace moe_fast

@@ -14,7 +14,7 @@
 #include <type_traits>
 
 #include "gemm.h"
-#include "vector.h"
+#include "simd.h"
 
 namespace moe_fast {
 
@@ -81,7 +81,7 @@ inline const float* load_floats(const void* data, Dtype dtype, int64_t first,
                                 int64_t count, Buffer& buffer) {
   if (data == nullptr) return nullptr;
   float* out = buffer.get<float>(count);
-  vector().load(at(data, dtype, first), dtype, out, count);
+  simd().load(at(data, dtype, first), dtype, out, count);
   return out;
 }
 
@@ -89,7 +89,7 @@ inline const float* load_floats(const void* data, Dtype dtype, int64_t first,
 inline void store_matrix(const float* from, int64_t rows, int64_t columns, Dtype dtype, void* to,
                   int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {
-    vector().store(from + r * columns, dtype, at(to, dtype, r * ld), columns);
+    simd().store(from + r * columns, dtype, at(to, dtype, r * ld), columns);
   }
 }
 
@@ -142,7 +142,7 @@ LeftFactor<G> left_factor(const void* data, Dtype dtype, int64_t ld, int64_t row
   for (int64_t r = 0; r < rows; ++r) {
     const char* row = at(data, dtype, r * ld);
     if constexpr (std::is_same_v<G, float>) {
-      vector().load(row, dtype, copy + r * columns, columns);
+      simd().load(row, dtype, copy + r * columns, columns);
     } else {
       std::memcpy(copy + r * columns, row, static_cast<size_t>(columns) * sizeof(G));
     }
@@ -200,7 +200,7 @@ inline void transpose_floats(const float* rows, int64_t row_ld, int64_t num_rows
     for (int64_t j = 0; j < here; ++j) {
       pointers[j] = reinterpret_cast<const uint32_t*>(rows + (r + j) * row_ld);
     }
-    vector().transpose(pointers, here, n, reinterpret_cast<uint32_t*>(out + r), ld);
+    simd().transpose(pointers, here, n, reinterpret_cast<uint32_t*>(out + r), ld);
   }
 }
 
@@ -217,14 +217,14 @@ void pack_columns(const RowSource& source, int64_t first, int64_t count, G* pane
     for (int64_t i = 0; i < here; ++i) {
       const void* row = source.row(first + j + i);
       if (convert) {
-        vector().load(row, source.dtype, converted + i * source.dim, source.dim);
+        simd().load(row, source.dtype, converted + i * source.dim, source.dim);
         row = converted + i * source.dim;
       }
       rows[i] = static_cast<const uint32_t*>(row);
     }
     const int64_t column = j / kPanel * kPanel;
     auto* out = reinterpret_cast<uint32_t*>(panels + column * source.dim) + (j - column);
-    vector().transpose(rows, here, source.dim / pair, out, panel_width(count, column));
+    simd().transpose(rows, here, source.dim / pair, out, panel_width(count, column));
   }
 }
 
@@ -243,17 +243,17 @@ void put_rows(const void* a, const void* b, Dtype dtype, int64_t k, int64_t dept
       if (a == nullptr) {
         std::memset(out, 0, static_cast<size_t>(used) * sizeof(float));
       } else {
-        vector().load(from(a), dtype, reinterpret_cast<float*>(out), used);
+        simd().load(from(a), dtype, reinterpret_cast<float*>(out), used);
       }
     } else {
       static constexpr uint32_t zeros[kPanel] = {};
       const void* lower = a == nullptr ? static_cast<const void*>(zeros) : from(a);
       const void* upper = b == nullptr ? static_cast<const void*>(zeros) : from(b);
       if (dtype == Dtype::f32) {
-        vector().round_pairs(static_cast<const float*>(lower), static_cast<const float*>(upper),
+        simd().round_pairs(static_cast<const float*>(lower), static_cast<const float*>(upper),
                              out, used);
       } else {
-        vector().interleave(static_cast<const uint16_t*>(lower),
+        simd().interleave(static_cast<const uint16_t*>(lower),
                             static_cast<const uint16_t*>(upper), out, used);
       }
     }
@@ -286,7 +286,7 @@ void put_transposed(const float* rows, int64_t row_ld, int64_t num_rows, int64_t
       for (int64_t j = 0; j < here; ++j) {
         pointers[j] = reinterpret_cast<const uint32_t*>(rows + (r + j) * row_ld);
       }
-      vector().transpose(pointers, here, n, reinterpret_cast<uint32_t*>(out + r), ld);
+      simd().transpose(pointers, here, n, reinterpret_cast<uint32_t*>(out + r), ld);
     }
   } else {
     const int64_t pairs = (num_rows + 1) / 2;
@@ -296,10 +296,10 @@ void put_transposed(const float* rows, int64_t row_ld, int64_t num_rows, int64_t
     const uint32_t* pointers[16];
     for (int64_t p = 0; p < pairs; ++p) {
       const float* upper = 2 * p + 1 < num_rows ? rows + (2 * p + 1) * row_ld : zeros;
-      vector().round_pairs(rows + 2 * p * row_ld, upper, words + p * n, n);
+      simd().round_pairs(rows + 2 * p * row_ld, upper, words + p * n, n);
       pointers[p] = words + p * n;
     }
-    vector().transpose(pointers, pairs, n, reinterpret_cast<uint32_t*>(out), ld / 2);
+    simd().transpose(pointers, pairs, n, reinterpret_cast<uint32_t*>(out), ld / 2);
   }
 }
 

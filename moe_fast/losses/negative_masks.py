@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fast.losses.features import text_ids
+from moe_fast.losses.batch_features import text_ids
 
 NEGATIVES_FROM = ("all", "same_domain")
 

@@ -1,28 +1,28 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "vector.h"
+#include "simd.h"
 
 namespace moe_fast {
 
 namespace portable {
-extern const VectorOps ops;
+extern const SimdOps ops;
 }
 #if defined(__x86_64__)
 namespace avx2 {
-extern const VectorOps ops;
+extern const SimdOps ops;
 }
 namespace avx512 {
-extern const VectorOps ops;
+extern const SimdOps ops;
 }
 namespace avx512bf16 {
-extern const VectorOps ops;
+extern const SimdOps ops;
 }
 #endif
 
 namespace {
 
-const VectorOps& select() {
+const SimdOps& select() {
 #if defined(__x86_64__)
   const char* asked = std::getenv("MOE_FAST_CPU");
   const auto allowed = [&](const char* name) {
@@ -44,8 +44,8 @@ const VectorOps& select() {
 
 }  // namespace
 
-const VectorOps& vector() {
-  static const VectorOps& chosen = select();
+const SimdOps& simd() {
+  static const SimdOps& chosen = select();
   return chosen;
 }
 

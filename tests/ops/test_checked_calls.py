@@ -1,0 +1,99 @@
+"""A check runs once for all calls that look alike, and again for each that does not."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_fast import ops
+from moe_fast.ops import checked_calls
+from moe_fast.ops.checked_calls import once_per_signature
+
+X = torch.zeros(3, 2)
+PLAN = ops.plan(torch.tensor([[0], [1], [0]]), 2)
+
+
+@pytest.fixture
+def calls():
+    """A check that counts its calls, and refuses what has 5 rows."""
+    seen = []
+
+    @once_per_signature
+    def check(x, *args):
+        seen.append((x, *args))
+        if x.shape[0] == 5:
+            raise ValueError("5 rows")
+
+    return check, seen
+
+
+def test_other_values_of_the_same_shape_are_not_checked_again(calls):
+    check, seen = calls
+    for x in (X, X + 1, torch.nn.Parameter(X)):
+        check(x, PLAN, "gelu", None)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        (torch.zeros(4, 2), X, PLAN, 1),
+        (X.double(), X, PLAN, 1),
+        (X.to("meta"), X, PLAN, 1),
+        (X, None, PLAN, 1),
+        (X, X.half(), PLAN, 1),
+        (X, X, dataclasses.replace(PLAN, expert_offsets=torch.zeros(4)), 1),
+        (X, X, dataclasses.replace(PLAN, slot_to_row=PLAN.slot_to_row.int()), 1),
+        (X, X, PLAN, 2),
+        (X, X, PLAN, True),  # equal to 1
+        (X, X, PLAN, 1.0),
+    ],
+)
+def test_whatever_else_differs_is_checked(calls, changed):
+    check, seen = calls
+    check(X, X, PLAN, 1)
+    check(*changed)
+    assert len(seen) == 2
+
+
+def test_autocast_is_part_of_the_signature(calls):
+    check, seen = calls
+    check(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(X)
+    assert len(seen) == 2
+
+
+def test_what_was_refused_is_refused_again(calls):
+    check, seen = calls
+    for _ in range(2):
+        with pytest.raises(ValueError, match="5 rows"):
+            check(torch.zeros(5, 2))
+    assert len(seen) == 2
+
+
+def test_what_has_no_signature_reaches_the_check(calls):
+    check, seen = calls
+    for args in ((X, ["a list"]), (X, dataclasses.replace(PLAN, row_to_slot=None))):
+        check(*args)
+        check(*args)
+    assert len(seen) == 4
+
+
+def test_memory_is_bounded(calls, monkeypatch):
+    monkeypatch.setattr(checked_calls, "_MOST", 3)
+    check, seen = calls
+    for rows in (1, 2, 3, 4, 1, 4):
+        check(torch.zeros(rows, 2))
+    assert len(seen) == 5  # three were forgotten for the fourth, which is known still
+
+
+def test_an_op_refuses_wrong_shapes_after_right_ones():
+    weight, weights = torch.zeros(2, 4, 2), torch.ones(3, 1)
+    assert ops.expert_linear(X, weight, None, weights, PLAN).shape == (3, 4)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        ops.expert_linear(X, torch.zeros(2, 4, 3), None, weights, PLAN)
+    with pytest.raises(TypeError, match="weight must have the dtype of x"):
+        ops.expert_linear(X, weight.double(), None, weights, PLAN)
+    with pytest.raises(TypeError, match="plan must be a RoutingPlan"):
+        ops.expert_linear(X, weight, None, weights, PLAN.indices)
