@@ -1,6 +1,6 @@
 // expert_linear: one linear map per expert, y_t = sum_k w[t, k] (W[e] x_t + b[e]).
 //
-// The mathematics of both directions stands in moe_fast/ops/expert_linear.py, which calls these.
+// The mathematics of both directions stands in moe_fast/ops/expert_linear/, which calls these.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

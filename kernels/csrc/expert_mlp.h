@@ -2,7 +2,7 @@
 //
 //   z = W1[e] x + b1[e];  h = act(z), gated act(z1) * z2;  y_t = sum_k w[t, k] (W2[e] h + b2[e])
 //
-// The mathematics of both directions stands in moe_fast/ops/expert_mlp.py, which calls these.
+// The mathematics of both directions stands in moe_fast/ops/expert_mlp/, which calls these.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

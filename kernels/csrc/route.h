@@ -1,6 +1,6 @@
 // route: which experts each token visits, and with which weights.
 //
-// The modes, weight modes and mathematics of both directions stand in moe_fast/ops/route.py, which
+// The modes, weight modes and mathematics of both directions stand in moe_fast/ops/route/, which
 // calls these.
 #pragma once
 

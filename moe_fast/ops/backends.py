@@ -117,7 +117,7 @@ def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
 
 
 def _why_not(op: str, backend: str, needs: Needs) -> str | None:
-    """The reason why ``backend`` cannot run such a call of ``op``, its dtype aside."""
+    """The reason why ``backend`` cannot run a call of ``op`` that needs this, its dtype aside."""
     reason = why_unavailable(op, backend, needs.device_type)
     if reason is not None:
         return reason
@@ -151,6 +151,8 @@ def select(
     Raises:
         ValueError: for an unknown backend, or one that cannot run the call; the message says why.
     """
+    if backend is not None and not isinstance(backend, str):
+        check_choice("backend", backend, _CHOICES)
     if torch.compiler.is_compiling():  # a graph must not depend on which calls came before
         needs = Needs(device.type, dtype, act, gradients, dropout)
         return _registry[op, _backend_for(op, backend, needs)].run
@@ -180,12 +182,13 @@ def _backend_for(op: str, backend: str | None, needs: Needs) -> str:
             f"backend={backend!r} cannot run {op} on {needs.device_type}: {reason}. "
             f"Available here: {', '.join(able)}."
         )
-    # A default for the whole program hands ops that it lacks to PyTorch; so do all with a dtype.
+    # PyTorch computes in the dtypes that the backend lacks, and whatever a default of the whole
+    # program cannot run.
     return _in_pytorch(op)
 
 
 def _automatic(op: str, needs: Needs) -> str:
-    """The first backend that can run such a call of ``op``."""
+    """The first backend that can run a call of ``op`` that needs this."""
     for name in BACKENDS:
         if name == "triton" and needs.device_type == "cpu":
             continue  # Triton's interpreter: for tests, never by itself

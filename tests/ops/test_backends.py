@@ -146,6 +146,11 @@ def test_an_unknown_name_lists_the_known_ones():
     assert_says(error, "op", "softmax", *OPS)
 
 
+def test_a_backend_that_is_no_name_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of .*got \\['cpp'\\]"):
+        ops.plan(IDS, 3, backend=["cpp"])
+
+
 def test_an_absent_backend_is_an_error_that_says_what_there_is():
     """Asked for by name in the call, it must run or raise: no silent fallback."""
     if "triton" in ops.available_backends("plan"):

@@ -30,7 +30,7 @@ def compiled_here(monkeypatch, tmp_path) -> None:
 
 
 def committed(target: str) -> dict[str, dict]:
-    """The table's rows, if this is its Triton."""
+    """The table's rows, if this is its Triton; another one's registers and spills differ."""
     import triton
 
     table = json.loads(TABLE.read_text())
@@ -53,7 +53,7 @@ def test_bert_base_in_bfloat16(target, which):
     """Nothing spills, every product uses the tensor cores, and the table says the same."""
     table, wrong = resources.measure([target], ["bfloat16"], which)
     kernels = table[target]
-    assert not wrong
+    assert not [line for line in wrong if "spills" not in line]
     for name in NAMES:
         assert sum(k.startswith(name) for k in kernels) >= (2 if which == PRODUCTS else 1), name
     assert all(used["tensor_cores"] and used["registers"] > 32 for used in kernels.values())
@@ -61,6 +61,7 @@ def test_bert_base_in_bfloat16(target, which):
     assert copied == {k for k in kernels if "DESCRIPTORS=True" in k}
     assert len(copied) == (0 if target == "gfx942" else 5 if which == PRODUCTS else 2)
     assert kernels.items() <= committed(target).items()
+    assert not wrong
 
 
 @needs_triton

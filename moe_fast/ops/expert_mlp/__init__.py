@@ -61,8 +61,7 @@ def expert_mlp(
         up_proj_bias, down_proj_bias: [E, H] (gated [E, 2H]) and [E, D], or ``None``.
         top_k_weights: [T, K] float32 or float64, from :func:`route`.
         plan: from :func:`plan` of the same route.
-        act: a name of transformers' activations: gelu (exact), gelu_tanh, gelu_new,
-            gelu_pytorch_tanh, relu, silu, swish.
+        act: one of :data:`moe_fast.ops.activations.ACTIVATIONS`, transformers' names.
         recompute: ``None``, or ``"up"`` to compute z again in the backward instead of saving it
             (less memory, one more product).
         backend: see :func:`moe_fast.use_backend`.
