@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -15,3 +16,9 @@ settings.load_profile("moe_fast")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests begin first: at the end, all but one of several processes would wait."""
     items.sort(key=lambda item: "triton_ops" not in item.path.parts)
+
+
+def pytest_collection_finish() -> None:
+    """The libraries' objects stay: each collection of garbage would look at all of them again."""
+    gc.collect()
+    gc.freeze()
