@@ -409,7 +409,7 @@ def restore_loss_sums(trainer: Any, sums: list[float]) -> None:
     """Go on with what :func:`loss_sums` gave; without these names with the steps from here on."""
     if sums and loss_sums(trainer):
         since, total, step = sums
-        trainer._tr_loss += since
+        trainer._tr_loss.fill_(since)
         trainer._total_loss_scalar, trainer._globalstep_last_logged = total, int(step)
 
 

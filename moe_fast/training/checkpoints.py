@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import warnings
 import zipfile
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,7 @@ from moe_fast.training.position import POSITION_NAME, DataPosition
 
 STAGING_NAME = ".checkpoint-in-progress"
 _STATE_NAME = "trainer_state.json"
+_NO_PASS = sys.maxsize  # a pass that no run gets to
 _NEEDED = (_STATE_NAME, "modules.json", "optimizer.pt", "scheduler.pt")
 
 
@@ -116,6 +118,14 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
         self._loss_from = state.get("loss_from", self.state.global_step)
         compat.restore_loss_sums(self, state.get("loss", []))
 
+    def _take_up_logs(self) -> None:
+        """Called twice: when training begins, which may have no step left, and at its first pass.
+
+        By then the callbacks have begun anew, whatever their order.
+        """
+        if self._resumed_logs is not None:
+            self._restore_logs(self._resumed_logs)
+
     @compat.overrides
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; the loss at the end is of the whole run, not of what was resumed."""
@@ -143,6 +153,8 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """The pass and its batches to skip: as the checkpoint says, not as the steps suggest."""
         start: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        if self.state.global_step >= self.state.max_steps:
+            return _NO_PASS, 0  # all steps are done; transformers would train one more
         if self._resumed_at is None:
             return start
         return self._resumed_at.epoch, self._resumed_at.batches
@@ -153,9 +165,8 @@ class WholeCheckpointTrainer(SentenceTransformerTrainer):
         resumed = self._resumed_at
         self._pass = epoch
         self._batches_done = resumed.batches if resumed and resumed.epoch == epoch else 0
-        if self._resumed_logs is not None:
-            self._restore_logs(self._resumed_logs)
-            self._resumed_logs = None
+        self._take_up_logs()
+        self._resumed_logs = None
 
     def _position(self) -> DataPosition:
         loading = self.accelerator.gradient_state

@@ -405,6 +405,7 @@ class _SetEpoch(TrainerCallback):
     ) -> None:
         resumed = self._trainer._resumed_at
         self._epoch = int(state.epoch or 0) if resumed is None else resumed.epoch
+        self._trainer._take_up_logs()
 
     def on_epoch_begin(
         self,

@@ -389,7 +389,7 @@ def run_until_killed(arguments, parts, chunks, kill=os.killpg):
 @pytest.mark.parametrize("delay", [0, 0.03, 0.1])
 def test_of_two_at_once_one_wins(delay, models, tmp_path):
     """Two real processes, of different sources, on one output."""
-    count, output = 20_000, tmp_path / "v.npy"
+    count, output = 2_000, tmp_path / "v.npy"
     sources = [
         write(
             tmp_path / f"{name}.jsonl", [{"id": f"{name}{i}", "text": "w1"} for i in range(count)]
@@ -406,7 +406,8 @@ def test_of_two_at_once_one_wins(delay, models, tmp_path):
     codes = [process.returncode for process in processes]
     assert sorted(codes) == [0, 1], said
     winner, loser = codes.index(0), codes.index(1)
-    assert "v.npy is being written by another run" in said[loser]
+    refusals = ("v.npy is being written by another run", "v.npy exists already")  # if late
+    assert any(refusal in said[loser] for refusal in refusals), said
     ids = [json.loads(line) for line in (tmp_path / "v.npy.ids.jsonl").read_text().splitlines()]
     assert ids == [f"{('one', 'two')[winner]}{i}" for i in range(count)]
     assert len(np.load(output)) == count

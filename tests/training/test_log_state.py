@@ -49,7 +49,7 @@ def test_a_run_that_stopped_anywhere_logs_the_same(tmp_path):
     assert [entry["step"] for entry in log] == [3, 6, 8]
     assert {"loss", "in_batch_accuracy", "expert_load_imbalance"} <= log[1].keys()
     assert output.training_loss == log[-1]["train_loss"] == output.metrics["train_loss"]
-    for step in (2, 3, 5, 7):  # before, at and after a log
+    for step in (2, 3, 5, STEPS):  # before, at and after a log; with no step left
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
         resumed = run(tmp_path / f"from {step}", checkpoint, save_strategy="no")
         assert resumed[0] == log
