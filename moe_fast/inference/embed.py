@@ -132,7 +132,7 @@ def embed_file(
         if skipped.count:
             logger.warning("%s: %s", source, skipped.summary())
         encoder = TextEncoder(settings)
-        encoder.checkdomains_of_rows(sorted(domains))
+        encoder.check_domains(sorted(domains))
         # One text shows whether any can be embedded, before anything is written.
         with counted_truncation():  # it is counted where it is embedded
             dimension = encoder.encode([first.text], domains_of_rows([first])).shape[1]

@@ -3,4 +3,3 @@
 import bm25s  # noqa: F401
 import datasets  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
-
