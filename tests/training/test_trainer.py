@@ -532,7 +532,10 @@ def test_the_epoch_reaches_the_sampler_through_every_wrapper():
 
     state = TrainerState(epoch=3.25)
     trainer = SimpleNamespace(
-        data_collator=collator, _resumed_at=None, _begin_pass=lambda epoch, loader: None
+        data_collator=collator,
+        _resumed_at=None,
+        _begin_pass=lambda epoch, loader: None,
+        _take_up_logs=lambda: None,
     )
     callback = _SetEpoch(trainer)
     callback.on_train_begin(None, state, None)
