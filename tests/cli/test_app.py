@@ -82,10 +82,10 @@ def test_the_demo_gets_its_settings(moe_fast_cli, monkeypatch):
 
     given = []
     monkeypatch.setattr(
-        demo, "main", lambda arguments: given.append(demo.parse_settings(arguments)) or 0
+        demo, "main", lambda arguments: given.append(demo.parse_arguments(arguments)) or 0
     )
     assert moe_fast_cli("demo").exit_code == 0  # needs no arguments
-    assert given.pop() == demo.parse_settings([])
+    assert given.pop() == demo.parse_arguments([])
     example = shlex.split(COMMANDS["demo"].EXAMPLE)[1:]
     assert moe_fast_cli(*example, "--seed", 3).exit_code == 0
     assert (str(given[0].output), given[0].train_pairs, given[0].seed) == ("demo-output", 250, 3)
