@@ -102,7 +102,7 @@ def test_failure_is_one_line_and_exit_code_1(moe_fast_cli):
     result = moe_fast_cli("embed", "mixture", "no-such-file.txt", "-o", "x.npy", "--domain", "law")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr == "moe-fast embed: error: there is no file no-such-file.txt\n"
+    assert result.stderr == "moe-fast embed: error: no such file: no-such-file.txt\n"
 
 
 def test_failure_says_what_was_noted_on_its_way(moe_fast_cli, monkeypatch):
