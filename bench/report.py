@@ -17,24 +17,7 @@ from .harness import ROOT
 from .machine import Machine
 from .record import Record, Row, read_record
 
-INTRODUCTION = """# Benchmarks
-
-Made by `python -m bench.report` from the files of `bench/results/`; do not edit.
-
-Candidates run in turn, round after round, in one process; every round gives a ratio to moe_fast,
-and the figure is the median of the ratios. In brackets stand their quartiles. These understate what
-differs from process to process, so operations are measured in several fresh processes: the figure
-is then the median of the processes' medians, and the brackets go from the least quartile of any
-process to the greatest. Outputs are compared with a float64 reference before anything is timed, in
-each of them. Data are random. The floor is the larger of the FLOP over this machine's matrix rate
-and the bytes over its bandwidth, both measured in the same run; a share above 100 % means that the
-data stayed in a cache.
-
-`make bench` repeats most of this in a quarter of an hour on two cores, whole jobs on fewer texts;
-`make bench-full ARGS="--data FILE"` all of it, with more shapes, on texts such as MedQuAD's; one
-operation alone: `python -m bench expert_mlp`.
-`make bench-compare` holds your run against the committed one.
-"""
+INTRODUCTION = Path(__file__).with_name("introduction.md")
 FILES = {
     "route": "route",
     "plan": "plan",
@@ -52,16 +35,6 @@ FILES = {
 }
 """The operation file of each operation's name."""
 DENSE = ("dense", "dense, compiled")
-PEERS = """
-| candidate | what it is |
-|---|---|
-| eager, batched_mm, grouped_mm | transformers' experts under each of its implementations |
-| eager loop | the first of these behind our router, in a layer or a model |
-| per-expert products | rows sorted beforehand, one product per expert and projection |
-| masked loop | a boolean mask per expert over all tokens, as research code has it |
-| dense, and compiled | the MLP that was upcycled over as many rows: one expert, no routing |
-| stable sort | what our own reference does |
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = sorted(arguments.results.glob("*.json"))
     if not files:
         parser.error(f"--results must be a folder of .json files; {arguments.results} has none")
-    text = INTRODUCTION + PEERS
+    text = INTRODUCTION.read_text(encoding="utf-8")
     images = arguments.output.parent / "images"
     try:
         every = {file.stem: read_record(file) for file in files}

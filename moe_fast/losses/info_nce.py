@@ -16,6 +16,7 @@ from moe_fast.losses.base import (
     temperature_metric,
     warn_of_lone_pair,
 )
+from moe_fast.losses.citations import citation_of
 from moe_fast.losses.functional.global_info_nce import EXCHANGES, global_info_nce
 from moe_fast.losses.global_sum import several_processes
 from moe_fast.losses.negative_masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
@@ -68,6 +69,8 @@ class InfoNCELoss(TemperatureLoss):
     Raises:
         ValueError: for a value out of range, naming the argument.
     """
+
+    citation = citation_of("oord2018cpc")
 
     def __init__(
         self,
@@ -163,17 +166,3 @@ class InfoNCELoss(TemperatureLoss):
             "gather_across_devices": self.gather_across_devices,
             "exchange": self.exchange,
         }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the loss's source, for the model card."""
-        return """
-@misc{oord2018cpc,
-    title = {Representation Learning with Contrastive Predictive Coding},
-    author = {van den Oord, Aaron and Li, Yazhe and Vinyals, Oriol},
-    year = {2018},
-    eprint = {1807.03748},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.LG},
-}
-"""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_fast.losses.base import Columns, EmbeddingLoss, check_weight
+from moe_fast.losses.citations import citation_of
 from moe_fast.ops.checks import check_count
 
 
@@ -37,6 +38,8 @@ class MatryoshkaLoss(EmbeddingLoss):
 
     Source: Kusupati et al., arXiv 2205.13147.
     """
+
+    citation = citation_of("kusupati2024matryoshka")
 
     def __init__(
         self,
@@ -98,22 +101,6 @@ class MatryoshkaLoss(EmbeddingLoss):
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
         return {"loss": type(self.loss).__name__, "dims": self.dims, "weights": self.weights}
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the loss's source, for the model card."""
-        return """
-@misc{kusupati2024matryoshka,
-    title = {Matryoshka Representation Learning},
-    author = {Aditya Kusupati and Gantavya Bhatt and Aniket Rege and Matthew Wallingford and
-              Aditya Sinha and Vivek Ramanujan and William Howard-Snyder and Kaifeng Chen and
-              Sham Kakade and Prateek Jain and Ali Farhadi},
-    year = {2024},
-    eprint = {2205.13147},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.LG},
-}
-"""
 
 
 def check_embedding_loss(loss: Any) -> None:

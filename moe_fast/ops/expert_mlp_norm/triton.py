@@ -125,7 +125,9 @@ def _gradients(backward, ctx, grad_out, *_):
     return *grads[:6], *[None] * 4, *grads[6:], *[None] * 7
 
 
-_OPERATION = Operation(forward, _fake, _save_for_backward, _gradients, gradients, _fake_backward)
+_OPERATION = Operation(
+    forward, _fake, gradients, _fake_backward, save=_save_for_backward, gradients=_gradients
+)
 run = _OPERATION.implement(
     "expert_mlp_norm_triton",
     triton_backend.on_device(forward),

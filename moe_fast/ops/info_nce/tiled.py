@@ -433,26 +433,8 @@ def _fake_backward(grad_loss, a, b, negatives, scale, *rest):
     )
 
 
-def _save_for_backward(ctx, inputs, output):
-    *tensors, label_smoothing, symmetric, cosine = inputs
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.settings = (label_smoothing, symmetric, cosine)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _gradients(backward, ctx, grad_loss, *_):
-    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-    grad_a, grad_b, grad_hard, grad_scale = backward(grad_loss, *tensors, *ctx.settings)
-    return grad_a, grad_b, None if tensors[2] is None else grad_hard, grad_scale, *[None] * 8
-
-
 OPERATION = Operation(
-    _info_nce_tiled,
-    _fake,
-    _save_for_backward,
-    _gradients,
-    _info_nce_tiled_backward,
-    _fake_backward,
+    _info_nce_tiled, _fake, _info_nce_tiled_backward, _fake_backward, saved=slice(3, 5)
 )
 _run_op = OPERATION.implement("info_nce_tiled", _info_nce_tiled, _info_nce_tiled_backward)
 
