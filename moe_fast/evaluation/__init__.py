@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from moe_fast.encoding.options import EncodeOptions
 from moe_fast.encoding.vectors import embed
-from moe_fast.evaluation.exact_search import search
 from moe_fast.evaluation.expert_usage import expert_usage
+from moe_fast.evaluation.nearest import search
 from moe_fast.evaluation.pairs import evaluate_pairs
 from moe_fast.evaluation.report import format_table
 from moe_fast.evaluation.result import Bootstrap, Comparison, Evaluation, Score, compare

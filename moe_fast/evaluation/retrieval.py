@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from moe_fast.encoding.domains import domains_of
 from moe_fast.encoding.options import EncodeOptions, Role, passes_domain
 from moe_fast.encoding.vectors import embed
-from moe_fast.evaluation.exact_search import search
 from moe_fast.evaluation.ir_metrics import check_measures, query_scores
+from moe_fast.evaluation.nearest import search
 from moe_fast.evaluation.result import (
     ALL_DOMAINS,
     Bootstrap,
