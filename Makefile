@@ -16,8 +16,8 @@ PYTHON ?= $(if $(filter oldest,$(RELEASES)),python3.11,python3)
 VENV ?= .venv$(if $(filter locked,$(RELEASES)),,-$(RELEASES))
 # Extra arguments for pip where it installs torch, such as another index.
 TORCH_ARGS ?=
-# Arguments for `make demo`, for what reads texts in `make bench` (--data FILE), and for pytest in
-# `make test` and `make test-slow`.
+# Arguments for `make demo`, for `make bench` (such as --data FILE), and for pytest in `make test` and
+# `make test-slow`.
 ARGS ?=
 WORKERS ?= 2
 
@@ -30,7 +30,7 @@ NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc 
 
 .DEFAULT_GOAL := help
 .PHONY: look-again help setup lock wheel demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
-  bench-compare bench-report bench-instructions lint lint-schemas docs format clean
+  bench-compare bench-report lint lint-schemas docs format clean
 
 help:
 	@echo "moe_fast: make <target>. The first one to run sets everything up in $(VENV)."
@@ -51,11 +51,10 @@ help:
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
 	@echo "  bench        every operation beside its peers, with pictures: bench/results/local"
-	@echo "  bench-full   the same with more and larger shapes, an hour or two"
+	@echo "  bench-full   the same with more and larger shapes, hours"
 	@echo "  bench-gpu    the Triton kernels, on an NVIDIA GPU; ARGS=--dry-run needs none"
 	@echo "  bench-compare  the last run against the committed one; fails where a case became slower"
 	@echo "  bench-report the page of the docs, from the committed runs"
-	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
 	@echo "  lint         ruff (rules and format), mypy, import-linter (imports go down the floors only), and"
 	@echo "               the schemas of GitHub's files and CITATION.cff"
 	@echo "  docs         the site of these pages and of the docstrings, in build/site; fails at a broken link"
@@ -166,30 +165,19 @@ FUZZ_SECONDS ?= 600
 fuzz: setup
 	$(PY) -P -m tests.ops.fuzz --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
-# RESULT: where a run is written to; BENCH_ARGS: such as `--seconds 1`, or names of operations.
+# RESULT: where a run is written to; ARGS: such as `--seconds 1`, or names of operations.
 RESULT ?= bench/results/local/bench.json
-BENCH := $(PY) -m bench --json $(RESULT) $(BENCH_ARGS)
 LOCAL := bench/results/local
+JOBS := embedding natural_step cached_step
 bench: setup
-	$(BENCH)
-	$(PY) -m bench.expert_mlp --rounds 3 --json $(LOCAL)/expert_mlp.json
-	$(PY) -m bench.dispatch --json $(LOCAL)/dispatch.json
-	$(PY) -m bench.embedding --texts 64 --rounds 3 $(ARGS) --json $(LOCAL)/embedding.json
-	$(PY) -m bench.natural_step --batch 16 --rounds 3 $(ARGS) --json $(LOCAL)/natural_step.json
-	$(PY) -m bench.contrastive_loss --batch 2048 --rounds 3 --json $(LOCAL)/contrastive_loss.json
+	$(PY) -m bench --json $(RESULT) $(ARGS)
+	$(PY) -m bench $(JOBS) --processes 1 --json $(LOCAL)/jobs.json $(ARGS)
 	$(PY) -m bench.report --results $(LOCAL) --output $(LOCAL)/benchmarks.md
 
-# The tables of the docs, in their full sizes: an hour or two.
+# The tables of the docs, in their full sizes: hours.
 bench-full: setup
-	$(BENCH) --size full
-	$(PY) -m bench.expert_mlp --json $(LOCAL)/expert_mlp.json
-	$(PY) -m bench.import_time --json $(LOCAL)/import_time.json
-	$(PY) -m bench.dispatch --json $(LOCAL)/dispatch.json
-	$(PY) -m bench.memory --json $(LOCAL)/memory.json
-	$(PY) -m bench.embedding $(ARGS) --json $(LOCAL)/embedding.json
-	$(PY) -m bench.natural_step $(ARGS) --json $(LOCAL)/natural_step.json
-	$(PY) -m bench.cached_step --json $(LOCAL)/cached_step.json
-	$(PY) -m bench.contrastive_loss --large 65536 --json $(LOCAL)/contrastive_loss.json
+	$(PY) -m bench --size full --json $(RESULT) $(ARGS)
+	$(PY) -m bench $(JOBS) import_time --size full --json $(LOCAL)/jobs.json $(ARGS)
 	$(PY) -m bench.report --results $(LOCAL) --output $(LOCAL)/benchmarks.md
 
 bench-gpu: setup
@@ -204,9 +192,6 @@ bench-compare: setup
 # The page of the docs, from the committed runs.
 bench-report: setup
 	$(PY) -m bench.report
-
-bench-instructions: setup
-	$(PY) -m bench.instructions --json bench/results/local/instructions.json $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

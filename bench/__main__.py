@@ -9,6 +9,7 @@ against another.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,18 +22,23 @@ from moe_fast.ops import native
 
 from . import peak_memory
 from .cases import SIZES, show
+from .embedding import DATA
 from .harness import ROOT
 from .machine import Machine, measure_machine
 from .passes import Pass, in_fresh_process, rows_of
-from .record import Recorder, Row
+from .record import Recorder
 
-TIMED = ("route", "plan", "expert_mlp", "moe_mlp", "info_nce", "training_step", "growth")
-OPERATIONS = (*TIMED, "peak_memory")
+TIMED = ("route", "plan", "rows", "expert_mlp", "moe_mlp", "info_nce", "training_step", "growth")
+JOBS = ("embedding", "natural_step", "cached_step", "import_time")
+"""Measured only where they are asked for: they take long, and need what training needs."""
+OPERATIONS = (*TIMED, "peak_memory", *JOBS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     arguments = parse(argv)
+    if arguments.data:
+        os.environ[DATA] = str(arguments.data.resolve(strict=True))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     start = time.monotonic()
@@ -45,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         backends={op: available_backends(op) for op in ("route", "plan", "expert_mlp", "info_nce")},
         products=native.cpu_capability,
     )
-    timed = tuple(name for name in arguments.operations if name in TIMED)
+    timed = tuple(name for name in arguments.operations if name != "peak_memory")
     one = Pass(timed, arguments.size, arguments.seconds, torch.get_num_threads(), machine)
     run = rows_of if arguments.processes == 1 else in_fresh_process
     for number in range(1, arguments.processes + 1):
@@ -58,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 name = ", ".join(filter(None, rows[0].case))
                 print(f"process {number} of {arguments.processes}: {name}", flush=True)
     if "peak_memory" in arguments.operations:
-        recorder.add(print_memory(peak_memory.rows(arguments.size)))
+        for row in recorder.add(peak_memory.rows(arguments.size)):
+            value = row.reason if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB"
+            print(f"{', '.join(row.case[:2])}, {row.who}: {value}")
         recorder.write(arguments.json)
     for reason in recorder.record.noisy:
         print(f"NOISY MACHINE: {reason}. Its figures deserve doubt.")
@@ -69,35 +77,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The settings of a run."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
-    parser.add_argument("operations", nargs="*", help=f"of {', '.join(OPERATIONS)} (default: all)")
+    allowed = ", ".join(OPERATIONS)
+    parser.add_argument("operations", nargs="*", help=f"of {allowed} (default: before {JOBS[0]})")
     parser.add_argument("--size", choices=SIZES, default="default", help="how much to measure")
     parser.add_argument("--processes", type=int, default=3, help="fresh ones; 1 is this one")
     parser.add_argument(
         "--seconds", type=float, default=0.4, help="for each case in each process, if it can"
     )
     parser.add_argument("--threads", type=int, help="of torch; default: what torch takes")
+    parser.add_argument("--data", type=Path, help="JSON lines a, b: texts of the whole jobs")
     default = ROOT / "bench" / "results" / "local" / "bench.json"
     parser.add_argument("--json", type=Path, default=default, help="file to write the record to")
     arguments = parser.parse_args(argv)
     unknown = sorted(set(arguments.operations) - set(OPERATIONS))
     if unknown:
-        parser.error(f"operations must be of {', '.join(OPERATIONS)}; got {', '.join(unknown)}")
+        parser.error(f"operations must be of {allowed}; got {', '.join(unknown)}")
     for name in ("threads", "processes"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1; got {value}")
-    arguments.operations = arguments.operations or list(OPERATIONS)
+    arguments.operations = arguments.operations or [*TIMED, "peak_memory"]
     return arguments
-
-
-def print_memory(rows: list[Row]) -> list[Row]:
-    """Show ``rows`` and return them."""
-    print(peak_memory.OPERATION)
-    for row in rows:
-        value = row.reason if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB"
-        print(f"  T={row.shape['T']:<6d} {row.who:12s} {value}")
-    print(flush=True)
-    return rows
 
 
 def describe(machine: Machine) -> str:

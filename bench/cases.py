@@ -7,7 +7,7 @@ Operation files (``bench/route.py``, ``bench/expert_mlp.py`` ...) yield cases; t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,7 +73,9 @@ def measure(
     *,
     seconds: float = 6.0,
     rounds: int = 40,
+    warmup: int = 0,
     min_sample_seconds: float = 0.005,
+    synchronize: Callable[[], None] = lambda: None,
 ) -> list[Row]:
     """Check the candidates of ``case``, then time them; the baseline's row comes first.
 
@@ -82,7 +84,7 @@ def measure(
 
     Args:
         seconds: no round begins later, once five are done.
-        rounds, min_sample_seconds: as in :func:`bench.harness.race`.
+        rounds, warmup, min_sample_seconds, synchronize: as in :func:`bench.harness.race`.
 
     Raises:
         WrongResult: before anything is timed.
@@ -97,13 +99,18 @@ def measure(
         runs,
         baseline=case.baseline,
         rounds=rounds,
-        warmup=0,
+        warmup=warmup,
         min_sample_seconds=min_sample_seconds,
+        synchronize=synchronize,
         max_seconds=seconds,
     )
-    works = {r.name: candidates.works.get(r.name, case.work) for r in results}
-    ran = [_row(case, r, works[r.name], machine) for r in results]
-    return [*ran, *_absent_rows(case, absent)]
+    base = Row(case.operation, dict(case.shape), case.dtype, OURS, case.baseline, sweep=case.sweep)
+    base = replace(base, work=case.work)
+    ran = [
+        _timed(replace(base, work=candidates.works.get(r.name, case.work)), r, machine)
+        for r in results
+    ]
+    return [*ran, *(replace(base, who=name, reason=reason) for name, reason in absent.items())]
 
 
 def _outputs(candidates: Candidates, baseline: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -119,40 +126,19 @@ def _outputs(candidates: Candidates, baseline: str) -> tuple[dict[str, Any], dic
     return outputs, absent
 
 
-def _row(case: Case, result: Result, work: Work | None, machine: Machine | None) -> Row:
+def _timed(row: Row, result: Result, machine: Machine | None) -> Row:
     least = share = None
-    if machine and work:
-        least = machine.floor_seconds(work.flop, work.moved, case.dtype)
+    if machine and row.work:
+        least = machine.floor_seconds(row.work.flop, row.work.moved, row.dtype)
         share = least and least / result.seconds.median
-    return Row(
-        case.operation,
-        dict(case.shape),
-        case.dtype,
-        result.name,
-        case.baseline,
-        result.ratio,
-        result.seconds,
-        work,
-        least,
-        share,
-        case.sweep,
+    return replace(
+        row,
+        who=result.name,
+        ratio=result.ratio,
+        seconds=result.seconds,
+        floor_seconds=least,
+        share_of_floor=share,
     )
-
-
-def _absent_rows(case: Case, absent: Mapping[str, str]) -> list[Row]:
-    return [
-        Row(
-            case.operation,
-            dict(case.shape),
-            case.dtype,
-            name,
-            case.baseline,
-            work=case.work,
-            sweep=case.sweep,
-            reason=reason,
-        )
-        for name, reason in absent.items()
-    ]
 
 
 def show(rows: Sequence[Row]) -> str:
@@ -167,12 +153,12 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def near(
-    exact: Sequence[Tensor], tolerance: float, apart: Iterable[str] = ()
+    exact: Sequence[Any], tolerance: float, apart: Iterable[str] = ()
 ) -> Callable[[dict[str, Any]], None]:
     """A check that the outputs of every candidate are those of ``exact``.
 
     Args:
-        exact: the reference's outputs, in order.
+        exact: the reference's outputs, in order; a list among them is compared as one vector.
         tolerance: of the norm of the difference over the norm of the exact one.
         apart: candidates with other inputs, whose outputs are looked at for NaN alone.
     """
@@ -181,16 +167,25 @@ def near(
     def check(outputs: dict[str, Any]) -> None:
         for name, tensors in outputs.items():
             if name in apart:
-                if any(bool(t.isnan().any()) for t in tensors):
+                if any(bool(_vector(t).isnan().any()) for t in tensors):
                     raise WrongResult(f"{name}: NaN.")
                 continue
             for position, (t, e) in enumerate(zip(tensors, exact, strict=True)):
-                if t.shape != e.shape:
+                if _shapes(t) != _shapes(e):
                     raise WrongResult(
-                        f"{name}, output {position}: shape {list(t.shape)} for {list(e.shape)}."
+                        f"{name}, output {position}: shape {_shapes(t)} for {_shapes(e)}."
                     )
-                error = ((t.double() - e.double()).norm() / e.double().norm()).item()
+                t, e = _vector(t).double(), _vector(e).double()
+                error = ((t - e).norm() / e.norm()).item()
                 if not error <= tolerance:
                     raise WrongResult(f"{name}, output {position}: error {error:.1e}.")
 
     return check
+
+
+def _vector(output: Tensor | list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in output]) if isinstance(output, list) else output
+
+
+def _shapes(output: Tensor | list[Tensor]) -> list[Any]:
+    return [list(t.shape) for t in output] if isinstance(output, list) else list(output.shape)

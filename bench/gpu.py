@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from .harness import ROOT, environment, table, write_json
+from .harness import ROOT, environment, write_json
 
 GIVEN_UP = "error"
 
@@ -97,12 +97,12 @@ def _has_failed(result: Any) -> bool:
 
 def _cases(dry: bool) -> dict[str, Any]:
     """BERT-base, 64k tokens, K = 1 and 2; other widths; other loads."""
-    from .gpu_cases import Case
+    from .problem import Shape
 
     if dry:
-        base = Case(24, experts=3, k=1, dim=16, hidden=32, dtype=torch.float32)
+        base = Shape(24, experts=3, k=1, dim=16, hidden=32, dtype=torch.float32)
         return {"K=1": base, "K=2": replace(base, k=2)}
-    base = Case(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
+    base = Shape(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
     return {
         "K=1": base,
         "K=2": replace(base, k=2),
@@ -194,6 +194,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
 def times(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every comparison, and the share of the floor."""
     from . import gpu_times as t
+    from .cases import show
 
     dry, cases = arguments.dry_run, _cases(arguments.dry_run)
     settings = t.Settings(_device(dry), 1 if dry else arguments.rounds, dry)
@@ -205,8 +206,8 @@ def times(arguments: argparse.Namespace) -> dict[str, Any]:
     def compared(title: str, run: Callable[[], list]) -> None:
         record[title] = attempt(run)
         torch.cuda.empty_cache()  # of the graphs' memory
-        text = record[title][GIVEN_UP] if GIVEN_UP in record[title] else table(record[title], title)
-        print(text, end="\n\n")
+        found = record[title]
+        print(f"{title}: {found[GIVEN_UP] if GIVEN_UP in found else show(found)}", end="\n\n")
 
     for backward, direction in ((False, "forward"), (True, "forward + backward")):
         for case in (cases["K=1"], cases["K=2"]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_fast import ops
 
-from .gpu_cases import BOUNDS, LOADS, NAMES, Case, Problem, covering, relative_error
+from .problem import BOUNDS, LOADS, NAMES, Problem, Shape, covering, relative_error, timed
 
 # Section 4 of the kernels' notes, and widths that are no multiple of 16.
 GRID = dict(
@@ -94,8 +94,7 @@ def check_experts(settings: dict[str, Any], device: torch.device) -> dict[str, f
     recompute = settings.pop("recompute")
     experts, dim = settings["experts"], settings["dim"]
     k = experts if settings["k"] == "E" else min(settings["k"], experts)
-    case = Case(**{**settings, "k": k, "hidden": 4 * dim if dim % 2 == 0 else 2 * dim + 1})
-    torch.manual_seed(0)
+    case = Shape(**{**settings, "k": k, "hidden": 4 * dim if dim % 2 == 0 else 2 * dim + 1})
     problem = Problem(case, device)
     expected = problem.results("torch", torch.float64)
     actual = problem.results("triton", recompute=recompute)
@@ -180,10 +179,10 @@ def routes(grid: dict[str, Any]) -> list[dict[str, Any]]:
 # --- what is neither an error nor a time ---------------------------------------------------------
 
 
-def whole_layer(case: Case, device: torch.device) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def whole_layer(case: Shape, device: torch.device) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Route, plan and experts, forward and backward, as a function of x."""
-    problem = Problem(case, device)
-    leaves = problem.leaves()
+    problem = Problem(case, device, "triton")
+    leaves = _leaves(problem.tensors)
     router = torch.randn(case.experts, case.dim, device=device, dtype=case.dtype)
     router = (router * case.dim**-0.5).requires_grad_()
 
@@ -192,21 +191,21 @@ def whole_layer(case: Case, device: torch.device) -> Callable[[Tensor], tuple[Te
         routing = ops.route(x, router, case.k, backend="triton")
         plan = ops.plan(routing.top_k_index, case.experts, backend="triton")
         y = problem.forward({**leaves, "x": x, "top_k_weights": routing.top_k_weights}, plan)
-        weights = [leaves[n] for n in ("up_proj", "down_proj", "up_proj_bias", "down_proj_bias")]
+        weights = [leaves[n] for n in NAMES[1:5]]
         wanted = [x, router, *(w for w in weights if w is not None)]
         return y.detach(), *torch.autograd.grad(y, wanted, problem.upstream)
 
     return run
 
 
-def check_repeats(case: Case, device: torch.device) -> str:
+def check_repeats(case: Shape, device: torch.device) -> str:
     """Two runs must agree to the last bit."""
     run, x = whole_layer(case, device), _x(case, device)
     _equal(run(x), run(x), "a second run")
     return "bitwise equal"
 
 
-def check_no_sync(case: Case, device: torch.device) -> str:
+def check_no_sync(case: Shape, device: torch.device) -> str:
     """Forward and backward must not wait for the GPU; torch raises where something does."""
     run, x = whole_layer(case, device), _x(case, device)
     run(x)
@@ -218,7 +217,7 @@ def check_no_sync(case: Case, device: torch.device) -> str:
     return "0 synchronisations"
 
 
-def check_graph(case: Case, device: torch.device) -> str:
+def check_graph(case: Shape, device: torch.device) -> str:
     """A captured CUDA graph must give on new tokens, routed elsewhere, what a plain run gives."""
     run, x = whole_layer(case, device), _x(case, device)
     stream = torch.cuda.Stream()
@@ -235,19 +234,13 @@ def check_graph(case: Case, device: torch.device) -> str:
     return "bitwise equal on new tokens"
 
 
-def check_far_offsets(case: Case, device: torch.device) -> str:
+def check_far_offsets(case: Shape, device: torch.device) -> str:
     """More than 2^31 elements of z: the last tokens must come out as they do alone."""
     assert case.tokens * case.k * case.width > 1 << 31, case
-    torch.manual_seed(0)
     problem, last = Problem(case, device), slice(-64, None)
-    alone = Problem(Case(**{**vars(case), "tokens": 64}), device)
-    for name in ("x", "top_k_weights"):
-        tensor = problem.tensors[name]
-        assert tensor is not None
-        alone.tensors[name] = tensor[last].clone()
-    alone.tensors |= {
-        n: problem.tensors[n] for n in problem.tensors if n not in ("x", "top_k_weights")
-    }
+    alone = Problem(Shape(**{**vars(case), "tokens": 64}), device)
+    own = ("x", "top_k_weights")
+    alone.tensors = {n: t[last].clone() if n in own else t for n, t in problem.tensors.items()}
     alone.plan = ops.plan(problem.top_k_index[last], case.experts)
     alone.upstream = problem.upstream[last].clone()
     many, few = problem.results("triton"), alone.results("torch", torch.float64)
@@ -257,37 +250,32 @@ def check_far_offsets(case: Case, device: torch.device) -> str:
     return f"{case.tokens * case.k * case.width:,} elements of z; errors {errors}"
 
 
-def check_output_block(case: Case, device: torch.device) -> dict[str, float]:
+def check_output_block(case: Shape, device: torch.device) -> dict[str, float]:
     """Errors over their bound of experts, dropout, residual and LayerNorm in one op."""
-    torch.manual_seed(0)
     problem = Problem(case, device)
     size = (case.tokens, case.dim)
     made = [torch.randn(s, device=device).to(case.dtype) for s in (size, size[1:], size[1:])]
     block = dict(zip(("residual", "norm_weight", "norm_bias"), made, strict=True))
 
     def results(backend: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        tensors: dict[str, Any] = dict(problem.leaves(dtype))
-        for name, tensor in block.items():
-            tensors[name] = tensor.to(dtype or tensor.dtype).clone().requires_grad_()
-        x, up, down, up_bias, down_bias, weights = (tensors[n] for n in NAMES)
-        norm = (tensors["norm_weight"], tensors["norm_bias"])
-        torch.manual_seed(1)  # of the dropped entries
-        out = ops.expert_mlp_norm(
-            x, up, down, up_bias, down_bias, weights, problem.plan, tensors["residual"], *norm,
-            dropout=0.1, backend=backend,
-        )  # fmt: skip
-        wanted = {n: t for n, t in tensors.items() if t is not None}
-        grads = torch.autograd.grad(out, list(wanted.values()), problem.upstream.to(out.dtype))
-        return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+        def run(t: Mapping[str, Any]) -> Tensor:
+            torch.manual_seed(1)  # of the dropped entries
+            experts, norm = (t[n] for n in NAMES), (t[n] for n in block)
+            return ops.expert_mlp_norm(*experts, problem.plan, *norm, dropout=0.1, backend=backend)
+
+        tensors = problem.tensors | block
+        names = [name for name, tensor in tensors.items() if tensor is not None]
+        found = timed(run, tensors, problem.upstream, True, dtype)()
+        return dict(zip(["out", *names], found, strict=True))
 
     expected, actual = results("torch", torch.float64), results("triton", None)
     return {n: relative_error(actual[n], e) / BOUNDS[case.dtype] for n, e in expected.items()}
 
 
-def saved_bytes(case: Case, device: torch.device) -> dict[str, int]:
+def saved_bytes(case: Shape, device: torch.device) -> dict[str, int]:
     """Bytes that the forward keeps for the backward, parameters and plan aside."""
-    problem = Problem(case, device)
-    leaves = problem.leaves()
+    problem = Problem(case, device, "triton")
+    leaves = _leaves(problem.tensors)
     known = [t for n, t in leaves.items() if n not in ("x",) and t is not None]
     plan = problem.plan
     known += [plan.expert_offsets, plan.row_to_token, plan.row_to_slot, plan.slot_to_row]
@@ -311,7 +299,12 @@ def saved_bytes(case: Case, device: torch.device) -> dict[str, int]:
     }
 
 
-def _x(case: Case, device: torch.device) -> Tensor:
+def _leaves(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The tensors once more, wanting gradients."""
+    return {n: None if t is None else t.clone().requires_grad_() for n, t in tensors.items()}
+
+
+def _x(case: Shape, device: torch.device) -> Tensor:
     return torch.randn(case.tokens, case.dim, device=device).to(case.dtype)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_fast import ops
 
-from .gpu_cases import BOUNDS, relative_error
 from .gpu_times import Ceilings, Settings
+from .problem import BOUNDS, relative_error
 
 # B = 11,300 is more than one rectangle of logits in every dtype.
 GRID = dict(

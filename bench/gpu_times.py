@@ -7,22 +7,22 @@ per expert over rows that were sorted beforehand, offsets on the host, eager GEL
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast import ops
 
-from .gpu_cases import BOUNDS, Case, Problem
-from .harness import Result, compare
+from .cases import OURS, Candidates, Case, WrongResult, measure
+from .harness import race
+from .peers import compiled_dense, expert_mlp, transformers_experts
+from .problem import BOUNDS, Problem, Run, Shape, timed
+from .record import Row
 
-OURS, CUBLAS, DENSE, GROUPED = "moe_fast", "cublas", "dense", "grouped_mm"
-Run = Callable[[Mapping[str, Any]], Tensor]
+CUBLAS, DENSE, GROUPED = "cublas", "dense", "grouped_mm"
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,23 @@ class Settings:
     rounds: int
     dry: bool = False
 
-    def seconds(self, run: Callable[[], Any]) -> float:
-        """The median time of one candidate alone."""
-        return self.compare({"": run}, "", lambda _: None)[0].seconds.median
-
-    def compare(
-        self, candidates: Mapping[str, Callable[[], Any]], baseline: str, check: Callable
-    ) -> list[Result]:
-        """``bench.harness.compare`` on this device."""
-        return compare(
-            candidates,
-            baseline=baseline,
-            check=check,
+    @property
+    def timing(self) -> dict[str, Any]:
+        """Arguments of :func:`bench.harness.race` and :func:`bench.cases.measure`."""
+        return dict(
             rounds=self.rounds,
             warmup=0 if self.dry else 2,
             min_sample_seconds=0 if self.dry else 0.02,
             synchronize=(lambda: None) if self.dry else torch.cuda.synchronize,
         )
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """The median time of one candidate alone."""
+        return race({"": run}, baseline="", **self.timing)[0].seconds.median
+
+    def problem(self, shape: Shape) -> Problem:
+        """Random tensors on the device, for our kernels."""
+        return Problem(shape, self.device, "triton")
 
 
 def ceilings(settings: Settings, dtype: torch.dtype) -> Ceilings:
@@ -72,15 +72,15 @@ def ceilings(settings: Settings, dtype: torch.dtype) -> Ceilings:
     )
 
 
-def floor(case: Case, ceilings: Ceilings, backward: bool) -> float:
+def floor(shape: Shape, ceilings: Ceilings, backward: bool) -> float:
     """Seconds: over the products, the larger of computing and of moving the least bytes."""
-    size, rows = case.dtype.itemsize, case.tokens * case.k
-    a, b, z = size * rows * case.dim, size * rows * case.hidden, size * rows * case.width
+    size, rows = shape.dtype.itemsize, shape.tokens * shape.k
+    a, b, z = size * rows * shape.dim, size * rows * shape.hidden, size * rows * shape.width
     up, down = (
-        case.experts * case.width * case.dim * size,
-        case.experts * case.dim * case.hidden * size,
+        shape.experts * shape.width * shape.dim * size,
+        shape.experts * shape.dim * shape.hidden * size,
     )
-    wide, narrow = 2 * rows * case.dim * case.width, 2 * rows * case.dim * case.hidden
+    wide, narrow = 2 * rows * shape.dim * shape.width, 2 * rows * shape.dim * shape.hidden
     products = [(wide, a + up + z + b), (narrow, b + down + a)]
     if backward:
         products += [
@@ -93,24 +93,6 @@ def floor(case: Case, ceilings: Ceilings, backward: bool) -> float:
 
 
 # --- candidates ----------------------------------------------------------------------------------
-
-
-def call(
-    run: Run, tensors: Mapping[str, Tensor | None], upstream: Tensor, backward: bool
-) -> Callable[[], list[Tensor]]:
-    """Forward without gradients, or forward and backward to every tensor; returns y first."""
-    leaves = {
-        n: None if t is None else t.detach().clone().requires_grad_(backward)
-        for n, t in tensors.items()
-    }
-    wanted = [t for t in leaves.values() if t is not None]
-
-    def once() -> list[Tensor]:
-        with torch.set_grad_enabled(backward):
-            y = run(leaves)
-        return [y.detach(), *torch.autograd.grad(y, wanted, upstream)] if backward else [y]
-
-    return once
 
 
 def captured(run: Callable[[], list[Tensor]], settings: Settings) -> Callable[[], list[Tensor]]:
@@ -139,145 +121,107 @@ def cublas(problem: Problem) -> tuple[Run, dict[str, Tensor | None], Tensor]:
     counts = plan.expert_offsets.diff().tolist()
     tensors = {**problem.tensors}
     x, weights = tensors["x"], tensors.pop("top_k_weights")
-    assert x is not None and weights is not None
     tensors["x"] = x[tokens]
     tensors["row_weights"] = weights.view(-1)[plan.row_to_slot][:, None].to(x.dtype)
 
     def run(t: Mapping[str, Any]) -> Tensor:
-        parts = []
-        for e, rows in enumerate(t["x"].split(counts)):
-            h = F.gelu(F.linear(rows, t["up_proj"][e], t["up_proj_bias"][e]))
-            parts.append(F.linear(h, t["down_proj"][e], t["down_proj_bias"][e]))
+        parts = [expert_mlp(t, e, rows) for e, rows in enumerate(t["x"].split(counts))]
         return torch.cat(parts) * t["row_weights"]
 
     return run, tensors, problem.upstream[tokens]
 
 
-def dense(problem: Problem, settings: Settings) -> tuple[Run, dict[str, Tensor | None], Tensor]:
+def dense(problem: Problem, settings: Settings) -> tuple[Run, dict[str, Any], Tensor]:
     """The dense MLP over as many rows under torch.compile."""
-    case, device = problem.case, settings.device
-    rows = case.tokens * case.k
-    tensors = {n: None if t is None else t[0].clone() for n, t in problem.tensors.items()}
+    return compiled_dense("eager" if settings.dry else "inductor"), *problem.dense()
+
+
+def with_router(problem: Problem) -> tuple[Run, dict[str, Any], Tensor]:
+    """Router and plan too, as in a layer that learns its routing."""
+    shape = problem.shape
+    x = problem.tensors["x"]
+    router = torch.randn(shape.experts, shape.dim, device=x.device).to(x.dtype)
+    tensors = {**problem.tensors, "router": router * shape.dim**-0.5}
     del tensors["top_k_weights"]
-    tensors["x"] = torch.randn(rows, case.dim, device=device).to(case.dtype)
-
-    @torch.compile(backend="eager" if settings.dry else "inductor")
-    def mlp(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
-        return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
 
     def run(t: Mapping[str, Any]) -> Tensor:
-        return mlp(t["x"], t["up_proj"], t["up_proj_bias"], t["down_proj"], t["down_proj_bias"])
+        routing = ops.route(t["x"], t["router"], shape.k, backend="triton")
+        plan = ops.plan(routing.top_k_index, shape.experts, backend="triton")
+        return problem.forward({**t, "top_k_weights": routing.top_k_weights}, plan)
 
-    return run, tensors, torch.randn(rows, case.dim, device=device).to(case.dtype)
-
-
-def transformers_experts(problem: Problem) -> Run:
-    """transformers' ungated experts under its ``grouped_mm``; they have no biases."""
-    from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
-    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-
-    case = problem.case
-    config = NemotronHConfig(
-        n_routed_experts=case.experts,
-        hidden_size=case.dim,
-        moe_intermediate_size=case.hidden,
-        mlp_hidden_act="gelu",
-    )
-    config._experts_implementation = "grouped_mm"
-    with torch.device("meta"):
-        experts = NemotronHExperts(config)
-
-    def run(t: Mapping[str, Any]) -> Tensor:
-        parameters = {"up_proj": t["up_proj"], "down_proj": t["down_proj"]}
-        arguments = (t["x"], problem.top_k_index, t["top_k_weights"])
-        return torch.func.functional_call(experts, parameters, arguments)
-
-    return run
+    return run, tensors, problem.upstream
 
 
 # --- comparisons ---------------------------------------------------------------------------------
 
 
-def ours(problem: Problem) -> Run:
-    """expert_mlp, its plan made beforehand."""
-    return problem.forward
+def compare(
+    title: str,
+    shape: Shape,
+    settings: Settings,
+    baseline: str,
+    calls: Mapping[str, Callable[[], list[Tensor]]],
+    check: Callable[[dict[str, Any]], None],
+) -> list[Row]:
+    """Rows of the captured candidates."""
+    candidates = Candidates({n: captured(run, settings) for n, run in calls.items()}, check)
+    case = Case(title, shape.letters, shape.dtype_name, lambda: candidates, baseline=baseline)
+    return measure(case, **settings.timing)
 
 
-def with_router(problem: Problem, settings: Settings) -> tuple[Run, dict[str, Tensor | None]]:
-    """Router and plan too, as in a layer that learns its routing."""
-    case = problem.case
-    router = torch.randn(case.experts, case.dim, device=settings.device).to(case.dtype)
-    tensors = {**problem.tensors, "router": router * case.dim**-0.5}
-    del tensors["top_k_weights"]
-
-    def run(t: Mapping[str, Any]) -> Tensor:
-        routing = ops.route(t["x"], t["router"], case.k, backend="triton")
-        plan = ops.plan(routing.top_k_index, case.experts, backend="triton")
-        return problem.forward({**t, "top_k_weights": routing.top_k_weights}, plan)
-
-    return run, tensors
-
-
-def against_others(case: Case, backward: bool, settings: Settings) -> list[Result]:
+def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
     """Ours, ours with router and plan, and dense, over the per-expert cuBLAS loop."""
-    torch.manual_seed(0)
-    problem = Problem(case, settings.device)
-    loop, loop_tensors, loop_upstream = cublas(problem)
-    plain, plain_tensors, plain_upstream = dense(problem, settings)
-    routed, routed_tensors = with_router(problem, settings)
+    problem = settings.problem(shape)
     calls = {
-        CUBLAS: call(loop, loop_tensors, loop_upstream, backward),
-        OURS: call(ours(problem), problem.tensors, problem.upstream, backward),
-        "moe_fast, router, plan": call(routed, routed_tensors, problem.upstream, backward),
-        DENSE: call(plain, plain_tensors, plain_upstream, backward),
+        CUBLAS: timed(*cublas(problem), backward),
+        OURS: timed(problem.forward, problem.tensors, problem.upstream, backward),
+        "moe_fast, router, plan": timed(*with_router(problem), backward),
+        DENSE: timed(*dense(problem, settings), backward),
     }
-    plan, weights = problem.plan, problem.tensors["top_k_weights"]
-    assert weights is not None
 
     def check(outputs: dict[str, Any]) -> None:
-        rows = outputs[CUBLAS][0][plan.slot_to_row].view(case.tokens, case.k, case.dim)
-        _near(outputs[OURS][0], rows.float().sum(1), case.dtype)
+        rows = outputs[CUBLAS][0][problem.plan.slot_to_row].view(shape.tokens, shape.k, shape.dim)
+        _near(outputs[OURS][0], rows.float().sum(1), shape.dtype)
 
-    runs = {name: captured(run, settings) for name, run in calls.items()}
-    return settings.compare(runs, CUBLAS, check)
+    return compare("beside cuBLAS", shape, settings, CUBLAS, calls, check)
 
 
-def against_transformers(case: Case, backward: bool, settings: Settings) -> list[Result]:
+def against_transformers(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
     """Ours without biases, and transformers' ``grouped_mm`` experts over it."""
-    torch.manual_seed(0)
-    problem = Problem(dataclasses.replace(case, bias=False), settings.device)
-    runs = {
-        name: captured(call(run, problem.tensors, problem.upstream, backward), settings)
-        for name, run in ((OURS, ours(problem)), (GROUPED, transformers_experts(problem)))
+    problem = settings.problem(replace(shape, bias=False))
+    calls = {
+        name: timed(run, problem.tensors, problem.upstream, backward)
+        for name, run in (
+            (OURS, problem.forward),
+            (GROUPED, transformers_experts(problem, GROUPED)),
+        )
     }
 
     def check(outputs: dict[str, Any]) -> None:
-        _near(outputs[OURS][0], outputs[GROUPED][0], case.dtype)
+        _near(outputs[OURS][0], outputs[GROUPED][0], shape.dtype)
 
-    return settings.compare(runs, OURS, check)
+    return compare("beside transformers", shape, settings, OURS, calls, check)
 
 
-def alone(case: Case, backward: bool, settings: Settings) -> float:
+def alone(shape: Shape, backward: bool, settings: Settings) -> float:
     """Seconds of ours."""
-    torch.manual_seed(0)
-    problem = Problem(case, settings.device)
-    run = call(ours(problem), problem.tensors, problem.upstream, backward)
+    problem = settings.problem(shape)
+    run = timed(problem.forward, problem.tensors, problem.upstream, backward)
     return settings.seconds(captured(run, settings))
 
 
-def layers_enforced(case: Case, settings: Settings, layers: int = 12) -> list[Result]:
+def layers_enforced(shape: Shape, settings: Settings, layers: int = 12) -> list[Row]:
     """``layers`` MLPs in turn, routed by sentence with one plan for all, over as many dense."""
-    torch.manual_seed(0)
-    problem = Problem(case, settings.device)
-    sentences = torch.arange(case.experts, device=settings.device)
-    counts = torch.full_like(sentences, case.tokens // case.experts)
-    counts[0] += case.tokens - counts.sum()
+    problem = settings.problem(shape)
+    sentences = torch.arange(shape.experts, device=settings.device)
+    counts = torch.full_like(sentences, shape.tokens // shape.experts)
+    counts[0] += shape.tokens - counts.sum()
     ids = sentences.repeat_interleave(counts)[:, None]  # sentences sorted by expert
-    problem.tensors["top_k_weights"] = torch.ones(case.tokens, 1, device=settings.device)
+    problem.tensors["top_k_weights"] = torch.ones(shape.tokens, 1, device=settings.device)
     plain, plain_tensors, plain_upstream = dense(problem, settings)
 
     def moe(t: Mapping[str, Any]) -> Tensor:
-        plan = ops.plan(ids, case.experts, backend="triton")
+        plan = ops.plan(ids, shape.experts, backend="triton")
         x = t["x"]
         for _ in range(layers):
             x = problem.forward({**t, "x": x}, plan)
@@ -290,15 +234,14 @@ def layers_enforced(case: Case, settings: Settings, layers: int = 12) -> list[Re
         return x
 
     calls = {
-        DENSE: call(stack, plain_tensors, plain_upstream, True),
-        OURS: call(moe, problem.tensors, problem.upstream, True),
+        DENSE: timed(stack, plain_tensors, plain_upstream, True),
+        OURS: timed(moe, problem.tensors, problem.upstream, True),
     }
-    runs = {name: captured(run, settings) for name, run in calls.items()}
-    return settings.compare(runs, DENSE, lambda outputs: None)
+    return compare(f"{layers} layers", shape, settings, DENSE, calls, lambda outputs: None)
 
 
 def _near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Raise unless two 16-bit computations of the same agree: each is within its bound."""
     error = ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
     if not error <= 2 * BOUNDS[dtype]:
-        raise AssertionError(f"candidates differ by {error:.1e}.")
+        raise WrongResult(f"candidates differ by {error:.1e}.")

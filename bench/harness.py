@@ -122,39 +122,6 @@ def summarize(samples: Mapping[str, Sequence[float]], baseline: str) -> list[Res
     return sorted(results, key=lambda result: result.name != baseline)
 
 
-def compare(
-    candidates: Mapping[str, Callable[[], Any]],
-    *,
-    baseline: str,
-    check: Callable[[dict[str, Any]], None],
-    rounds: int = 20,
-    warmup: int = 3,
-    min_sample_seconds: float = 0.005,
-    synchronize: Callable[[], None] = lambda: None,
-    max_seconds: float = math.inf,
-) -> list[Result]:
-    """Check the candidates' outputs, then time them in turn.
-
-    Args:
-        candidates: callables without arguments, by name.
-        baseline: the name that ratios refer to.
-        check: gets every candidate's output by name and raises where they are wrong.
-        rounds, warmup, min_sample_seconds, synchronize, max_seconds: as in :func:`race`.
-    """
-    if baseline not in candidates:
-        raise ValueError(f"baseline must be one of {list(candidates)}; got {baseline!r}.")
-    check({name: run() for name, run in candidates.items()})
-    return race(
-        candidates,
-        baseline=baseline,
-        rounds=rounds,
-        warmup=warmup,
-        min_sample_seconds=min_sample_seconds,
-        synchronize=synchronize,
-        max_seconds=max_seconds,
-    )
-
-
 def race(
     candidates: Mapping[str, Callable[[], Any]],
     *,
@@ -168,7 +135,8 @@ def race(
     """Time candidates whose outputs have been checked.
 
     Args:
-        candidates, baseline: as in :func:`compare`.
+        candidates: callables without arguments, by name.
+        baseline: the name that ratios refer to.
         rounds, warmup, max_seconds: as in :func:`alternate`, after one more call that does not
             count and says how long one takes.
         min_sample_seconds: a candidate faster than this is called several times per sample.

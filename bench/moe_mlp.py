@@ -58,6 +58,15 @@ def eager_loop(moe: MoEMLP, x: Tensor) -> Tensor:
     return out
 
 
+def eager_forward(moe: MoEMLP) -> Callable[..., Tensor]:
+    """A ``forward`` of ``moe`` by :func:`eager_loop`."""
+
+    def forward(hidden_states: Tensor, **_: Any) -> Tensor:
+        return eager_loop(moe, hidden_states.flatten(0, -2)).view(hidden_states.shape)
+
+    return forward
+
+
 def forward(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
     """A callable that runs forward alone."""
 

@@ -1,17 +1,17 @@
-"""Peak memory of the expert MLP, forward and backward, each figure from a fresh process.
+"""Peak memory, forward and backward, of the expert MLP and of the contrastive loss.
 
-    python -m bench.peak_memory --who moe_fast --tokens 4096
+    python -m bench.peak_memory "expert MLP" moe_fast 4096
 
-A process runs once on a tiny problem so that libraries load, makes the tensors, resets the kernel's
-high-water mark, runs once, and reports how far the mark rose above what was in use: what the
-candidate itself takes, outputs and gradients included. Linux alone has that mark. malloc is told to
-map whatever exceeds 64 KiB on its own: memory that was freed is then in use no longer.
+Each figure is from a fresh process. It runs once on a tiny problem so that libraries load, makes
+the tensors, resets the kernel's high-water mark, runs once, and reports how far the mark rose above
+what was in use: what the candidate itself takes, outputs and gradients included. Linux alone has
+that mark. malloc is told to map whatever exceeds 64 KiB on its own: memory that was freed is then
+in use no longer.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,59 +21,74 @@ from typing import Any
 
 import torch
 
+from . import info_nce
 from .cases import OURS
-from .expert_mlp import Problem, Shape, peers, timed
+from .peers import dense, transformers_experts
+from .problem import Problem, bert, timed
 from .record import Row
 
-DIM, EXPERTS = 384, 8
-CANDIDATES = (OURS, "reference", "eager", "grouped_mm", "dense")
-OPERATION = "expert MLP, forward + backward, peak memory"
+DIM = 384
+MLP, LOSS = "expert MLP", "contrastive loss"
+CANDIDATES = {
+    MLP: (OURS, "reference", "eager", "grouped_mm", "dense"),
+    LOSS: (OURS, info_nce.THEIRS, f"{info_nce.CACHED}, 32"),
+}
+SUFFIX = ", forward + backward, peak memory"
 
 
 def rows(size: str) -> list[Row]:
-    """A row per candidate and number of tokens; the baseline is ours."""
-    tokens = {"tiny": [64], "quick": [4096], "default": [1024, 4096, 16384]}.get(
+    """A row per candidate and number of tokens, or of pairs; the baseline is ours."""
+    counts = {"tiny": [64], "quick": [4096], "default": [1024, 4096, 16384]}.get(
         size, [1024, 4096, 16384, 65536]
     )
-    return [row(who, count) for count in tokens for who in CANDIDATES]
+    most = {MLP: 65536, LOSS: 8192}  # the plain loss holds matrices of B x B
+    return [
+        row(what, who, count)
+        for what, names in CANDIDATES.items()
+        for count in counts
+        for who in names
+        if count <= most[what]
+    ]
 
 
-def row(who: str, tokens: int) -> Row:
+def row(what: str, who: str, count: int) -> Row:
     """One process."""
-    shape = {"T": tokens, "D": DIM, "H": 4 * DIM, "E": EXPERTS, "K": 1}
+    shape = {"B": count, "d": DIM}
+    if what == MLP:
+        shape = bert(count, DIM, 1, torch.float32).letters
     found: dict[str, Any] = {"reason": "peak memory is measured on Linux alone"}
     if Path("/proc/self/clear_refs").exists():
-        found = {"peak_bytes": in_fresh_process(who, tokens)}
-    return Row(OPERATION, shape, "float32", who, OURS, sweep="T", **found)
+        found = {"peak_bytes": in_fresh_process(what, who, count)}
+    return Row(what + SUFFIX, shape, "float32", who, OURS, sweep=next(iter(shape)), **found)
 
 
-def in_fresh_process(who: str, tokens: int) -> int:
+def in_fresh_process(what: str, who: str, count: int) -> int:
     """The bytes that a process of its own reports.
 
     Raises:
         RuntimeError: with its words, if it fails.
     """
-    command = [sys.executable, "-m", __name__, "--who", who, "--tokens", str(tokens)]
+    command = [sys.executable, "-m", __name__, what, who, str(count)]
     path = os.pathsep.join(sys.path)  # this package, wherever it was found
     environment = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"the measuring process for {who} failed:\n{done.stderr}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+    return int(done.stdout.splitlines()[-1])
 
 
-def call_of(who: str, tokens: int, dim: int) -> Callable[[], Any]:
+def call_of(what: str, who: str, count: int) -> Callable[[], Any]:
     """Forward and backward of one candidate."""
-    problem = Problem(Shape(tokens, dim, 1, torch.float32), bias=False)
+    if what == LOSS:
+        leaves = [torch.randn(count, DIM, requires_grad=True) for _ in range(2)]
+        return info_nce.run_of(who, leaves, symmetric=True)
+    problem = Problem(bert(count, DIM, 1, torch.float32, bias=False))
     if who == "dense":
-        plain, tensors, upstream = problem.dense()
-        return timed(plain, tensors, upstream, True)
-    backends = {OURS: "auto", "reference": "torch"}
-    if who in backends:
-        return timed(
-            lambda t: problem.ours(t, backends[who]), problem.tensors, problem.upstream, True
-        )
-    return timed(peers(problem)[who], problem.tensors, problem.upstream, True)
+        return timed(dense, *problem.dense(), True)
+    if who == "reference":
+        problem.backend = "torch"
+    run = problem.forward if who in (OURS, "reference") else transformers_experts(problem, who)
+    return timed(run, problem.tensors, problem.upstream, True)
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -95,14 +110,14 @@ def _status(name: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print one candidate's peak as JSON."""
+    """Print one candidate's peak in bytes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--who", choices=CANDIDATES, required=True)
-    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("what", choices=CANDIDATES)
+    parser.add_argument("who", help="a candidate, by its name")
+    parser.add_argument("count", type=int, help="tokens, or pairs")
     arguments = parser.parse_args(argv)
-    call_of(arguments.who, 64, 16)()
-    found = peak_bytes(call_of(arguments.who, arguments.tokens, DIM))
-    print(json.dumps({"peak_bytes": found}))
+    call_of(arguments.what, arguments.who, 64)()
+    print(peak_bytes(call_of(arguments.what, arguments.who, arguments.count)))
     return 0
 
 

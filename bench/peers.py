@@ -6,7 +6,7 @@ Every experts peer here has the signature ``run(tensors) -> y``, ``tensors`` bei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from moe_fast.ops import RoutingPlan
 
-Run = Callable[[Mapping[str, Any]], Tensor]
+from .problem import Problem, Run
+
 GPU_ONLY = {
     "ScatterMoE": "scattermoe",
     "MegaBlocks": "megablocks",
@@ -44,10 +45,7 @@ def sorted_products(plan: RoutingPlan) -> Run:
     tokens, slots = tokens[:valid], slots[:valid]
 
     def run(t: Mapping[str, Any]) -> Tensor:
-        parts = []
-        for expert, rows in enumerate(t["x"][tokens].split(counts)):
-            h = F.gelu(F.linear(rows, t["up_proj"][expert], _at(t["up_proj_bias"], expert)))
-            parts.append(F.linear(h, t["down_proj"][expert], _at(t["down_proj_bias"], expert)))
+        parts = [expert_mlp(t, e, rows) for e, rows in enumerate(t["x"][tokens].split(counts))]
         weights = t["top_k_weights"].reshape(-1)[slots, None]
         weighted = torch.cat(parts) * weights
         y = weighted.new_zeros(t["x"].shape).index_add(0, tokens, weighted)
@@ -71,8 +69,7 @@ def masked_loop(top_k_index: Tensor, num_experts: int) -> Run:
                 mask = top_k_index[:, k] == expert
                 if not mask.any():
                     continue
-                h = F.linear(x[mask], t["up_proj"][expert], _at(t["up_proj_bias"], expert))
-                h = F.linear(F.gelu(h), t["down_proj"][expert], _at(t["down_proj_bias"], expert))
+                h = expert_mlp(t, expert, x[mask])
                 added = torch.zeros_like(x)
                 added[mask] = (h * weights[mask, k, None]).to(x.dtype)
                 y = y + added
@@ -81,23 +78,49 @@ def masked_loop(top_k_index: Tensor, num_experts: int) -> Run:
     return run
 
 
+def transformers_experts(problem: Problem, implementation: str) -> Run:
+    """transformers' ungated experts (NemotronHExperts) on ``problem``; they have no biases."""
+    from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    shape = problem.shape
+    config = NemotronHConfig(
+        n_routed_experts=shape.experts,
+        hidden_size=shape.dim,
+        moe_intermediate_size=shape.hidden,
+        mlp_hidden_act="gelu",
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        experts = NemotronHExperts(config)
+
+    def run(t: Mapping[str, Any]) -> Tensor:
+        for name in ("up_proj", "down_proj"):
+            experts._parameters[name] = t[name]  # functional_call would cost its own time
+        return experts(t["x"], problem.top_k_index, t["top_k_weights"])
+
+    return run
+
+
 def dense(t: Mapping[str, Any]) -> Tensor:
     """The MLP that was upcycled; ``t`` holds one expert's tensors."""
-    h = F.gelu(F.linear(t["x"], t["up_proj"], t["up_proj_bias"]))
-    return F.linear(h, t["down_proj"], t["down_proj_bias"])
+    return mlp(t["x"], t["up_proj"], t["up_proj_bias"], t["down_proj"], t["down_proj_bias"])
 
 
-def compiled_dense() -> Run:
+def mlp(x: Tensor, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any) -> Tensor:
+    """Up, GELU, down."""
+    return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
+
+
+def compiled_dense(backend: str = "inductor") -> Run:
     """:func:`dense` under ``torch.compile``; compiled when it is first called."""
-
-    @torch.compile(dynamic=False)
-    def mlp(x: Tensor, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any) -> Tensor:
-        return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
-
-    return lambda t: mlp(
+    compiled = torch.compile(mlp, dynamic=False, backend=backend)
+    return lambda t: compiled(
         t["x"], t["up_proj"], t["up_proj_bias"], t["down_proj"], t["down_proj_bias"]
     )
 
 
-def _at(bias: Tensor | None, expert: int) -> Tensor | None:
-    return None if bias is None else bias[expert]
+def expert_mlp(t: Mapping[str, Any], expert: int, rows: Tensor) -> Tensor:
+    """One expert of the stacked ones in ``t`` on ``rows``."""
+    names = "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"
+    return mlp(rows, *(None if t[name] is None else t[name][expert] for name in names))

@@ -50,7 +50,9 @@ def draw_ratios(rows: Sequence[Row], title: str, path: Path) -> None:
     for label, members in groups.items():
         ticks[label] = place + (len(members) - 1) / 2
         for row in members:
-            _bar(axis, row, place, colour(row.who, names))
+            assert row.ratio
+            r = row.ratio
+            _bar(axis, place, r.median, (r.q1, r.q3), colour(row.who, names))
             place += 1
         place += 1
     axis.set_yticks(list(ticks.values()), list(ticks))
@@ -62,38 +64,28 @@ def draw_ratios(rows: Sequence[Row], title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def _bar(axis: Any, row: Row, place: float, fill: str) -> None:
-    assert row.ratio
-    r = row.ratio
-    axis.barh(place, r.median - 1, left=1, height=0.9, color=fill)
-    axis.hlines(place, r.q1, r.q3, color="black", linewidth=1.2)
-    end = max(r.q3, r.median, 1.0)
-    axis.annotate(
-        f"{r.median:.2f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=7
-    )
-
-
 def draw_best(best: Mapping[str, tuple[float, float, float]], path: Path) -> None:
     """Per operation how long the fastest alternative takes: geometric mean, least and most."""
     figure = _figure(8.0, 1.6 + 0.42 * len(best))
     axis = figure.subplots()
     for place, (mean, least, most) in enumerate(best.values()):
-        axis.barh(place, mean - 1, left=1, color="#1f77b4" if mean >= 1 else "#d62728", height=0.7)
-        axis.hlines(place, least, most, color="black", linewidth=1.4)
-        axis.annotate(
-            f"{mean:.2f}",
-            (max(most, 1.0), place),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+        _bar(axis, place, mean, (least, most), "#1f77b4" if mean >= 1 else "#d62728", fontsize=9)
     axis.set_yticks(range(len(best)), list(best))
     axis.invert_yaxis()
-    label = "its time over moe_fast's (log scale); red: faster than moe_fast"
-    _ratio_axis(axis, label)
+    _ratio_axis(axis, "its time over moe_fast's (log scale); red: faster than moe_fast")
     axis.set_title("How much longer the best of the others takes", fontsize=11)
     _save(figure, path)
+
+
+def _bar(
+    axis: Any, place: float, value: float, spread: tuple[float, float], fill: str, fontsize: int = 7
+) -> None:
+    """From 1 to a ratio, its spread as a line, its value behind that."""
+    axis.barh(place, value - 1, left=1, height=0.8, color=fill)
+    axis.hlines(place, *spread, color="black", linewidth=1.3)
+    end = max(spread[1], value, 1.0)
+    style = dict(textcoords="offset points", va="center", fontsize=fontsize)
+    axis.annotate(f"{value:.2f}", (end, place), (4, 0), **style)
 
 
 def draw_roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
@@ -132,8 +124,8 @@ def draw_roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_growth(curves: Sequence[Curve], path: Path) -> None:
-    """Time over one size per panel, every candidate a line, its exponent in the legend."""
+def draw_curves(curves: Sequence[Curve], unit: str, path: Path) -> None:
+    """A panel per operation and size, every candidate a line, its exponent in the legend."""
     panels = list(dict.fromkeys((curve.operation, curve.letter) for curve in curves))
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -144,12 +136,13 @@ def draw_growth(curves: Sequence[Curve], path: Path) -> None:
         names = [c.who for c in members]
         for c in members:
             label = f"{c.who}: {c.exponent:.2f}"
-            style = dict(
-                color=colour(c.who, names), marker=".", linewidth=2 if c.who == OURS else 1
-            )
-            axis.plot(c.sizes, [1e3 * s for s in c.seconds], label=label, **style)
-        _sizes_axis(axis, members[0].sizes, letter)
-        axis.set(yscale="log", ylabel="ms")
+            width = 2 if c.who == OURS else 1
+            fill = colour(c.who, names)
+            axis.plot(c.sizes, c.values, label=label, color=fill, marker=".", linewidth=width)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(members[0].sizes, [f"{n:,}" for n in members[0].sizes], fontsize=7)
+        axis.set(yscale="log", xlabel=letter, ylabel=unit)
+        axis.grid(alpha=0.3)
         _plain_log_ticks(axis)
         axis.set_title(f"{operation}, over {letter}", fontsize=9)
         axis.legend(fontsize=7, frameon=False)
@@ -158,38 +151,11 @@ def draw_growth(curves: Sequence[Curve], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_memory(rows: Sequence[Row], path: Path) -> None:
-    """Peak memory over tokens, a line per candidate."""
-    figure = _figure(7.0, 4.4)
-    axis = figure.subplots()
-    names = list(dict.fromkeys(row.who for row in rows))
-    for name in names:
-        points = sorted((r.shape["T"], r.peak_bytes) for r in rows if r.who == name if r.peak_bytes)
-        if points:
-            xs, ys = zip(*points, strict=True)
-            axis.plot(
-                xs, [y / 2**20 for y in ys], color=colour(name, names), marker="o", label=name
-            )
-            _sizes_axis(axis, list(xs), "T")
-    axis.set(yscale="log", ylabel="MiB beyond the inputs")
-    _plain_log_ticks(axis)
-    axis.set_title("Peak memory of one forward and backward of the expert MLP", fontsize=11)
-    axis.legend(frameon=False)
-    _save(figure, path)
-
-
 def shape_label(row: Row, rows: Sequence[Row]) -> str:
     """The sizes of ``row`` that differ among ``rows``; all of them where none does."""
     varying = [k for k in row.shape if len({other.shape.get(k) for other in rows}) > 1]
     label = " ".join(f"{k}={row.shape[k]:,}" for k in varying or row.shape)
     return label or row.operation
-
-
-def _sizes_axis(axis: Any, sizes: list[int], letter: str) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
-    axis.set_xlabel(letter)
-    axis.grid(alpha=0.3)
 
 
 def _plain_log_ticks(axis: Any) -> None:

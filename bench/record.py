@@ -5,22 +5,21 @@
                "who": "grouped_mm", "baseline": "moe_fast", "ratio": {...}, "seconds": {...}, ...}]}
 
 Ratios are times over the baseline's in the same round, those of several processes pooled. A
-candidate that cannot run has a reason instead of figures. Benchmarks with a program of their own
-write groups of results in a form of their own; :func:`read_record` makes rows of those, too.
+candidate that cannot run has a reason instead of figures.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .harness import Result, Summary, environment, write_json
+from .harness import Summary, environment, write_json
 from .machine import Machine, load_average, noise, processor_share
 
 SCHEMA = 1
@@ -56,7 +55,6 @@ class Row:
         share_of_floor: floor over time. More than 1 where the data stay in a cache.
         sweep: the letter of ``shape`` that a series of cases varies.
         peak_bytes: memory of its own at its highest, where that is what was measured.
-        instructions: that it executes, where that is what was measured.
         reason: why it did not run.
     """
 
@@ -72,7 +70,6 @@ class Row:
     share_of_floor: float | None = None
     sweep: str | None = None
     peak_bytes: int | None = None
-    instructions: int | None = None
     reason: str | None = None
 
     @property
@@ -166,8 +163,6 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     path = Path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if "schema" not in values:
-            return Record(values["environment"], rows=list(_results(values, path.stem)))
         if values["schema"] != SCHEMA:
             raise ValueError(f"schema must be {SCHEMA}; got {values['schema']!r}")
         machine = Machine(**values.pop("machine")) if values["machine"] else None
@@ -176,23 +171,3 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         return Record(machine=machine, rows=rows, **values)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} holds no measurements: {error!r}.") from error
-
-
-def _results(values: Any, name: str) -> Iterator[Row]:
-    """Rows of every list of :class:`~bench.harness.Result` within, named by the way to it."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _results(value, name if key == "results" else f"{name}, {key}")
-    elif isinstance(values, list) and values and all(map(_is_result, values)):
-        for value in values:
-            result = Result(value["name"], Summary(**value["ratio"]), Summary(**value["seconds"]))
-            yield row_of(result, name, values[0]["name"])
-
-
-def _is_result(value: Any) -> bool:
-    return isinstance(value, dict) and {"name", "ratio", "seconds"} <= set(value)
-
-
-def row_of(result: Result, operation: str, baseline: str) -> Row:
-    """A row of a comparison whose shape and dtype are part of its name."""
-    return Row(operation, {}, "", result.name, baseline, result.ratio, result.seconds)

@@ -12,49 +12,29 @@ from moe_fast.files import atomic_write
 
 from . import pictures
 from .cases import OURS
-from .growth import Curve, exponents
+from .growth import Curve, curves_of
 from .harness import ROOT
 from .machine import Machine
-from .peak_memory import OPERATION as MEMORY
 from .record import Record, Row, read_record
 
-INTRODUCTION = """# Benchmarks
-
-Made by `python -m bench.report` from the files of `bench/results/`; do not edit.
-
-Candidates run in turn, round after round, in one process; every round gives a ratio to moe_fast,
-and the figure is the median of the ratios. In brackets stand their quartiles. These understate what
-differs from process to process, so operations are measured in several fresh processes: the figure
-is then the median of the processes' medians, and the brackets go from the least quartile of any
-process to the greatest. Outputs are compared with a float64 reference before anything is timed, in
-each of them. Data are random. The floor is the larger of the FLOP over this machine's matrix rate
-and the bytes over its bandwidth, both measured in the same run; a share above 100 % means that the
-data stayed in a cache.
-
-`make bench` repeats most of this in a quarter of an hour on two cores, whole jobs on fewer texts;
-`make bench-full` all of it, with more shapes; one operation alone: `python -m bench expert_mlp`.
-`make bench-compare` holds your run against the committed one.
-"""
+INTRODUCTION = Path(__file__).with_name("introduction.md")
 FILES = {
     "route": "route",
     "plan": "plan",
+    "gather_rows": "rows",
+    "combine_rows": "rows",
     "expert MLP": "expert_mlp",
+    "expert MLP beside dense": "expert_mlp",
     "MoE layer": "moe_mlp",
     "contrastive loss": "info_nce",
     "training step": "training_step",
+    "embedding": "embedding",
+    "natural step": "natural_step",
+    "cached step": "cached_step",
+    "import": "import_time",
 }
 """The operation file of each operation's name."""
 DENSE = ("dense", "dense, compiled")
-PEERS = """
-| candidate | what it is |
-|---|---|
-| eager, batched_mm, grouped_mm | transformers' experts under each of its implementations |
-| eager loop | the first of these behind our router, in a layer or a model |
-| per-expert products | rows sorted beforehand, one product per expert and projection |
-| masked loop | a boolean mask per expert over all tokens, as research code has it |
-| dense, and compiled | the MLP that was upcycled over as many rows: one expert, no routing |
-| stable sort | what our own reference does |
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = sorted(arguments.results.glob("*.json"))
     if not files:
         parser.error(f"--results must be a folder of .json files; {arguments.results} has none")
-    text = INTRODUCTION + PEERS
+    text = INTRODUCTION.read_text(encoding="utf-8")
     images = arguments.output.parent / "images"
     try:
         every = {file.stem: read_record(file) for file in files}
@@ -101,7 +81,8 @@ def section(name: str, record: Record, images: Path) -> str:
         )
         parts.append(picture("best", sentence))
     for number, (title, rows) in enumerate(groups(single).items()):
-        parts.append(f"### {title}\n\nRepeat: `{command(rows[0].operation)}`\n")
+        repeat = f"python -m bench {FILES[rows[0].operation.partition(',')[0]]}"
+        parts.append(f"### {title}\n\nRepeat: `{repeat}`\n")
         if any(row.ratio and row.who != row.baseline for row in rows):
             pictures.draw_ratios(rows, title, path(str(number)))
             sentence = f"How long each candidate takes, {rows[0].baseline} being 1: {title}."
@@ -111,38 +92,31 @@ def section(name: str, record: Record, images: Path) -> str:
     return "\n".join(parts)
 
 
-def command(operation: str) -> str:
-    """How to measure it again."""
-    name = operation.partition(",")[0]
-    return f"python -m bench {FILES[name]}" if name in FILES else f"python -m bench.{name}"
-
-
 def growth_parts(
     record: Record, path: Callable[[str], Path], picture: Callable[[str, str], str]
 ) -> list[str]:
     """Roofline, growth and memory, where they were measured."""
     parts = []
-    curves = exponents(record.rows)
     if record.machine and any(r.who == OURS and r.work and r.work.flop for r in record.rows):
         pictures.draw_roofline(record.rows, record.machine, path("roofline"))
         sentence = "How near moe_fast comes to what this machine could do at best."
         parts += ["### The limit\n", picture("roofline", sentence)]
-    if curves:
-        pictures.draw_growth(curves, path("growth"))
+    if curves := curves_of(record.rows, lambda row: row.seconds and row.seconds.median * 1e3):
+        pictures.draw_curves(curves, "ms", path("growth"))
         sentence = "How time grows with one size, the others fixed; in the legend the exponent."
         parts += [
             "### Growth\n\nRepeat: `python -m bench growth`\n",
             picture("growth", sentence),
             growth_table(curves),
         ]
-    memory = [row for row in record.rows if row.operation == MEMORY]
-    if any(row.peak_bytes for row in memory):
-        pictures.draw_memory(memory, path("memory"))
+    mebibytes = curves_of(record.rows, lambda row: row.peak_bytes and row.peak_bytes / 2**20)
+    if mebibytes:
+        pictures.draw_curves(mebibytes, "MiB beyond the inputs", path("memory"))
         sentence = "What one forward and backward takes beyond its inputs, in fresh processes."
         parts += [
             "### Memory\n\nRepeat: `python -m bench peak_memory`\n",
             picture("memory", sentence),
-            memory_table(memory),
+            memory_table(mebibytes),
         ]
     return parts
 
@@ -231,14 +205,14 @@ def growth_table(curves: Sequence[Curve]) -> str:
     return "\n".join([*lines, ""])
 
 
-def memory_table(rows: Sequence[Row]) -> str:
+def memory_table(curves: Sequence[Curve]) -> str:
     """Peaks in MiB."""
-    names = list(dict.fromkeys(row.who for row in rows))
-    lines = [f"| T | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for tokens in sorted({row.shape["T"] for row in rows}):
-        peaks = {r.who: r.peak_bytes for r in rows if r.shape["T"] == tokens}
-        cells = ["" if (peak := peaks.get(n)) is None else f"{peak >> 20} MiB" for n in names]
-        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    lines = ["| operation | size | candidate | MiB |", "|---|---|---|---|"]
+    lines += [
+        f"| {c.operation} | {c.letter}={size:,} | {c.who} | {value:.0f} |"
+        for c in curves
+        for size, value in zip(c.sizes, c.values, strict=True)
+    ]
     return "\n".join([*lines, ""])
 
 

@@ -10,14 +10,13 @@ experts in every layer; nothing is downloaded and nothing is tokenized.
 - ``eager loop``: the mixture with transformers' loop over experts, and sentence-transformers' loss.
 - ``dense``: the model that was upcycled, and sentence-transformers' loss.
 
-The check compares the loss and the gradient of the word embeddings. The learning rate is 0: the
-same work as with any other, and every step starts where the first did.
+The learning rate is 0: the same work as with any other, and every step starts where the first did.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +27,7 @@ import moe_fast
 from moe_fast.losses import InfoNCELoss
 
 from .cases import OURS, Candidates, Case, near
-from .moe_mlp import eager_loop
+from .moe_mlp import eager_forward
 from .peers import gpu_only
 from .record import Work
 
@@ -46,8 +45,9 @@ class Encoder(nn.Module):
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Features with ``input_ids`` and ``attention_mask`` [B, L] to embeddings [B, D]."""
-        hidden = self.transformer(**features).last_hidden_state
-        mask = features["attention_mask"][..., None].to(hidden.dtype)
+        mask = features["attention_mask"]
+        hidden = self.transformer(features["input_ids"], mask).last_hidden_state
+        mask = mask[..., None].to(hidden.dtype)
         return {"sentence_embedding": (hidden * mask).sum(1) / mask.sum(1)}
 
 
@@ -84,12 +84,12 @@ def work(tokens: int, length: int, dim: int, experts: int = EXPERTS) -> Work:
 
 def candidates(batch: int, length: int, dim: int) -> Candidates:
     """Every candidate steps a model of its own; they begin alike."""
-    dense = _dense(dim)
+    dense = dense_bert(dim)
     moe = moe_fast.upcycle(dense, num_experts=EXPERTS, num_experts_per_tok=1)
     pairs = [_features(batch, length) for _ in range(2)]
     eager = copy.deepcopy(moe)
     for mlp in eager.moe_mlps().values():
-        mlp.forward = _eager_forward(mlp)
+        mlp.forward = eager_forward(mlp)
     runs = {OURS: step(Encoder(moe), InfoNCELoss, pairs)}
     absent = gpu_only(attention=True)
     if find_spec("sentence_transformers") is None:
@@ -116,24 +116,25 @@ def candidates(batch: int, length: int, dim: int) -> Candidates:
 
 
 def step(
-    encoder: Encoder, make_loss: Callable[[Any], nn.Module], pairs: list[dict[str, Tensor]]
-) -> Callable[[], list[Tensor]]:
-    """A call that takes one step and returns [loss, gradient of the word embeddings]."""
-    loss = make_loss(nn.Sequential(encoder))  # its cached loss asks for model[0]
+    encoder: nn.Module, make_loss: Callable[[Any], nn.Module], columns: Sequence[dict[str, Tensor]]
+) -> Callable[[], list[Any]]:
+    """A call that takes one step with AdamW and returns [loss, all gradients]."""
+    # The cached losses ask for model[0].
+    loss = make_loss(nn.Sequential(encoder) if isinstance(encoder, Encoder) else encoder)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.0, weight_decay=0.0)
-    words = encoder.transformer.get_input_embeddings().weight  # type: ignore[operator, union-attr]
 
-    def call() -> list[Tensor]:
+    def call() -> list[Any]:
         optimizer.zero_grad()
-        value = loss([dict(features) for features in pairs], None)
+        value = loss([dict(features) for features in columns], None)
         value.backward()
         optimizer.step()
-        return [value.detach(), words.grad]
+        return [value.detach(), [p.grad for p in encoder.parameters() if p.grad is not None]]
 
     return call
 
 
-def _dense(dim: int) -> Any:
+def dense_bert(dim: int, **settings: Any) -> Any:
+    """A BERT of six layers with random weights."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -144,6 +145,7 @@ def _dense(dim: int) -> Any:
         intermediate_size=4 * dim,
         hidden_dropout_prob=0.0,  # candidates would draw different masks
         attention_probs_dropout_prob=0.0,
+        **settings,
     )
     return BertModel(config, add_pooling_layer=False)
 
@@ -154,10 +156,3 @@ def _features(batch: int, length: int) -> dict[str, Tensor]:
     lengths[batch // 2 :] = max(1, length // 4)
     mask = (torch.arange(length) < lengths).long()
     return {"input_ids": torch.randint(1, 100, (batch, length)) * mask, "attention_mask": mask}
-
-
-def _eager_forward(mlp: Any) -> Callable[..., Tensor]:
-    def forward(hidden_states: Tensor, **_: Any) -> Tensor:
-        return eager_loop(mlp, hidden_states.flatten(0, -2)).view(hidden_states.shape)
-
-    return forward

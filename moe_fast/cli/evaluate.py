@@ -20,6 +20,7 @@ from moe_fast.cli.options import (
     SkipInvalid,
     Truncate,
     check_delimiter,
+    option,
     split_commas,
 )
 from moe_fast.cli.outputs import write_json
@@ -34,16 +35,12 @@ _RETRIEVAL, _NUMBERS = "Retrieval", "Numbers"
 _MEASURES = ["nDCG@10,MRR@10,Recall@10"]
 
 
-def _option(panel: str, text: str, *flags: str, **settings: Any) -> Any:
-    return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
-
-
 def run_command(
     model: ModelArgument,
     *,
     pairs: Annotated[
         list[str] | None,
-        _option(
+        option(
             _DATA,
             "File or dataset of pairs, with labels 0 and 1 or of positives alone; DOMAIN=FILE "
             "gives all of them that domain. May be given several times.",
@@ -51,13 +48,13 @@ def run_command(
     ] = None,
     dev: Annotated[
         list[str] | None,
-        _option(
+        option(
             _DATA, "Likewise labelled pairs, which choose the threshold of the pairs' accuracy."
         ),
     ] = None,
     retrieval: Annotated[
         str | None,
-        _option(
+        option(
             _DATA,
             "Folder in BEIR's layout, or a .json or .json.gz file of corpus, queries and qrels; "
             "DOMAIN=FOLDER gives all of its texts that domain.",
@@ -65,7 +62,7 @@ def run_command(
     ] = None,
     sts: Annotated[
         list[str] | None,
-        _option(
+        option(
             _DATA,
             "File or dataset of sentence pairs with a score each, on any scale; DOMAIN=FILE. May "
             "be given several times.",
@@ -84,13 +81,11 @@ def run_command(
     ] = None,
     measures: Annotated[
         list[str],
-        _option(
-            _RETRIEVAL, "Measures: nDCG@k, MRR@k, Recall@k, MAP@k, or MAP (of the first 1000)."
-        ),
+        option(_RETRIEVAL, "Measures: nDCG@k, MRR@k, Recall@k, MAP@k, or MAP (of the first 1000)."),
     ] = _MEASURES,
     ignore_identical_ids: Annotated[
         bool,
-        _option(
+        option(
             _RETRIEVAL,
             "Leave out of a query's hits the document with the query's own id, as BEIR does.",
             "--ignore-identical-ids/--keep-identical-ids",
@@ -98,7 +93,7 @@ def run_command(
     ] = True,
     on_missing: Annotated[
         Literal["error", "drop"],
-        _option(
+        option(
             _RETRIEVAL,
             "What happens to judgements of documents or queries that the set lacks; what is "
             "dropped is counted.",
@@ -106,13 +101,13 @@ def run_command(
     ] = "error",
     threshold: Annotated[
         Literal["shared", "per_domain"],
-        _option(_NUMBERS, "Whether the pairs' F1 has one cosine as threshold, or one per domain."),
+        option(_NUMBERS, "Whether the pairs' F1 has one cosine as threshold, or one per domain."),
     ] = "shared",
     resamples: Annotated[
-        int, _option(_NUMBERS, "Resamples of the bootstrap intervals; 0 for no intervals.", min=0)
+        int, option(_NUMBERS, "Resamples of the bootstrap intervals; 0 for no intervals.", min=0)
     ] = 2000,
     confidence: Annotated[
-        float, _option(_NUMBERS, "Confidence of the intervals, between 0 and 1.")
+        float, option(_NUMBERS, "Confidence of the intervals, between 0 and 1.")
     ] = 0.95,
     domain: Annotated[
         str | None,

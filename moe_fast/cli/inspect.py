@@ -110,11 +110,11 @@ def _read_texts(
     """(text, domain) of the first texts of each (file, domain, column of domains)."""
     from itertools import islice
 
-    from moe_fast.inference.texts import read_text_rows
+    from moe_fast.data import read_texts
 
     found: list[tuple[str, str | None]] = []
     for path, domain, column in files:
-        rows = list(islice(read_text_rows(path, columns=columns, domain_column=column), most))
+        rows = list(islice(read_texts(path, columns=columns, domain_column=column), most))
         if not rows:
             raise ValueError(f"{path}: no texts in this file")
         found += [(row.text, row.domain or domain) for row in rows]

@@ -19,15 +19,12 @@ from moe_fast.cli.options import (
     Truncate,
     check_delimiter,
     delimiter_for,
+    option,
 )
 from moe_fast.cli.outputs import one_at_a_time
 
 EXAMPLE = "moe-fast mine pairs.jsonl --model mixture --negatives 2 --max-ratio 2 -o mined.jsonl"
 _SEARCH, _LEAVE_OUT = "Search", "What is left out"
-
-
-def _option(panel: str, text: str, *flags: str, **settings: Any) -> Any:
-    return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
 
 
 @one_at_a_time
@@ -38,43 +35,43 @@ def run_command(
     ],
     *,
     output: Output,
-    model: Annotated[str | None, _option(_SEARCH, "Model folder or hub id that ranks.")] = None,
-    bm25: Annotated[bool, _option(_SEARCH, "Rank by words instead.", "--bm25")] = False,
+    model: Annotated[str | None, option(_SEARCH, "Model folder or hub id that ranks.")] = None,
+    bm25: Annotated[bool, option(_SEARCH, "Rank by words instead.", "--bm25")] = False,
     corpus: Annotated[
-        Path | None, _option(_SEARCH, "Texts to search beside all rows' positives.")
+        Path | None, option(_SEARCH, "Texts to search beside all rows' positives.")
     ] = None,
-    negatives: Annotated[int, _option(_SEARCH, "Per row, at most.", min=1)] = 7,
-    depth: Annotated[int, _option(_SEARCH, "Best ranked that are looked at.", min=1)] = 100,
+    negatives: Annotated[int, option(_SEARCH, "Per row, at most.", min=1)] = 7,
+    depth: Annotated[int, option(_SEARCH, "Best ranked that are looked at.", min=1)] = 100,
     sample: Annotated[
-        bool, _option(_SEARCH, "Draw from them, instead of the first.", "--sample")
+        bool, option(_SEARCH, "Draw from them, instead of the first.", "--sample")
     ] = False,
-    skip: Annotated[int, _option(_LEAVE_OUT, "Best ranked to pass over.", min=0)] = 0,
+    skip: Annotated[int, option(_LEAVE_OUT, "Best ranked to pass over.", min=0)] = 0,
     max_ratio: Annotated[
-        float, _option(_LEAVE_OUT, "Scores above this share of the best positive's; 0: no limit.")
+        float, option(_LEAVE_OUT, "Scores above this share of the best positive's; 0: no limit.")
     ] = 0.95,
     margin: Annotated[
-        float | None, _option(_LEAVE_OUT, "Scores less than this below the best positive's.")
+        float | None, option(_LEAVE_OUT, "Scores less than this below the best positive's.")
     ] = None,
     group_column: Annotated[
-        str | None, _option(_LEAVE_OUT, "Positives of rows with the same value in this column.")
+        str | None, option(_LEAVE_OUT, "Positives of rows with the same value in this column.")
     ] = None,
     same_domain: Annotated[
-        bool, _option(_LEAVE_OUT, "Other domains than the query's.", "--same-domain")
+        bool, option(_LEAVE_OUT, "Other domains than the query's.", "--same-domain")
     ] = False,
     known_queries: Annotated[
-        bool, _option(_LEAVE_OUT, "Texts whose query is not known.", "--known-queries")
+        bool, option(_LEAVE_OUT, "Texts whose query is not known.", "--known-queries")
     ] = False,
     positives_only: Annotated[
-        bool, _option(_LEAVE_OUT, "Pairs with label 0.", "--positives-only")
+        bool, option(_LEAVE_OUT, "Pairs with label 0.", "--positives-only")
     ] = False,
     columns: Columns = None,
     delimiter: Delimiter = None,
     skip_invalid: SkipInvalid = False,
     query_prompt: Annotated[
-        str | None, _option(_SEARCH, "Name of the model's prompt for queries.")
+        str | None, option(_SEARCH, "Name of the model's prompt for queries.")
     ] = None,
     document_prompt: Annotated[
-        str | None, _option(_SEARCH, "Name of the model's prompt for documents.")
+        str | None, option(_SEARCH, "Name of the model's prompt for documents.")
     ] = None,
     batch_size: BatchSize = 32,
     truncate: Truncate = False,
@@ -154,8 +151,11 @@ def _corpus(path: Path | None, delimiter: str | None) -> list[str]:
 
     if path is None:
         return []
-    texts = read_texts(path, delimiter=delimiter_for(str(path), delimiter))
-    return [text for _, text, _ in texts]
+    rows = read_texts(path, delimiter=delimiter_for(str(path), delimiter))
+    texts = [row.text for row in rows]
+    if not texts:
+        raise ValueError(f"{path}: no texts")
+    return texts
 
 
 def _say(report: Any, output: Path, with_queries: bool, run: Run) -> None:

@@ -10,6 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+
+def option(panel: str, text: str, *flags: str, **settings: Any) -> Any:
+    """An option, by its help text, in a panel of the help."""
+    return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(

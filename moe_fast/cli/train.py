@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
-
-import typer
+from typing import Annotated, Literal
 
 from moe_fast.cli.command import Run
 from moe_fast.cli.options import (
@@ -16,6 +14,7 @@ from moe_fast.cli.options import (
     Overwrite,
     SkipInvalid,
     numbers,
+    option,
     split_commas,
 )
 from moe_fast.cli.upcycle import (
@@ -38,41 +37,37 @@ _DATA, _LOSS, _STEPS = "Data", "Loss", "Optimization"
 _KEEP = "Checkpoints, evaluation, logs"
 
 
-def _option(panel: str, text: str, *flags: str, **settings: Any) -> Any:
-    return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
-
-
 def run_command(
     model: ModelArgument,
     *,
     output: Output,
     data: Annotated[
         list[str],
-        _option(_DATA, "File or dataset of pairs, triplets or FlagEmbedding rows; DOMAIN=FILE."),
+        option(_DATA, "File or dataset of pairs, triplets or FlagEmbedding rows; DOMAIN=FILE."),
     ],
     eval_data: Annotated[
-        list[str] | None, _option(_DATA, "Files or datasets as for --data, to evaluate on.")
+        list[str] | None, option(_DATA, "Files or datasets as for --data, to evaluate on.")
     ] = None,
     columns: Columns = None,
     delimiter: Delimiter = None,
     skip_invalid: SkipInvalid = False,
     positives_only: Annotated[
-        bool, _option(_DATA, "Leave out pairs with label 0.", "--positives-only")
+        bool, option(_DATA, "Leave out pairs with label 0.", "--positives-only")
     ] = False,
     allow_one_domain: Annotated[
         bool,
-        _option(_DATA, "Train a mixture of several domains on one.", "--allow-one-domain"),
+        option(_DATA, "Train a mixture of several domains on one.", "--allow-one-domain"),
     ] = False,
     batches: Annotated[
         Literal["mixed", "single"] | None,
-        _option(_DATA, "Batches that mix the domains evenly (default), or of one domain each."),
+        option(_DATA, "Batches that mix the domains evenly (default), or of one domain each."),
     ] = None,
     swap: Annotated[
-        bool, _option(_DATA, "Take each pair (a, b) as (b, a) in half of the epochs.", "--swap")
+        bool, option(_DATA, "Take each pair (a, b) as (b, a) in half of the epochs.", "--swap")
     ] = False,
     hard_negatives: Annotated[
         int | None,
-        _option(
+        option(
             _DATA,
             "Negatives drawn of each FlagEmbedding row, anew each epoch; 1 by default.",
             min=0,
@@ -80,17 +75,17 @@ def run_command(
     ] = None,
     max_length_query: Annotated[
         int | None,
-        _option(_DATA, "Cut queries after so many tokens; by default the model's limit.", min=1),
+        option(_DATA, "Cut queries after so many tokens; by default the model's limit.", min=1),
     ] = None,
     max_length_passage: Annotated[
         int | None,
-        _option(_DATA, "Cut passages after so many tokens; by default the model's limit.", min=1),
+        option(_DATA, "Cut passages after so many tokens; by default the model's limit.", min=1),
     ] = None,
     query_prompt: Annotated[
-        str | None, _option(_DATA, "Text put before every query; saved with the model.")
+        str | None, option(_DATA, "Text put before every query; saved with the model.")
     ] = None,
     passage_prompt: Annotated[
-        str | None, _option(_DATA, "Text put before every passage; saved with the model.")
+        str | None, option(_DATA, "Text put before every passage; saved with the model.")
     ] = None,
     num_experts: NumExperts = None,
     num_experts_per_tok: ExpertsPerToken = 1,
@@ -101,38 +96,38 @@ def run_command(
     domains: Domains = None,
     trainable: Annotated[
         Literal["all", "experts", "experts+router"],
-        _option(_STEPS, "Weights that are trained; the others stay as they are."),
+        option(_STEPS, "Weights that are trained; the others stay as they are."),
     ] = "all",
     freeze_embeddings: Annotated[
-        bool, _option(_STEPS, "Do not train the token embeddings.", "--freeze-embeddings")
+        bool, option(_STEPS, "Do not train the token embeddings.", "--freeze-embeddings")
     ] = False,
     loss: Annotated[
         Literal["infonce", "mnr_plus", "clp", "sigmoid", "distillation"],
-        _option(_LOSS, "Loss that is minimised."),
+        option(_LOSS, "Loss that is minimised."),
     ] = "infonce",
     temperature: Annotated[
         float | None,
-        _option(
+        option(
             _LOSS, "What similarities are divided by; by default the loss's own, .05 for infonce."
         ),
     ] = None,
     learn_temperature: Annotated[
-        bool | None, _option(_LOSS, "Train the temperature, too; by default sigmoid does.")
+        bool | None, option(_LOSS, "Train the temperature, too; by default sigmoid does.")
     ] = None,
     symmetric: Annotated[
-        bool, _option(_LOSS, "Also from passage to query (infonce, clp).", "--symmetric")
+        bool, option(_LOSS, "Also from passage to query (infonce, clp).", "--symmetric")
     ] = False,
     negatives_from: Annotated[
         Literal["all", "same_domain"],
-        _option(_LOSS, "Rows of the batch that give negatives: all, or those of the same domain."),
+        option(_LOSS, "Rows of the batch that give negatives: all, or those of the same domain."),
     ] = "all",
     matryoshka_dims: Annotated[
         list[str] | None,
-        _option(_LOSS, "Train shorter embeddings, too: the first 256 and 128 numbers for 256,128."),
+        option(_LOSS, "Train shorter embeddings, too: the first 256 and 128 numbers for 256,128."),
     ] = None,
     load_balance: Annotated[
         float,
-        _option(
+        option(
             _LOSS,
             "Weight of the term that evens out the experts, such as .05 with --router-reduction "
             "mean; summed, .05 divided by the number of MoE layers. 0: none.",
@@ -141,78 +136,76 @@ def run_command(
     ] = 0.0,
     z_loss: Annotated[
         float,
-        _option(_LOSS, "Weight of the term that keeps router logits small, such as .001.", min=0),
+        option(_LOSS, "Weight of the term that keeps router logits small, such as .001.", min=0),
     ] = 0.0,
     mutual_information: Annotated[
         float,
-        _option(_LOSS, "Weight of the term that ties experts to domains, such as .1.", min=0),
+        option(_LOSS, "Weight of the term that ties experts to domains, such as .1.", min=0),
     ] = 0.0,
     expert_supervision: Annotated[
         float,
-        _option(_LOSS, "Weight of the term that gives domain i expert i, such as .1.", min=0),
+        option(_LOSS, "Weight of the term that gives domain i expert i, such as .1.", min=0),
     ] = 0.0,
     router_reduction: Annotated[
         Literal["sum", "mean"],
-        _option(_LOSS, "Router terms over the MoE layers: their sum, or their mean."),
+        option(_LOSS, "Router terms over the MoE layers: their sum, or their mean."),
     ] = "sum",
     joint_decay: Annotated[
         float | None,
-        _option(
+        option(
             _LOSS,
             "For --mutual-information: weight of earlier batches in a running average, in (0, 1).",
         ),
     ] = None,
-    batch_size: Annotated[int, _option(_STEPS, "Rows per step and process.", min=1)] = 32,
+    batch_size: Annotated[int, option(_STEPS, "Rows per step and process.", min=1)] = 32,
     tokens_per_chunk: Annotated[
         int | None,
-        _option(
+        option(
             _STEPS,
             "Encode a batch in chunks of so many tokens, for less memory; 0: measured and chosen.",
             min=0,
         ),
     ] = None,
-    gradient_accumulation: Annotated[
-        int, _option(_STEPS, "Batches per optimizer step.", min=1)
-    ] = 1,
-    epochs: Annotated[float, _option(_STEPS, "Passes over the data, such as 0.5 or 3.")] = 1.0,
+    gradient_accumulation: Annotated[int, option(_STEPS, "Batches per optimizer step.", min=1)] = 1,
+    epochs: Annotated[float, option(_STEPS, "Passes over the data, such as 0.5 or 3.")] = 1.0,
     max_steps: Annotated[
-        int | None, _option(_STEPS, "Optimizer steps to train for, instead of --epochs.", min=1)
+        int | None, option(_STEPS, "Optimizer steps to train for, instead of --epochs.", min=1)
     ] = None,
     learning_rate: Annotated[
-        float, _option(_STEPS, "Learning rate of AdamW, at its highest.", min=0)
+        float, option(_STEPS, "Learning rate of AdamW, at its highest.", min=0)
     ] = 2e-5,
     temperature_learning_rate: Annotated[
-        float, _option(_STEPS, "Learning rate of a learned temperature.", min=0)
+        float, option(_STEPS, "Learning rate of a learned temperature.", min=0)
     ] = 1e-3,
     warmup: Annotated[
         float,
-        _option(
+        option(
             _STEPS, "Share of the steps in which the learning rate rises, 0 to 1.", min=0, max=1
         ),
     ] = 0.1,
-    weight_decay: Annotated[float, _option(_STEPS, "Weight decay of AdamW.", min=0)] = 0.0,
+    weight_decay: Annotated[float, option(_STEPS, "Weight decay of AdamW.", min=0)] = 0.0,
     bf16: Annotated[
-        bool, _option(_STEPS, "Compute in bfloat16 (autocast); weights stay float32.", "--bf16")
+        bool, option(_STEPS, "Compute in bfloat16 (autocast); weights stay float32.", "--bf16")
     ] = False,
     save_steps: Annotated[
-        int, _option(_KEEP, "Steps between checkpoints; 0 for none.", min=0)
+        int, option(_KEEP, "Steps between checkpoints; 0 for none.", min=0)
     ] = 500,
-    save_total_limit: Annotated[int, _option(_KEEP, "Checkpoints to keep, the newest.", min=1)] = 2,
+    save_total_limit: Annotated[int, option(_KEEP, "Checkpoints to keep, the newest.", min=1)] = 2,
     eval_steps: Annotated[
         int | None,
-        _option(_KEEP, "Steps between evaluations; by default one after each epoch.", min=1),
+        option(_KEEP, "Steps between evaluations; by default one after each epoch.", min=1),
     ] = None,
     early_stopping: Annotated[
         int | None,
-        _option(_KEEP, "Stop after so many evaluations without a better loss.", min=1),
+        option(_KEEP, "Stop after so many evaluations without a better loss.", min=1),
     ] = None,
-    logging_steps: Annotated[int, _option(_KEEP, "Steps between logs.", min=1)] = 10,
+    logging_steps: Annotated[int, option(_KEEP, "Steps between logs.", min=1)] = 10,
     report_to: Annotated[
-        Literal["none", "tensorboard"], _option(_KEEP, "Write the logs there, too.")
+        Literal["none", "tensorboard"], option(_KEEP, "Write the logs there, too.")
     ] = "none",
     resume: Annotated[
         bool,
-        _option(
+        option(
             _KEEP,
             "Go on with the interrupted run in the output, from its last checkpoint.",
             "--resume",
@@ -220,7 +213,7 @@ def run_command(
     ] = False,
     workers: Annotated[
         int,
-        _option(
+        option(
             _STEPS,
             "Processes that read and tokenize beside the training; 0: none beside it.",
             min=0,
@@ -228,7 +221,7 @@ def run_command(
     ] = 0,
     device: Annotated[
         Literal["cpu"] | None,
-        _option(_STEPS, "Device; by default the GPU that PyTorch sees, if any."),
+        option(_STEPS, "Device; by default the GPU that PyTorch sees, if any."),
     ] = None,
     overwrite: Overwrite = False,
     run: Run,

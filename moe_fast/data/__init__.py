@@ -9,7 +9,7 @@ from moe_fast.data.pairs import read_pairs
 from moe_fast.data.retrieval import Retrieval, read_retrieval
 from moe_fast.data.splits import split_by
 from moe_fast.data.sts import read_sts
-from moe_fast.data.texts import read_texts
+from moe_fast.data.texts import TextRow, read_texts
 from moe_fast.data.training_data import read_training_data
 from moe_fast.data.triplets import read_triplets
 from moe_fast.data.write import write_flag_rows, write_pairs
@@ -21,6 +21,7 @@ __all__ = [
     "MiningReport",
     "MiningSettings",
     "Retrieval",
+    "TextRow",
     "cocitation_pairs",
     "mine_hard_negatives",
     "read_flag_rows",

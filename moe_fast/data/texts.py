@@ -1,84 +1,118 @@
-"""Reads single texts, to embed or to search, from files of any size."""
+"""Texts of a file of any size, one after the other, each with its id, domain and place."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moe_fast.data import checks
-from moe_fast.data.lines import check_file, read_lines
+from moe_fast.data.lines import Refuse, check_file, read_lines, refuse
 from moe_fast.data.rows import FORMATS, Row, file_format, read_rows
 
+ID_COLUMNS = ("id", "_id")
 TEXT_FORMATS = (".txt", ".txt.gz", *FORMATS)
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A text of a file.
+
+    Attributes:
+        text: never empty.
+        id: the row's ``id`` or ``_id``; the text's number, counted from 0, where it has neither.
+        domain: where asked for.
+        where: the file and line, for messages.
+    """
+
+    text: str
+    id: str
+    domain: str | None
+    where: str
 
 
 def read_texts(
     path: str | os.PathLike[str],
-    column: str = "text",
     *,
-    domain_column: str = "domain",
+    columns: Sequence[str] = ("text",),
+    domain_column: str | None = None,
+    id_column: str | None = None,
     delimiter: str | None = None,
-) -> Iterator[tuple[int, str, str | None]]:
-    """Iterate over the texts of a file, without holding the file in memory.
+    invalid: Refuse = refuse,
+) -> Iterator[TextRow]:
+    """Yield the texts of a file, holding a part of it in memory.
 
     Args:
-        path: ``.txt`` (one text per line, ended by LF or CR LF), ``.jsonl``, ``.csv``, ``.tsv``,
-            each also as ``.gz`` (all UTF-8), or ``.parquet``.
-        column: of the text; not for ``.txt``.
-        domain_column: of the text's domain, where the file has one; not for ``.txt``.
-        delimiter: see `read_pairs`.
-
-    Returns:
-        An iterator of (row, text, domain): the row counts texts from 0, as the rows of an array of
-        their embeddings do; the domain is None where the file has no such column.
+        path: ``.txt`` (one text per line), ``.jsonl``, ``.csv`` (any of the three also ``.gz``), or
+            ``.parquet``.
+        columns: the columns that hold the text; several are joined by a space, and of several
+            some may be empty. Not used for ``.txt``.
+        domain_column: the column that holds the text's domain.
+        id_column: the column that holds the text's id, where it is neither ``id`` nor ``_id``.
+        delimiter: between the cells of a CSV file; by default as its header says.
+        invalid: takes the error of a row that cannot be read; where it returns, reading goes on
+            with the next. By default it raises.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: unknown format, at once; while iterating, with the file and the line: a text
-            that is empty (a blank line of a ``.txt`` too) or no string, a missing column, a domain
-            in some rows only, text that is not UTF-8, a line that cannot be parsed, no texts, a
-            file that breaks off.
+        ValueError: unknown format, a column that is missing, an empty text, a broken line; with
+            the file and the line. A blank line in a ``.txt`` file is an empty text.
     """
     path = Path(path)
-    kind = file_format(path, TEXT_FORMATS)
     check_file(path)
-    if kind == ".txt":
-        if delimiter is not None:
-            raise ValueError(f"delimiter={delimiter!r}: {path} is no CSV file")
-        return _number(path, _from_lines(path))
-    rows = read_rows(path, delimiter=delimiter)
-    return _number(path, _from_rows(rows, column, domain_column))
+    if file_format(path, TEXT_FORMATS) == ".txt":
+        asked = {"domain_column": domain_column, "id_column": id_column, "delimiter": delimiter}
+        for name, value in asked.items():
+            if value is not None:
+                raise ValueError(
+                    f"{path}: {name}={value!r} needs a file with columns ({', '.join(FORMATS)}); "
+                    "this one holds texts alone"
+                )
+        lines = ((f"{path}, line {line}", text) for line, text in read_lines(path, invalid))
+        read: Iterator[tuple[str, Any]] = lines
+        take: Callable[[Any, int, str], TextRow] = _line
+    else:
+        read = read_rows(path, delimiter=delimiter, invalid=invalid)
+        take = partial(_row, columns=columns, domain_column=domain_column, id_column=id_column)
+    number = 0
+    for where, content in read:
+        try:
+            row = take(content, number, where)
+        except ValueError as error:
+            invalid(error)
+        else:
+            number += 1
+            yield row
 
 
-def _number(
-    path: Path, texts: Iterator[tuple[str, str | None]]
-) -> Iterator[tuple[int, str, str | None]]:
-    row = -1
-    for row, (text, domain) in enumerate(texts):
-        yield row, text, domain
-    if row < 0:
-        raise ValueError(f"{path}: no texts")
+def _line(text: str, number: int, where: str) -> TextRow:
+    return TextRow(checks.text(text.rstrip("\r\n"), "text", where), str(number), None, where)
 
 
-def _from_lines(path: Path) -> Iterator[tuple[str, None]]:
-    for line, text in read_lines(path):
-        text = text.removesuffix("\n").removesuffix("\r")
-        yield checks.text(text, "the text", f"{path}, line {line}"), None
+def _row(
+    row: Row,
+    number: int,
+    where: str,
+    *,
+    columns: Sequence[str],
+    domain_column: str | None,
+    id_column: str | None,
+) -> TextRow:
+    checks.present(row, [*columns, *(c for c in (domain_column, id_column) if c)], where)
+    domain = checks.text(row[domain_column], domain_column, where) if domain_column else None
+    ids = (id_column,) if id_column else ID_COLUMNS
+    key = next((row[name] for name in ids if name in row), number)
+    return TextRow(_joined(row, columns, where), checks.identifier(key, "id", where), domain, where)
 
 
-def _from_rows(
-    rows: Iterator[tuple[str, Row]], column: str, domain_column: str
-) -> Iterator[tuple[str, str | None]]:
-    has_domain: bool | None = None
-    for where, row in rows:
-        checks.present(row, [column], where)
-        if has_domain is None:
-            has_domain = row.get(domain_column) is not None
-        if has_domain != (row.get(domain_column) is not None):
-            raise ValueError(
-                f"{where}: column {domain_column!r} is in some rows only; it must be in every row "
-                "or in none"
-            )
-        domain = checks.text(row[domain_column], domain_column, where) if has_domain else None
-        yield checks.text(row[column], column, where), domain
+def _joined(row: dict, columns: Sequence[str], where: str) -> str:
+    if len(columns) == 1:
+        return checks.text(row[columns[0]], columns[0], where)
+    parts = [row[name] or "" for name in columns]
+    for name, part in zip(columns, parts, strict=True):
+        if part != "":
+            checks.text(part, name, where)
+    return checks.text(" ".join(part for part in parts if part), " + ".join(columns), where)

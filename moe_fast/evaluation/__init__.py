@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from moe_fast.encoding.options import EncodeOptions
 from moe_fast.encoding.vectors import embed
-from moe_fast.evaluation.bootstrap import bootstrap_interval, paired_difference
-from moe_fast.evaluation.exact_search import search
 from moe_fast.evaluation.expert_usage import expert_usage
+from moe_fast.evaluation.nearest import search
 from moe_fast.evaluation.pairs import evaluate_pairs
 from moe_fast.evaluation.report import format_table
 from moe_fast.evaluation.result import Bootstrap, Comparison, Evaluation, Score, compare
 from moe_fast.evaluation.retrieval import (
     evaluate_retrieval,
     evaluate_run,
-    mean_scores,
-    retrieval_scores,
     retrieve,
 )
 from moe_fast.evaluation.sts import evaluate_sts
@@ -35,7 +32,6 @@ __all__ = [
     "Evaluation",
     "Score",
     "TfidfEncoder",
-    "bootstrap_interval",
     "compare",
     "embed",
     "evaluate_pairs",
@@ -44,10 +40,7 @@ __all__ = [
     "evaluate_sts",
     "expert_usage",
     "format_table",
-    "mean_scores",
-    "paired_difference",
     "read_run",
-    "retrieval_scores",
     "retrieve",
     "search",
     "write_run",

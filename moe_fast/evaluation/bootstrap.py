@@ -8,23 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from moe_fast.evaluation.optional import require
 
 _INDICES_AT_ONCE = 4_000_000  # bounds the memory: so many item numbers are drawn at a time
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def bootstrap_bounds(
@@ -100,58 +90,3 @@ def check_bootstrap(confidence: float, resamples: int) -> None:
         raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1; got {resamples}")
-
-
-def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Estimate:
-    """Mean over queries with its percentile bootstrap interval.
-
-    Args:
-        values: [Q], one number per query.
-        confidence: of the interval, between 0 and 1.
-        resamples: bootstrap samples.
-        seed: of the resampling; the same seed gives the same interval.
-
-    Raises:
-        ValueError: fewer than two values, or a confidence outside (0, 1).
-        ImportError: scipy is not installed.
-    """
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.ndim != 1 or len(sample) < 2:
-        raise ValueError(f"values must be [Q] with Q >= 2; got shape {sample.shape}")
-    low, high = bootstrap_bounds(
-        [np.arange(len(sample))],
-        lambda rows: sample[rows].mean(-1)[None],
-        confidence=confidence,
-        resamples=resamples,
-        seed=seed,
-    )
-    return Estimate(float(sample.mean()), float(low[0]), float(high[0]))
-
-
-def paired_difference(
-    system: ArrayLike,
-    baseline: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Estimate:
-    """Mean of system minus baseline over the same queries, with its bootstrap interval.
-
-    Queries are resampled in pairs, so what makes a query hard for both systems cancels.
-
-    Args:
-        system, baseline: [Q] each, in the same order of queries.
-        confidence, resamples, seed: see `bootstrap_interval`.
-
-    Raises:
-        ValueError: different shapes, or as `bootstrap_interval`.
-    """
-    first, second = np.asarray(system, np.float64), np.asarray(baseline, np.float64)
-    if first.shape != second.shape:
-        raise ValueError(
-            f"system and baseline must have one shape; got {first.shape}, {second.shape}"
-        )
-    return bootstrap_interval(first - second, confidence=confidence, resamples=resamples, seed=seed)

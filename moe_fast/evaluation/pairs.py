@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from moe_fast.encoding.options import EncodeOptions
 from moe_fast.evaluation.columns import read_columns
 from moe_fast.evaluation.cosines import embed_pairs, pairwise_cosine
-from moe_fast.evaluation.ladder import (
+from moe_fast.evaluation.result import (
+    ALL_DOMAINS,
+    Bootstrap,
+    Evaluation,
+    Metrics,
+    by_group,
+    evaluation_of,
+    fingerprint,
+)
+from moe_fast.evaluation.threshold_counts import (
     Ladder,
     Resampled,
     best_accuracy_threshold,
@@ -26,15 +35,6 @@ from moe_fast.evaluation.ladder import (
     labelled_ladder,
     off_diagonal_ladder,
     ranking_metrics,
-)
-from moe_fast.evaluation.result import (
-    ALL_DOMAINS,
-    Bootstrap,
-    Evaluation,
-    Metrics,
-    by_group,
-    evaluation_of,
-    fingerprint,
 )
 
 Threshold = Literal["shared", "per_domain"]

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from moe_fast.encoding.domains import domains_of
 from moe_fast.encoding.options import EncodeOptions, Role, passes_domain
 from moe_fast.encoding.vectors import embed
-from moe_fast.evaluation.bootstrap import Estimate as Estimate
-from moe_fast.evaluation.exact_search import search
 from moe_fast.evaluation.ir_metrics import check_measures, query_scores
+from moe_fast.evaluation.nearest import search
 from moe_fast.evaluation.result import (
     ALL_DOMAINS,
     Bootstrap,
@@ -377,84 +376,3 @@ def check_qrels(retrieval: Retrieval) -> None:
         nameless = [query for query in retrieval.queries if query not in retrieval.domains]
         if nameless:
             raise ValueError(f"domains: {len(nameless)} queries have none, as {nameless[0]!r}")
-
-
-def retrieval_scores(
-    queries: Any,
-    documents: Any,
-    qrels: Sequence[Mapping[int, int]],
-    *,
-    measures: Sequence[str] = MEASURES,
-    chunk_size: int = 4096,
-) -> dict[str, NDArray[np.float64]]:
-    """Retrieval metrics of every query, from embeddings.
-
-    Args:
-        queries: [Q, d] embeddings, dense or sparse.
-        documents: [N, d] likewise.
-        qrels: for each query {document index: relevance}; at least one relevance must be positive.
-        measures: see `evaluate_retrieval`.
-        chunk_size: see `search`.
-
-    Returns:
-        {measure: [Q] float64}, in the queries' order. nDCG is trec_eval's (linear gains).
-
-    Raises:
-        ValueError: an unknown measure, a query without a relevant document, a document index out of
-            range, or a number of judgements that is not the number of queries.
-        ImportError: ir-measures is not installed.
-    """
-    depth = check_measures(measures)
-    _check_index_qrels(qrels, queries.shape[0], documents.shape[0])
-    _, hits = search(queries, documents, k=depth, chunk_size=chunk_size)
-    # trec_eval sorts again and breaks ties its own way: falling whole numbers keep the order of
-    # `search`
-    run = {
-        str(q): {str(document): float(depth - rank) for rank, document in enumerate(row)}
-        for q, row in enumerate(hits.tolist())
-    }
-    judged = {str(q): {str(d): int(r) for d, r in row.items()} for q, row in enumerate(qrels)}
-    return query_scores(run, judged, measures)
-
-
-def _check_index_qrels(
-    qrels: Sequence[Mapping[int, int]], num_queries: int, num_documents: int
-) -> None:
-    if len(qrels) != num_queries:
-        raise ValueError(f"qrels has {len(qrels)} entries for {num_queries} queries")
-    for query, judged in enumerate(qrels):
-        if not any(relevance > 0 for relevance in judged.values()):
-            raise ValueError(f"qrels[{query}] names no relevant document")
-        outside = [document for document in judged if not 0 <= document < num_documents]
-        if outside:
-            raise ValueError(
-                f"qrels[{query}]: document index {outside[0]} is out of range for "
-                f"{num_documents} documents"
-            )
-
-
-def mean_scores(
-    scores: Mapping[str, NDArray[np.float64]], domains: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """Means per domain and over all queries.
-
-    Args:
-        scores: output of `retrieval_scores`, {measure: [Q]}.
-        domains: [Q], the domain of each query.
-
-    Returns:
-        {domain: {measure: mean}}, domains sorted, then ``"all"``: the mean over all queries.
-
-    Raises:
-        ValueError: lengths that differ.
-    """
-    labels = np.asarray(domains)
-    for measure, values in scores.items():
-        if len(values) != len(labels):
-            raise ValueError(f"{len(labels)} domains for {len(values)} values of {measure}")
-    groups = {name: labels == name for name in sorted(set(domains))}
-    groups[ALL_DOMAINS] = np.ones(len(labels), dtype=bool)
-    return {
-        name: {measure: float(values[chosen].mean()) for measure, values in scores.items()}
-        for name, chosen in groups.items()
-    }

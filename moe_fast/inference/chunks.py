@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_fast.data.texts import TextRow
 from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
 from moe_fast.inference.encoder import TextEncoder
 from moe_fast.inference.parts import Parts
-from moe_fast.inference.texts import TextRow
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from tqdm.auto import tqdm
 
 from moe_fast.data.lines import Refuse, refuse
 from moe_fast.data.tables import Skipped
+from moe_fast.data.texts import TextRow, read_texts
 from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
 from moe_fast.encoding.model_paths import file_sha256, model_fingerprint
 from moe_fast.files import check_output, exclusive
 from moe_fast.inference.chunks import Chunk, EmbeddedChunk, domains_of_rows, embed_chunk
 from moe_fast.inference.encoder import EncoderSettings, TextEncoder, torch_threads
 from moe_fast.inference.parts import Parts, has_parts, open_parts
-from moe_fast.inference.texts import TextRow, read_text_rows
 from moe_fast.inference.threads import check_threads
 from moe_fast.inference.vectors import check_vector_format, write_vectors
 from moe_fast.inference.workers import worker_pool
@@ -88,7 +88,7 @@ def embed_file(
             text.
         settings: the model and how to call it.
         columns, domain_column, id_column, delimiter: see
-            :func:`moe_fast.inference.texts.read_text_rows`.
+            :func:`moe_fast.data.read_texts`.
         skip_invalid: leave out rows that cannot be read, with a warning that counts them and names
             the first; otherwise the first one is an error.
         chunk_size: texts per chunk: what a kill can lose, per process.
@@ -151,7 +151,7 @@ def embed_file(
         if not parts.are_in_output(sizes):
             check_output(output, overwrite)
             again = Skipped(str(source)) if skip_invalid else refuse  # said above
-            chunks = _chunks(read_text_rows(source, **reading, invalid=again), chunk_size)
+            chunks = _chunks(read_texts(source, **reading, invalid=again), chunk_size)
             with tqdm(total=count, unit=" texts", desc="embed", disable=not progress) as bar:
                 missing = _Missing(chunks, parts, bar)
                 if processes == 1:
@@ -176,7 +176,7 @@ def _look_through(
 ) -> tuple[TextRow, int, set[str]]:
     """The first text, the number of texts and the domains' names; every row is checked."""
     first, count, domains = None, 0, set()
-    for row in read_text_rows(source, **reading, invalid=invalid):
+    for row in read_texts(source, **reading, invalid=invalid):
         first = first or row
         count += 1
         if row.domain is not None:

@@ -17,6 +17,7 @@ from moe_fast.losses.chunk_budget import (
     warn_if_slow,
 )
 from moe_fast.losses.chunked_encoding import encode_in_chunks, forwards_together
+from moe_fast.losses.citations import citation_of
 from moe_fast.losses.router import RouterLoss
 from moe_fast.losses.routing_record import hook_routers
 from moe_fast.losses.routing_replay import hook_choices
@@ -74,6 +75,7 @@ class CachedLoss(nn.Module):
     """
 
     uses_gradient_cache = True
+    citation = citation_of("gao2021scaling")
     chosen_tokens_per_chunk: Tensor | None
 
     def __init__(
@@ -195,20 +197,6 @@ class CachedLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
         return {"loss": type(self.loss).__name__, "tokens_per_chunk": self.tokens_per_chunk}
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the method's source, for the model card."""
-        return """
-@misc{gao2021scaling,
-    title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
-    author = {Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
-    year = {2021},
-    eprint = {2101.06983},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.LG},
-}
-"""
 
 
 def _described(loss: Any) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_fast.losses.base import Columns, check_num_columns
+from moe_fast.losses.citations import citation_of
 from moe_fast.losses.functional import contrastive_learning_penalty
 from moe_fast.losses.global_sum import global_sum
 from moe_fast.losses.info_nce import InfoNCELoss
@@ -39,6 +40,8 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
     Raises:
         ValueError: for a value out of range, naming the argument.
     """
+
+    citation = citation_of("yu2024clp")
 
     def __init__(
         self,
@@ -110,18 +113,3 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
             "queries_per_negative": self.queries_per_negative,
             "penalty_weight": self.penalty_weight,
         }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the loss's source, for the model card."""
-        return """
-@misc{yu2024clp,
-    title = {Efficient Fine-tuning Methodology of Text Embedding Models for Information Retrieval:
-             Contrastive Learning Penalty (CLP)},
-    author = {Yu, Jeongsu},
-    year = {2024},
-    eprint = {2412.17364},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.IR},
-}
-"""

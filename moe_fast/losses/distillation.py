@@ -16,6 +16,7 @@ from moe_fast.losses.base import (
     check_num_columns,
     check_weight,
 )
+from moe_fast.losses.citations import citation_of
 from moe_fast.losses.functional import distillation
 from moe_fast.ops.checks import compute_dtype
 
@@ -50,6 +51,8 @@ class DistillationLoss(TemperatureLoss):
     Raises:
         ValueError: for a value out of range, naming the argument.
     """
+
+    citation = citation_of("lin2020distilling")
 
     def __init__(
         self,
@@ -126,20 +129,6 @@ class DistillationLoss(TemperatureLoss):
             "coefficient": self.coefficient,
             "teacher_temperature": self.teacher_temperature,
         }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the loss's source, for the model card."""
-        return """
-@misc{lin2020distilling,
-    title = {Distilling Dense Representations for Ranking using Tightly-Coupled Teachers},
-    author = {Lin, Sheng-Chieh and Yang, Jheng-Hong and Lin, Jimmy},
-    year = {2020},
-    eprint = {2010.11386},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.IR},
-}
-"""
 
 
 def own_similarities(anchors: Tensor, candidates: list[Tensor], similarity: str) -> Tensor:

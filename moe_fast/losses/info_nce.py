@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from moe_fast.losses.base import (
     temperature_metric,
     warn_of_lone_pair,
 )
+from moe_fast.losses.citations import citation_of
 from moe_fast.losses.functional.global_info_nce import EXCHANGES, global_info_nce
 from moe_fast.losses.global_sum import several_processes
 from moe_fast.losses.negative_masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
@@ -69,6 +69,8 @@ class InfoNCELoss(TemperatureLoss):
     Raises:
         ValueError: for a value out of range, naming the argument.
     """
+
+    citation = citation_of("oord2018cpc")
 
     def __init__(
         self,
@@ -128,24 +130,6 @@ class InfoNCELoss(TemperatureLoss):
         self._keep_metrics(stats.accuracy, scale)
         return loss
 
-    def at_lengths(
-        self, embeddings: list[Tensor], columns: Columns, dims: Sequence[int]
-    ) -> Tensor | None:
-        """The loss of the embeddings cut to each of ``dims``, increasing, [L], in one pass.
-
-        ``None`` where each length needs a call of :meth:`from_embeddings`: in a subclass with a
-        loss of its own, and over several processes.
-        """
-        if type(self).from_embeddings is not InfoNCELoss.from_embeddings or self.gathers:
-            return None
-        if self._is_lone_pair(embeddings):
-            return None
-        scale = self.current_scale()
-        arguments = self._arguments(embeddings, columns)
-        losses, accuracy = ops.matryoshka_info_nce(**arguments, scale=scale, dims=dims)
-        self._keep_metrics(accuracy, scale)
-        return losses
-
     def _is_lone_pair(self, embeddings: list[Tensor]) -> bool:
         return len(embeddings) == 2 and len(embeddings[0]) == 1 and not self.gathers
 
@@ -182,17 +166,3 @@ class InfoNCELoss(TemperatureLoss):
             "gather_across_devices": self.gather_across_devices,
             "exchange": self.exchange,
         }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the loss's source, for the model card."""
-        return """
-@misc{oord2018cpc,
-    title = {Representation Learning with Contrastive Predictive Coding},
-    author = {van den Oord, Aaron and Li, Yazhe and Vinyals, Oriol},
-    year = {2018},
-    eprint = {1807.03748},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.LG},
-}
-"""

@@ -12,6 +12,7 @@ from moe_fast.losses.base import (
     temperature_metric,
     warn_of_lone_pair,
 )
+from moe_fast.losses.citations import citation_of
 from moe_fast.losses.functional import mnr_plus
 
 
@@ -36,6 +37,8 @@ class MultipleNegativesRankingPlusLoss(TemperatureLoss):
     Raises:
         ValueError: for a value out of range, naming the argument.
     """
+
+    citation = citation_of("hallee2024contrastive")
 
     def __init__(
         self,
@@ -74,18 +77,3 @@ class MultipleNegativesRankingPlusLoss(TemperatureLoss):
         )
         self.last_metrics = metrics | temperature_metric(scale)
         return loss
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the loss's source, for the model card."""
-        return """
-@misc{hallee2024contrastive,
-    title = {Contrastive Learning and Mixture of Experts Enables Precise Vector Embeddings},
-    author = {Hallee, Logan and Kapur, Rohan and Patel, Arjun and Gleghorn, Jason P. and
-              Khomtchouk, Bohdan},
-    year = {2024},
-    eprint = {2401.15713},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.LG},
-}
-"""

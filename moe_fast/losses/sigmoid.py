@@ -14,6 +14,7 @@ from moe_fast.losses.base import (
     check_num_columns,
     temperature_metric,
 )
+from moe_fast.losses.citations import citation_of
 from moe_fast.losses.functional import sigmoid_loss
 from moe_fast.losses.negative_masks import NEGATIVES_FROM, batch_masks, check_masks, interleave
 from moe_fast.ops.checks import check_choice
@@ -45,6 +46,8 @@ class SigmoidLoss(TemperatureLoss):
     Raises:
         ValueError: for a value out of range, naming the argument.
     """
+
+    citation = citation_of("zhai2023siglip")
 
     def __init__(
         self,
@@ -110,17 +113,3 @@ class SigmoidLoss(TemperatureLoss):
             "mask_duplicates": self.mask_duplicates,
             "negatives_from": self.negatives_from,
         }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the loss's source, for the model card."""
-        return """
-@misc{zhai2023siglip,
-    title = {Sigmoid Loss for Language Image Pre-Training},
-    author = {Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas},
-    year = {2023},
-    eprint = {2303.15343},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.CV},
-}
-"""

@@ -20,31 +20,36 @@ from moe_fast.compat import nobody_looks
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _no_gradients(*_: Any) -> Any:
-    raise NotImplementedError("the operation has no gradient")
-
-
 @dataclass(frozen=True)
 class Operation:
     """What all implementations of an op share: its schema, its results' shapes, its gradient.
+
+    An op's tensors come first among its arguments, then its settings. Unless ``save`` and
+    ``gradients`` say otherwise, its backward op takes the gradient of the first result, the
+    tensors, the results ``saved`` and the first ``settings``, and gives the gradients of the first
+    tensors, read by nobody where the tensor is absent; the other results have no gradient.
 
     Attributes:
         signature: an implementation whose annotations are the op's schema. The other
             implementations take the same arguments by position.
         fake: the shapes of the results, see ``torch.library.register_fake``.
-        save: keeps what the gradient needs, see ``torch.library.register_autograd``; ``None`` for
-            an op without a gradient.
+        backward_signature, fake_backward: the same of backward ops; ``None`` for an op without a
+            gradient.
+        saved: which results are kept for the backward.
+        settings: how many of the settings the backward takes; ``None``: all.
+        save: keeps what the gradient needs, see ``torch.library.register_autograd``.
         gradients: ``gradients(backward, ctx, *grads)``: the gradients of all arguments, computed
             by an implementation's backward op.
-        backward_signature, fake_backward: the same as ``signature`` and ``fake``, of backward ops.
     """
 
     signature: Callable
     fake: Callable
+    backward_signature: Callable | None = None
+    fake_backward: Callable | None = None
+    saved: slice = slice(0)
+    settings: int | None = None
     save: Callable | None = None
-    gradients: Callable = _no_gradients
-    backward_signature: Callable = _no_gradients
-    fake_backward: Callable = _no_gradients
+    gradients: Callable | None = None
 
     def implement(self, name: str, forward: Callable, backward: Callable | None = None) -> Callable:
         """Register ``forward`` as ``moe_fast::{name}``, ``backward`` as ``{name}_backward``.
@@ -52,15 +57,33 @@ class Operation:
         Returns:
             The function to call, with the arguments of the signature by position.
         """
-        name = f"moe_fast::{name}"
+        name, schema = f"moe_fast::{name}", schema_of(self.signature)
         if backward is None:
-            return register_op(name, schema_of(self.signature), forward, self.fake)
+            return register_op(name, schema, forward, self.fake)
+        assert self.backward_signature is not None and self.fake_backward is not None
         run_backward = register_op(
             f"{name}_backward", schema_of(self.backward_signature), backward, self.fake_backward
         )
-        gradients = functools.partial(self.gradients, run_backward)
-        schema = schema_of(self.signature)
-        return register_op(name, schema, forward, self.fake, self.save, gradients)
+        gradients = functools.partial(self.gradients or _gradients, run_backward)
+        return register_op(name, schema, forward, self.fake, self.save or self._save, gradients)
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = (output,) if isinstance(output, Tensor) else output
+        tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
+        ctx.save_for_backward(*tensors, *results[self.saved])
+        ctx.settings = inputs[len(tensors) :][: self.settings]
+        ctx.num_inputs = len(inputs)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)  # or autograd makes zeros as large as what was saved
+
+
+def _gradients(backward: Callable, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:  # only a result was asked for that has no gradient
+        return (None,) * ctx.num_inputs
+    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
+    grads = backward(grad, *tensors, *ctx.settings)
+    found = [None if t is None else g for t, g in zip(tensors, grads, strict=False)]
+    return *found, *[None] * (ctx.num_inputs - len(found))
 
 
 def schema_of(signature: Callable) -> str:

@@ -36,7 +36,7 @@ _NO_PASS = sys.maxsize  # a pass that no run gets to
 _NEEDED = (_STATE_NAME, "modules.json", "optimizer.pt", "scheduler.pt")
 
 
-class WholeCheckpointTrainer(SentenceTransformerTrainer):
+class AtomicCheckpointTrainer(SentenceTransformerTrainer):
     """A ``SentenceTransformerTrainer`` whose checkpoints survive a kill or a full disk.
 
     A checkpoint is written into a folder aside, by all processes, and takes its place

@@ -14,9 +14,9 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor, nn
 
 from moe_fast import compat
-from moe_fast.training.domains import to_domain_ids
-from moe_fast.training.draws import draw_passages, has_flag_columns, is_swapped
+from moe_fast.training.domain_ids import to_domain_ids
 from moe_fast.training.hashing import stable_hash
+from moe_fast.training.row_sampling import draw_passages, has_flag_columns, is_swapped
 
 
 @dataclass
@@ -32,8 +32,8 @@ class DomainDataCollator(SentenceTransformerDataCollator):
     - ``{column}_text_hash``: [B] int64, equal where the raw texts are, in any process.
 
     FlagEmbedding's rows (``query``, ``pos``, ``neg``, ...) become columns of texts, see
-    :func:`moe_fast.training.draws.draw_passages`. :meth:`for_training` gives the collator that
-    draws by epoch and swaps pairs; the collator itself, for evaluation, takes the first ones.
+    :func:`moe_fast.training.row_sampling.draw_passages`. :meth:`for_training` gives the collator
+    that draws by epoch and swaps pairs; the collator itself, for evaluation, takes the first ones.
 
     Texts longer than the limit are truncated, as sentence-transformers does, and the first batch
     in which any reaches it says so. ``truncated`` and ``collated`` count the texts that reached

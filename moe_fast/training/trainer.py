@@ -21,8 +21,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from moe_fast import compat
 from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.training.callbacks import ExpertUsageCallback
-from moe_fast.training.checkpoints import WholeCheckpointTrainer
-from moe_fast.training.checks import (
+from moe_fast.training.checkpoints import AtomicCheckpointTrainer
+from moe_fast.training.collator import DomainDataCollator
+from moe_fast.training.dataset_checks import (
     check_column_names,
     check_domains,
     check_exchanges,
@@ -34,10 +35,8 @@ from moe_fast.training.checks import (
     has_domain_column,
     text_columns,
 )
-from moe_fast.training.collator import DomainDataCollator
 from moe_fast.training.distributed import average_gradients, broadcast_from_first
-from moe_fast.training.domains import with_domain_names
-from moe_fast.training.draws import has_flag_columns
+from moe_fast.training.domain_ids import with_domain_names
 from moe_fast.training.labels import check_label_batch, check_labels
 from moe_fast.training.loss_state import (
     LOSS_STATE_NAME,
@@ -46,12 +45,13 @@ from moe_fast.training.loss_state import (
     save_loss_state,
 )
 from moe_fast.training.metrics import RunningMeans
+from moe_fast.training.row_sampling import has_flag_columns
 from moe_fast.training.sampler import fixed_sizes
 from moe_fast.training.throughput import Throughput
 from moe_fast.training.trainable import check_precision, check_reached, check_trainable
 
 
-class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
+class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
     """A ``SentenceTransformerTrainer`` with what training over domains needs.
 
     - A dataset's domain column becomes domain ids, never a text: the collator is a
@@ -69,7 +69,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
       ``{dataset}_{metric}`` where each dataset has a loss of its own; the shares of an
       :class:`ExpertUsageCallback` reach every logger. ``tokens_per_second`` are real tokens of all
       processes over the time of forward and backward passes.
-    - Checkpoints are whole or not there, see :class:`WholeCheckpointTrainer`.
+    - Checkpoints are whole or not there, see :class:`AtomicCheckpointTrainer`.
 
     Args:
         model, args, train_dataset, eval_dataset, loss, **kwargs: as in sentence-transformers.
@@ -249,7 +249,7 @@ class MoESentenceTransformerTrainer(WholeCheckpointTrainer):
 
     @compat.overrides
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; see :meth:`WholeCheckpointTrainer.train` for resuming.
+        """As in transformers; see :meth:`AtomicCheckpointTrainer.train` for resuming.
 
         Raises:
             ValueError: nothing of the model would train, or its weights to be trained are float16.

@@ -9,12 +9,12 @@ import math
 import pytest
 import torch
 
-from bench import gpu, gpu_cases, gpu_checks, gpu_times
-from bench.gpu_cases import Case
+from bench import gpu, gpu_checks, gpu_times, problem
+from bench.problem import Shape
 from tests.triton_ops.processes import needs_triton, run
 
 CPU = torch.device("cpu")
-BASE = Case(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
+BASE = Shape(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
 
 
 @needs_triton
@@ -40,7 +40,7 @@ def test_the_dry_run_goes_through_everything(tmp_path):
     assert set(table["configs"]) == set(parts["tune"]["K=1"]) | set(parts["tune"]["K=2"])
     compared = [v for v in parts["time"].values() if isinstance(v, list)]
     assert len(compared) == 7
-    assert all({"moe_fast"} <= {result["name"] for result in results} for results in compared)
+    assert all({"moe_fast"} <= {row["who"] for row in rows} for rows in compared)
     assert len(parts["time"]["floor"]) == 3
     contrastive = parts["time"]["info_nce"]
     assert contrastive["target"] == {"seconds": 0.056, "bytes": 1e9}
@@ -82,7 +82,7 @@ def test_the_floor_on_an_h200(tokens, k, forward, both):
     rows, within 6 % of those figures.
     """
     ceilings = gpu_times.Ceilings(flops=790e12, bandwidth=4.3e12)
-    case = Case(tokens, experts=8, k=k, dim=768, hidden=3072, dtype=torch.bfloat16)
+    case = Shape(tokens, experts=8, k=k, dim=768, hidden=3072, dtype=torch.bfloat16)
     for backward, expected in ((False, forward), (True, both)):
         found = 1e3 * gpu_times.floor(case, ceilings, backward)
         assert (0.985 if k == 1 else 0.94) * expected <= found <= 1.015 * expected
@@ -90,7 +90,7 @@ def test_the_floor_on_an_h200(tokens, k, forward, both):
 
 def test_every_pair_of_values_comes_before_the_rest():
     axes = dict(a=(1, 2, 3), b=(1, 2), c=(1, 2, 3, 4))
-    found = gpu_cases.covering(axes)
+    found = problem.covering(axes)
     assert len(found) == len({tuple(c.values()) for c in found}) == 24
     seen: set = set()
     for number, combination in enumerate(found):
@@ -104,10 +104,10 @@ def test_every_pair_of_values_comes_before_the_rest():
 
 def test_errors_are_relative_to_the_largest_entry():
     expected = torch.tensor([4.0, 0.0])
-    assert gpu_cases.relative_error(expected, expected) == 0
-    assert gpu_cases.relative_error(torch.tensor([4.0, 1.0]), expected) == 0.25
-    assert gpu_cases.relative_error(torch.tensor([4.0, math.nan]), expected) == math.inf
-    assert gpu_cases.relative_error(torch.tensor([1.0]), torch.zeros(1)) == math.inf
+    assert problem.relative_error(expected, expected) == 0
+    assert problem.relative_error(torch.tensor([4.0, 1.0]), expected) == 0.25
+    assert problem.relative_error(torch.tensor([4.0, math.nan]), expected) == math.inf
+    assert problem.relative_error(torch.tensor([1.0]), torch.zeros(1)) == math.inf
 
 
 def test_a_case_beyond_its_bound_or_that_raises_is_a_failure():
@@ -131,10 +131,10 @@ def test_the_grid_stops_when_its_time_is_up():
 def test_loads():
     """Tokens go where the load says."""
     torch.manual_seed(0)
-    case = Case(50, experts=4, k=2, dim=4, hidden=8, dtype=torch.float32)
+    case = Shape(50, experts=4, k=2, dim=4, hidden=8, dtype=torch.float32)
     ids = {
-        load: gpu_cases.Problem(Case(**{**vars(case), "load": load}), CPU).top_k_index
-        for load in gpu_cases.LOADS
+        load: problem.Problem(Shape(**{**vars(case), "load": load}), CPU).top_k_index
+        for load in problem.LOADS
     }
     assert (ids["any"] < 4).all() and (ids["any"][:, 0] != ids["any"][:, 1]).all()
     assert (ids["one"] == torch.tensor([3, 4])).all()

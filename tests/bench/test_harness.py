@@ -9,16 +9,12 @@ import pytest
 from bench.harness import (
     Summary,
     alternate,
-    compare,
     environment,
+    race,
     summarize,
     table,
     write_json,
 )
-
-
-def no_check(outputs: dict) -> None:
-    pass
 
 
 def test_summary_of_known_values():
@@ -66,32 +62,9 @@ def test_summarize_refuses(samples, baseline, message):
         summarize(samples, baseline)
 
 
-def test_compare_checks_before_it_times():
-    calls = {"a": 0, "b": 0}
-
-    def run(name):
-        calls[name] += 1
-        return name
-
-    def check(outputs):
-        assert outputs == {"a": "a", "b": "b"}
-        raise AssertionError("outputs differ")
-
-    with pytest.raises(AssertionError, match="outputs differ"):
-        compare({n: lambda n=n: run(n) for n in calls}, baseline="a", check=check)
-    assert calls == {"a": 1, "b": 1}
-
-
-def test_compare_refuses_an_unknown_baseline_before_any_work():
-    with pytest.raises(ValueError, match="baseline must be one of"):
-        compare({"a": lambda: pytest.fail("ran")}, baseline="b", check=no_check)
-
-
-def test_compare_and_table():
+def test_race_and_table():
     runs = {"new": lambda: 1, "old": lambda: 2}
-    results = compare(
-        runs, baseline="old", check=no_check, rounds=3, warmup=0, min_sample_seconds=0
-    )
+    results = race(runs, baseline="old", rounds=3, warmup=0, min_sample_seconds=0)
     lines = table(results, "a title").splitlines()
     assert lines[0] == "a title (median of 3 rounds)"
     assert "x old" in lines[1]
@@ -99,18 +72,17 @@ def test_compare_and_table():
     assert lines[3].startswith("new ")
 
 
-def test_compare_synchronizes_around_each_sample():
+def test_a_race_synchronizes_around_each_sample():
     events: list[str] = []
-    compare(
+    race(
         {"a": lambda: events.append("run")},
         baseline="a",
-        check=no_check,
         rounds=2,
         warmup=0,
         min_sample_seconds=0,
         synchronize=lambda: events.append("sync"),
     )
-    assert events == ["run"] + ["sync", "run", "sync"] * 3  # the check; calibration, two rounds
+    assert events == ["sync", "run", "sync"] * 3  # calibration, two rounds
 
 
 def test_environment_is_complete_and_can_be_written(tmp_path):

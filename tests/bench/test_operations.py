@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import subprocess
 import sys
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from bench import (
+    cached_step,
     expert_mlp,
     growth,
     info_nce,
@@ -20,20 +19,25 @@ from bench import (
     peers,
     plan,
     route,
+    rows,
     training_step,
 )
-from bench.__main__ import OPERATIONS, main
+from bench.__main__ import JOBS, TIMED, main
 from bench.cases import OURS, SIZES, WrongResult, measure
 from bench.harness import ROOT
-from bench.record import Row, read_record
+from bench.peak_memory import LOSS, MLP
+from bench.problem import EXPERTS, bert
+from bench.record import read_record
 
 FILES = {
     "route": route,
     "plan": plan,
+    "rows": rows,
     "expert_mlp": expert_mlp,
     "moe_mlp": moe_mlp,
     "info_nce": info_nce,
     "training_step": training_step,
+    "cached_step": cached_step,
 }
 
 
@@ -46,10 +50,10 @@ def uncompiled(monkeypatch):
 @pytest.mark.parametrize("name", FILES)
 def test_every_candidate_computes_the_same(name):
     for case in FILES[name].cases("tiny"):
-        rows = measure(case, seconds=0, rounds=1, min_sample_seconds=0)
-        assert rows[0].who == OURS and len(rows) > 1
-        assert not [r for r in rows if r.reason and r.reason.startswith("fails")], rows
-        assert case.work.moved > 0 and case.work.flop >= 0
+        found = measure(case, seconds=0, rounds=1, min_sample_seconds=0)
+        assert found[0].who == case.baseline and len(found) > 1
+        assert not [r for r in found if r.reason and r.reason.startswith("fails")], found
+        assert case.work is None or (case.work.moved > 0 and case.work.flop >= 0)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -59,9 +63,10 @@ def test_a_wrong_result_of_ours_is_caught(name):
     candidates = case.prepare()
     outputs = {who: run() for who, run in candidates.runs.items()}
     outputs = copy.deepcopy(outputs)
-    first = outputs[OURS][-1]
+    ours = OURS if OURS in outputs else "CachedLoss"
+    first = outputs[ours][-1]
     first[-1] = first[-1] + 1  # in place: one element or one row of the last output
-    with pytest.raises(WrongResult, match=OURS):
+    with pytest.raises(WrongResult, match=ours):
         candidates.check(outputs)
 
 
@@ -72,12 +77,12 @@ def test_larger_sizes_hold_more_cases(name):
 
 
 def test_work_of_the_experts():
-    shape = expert_mlp.Shape(tokens=10, dim=4, k=2, dtype=torch.float32, experts=8)
+    shape = bert(10, 4, 2, torch.float32)
     work = expert_mlp.work(shape, backward=False)
     assert work.flop == 2 * 20 * (4 * 16 + 16 * 4)
     assert work.moved == 4 * (2 * 10 * 4 + 8 * 2 * 4 * 16)
     assert expert_mlp.work(shape, backward=True).flop == 3 * work.flop
-    few = expert_mlp.Shape(tokens=1, dim=4, k=2, dtype=torch.bfloat16, experts=8)
+    few = bert(1, 4, 2, torch.bfloat16)
     assert expert_mlp.work(few, False).moved == 2 * (2 * 4 + 2 * 2 * 4 * 16)  # two experts hit
 
 
@@ -90,7 +95,7 @@ def test_gpu_libraries_say_why_not():
 
 def test_batched_mm_is_absent_where_it_copies_too_much(monkeypatch):
     monkeypatch.setattr(expert_mlp, "LARGEST_COPY", 0)
-    shape = expert_mlp.Shape(8, 8, 1, torch.float32)
+    shape = bert(8, 8, 1, torch.float32, bias=False)
     candidates = expert_mlp.candidates(shape, backward=False)
     assert "batched_mm" not in candidates.runs
     assert "copies each row's weights" in candidates.absent["batched_mm"]
@@ -112,14 +117,17 @@ def test_the_error_of_an_exponent_is_the_regression_s():
 
 
 def test_curves_of_a_sweep():
+    def seconds(row):
+        return row.seconds and row.seconds.median
+
     rows = []
     for case in growth.cases("tiny"):
         if case.operation == "plan":
             rows += measure(case, seconds=0, rounds=1, min_sample_seconds=0)
-    curves = growth.exponents(rows)
+    curves = growth.curves_of(rows, seconds)
     assert {(c.operation, c.letter) for c in curves} == {("plan", "T")}
-    assert all(c.sizes == sorted(c.sizes) and len(c.sizes) == len(c.seconds) == 3 for c in curves)
-    assert growth.exponents(rows[:1]) == []
+    assert all(c.sizes == sorted(c.sizes) and len(c.sizes) == len(c.values) == 3 for c in curves)
+    assert growth.curves_of(rows[:1], seconds) == []
 
 
 def test_sweeps_vary_one_size():
@@ -148,14 +156,23 @@ def test_peak_memory_of_a_known_allocation():
 
 @pytest.mark.slow
 def test_memory_in_a_fresh_process():
-    rows = [peak_memory.row(who, 64) for who in peak_memory.CANDIDATES]
-    weights = 2 * peak_memory.EXPERTS * 4 * peak_memory.DIM**2 * 4
+    rows = [peak_memory.row(MLP, who, 64) for who in peak_memory.CANDIDATES[MLP]]
+    weights = 2 * EXPERTS * 4 * peak_memory.DIM**2 * 4
     for row in rows:
         if row.reason is None:  # the gradients of the weights are the least that it takes
-            least = weights / peak_memory.EXPERTS if row.who == "dense" else weights
+            least = weights / EXPERTS if row.who == "dense" else weights
             assert row.peak_bytes > 0.95 * least, row
     with pytest.raises(RuntimeError, match="the measuring process for nobody failed"):
-        peak_memory.in_fresh_process("nobody", 1)
+        peak_memory.in_fresh_process(MLP, "nobody", 1)
+
+
+@pytest.mark.slow
+def test_memory_of_the_loss():
+    """The dense loss holds at least three B x B matrices, the tiled one less than one."""
+    matrix = 4096**2 * 4
+    names = peak_memory.CANDIDATES[LOSS]
+    ours, theirs, cached = (peak_memory.in_fresh_process(LOSS, who, 4096) for who in names)
+    assert ours < matrix and cached < 3 * matrix < theirs
 
 
 def test_a_run_writes_one_file(tmp_path, capsys):
@@ -180,7 +197,8 @@ def test_bad_arguments_are_usage_errors(words, capsys):
 
 
 def test_every_operation_has_a_file():
-    assert set(OPERATIONS) == {*FILES, "growth", "peak_memory"}
+    for name in (*TIMED, *JOBS):
+        assert name in FILES or (ROOT / "bench" / f"{name}.py").is_file()
 
 
 def test_dense_has_a_floor_of_its_own():
@@ -189,20 +207,3 @@ def test_dense_has_a_floor_of_its_own():
     rows = measure(case, seconds=0, rounds=1, min_sample_seconds=0)
     dense, ours = (next(r for r in rows if r.who == who) for who in ("dense", OURS))
     assert dense.work.flop == ours.work.flop and dense.work.moved < ours.work.moved
-
-
-@pytest.mark.slow
-def test_the_pytest_suite_records_the_comparison(tmp_path):
-    pytest.importorskip("pytest_benchmark", reason="needs the extra moe-fast[bench]")
-    out = tmp_path / "run.json"
-    command = [sys.executable, "-m", "pytest", "-q", "bench/suites.py", "-k", "plan"]
-    command += [f"--benchmark-json={out}", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = {**os.environ, "MOE_FAST_BENCH_SIZE": "tiny"}
-    for name in [n for n in environment if n.startswith("PYTEST_")]:
-        del environment[name]  # pytest-benchmark measures nothing in a worker of xdist
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text())["benchmarks"]
-    rows = [Row.of(row) for row in found[0]["extra_info"]["rows"]]
-    assert {row.who for row in rows} > {OURS, "stable sort"}
-    assert found[0]["group"] == "plan" and found[0]["stats"]["rounds"] == 10

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.harness import Result, Summary, write_json
+from bench.harness import Summary
 from bench.machine import Machine, noise
 from bench.record import Recorder, Row, Work, pooled, read_record
 
@@ -32,15 +32,6 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert record.environment["commit"] and record.environment["versions"]["torch"]
     assert record.environment["threads"] >= 1 and record.environment["cpu"]
     assert record.load_after is not None
-
-
-def test_groups_of_results_become_rows(tmp_path):
-    path = tmp_path / "embedding.json"
-    results = [Result("ours", Summary.of([1.0]), SECONDS), Result("theirs", RATIO, SECONDS)]
-    write_json(path, {"environment": {"cpu": "x"}, "results": {"bf16": results}, "texts": 3})
-    first, second = read_record(path).rows
-    assert first.case == ("embedding, bf16", "", "")
-    assert (second.who, second.baseline, second.ratio) == ("theirs", "ours", RATIO)
 
 
 def measured(who: str, *quartiles: float, least: float | None = None) -> Row:

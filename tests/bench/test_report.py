@@ -10,13 +10,15 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the extra moe-fast[eval]")
 
 from bench.cases import OURS
-from bench.harness import Result, Summary, write_json
+from bench.harness import Summary, write_json
 from bench.machine import Machine
-from bench.peak_memory import OPERATION
+from bench.peak_memory import MLP, SUFFIX
 from bench.record import Record, Row, Work
 from bench.report import best_of_others, main, table
 
 ENVIRONMENT = {"cpu": "a processor", "threads": 2, "versions": {"torch": "2.13", "triton": None}}
+SECONDS = Summary(1.0, 1.0, 1.0, 9)
+OPERATION = MLP + SUFFIX
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -44,10 +46,9 @@ def whole_record() -> Record:
 def test_a_page_of_everything(tmp_path):
     results, page = tmp_path / "results", tmp_path / "docs" / "benchmarks.md"
     write_json(results / "cpu.json", asdict(whole_record()))
-    pair = [Result(OURS, Summary.of([1.0]), Summary.of([0.1])),
-            Result("dense", Summary.of([0.5]), Summary.of([0.05]))]  # fmt: skip
-    write_json(results / "own-form.json", {"environment": ENVIRONMENT, "results": {"bf16": pair}})
-    write_json(results / "other.json", {"environment": ENVIRONMENT, "units": 3})  # no comparison
+    whole = [Row("import", {}, "", who, "dense", SECONDS, SECONDS) for who in ("dense", OURS)]
+    write_json(results / "other.json", asdict(Record(ENVIRONMENT, rows=whole)))
+    write_json(results / "empty.json", asdict(Record(ENVIRONMENT)))  # no comparison
     assert main(["--results", str(results), "--output", str(page)]) == 0
     text = page.read_text()
     linked = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
@@ -60,10 +61,10 @@ def test_a_page_of_everything(tmp_path):
     assert "A noisy run" in text and "Liger: needs a GPU" in text
     assert "| T=8 D=4 | eager | 2.00 [1.80, 2.20] | 16 | 50% |" in text
     assert "| expert MLP | T | 8 .. 32 | moe_fast | 1.00 ± 0.00 |" in text
-    assert "| 8 | 8 MiB | 8 MiB |" in text
+    assert f"| {OPERATION} | T=8 | eager | 8 |" in text
     for words in ("expert_mlp", "growth", "peak_memory"):
         assert f"Repeat: `python -m bench {words}`" in text
-    assert "Repeat: `python -m bench.own-form`" in text
+    assert "Repeat: `python -m bench import_time`" in text
     assert "100 GFLOP/s in float32" in text
 
 

@@ -82,10 +82,10 @@ def test_the_demo_gets_its_settings(moe_fast_cli, monkeypatch):
 
     given = []
     monkeypatch.setattr(
-        demo, "main", lambda arguments: given.append(demo.parse_settings(arguments)) or 0
+        demo, "main", lambda arguments: given.append(demo.parse_arguments(arguments)) or 0
     )
     assert moe_fast_cli("demo").exit_code == 0  # needs no arguments
-    assert given.pop() == demo.parse_settings([])
+    assert given.pop() == demo.parse_arguments([])
     example = shlex.split(COMMANDS["demo"].EXAMPLE)[1:]
     assert moe_fast_cli(*example, "--seed", 3).exit_code == 0
     assert (str(given[0].output), given[0].train_pairs, given[0].seed) == ("demo-output", 250, 3)
@@ -102,7 +102,7 @@ def test_failure_is_one_line_and_exit_code_1(moe_fast_cli):
     result = moe_fast_cli("embed", "mixture", "no-such-file.txt", "-o", "x.npy", "--domain", "law")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr == "moe-fast embed: error: there is no file no-such-file.txt\n"
+    assert result.stderr == "moe-fast embed: error: no such file: no-such-file.txt\n"
 
 
 def test_failure_says_what_was_noted_on_its_way(moe_fast_cli, monkeypatch):

@@ -85,7 +85,7 @@ def test_tokens_of_a_learned_router(moe_fast_cli, workspace):
             ["mixture", "--texts", "art.jsonl", "--domain-column", "domain"],
             "one of the model's domains ('law', 'medicine'); got 'art'",
         ),
-        (["mixture", "--texts", "none.jsonl"], "there is no file none.jsonl"),
+        (["mixture", "--texts", "none.jsonl"], "no such file: none.jsonl"),
         (["none/at/all"], "there is no such folder"),
         (["mixture", "--texts", "art=texts.jsonl"], "('law', 'medicine'); got 'art'"),
         (

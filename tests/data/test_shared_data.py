@@ -53,6 +53,7 @@ def test_sts(split: str, rows: int):
 
 
 def test_texts():
-    texts = list(read_texts(FOLDER / "pairs_medical_abstracts_title_body.jsonl.gz", "b"))
-    assert [row for row, _, _ in texts] == list(range(2_888))
-    assert len({domain for _, _, domain in texts}) == 5
+    path = FOLDER / "pairs_medical_abstracts_title_body.jsonl.gz"
+    rows = list(read_texts(path, columns=["b"], domain_column="domain"))
+    assert [row.id for row in rows] == [str(number) for number in range(2_888)]
+    assert len({row.domain for row in rows}) == 5

@@ -29,20 +29,23 @@ def test_the_quick_demo_runs_from_the_command_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"expert_usage.png", "losses.png", "model", "results.json", "table.md"}
-    assert (tmp_path / "out" / "table.md").read_text().strip() in done.stdout
+    pictures = {"demo_expert_usage.png", "demo_losses.png"}
+    assert names == {"demo.json", "demo.md", "model", *pictures}
+    assert (tmp_path / "out" / "demo.md").read_text().strip() in done.stdout
     assert done.stdout.count("    1. ") == 3  # three searches
 
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    systems = {system["name"]: system for system in results["systems"]}
+    record = json.loads((tmp_path / "out" / "demo.json").read_text())
+    systems = record["systems"]
     assert list(systems) == ["TF-IDF", "pretrained", "dense", "MoE, enforced", "MoE, routed"]
-    assert results["train_pairs"] == 250 and results["held_out_pairs"] == 150
-    for system in systems.values():
-        assert set(system["means"]) == {*DOMAINS, "all"}
-        interval = system["overall"]["nDCG@10"]
-        assert 0.4 < interval["low"] < interval["mean"] < interval["high"] < 1.0
+    assert record["data"]["training pairs"] == dict.fromkeys(sorted(DOMAINS), 50)
+    assert record["data"]["queries"] == dict.fromkeys(sorted(DOMAINS), 30)
+    found = {}
+    for name, system in systems.items():
+        scores = system["everything"]["scores"]
+        assert set(scores) == {*DOMAINS, "all"}
+        interval = scores["all"]["nDCG@10"]
+        assert 0.4 < interval["low"] < interval["value"] < interval["high"] < 1.0
+        found[name] = interval["value"]
     # a pretrained encoder that training has not broken
-    pretrained = systems["pretrained"]["overall"]["nDCG@10"]["mean"]
     for name in ("dense", "MoE, enforced", "MoE, routed"):
-        assert systems[name]["overall"]["nDCG@10"]["mean"] > pretrained - 0.03
-        assert systems[name]["train_pairs"] == 250
+        assert found[name] > found["pretrained"] - 0.03

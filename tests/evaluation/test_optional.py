@@ -5,15 +5,15 @@ import sys
 import numpy as np
 import pytest
 
-from moe_fast.evaluation import bootstrap_interval, retrieval_scores
+from moe_fast.evaluation.bootstrap import bootstrap_bounds
+from moe_fast.evaluation.ir_metrics import query_scores
 from moe_fast.evaluation.plots import plot_losses
 
 
 def _calls(path: str):
-    vectors = np.ones((2, 2), np.float32)
     return {
-        "ir-measures": lambda: retrieval_scores(vectors, vectors, [{0: 1}, {1: 1}]),
-        "scipy": lambda: bootstrap_interval([1.0, 2.0]),
+        "ir-measures": lambda: query_scores({}, {"q": {"d": 1}}, ["nDCG@3"]),
+        "scipy": lambda: bootstrap_bounds([np.arange(2)], lambda rows: rows.mean(-1)[None]),
         "matplotlib": lambda: plot_losses({"x": [(0, 1.0)]}, path),
     }
 

@@ -16,9 +16,9 @@ from tests.training.tiny_models import make_dense
 SETTINGS = Settings(
     train_pairs=24,
     large_batch=12,
-    small_batch=4,
+    batch_size=4,
     large_steps=3,
-    small_rate=2e-3,
+    learning_rate=2e-3,
     large_rate=4e-3,
     tokens_per_chunk=40,
     questions=12,
@@ -44,13 +44,12 @@ def test_batches_that_do_not_fit_are_an_error():
 def test_the_whole_way(data, tmp_path):  # noqa: F811
     model = tmp_path / "model"
     make_dense().save_pretrained(str(model))
-    results = run(data, model, tmp_path / "results", SETTINGS)
+    systems = run(data, model, tmp_path / "results", SETTINGS)
     written = json.loads((tmp_path / "results" / "large_batch.json").read_text())
-    assert written["systems"].keys() == results["systems"].keys()
-    assert list(written["systems"]) == ["pretrained", "batch 4", "batch 12"]
-    assert [row.get("steps") for row in written["systems"].values()] == [None, 9, 3]
-    assert len(written["differences"]) == 2 * 2
+    assert list(written["systems"]) == list(systems) == ["pretrained", "batch 4", "batch 12"]
+    assert [len(row["history"]) for row in written["systems"].values()] == [0, 9, 3]
+    assert [len(found) for found in written["differences"].values()] == [2, 2]
     small, large = (written["systems"][f"batch {n}"]["history"] for n in (4, 12))
     assert large[-1]["loss"] < large[0]["loss"] and small[-1]["loss"] < small[0]["loss"]
     text = (tmp_path / "results" / "large_batch.md").read_text()
-    assert "| batch 12 - batch 4 |" in text and "36 pairs of 24 different ones" in text
+    assert "| batch 12 - batch 4" in text and "36 pairs seen" in text

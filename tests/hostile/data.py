@@ -41,9 +41,9 @@ def pairs(path: Path) -> None:
 
 def texts(path: Path) -> None:
     """As ``moe-fast embed`` reads."""
-    from moe_fast.inference.texts import read_text_rows
+    from moe_fast.data import read_texts
 
-    if not list(read_text_rows(path)):
+    if not list(read_texts(path)):
         raise ValueError(f"{path}: no texts in this file")
 
 

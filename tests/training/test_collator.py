@@ -17,8 +17,8 @@ from tiny_models import DOMAINS, MAX_LENGTH, make_dense, make_flag_rows, make_mo
 from torch.utils.data import DataLoader
 
 from moe_fast.training import DomainDataCollator, hashing
-from moe_fast.training.draws import draw_passages, flag_row_columns, is_swapped
 from moe_fast.training.hashing import stable_hash
+from moe_fast.training.row_sampling import draw_passages, flag_row_columns, is_swapped
 
 
 @pytest.fixture(scope="module")

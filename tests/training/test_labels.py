@@ -10,8 +10,8 @@ from tiny_models import DOMAINS, make_dense, make_moe, make_pairs
 
 from moe_fast.losses import InfoNCELoss, MatryoshkaLoss, SigmoidLoss
 from moe_fast.training import MoESentenceTransformerTrainer
-from moe_fast.training.checks import check_column_names
-from moe_fast.training.domains import with_domain_names
+from moe_fast.training.dataset_checks import check_column_names
+from moe_fast.training.domain_ids import with_domain_names
 from moe_fast.training.labels import check_label_batch, check_labels, ignores_labels
 
 LABELS = ["label", "labels", "score", "scores"]

@@ -35,7 +35,7 @@ from moe_fast.training import (
     ExpertUsageCallback,
     MoESentenceTransformerTrainer,
 )
-from moe_fast.training.draws import draw_passages, flag_row_columns, is_swapped
+from moe_fast.training.row_sampling import draw_passages, flag_row_columns, is_swapped
 
 
 def make_trainer(folder: Path, model, loss, dataset, *, args=None, **kwargs):

@@ -47,9 +47,9 @@ void activate_panel(const Mlp& mlp, const float* z, const float* z2, int64_t uni
 }
 
 // Results [count, dims] of a task's rows first .. first + count, `ld` apart, to where they belong.
-void finish_rows(const Mlp& mlp, const Task& task, const ForwardOutput& out, int64_t first_dim,
-                 int64_t dims, const float* rows, int64_t ld, int64_t first, int64_t count,
-                 ForwardBuffers& buffers) {
+void row_epilogue(const Mlp& mlp, const Task& task, const ForwardOutput& out, int64_t first_dim,
+                  int64_t dims, const float* rows, int64_t ld, int64_t first, int64_t count,
+                  ForwardBuffers& buffers) {
   float* finished = buffers.finished.get<float>(dims);
   const float* bias = nullptr;
   if (task.part == 0) {
@@ -77,8 +77,8 @@ void finish_tiles(const Mlp& mlp, const Task& task, const ForwardOutput& out, in
   for (int64_t column = 0; column < count; column += kPanel) {
     const int64_t width = panel_width(count, column);
     transpose_floats(tiles + column * dims, width, dims, width, rows, padded);
-    finish_rows(mlp, task, out, first_dim, dims, rows, padded, column,
-                std::min(kPanel, count - column), buffers);
+    row_epilogue(mlp, task, out, first_dim, dims, rows, padded, column,
+                 std::min(kPanel, count - column), buffers);
   }
 }
 
@@ -147,7 +147,7 @@ void forward_few(const Mlp& mlp, const Task& task, const ForwardOutput& out) {
   const auto* weights = reinterpret_cast<const Bf16*>(
       at(mlp.down, mlp.dtype, mlp.down_at(task.expert, 0) + task.begin));
   simd().dots_bf16(weights, mlp.hidden, dim, activated, part, count, part, rows, dim);
-  finish_rows(mlp, task, out, 0, dim, rows, dim, 0, count, buffers);
+  row_epilogue(mlp, task, out, 0, dim, rows, dim, 0, count, buffers);
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ from moe_fast.ops.info_nce.tiled import (
     Settings,
     add_gradients,
     add_logits,
-    cross_entropy,
+    both_directions,
     gradient_terms,
     new_sums,
     pair_side,
@@ -196,9 +196,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
                 add_logits(rows, hard, settings, row_sums, None, own_logit, rank, False)
 
         column_sums = exchange.add_sums(add, scale)
-        row_loss = cross_entropy(row_sums, label_smoothing)
-        if symmetric:
-            row_loss = (row_loss + cross_entropy(column_sums, label_smoothing)) / 2
+        row_loss = both_directions(row_sums, column_sums if symmetric else None, label_smoothing)
         loss = (each * row_loss).sum()
         dist.all_reduce(loss)
         ctx.save_for_backward(a, scale, row_sums, column_sums, *ids)

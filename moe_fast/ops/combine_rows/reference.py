@@ -42,18 +42,6 @@ def _fake_backward(grad_y, rows, top_k_weights, expert_offsets, slot_to_row):
     return rows.new_empty(rows.shape), top_k_weights.new_empty(top_k_weights.shape)
 
 
-def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(backward, ctx, grad_y):
-    rows, weights, expert_offsets, slot_to_row = ctx.saved_tensors  # read once
-    grad_rows, grad_weights = backward(grad_y, rows, weights, expert_offsets, slot_to_row)
-    return grad_rows, grad_weights, None, None
-
-
-OPERATION = Operation(
-    _combine_rows, _fake, _save_for_backward, _gradients, _combine_rows_backward, _fake_backward
-)
+OPERATION = Operation(_combine_rows, _fake, _combine_rows_backward, _fake_backward)
 combine_rows = OPERATION.implement("combine_rows", _combine_rows, _combine_rows_backward)
 backends.register("combine_rows", "torch", combine_rows)

@@ -79,21 +79,7 @@ def _fake_backward(grad_y, x, weight, bias, top_k_weights, *rest):
     )
 
 
-def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(backward, ctx, grad_y):
-    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-    bias = tensors[2]
-    grads = backward(grad_y, *tensors)
-    grad_x, grad_weight, grad_bias, grad_weights = grads
-    return grad_x, grad_weight, None if bias is None else grad_bias, grad_weights, *[None] * 4
-
-
-OPERATION = Operation(
-    _expert_linear, _fake, _save_for_backward, _gradients, _expert_linear_backward, _fake_backward
-)
+OPERATION = Operation(_expert_linear, _fake, _expert_linear_backward, _fake_backward)
 backends.register(
     "expert_linear",
     "torch",

@@ -1,6 +1,11 @@
-"""expert_linear on a GPU: grouped products by Triton; formulas in ``__init__.py``."""
+"""expert_linear on a GPU: grouped products by Triton; formulas in ``__init__.py``.
+
+What the functions take is said by the reference, whose arguments they have.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -8,46 +13,29 @@ from moe_fast.ops import triton_backend
 from moe_fast.ops.expert_linear.reference import OPERATION
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    top_k_weights: Tensor,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-) -> Tensor:
-    """y [T, O], as the reference op."""
+def forward(*inputs: Any) -> Tensor:
+    """y [T, O]."""
     from moe_fast.triton_ops.combine import combine
     from moe_fast.triton_ops.linear import linear
 
-    plan, w = (expert_offsets, row_to_token, row_to_slot), top_k_weights.contiguous()
+    x, weight, bias, w, *plan, slot_to_row = inputs
+    w = w.contiguous()
     if w.shape[1] == 1:  # one row per token: written where it belongs
         return linear(x, weight, bias, w, *plan, gather=True, scatter=True)
     rows = linear(x, weight, bias, None, *plan, gather=True, scatter=False)
     return combine(rows, slot_to_row, w, w.shape[1])
 
 
-def gradients(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    top_k_weights: Tensor,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight, bias and routing weights, as the reference's backward op."""
+def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and routing weights."""
     from moe_fast.triton_ops.column_sum import column_sum
     from moe_fast.triton_ops.combine import combine
     from moe_fast.triton_ops.grad_weight import grad_weight
     from moe_fast.triton_ops.linear import linear
     from moe_fast.triton_ops.router_grad import router_grad
 
-    plan, w = (expert_offsets, row_to_token, row_to_slot), top_k_weights.contiguous()
+    x, weight, bias, w, *plan, slot_to_row = inputs
+    w = w.contiguous()
     rows = linear(grad_y, weight.mT, None, None, *plan, gather=True, scatter=False)
     grad_x = combine(rows, slot_to_row, w, w.shape[1])
     grad_w = router_grad(None, (rows, x), grad_y, bias, w, *plan)

@@ -113,35 +113,8 @@ def _fake_backward(
     )
 
 
-def _save_for_backward(ctx, inputs, output):
-    """Keep the op's tensors, and z where it was saved."""
-    *tensors, act, gated, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.settings = (act, gated)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or autograd makes zeros as large as z for its gradient
-
-
-def _gradients(backward, ctx, grad_y, _):
-    if grad_y is None:  # only z was asked for, which has no gradient
-        return (None,) * 13
-    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-    up_bias, down_bias = tensors[3:5]
-    grads = backward(grad_y, *tensors, *ctx.settings)
-    grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights = grads
-    return (
-        grad_x,
-        grad_up,
-        grad_down,
-        None if up_bias is None else grad_up_bias,
-        None if down_bias is None else grad_down_bias,
-        grad_weights,
-        *[None] * 7,
-    )
-
-
 OPERATION = Operation(
-    _expert_mlp, _fake, _save_for_backward, _gradients, _expert_mlp_backward, _fake_backward
+    _expert_mlp, _fake, _expert_mlp_backward, _fake_backward, saved=slice(1, 2), settings=2
 )
 backends.register(
     "expert_mlp", "torch", OPERATION.implement("expert_mlp", _expert_mlp, _expert_mlp_backward)

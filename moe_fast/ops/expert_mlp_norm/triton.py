@@ -39,10 +39,9 @@ def forward(
     """out [T, D], and for the backward (no rows unless wanted) s, its moments and z."""
     from moe_fast.triton_ops.combine_norm import combine_norm
 
+    weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
     plan = (expert_offsets, row_to_token, row_to_slot)
-    rows, z = expert_mlp.expert_rows(
-        x, up_proj, down_proj, up_proj_bias, down_proj_bias, *plan, act, gated, save_z
-    )
+    rows, z = expert_mlp.expert_rows(x, weights, plan, act, gated, save_z)
     block = (residual, keep, norm_weight.contiguous(), norm_bias.contiguous())
     w = top_k_weights.contiguous()
     out, total, moments = combine_norm(
@@ -126,7 +125,9 @@ def _gradients(backward, ctx, grad_out, *_):
     return *grads[:6], *[None] * 4, *grads[6:], *[None] * 7
 
 
-_OPERATION = Operation(forward, _fake, _save_for_backward, _gradients, gradients, _fake_backward)
+_OPERATION = Operation(
+    forward, _fake, gradients, _fake_backward, save=_save_for_backward, gradients=_gradients
+)
 run = _OPERATION.implement(
     "expert_mlp_norm_triton",
     triton_backend.on_device(forward),

@@ -146,21 +146,7 @@ def _fake_backward(grad_loss, q, k, scale, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), scale.new_empty(())
 
 
-def _save_for_backward(ctx, inputs, output):
-    *tensors, label_smoothing, symmetric = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.settings = (label_smoothing, symmetric)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _gradients(backward, ctx, grad_loss, _row_loss, _rank):
-    grads = backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *[None] * 7
-
-
-_OPERATION = Operation(
-    _info_nce, _fake, _save_for_backward, _gradients, _info_nce_backward, _fake_backward
-)
+_OPERATION = Operation(_info_nce, _fake, _info_nce_backward, _fake_backward)
 _run_op = _OPERATION.implement("info_nce", _info_nce, _info_nce_backward)
 
 

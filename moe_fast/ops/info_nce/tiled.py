@@ -92,6 +92,14 @@ def cross_entropy(sums: Tensor, label_smoothing: float) -> Tensor:
     return (torch.logaddexp2(neg, pos) - target) * math.log(2)
 
 
+def both_directions(row_sums: Tensor, column_sums: Tensor | None, label_smoothing: float) -> Tensor:
+    """[n] the loss of each row; with the columns' sums the mean of both directions."""
+    row_loss = cross_entropy(row_sums, label_smoothing)
+    if column_sums is None:
+        return row_loss
+    return (row_loss + cross_entropy(column_sums, label_smoothing)) / 2
+
+
 # --- forward -------------------------------------------------------------------------------------
 
 
@@ -324,6 +332,18 @@ def hard_side(
     return Side(negatives, inverse_norm(negatives) if cosine else None, None, texts, domain_ids)
 
 
+def sides(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    ids: Sequence[Tensor | None],
+    cosine: bool,
+) -> tuple[Side, Side, Side | None]:
+    """Anchors, positives and hard negatives; ``ids`` of rows, columns, domains and groups."""
+    rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
+    return rows, pairs, hard_side(negatives, len(a), ids[1], ids[2], cosine)
+
+
 @without_autocast
 def _info_nce_tiled(
     a: Tensor,
@@ -343,8 +363,7 @@ def _info_nce_tiled(
     check_finite(a=a, b=b, negatives=negatives)
     each = row_weights(weights, a)
     ids = (row_ids, col_ids, domain_ids, group_ids)
-    rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
-    hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
+    rows, pairs, hard = sides(a, b, negatives, ids, cosine)
     settings = Settings(scale, label_smoothing)
     row_sums = new_sums(len(rows), scale)
     column_sums = new_sums(len(pairs) if symmetric else 0, scale)
@@ -354,9 +373,7 @@ def _info_nce_tiled(
     add_logits(rows, pairs, settings, *both, own_logit, rank, own=True)
     if hard is not None:
         add_logits(rows, hard, settings, row_sums, None, own_logit, rank, own=False)
-    row_loss = cross_entropy(row_sums, label_smoothing)
-    if symmetric:
-        row_loss = (row_loss + cross_entropy(column_sums, label_smoothing)) / 2
+    row_loss = both_directions(row_sums, both[1], label_smoothing)
     return (each * row_loss).sum(), row_loss, rank, row_sums, column_sums
 
 
@@ -391,8 +408,7 @@ def _info_nce_tiled_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     each = row_weights(weights, a)
     ids = (row_ids, col_ids, domain_ids, group_ids)
-    rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
-    hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
+    rows, pairs, hard = sides(a, b, negatives, ids, cosine)
     settings = Settings(scale, label_smoothing)
     by_row = gradient_terms(row_sums, each, label_smoothing)
     by_column = gradient_terms(column_sums, each, label_smoothing) if symmetric else None
@@ -417,26 +433,8 @@ def _fake_backward(grad_loss, a, b, negatives, scale, *rest):
     )
 
 
-def _save_for_backward(ctx, inputs, output):
-    *tensors, label_smoothing, symmetric, cosine = inputs
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.settings = (label_smoothing, symmetric, cosine)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _gradients(backward, ctx, grad_loss, *_):
-    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-    grad_a, grad_b, grad_hard, grad_scale = backward(grad_loss, *tensors, *ctx.settings)
-    return grad_a, grad_b, None if tensors[2] is None else grad_hard, grad_scale, *[None] * 8
-
-
 OPERATION = Operation(
-    _info_nce_tiled,
-    _fake,
-    _save_for_backward,
-    _gradients,
-    _info_nce_tiled_backward,
-    _fake_backward,
+    _info_nce_tiled, _fake, _info_nce_tiled_backward, _fake_backward, saved=slice(3, 5)
 )
 _run_op = OPERATION.implement("info_nce_tiled", _info_nce_tiled, _info_nce_tiled_backward)
 

@@ -10,7 +10,7 @@ the logits again for every part of d: 5 products in all at d = 256, 9 at d = 768
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,11 @@ from moe_fast.ops.info_nce.tiled import (
     POS,
     POS_COUNT,
     POS_SUM,
-    cross_entropy,
+    both_directions,
     gradient_terms,
-    hard_side,
     join_sums,
     new_sums,
-    pair_side,
+    sides,
 )
 from moe_fast.ops.info_nce.tiles import Side, check_finite, project_to_tangent, with_small_ids
 
@@ -68,22 +67,13 @@ def spans(count: int, itemsize: int) -> list[tuple[int, int]]:
 
 
 def _sides(
-    a: Tensor,
-    b: Tensor,
-    negatives: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    group_ids: Tensor | None,
-    cosine: bool,
+    a: Tensor, b: Tensor, negatives: Tensor | None, ids: Sequence[Tensor | None], cosine: bool
 ) -> tuple[Side, list[_Against]]:
     """The rows, and what they are worked against: the pairs, then the hard negatives if any."""
     from moe_fast.triton_ops.launch import row_major
 
-    ids = (row_ids, col_ids, domain_ids, group_ids)
-    rows, pairs = (pair_side(row_major(x), *ids, cosine) for x in (a, b))
-    negatives = None if negatives is None else row_major(negatives)
-    hard = hard_side(negatives, len(a), col_ids, domain_ids, cosine)
+    a, b, negatives = (None if x is None else row_major(x) for x in (a, b, negatives))
+    rows, pairs, hard = sides(a, b, negatives, ids, cosine)
     against = [_against(rows, pairs, own=True)]
     if hard is not None:
         against.append(_against(rows, hard, own=False))
@@ -119,28 +109,15 @@ def _ids(side: Side) -> Tensor:
 # --- forward -------------------------------------------------------------------------------------
 
 
-def forward(
-    a: Tensor,
-    b: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    group_ids: Tensor | None,
-    weights: Tensor | None,
-    label_smoothing: float,
-    symmetric: bool,
-    cosine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, row losses, ranks, and the sums of rows and columns, as the tiled op."""
+def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, row losses, ranks, and the sums of rows and columns; inputs as the tiled op's."""
     from moe_fast.triton_ops.info_nce import own_logits
 
+    a, b, negatives, scale, *ids, weights, label_smoothing, symmetric, cosine = inputs
     check_scale(scale)
     check_finite(a=a, b=b, negatives=negatives)
     each = row_weights(weights, a)
-    ids = (row_ids, col_ids, domain_ids, group_ids)
-    rows, against = _sides(a, b, negatives, *ids, cosine)
+    rows, against = _sides(a, b, negatives, ids, cosine)
     own = own_logits(against[0].rows, against[0].columns, scale)
     row_sums = new_sums(len(rows), scale)
     column_sums = new_sums(len(rows) if symmetric else 0, scale)
@@ -148,12 +125,10 @@ def forward(
     for some in against:
         wanted = column_sums if symmetric and some.own else None
         _add_logits(some, scale, own, bool(label_smoothing), row_sums, wanted, rank)
-    if group_ids is None:
+    if ids[3] is None:
         for sums in (row_sums, column_sums) if symmetric else (row_sums,):
             sums[POS], sums[POS_SUM], sums[POS_COUNT] = own, own, 1
-    row_loss = cross_entropy(row_sums, label_smoothing)
-    if symmetric:
-        row_loss = (row_loss + cross_entropy(column_sums, label_smoothing)) / 2
+    row_loss = both_directions(row_sums, column_sums if symmetric else None, label_smoothing)
     return (each * row_loss).sum(), row_loss, rank, row_sums, column_sums
 
 
@@ -211,27 +186,12 @@ def _log2_sum_exp2(parts: Tensor) -> Tensor:
 # --- backward ------------------------------------------------------------------------------------
 
 
-def gradients(
-    grad_loss: Tensor,
-    a: Tensor,
-    b: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    group_ids: Tensor | None,
-    weights: Tensor | None,
-    row_sums: Tensor,
-    column_sums: Tensor,
-    label_smoothing: float,
-    symmetric: bool,
-    cosine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of a, b, the negatives and the scale, as the tiled op."""
+def gradients(grad_loss: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of a, b, the negatives and the scale; inputs as the tiled backward op's."""
+    a, b, negatives, scale, *ids, weights, row_sums, column_sums = inputs[:-3]
+    label_smoothing, symmetric, cosine = inputs[-3:]
     each = row_weights(weights, a)
-    ids = (row_ids, col_ids, domain_ids, group_ids)
-    rows, against = _sides(a, b, negatives, *ids, cosine)
+    rows, against = _sides(a, b, negatives, ids, cosine)
     by_row = _terms(row_sums, each, label_smoothing)
     by_column = _terms(column_sums, each, label_smoothing) if symmetric else None
     factor = grad_loss / 2 if symmetric else grad_loss

@@ -27,18 +27,13 @@ def _settings(mode: str, weight_mode: str, k: int, num_experts: int) -> Any:
 
 @triton_backend.on_device
 def _route(
-    x: Tensor,
-    router_weight: Tensor,
-    num_experts_per_tok: int,
-    mode: str,
-    weight_mode: str,
-    token_mask: Tensor | None,
-    starts: Tensor | None,
+    x: Tensor, router_weight: Tensor, k: int, mode: str, weight_mode: str, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from moe_fast.triton_ops import route
 
+    token_mask, starts = rest
     check_starts(starts, x.shape[0])
-    settings = _settings(mode, weight_mode, num_experts_per_tok, router_weight.shape[0])
+    settings = _settings(mode, weight_mode, k, router_weight.shape[0])
     dtype = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
     results = route.route(x, router_weight, settings, token_mask, starts, dtype)
     check_logits(results[1])
@@ -46,24 +41,12 @@ def _route(
 
 
 @triton_backend.on_device
-def _route_backward(
-    grad_weights: Tensor,
-    grad_logits: Tensor,
-    x: Tensor,
-    router_weight: Tensor,
-    logits: Tensor,
-    num_experts_per_tok: int,
-    mode: str,
-    weight_mode: str,
-    token_mask: Tensor | None,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _route_backward(*inputs: Any) -> tuple[Tensor, Tensor]:
     from moe_fast.triton_ops import route_grad
 
-    settings = _settings(mode, weight_mode, num_experts_per_tok, router_weight.shape[0])
-    return route_grad.route_backward(
-        grad_weights, grad_logits, x, router_weight, logits, settings, token_mask, starts
-    )
+    *tensors, k, mode, weight_mode, token_mask, starts = inputs
+    settings = _settings(mode, weight_mode, k, tensors[3].shape[0])
+    return route_grad.route_backward(*tensors, settings, token_mask, starts)
 
 
 triton_backend.offer("route", OPERATION.implement("route_triton", _route, _route_backward))

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tiny_models import DOMAINS, make_flag_rows, make_moe, make_pairs
 
 from moe_fast.losses import InfoNCELoss, RouterLoss, SigmoidLoss
-from moe_fast.training.checks import (
+from moe_fast.training.dataset_checks import (
     check_domains,
     check_exchanges,
     check_flag_rows,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_fast.training.draws import draw_passages, flag_row_columns, is_swapped
+from moe_fast.training.row_sampling import draw_passages, flag_row_columns, is_swapped
 
 
 def make_row(positives: int = 3, negatives: int = 5, query: str = "q", **more) -> dict:

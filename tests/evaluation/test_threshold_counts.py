@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fast.evaluation import ladder as ladders
-from moe_fast.evaluation.ladder import (
+from moe_fast.evaluation.threshold_counts import (
     Resampled,
     best_accuracy_threshold,
     best_f1,

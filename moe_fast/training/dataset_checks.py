@@ -10,8 +10,8 @@ from torch import nn
 
 from moe_fast.losses import RouterLoss
 from moe_fast.training.collator import of_column
-from moe_fast.training.domains import to_domain_ids
-from moe_fast.training.draws import (
+from moe_fast.training.domain_ids import to_domain_ids
+from moe_fast.training.row_sampling import (
     FLAG_COLUMNS,
     NEGATIVE_QUERIES,
     NEGATIVES,
@@ -117,7 +117,7 @@ def check_domains(datasets: Mapping[str, Any], column: str, domains: Sequence[st
     One domain alone in the training data of a model that has several draws a warning.
 
     Raises:
-        ValueError, TypeError: of :func:`moe_fast.training.domains.to_domain_ids`.
+        ValueError, TypeError: of :func:`moe_fast.training.domain_ids.to_domain_ids`.
     """
     trained: set[int] = set()
     for name, data in datasets.items():
@@ -146,7 +146,7 @@ def check_flag_rows(datasets: Mapping[str, Any], num_negatives: int) -> None:
 
     Raises:
         ValueError: a column that is not of the format, or a row that
-            :func:`moe_fast.training.draws.check_flag_row` refuses, with its number.
+            :func:`moe_fast.training.row_sampling.check_flag_row` refuses, with its number.
     """
     for name, data in datasets.items():
         if not has_flag_columns(data.column_names) or not hasattr(data, "__len__"):

@@ -1,0 +1,217 @@
+"""Expert MLPs of many shapes on random data: what the benchmarks time and ``bench.gpu`` checks."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fast import ops
+
+EXPERTS = 8
+NAMES = ("x", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias", "top_k_weights")
+# Largest error over largest entry, against float64 on the same rounded inputs: a few roundings of
+# the result and of the activations between the products, 6e-8, 3.9e-3 and 4.9e-4 each.
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# Where tokens go: to any experts; to one and the same; to any but the first; a third is skipped.
+LOADS = ("any", "one", "empty", "skip")
+Run = Callable[[Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One expert MLP and its load."""
+
+    tokens: int
+    experts: int
+    k: int
+    dim: int
+    hidden: int
+    dtype: torch.dtype
+    gated: bool = False
+    bias: bool = True
+    load: str = "any"
+
+    def __str__(self) -> str:
+        letters = " ".join(f"{letter}={size}" for letter, size in self.letters.items())
+        words = [self.dtype_name, *(["gated"] if self.gated else [])]
+        words += [] if self.load == "any" else [self.load]
+        return f"{letters} {' '.join(words)}"
+
+    @property
+    def letters(self) -> dict[str, int]:
+        """The sizes by the letters of the specification."""
+        sizes = self.tokens, self.dim, self.hidden, self.experts, self.k
+        return dict(zip("TDHEK", sizes, strict=True))
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as records name it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def width(self) -> int:
+        """Columns of z."""
+        return 2 * self.hidden if self.gated else self.hidden
+
+
+def bert(tokens: int, dim: int, k: int, dtype: torch.dtype, **more: Any) -> Shape:
+    """The experts of an upcycled BERT: H = 4D, 8 of them unless told otherwise."""
+    return Shape(tokens, more.pop("experts", EXPERTS), k, dim, 4 * dim, dtype, **more)
+
+
+class Problem:
+    """Tensors of one case: activations of unit scale, and a route without a router.
+
+    Args:
+        shape: of the experts.
+        device: where the tensors are.
+        backend: what :meth:`forward` runs on unless it is told otherwise.
+    """
+
+    def __init__(
+        self, shape: Shape, device: torch.device | str = "cpu", backend: str | None = None
+    ) -> None:
+        torch.manual_seed(0)
+        self.shape, self.backend = shape, backend
+        e, d, h = shape.experts, shape.dim, shape.hidden
+
+        def new(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(size, device=device) * scale).to(shape.dtype)
+
+        self.tensors: dict[str, Any] = dict(
+            x=new(shape.tokens, d),
+            up_proj=new(e, shape.width, d, scale=d**-0.5),
+            down_proj=new(e, d, h, scale=h**-0.5),
+            up_proj_bias=new(e, shape.width) if shape.bias else None,
+            down_proj_bias=new(e, d) if shape.bias else None,
+            top_k_weights=torch.rand(shape.tokens, shape.k, device=device) + 0.1,
+        )
+        self.top_k_index = _top_k_index(shape, device)
+        self.plan = ops.plan(self.top_k_index, e)
+        self.upstream = new(shape.tokens, d)
+
+    def forward(
+        self,
+        tensors: Mapping[str, Any],
+        plan: ops.RoutingPlan | None = None,
+        backend: str | None = None,
+        recompute: str | None = None,
+    ) -> Tensor:
+        """expert_mlp of ``tensors``, by the problem's plan if no other is given."""
+        return ops.expert_mlp(
+            *(tensors[name] for name in NAMES),
+            self.plan if plan is None else plan,
+            act="silu" if self.shape.gated else "gelu",
+            gated=self.shape.gated,
+            recompute=recompute,
+            backend=backend or self.backend,
+        )
+
+    def results(
+        self, backend: str | None, dtype: torch.dtype | None = None, recompute: str | None = None
+    ) -> dict[str, Tensor]:
+        """y and the gradient of every tensor."""
+        run = timed(
+            lambda t: self.forward(t, backend=backend, recompute=recompute),
+            self.tensors,
+            self.upstream,
+            True,
+            dtype,
+        )
+        names = [name for name, tensor in self.tensors.items() if tensor is not None]
+        return dict(zip(["y", *names], run(), strict=True))
+
+    def exact(self, backward: bool) -> list[Tensor]:
+        """The reference in float64: y, or y and all gradients."""
+        run = timed(
+            lambda t: self.forward(t, backend="torch"),
+            self.tensors,
+            self.upstream,
+            backward,
+            torch.float64,
+        )
+        return run()
+
+    def dense(self) -> tuple[dict[str, Any], Tensor]:
+        """One expert's tensors with S rows to go through it, and the upstream gradient."""
+        tensors = {n: None if t is None else t[0].clone() for n, t in self.tensors.items()}
+        del tensors["top_k_weights"]
+        rows = self.shape.tokens * self.shape.k
+        x = self.tensors["x"]
+        tensors["x"] = torch.randn(rows, self.shape.dim, device=x.device).to(x.dtype)
+        return tensors, torch.randn_like(tensors["x"])
+
+
+def timed(
+    run: Run,
+    tensors: Mapping[str, Tensor | None],
+    upstream: Tensor,
+    backward: bool,
+    dtype: torch.dtype | None = None,
+) -> Callable[[], list[Tensor]]:
+    """A call that runs forward without gradients, or forward and backward to every tensor."""
+    leaves = {
+        n: None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_(backward)
+        for n, t in tensors.items()
+    }
+    wanted = [t for t in leaves.values() if t is not None]
+
+    def call() -> list[Tensor]:
+        with torch.set_grad_enabled(backward):
+            y = run(leaves)
+        if not backward:
+            return [y]
+        return [y.detach(), *torch.autograd.grad(y, wanted, upstream.to(y.dtype))]
+
+    return call
+
+
+def _top_k_index(shape: Shape, device: torch.device | str) -> Tensor:
+    """[T, K]: K different experts per token, as a route would give; ids >= E are skipped."""
+    scores = torch.rand(shape.tokens, shape.experts, device=device)
+    if shape.load == "one":
+        scores[:, -1] = 2
+    if shape.load == "empty":
+        scores[:, 0] = -1
+    ids = scores.topk(shape.k).indices
+    if shape.load == "one":
+        ids[:, 1:] = shape.experts
+    if shape.load == "empty":
+        ids[ids == 0] = shape.experts
+    if shape.load == "skip":
+        ids[torch.rand(ids.shape, device=device) < 1 / 3] = shape.experts + 1
+    return ids
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max|actual - expected| / max|expected|; NaN and inf are matched by nothing."""
+    if expected.numel() == 0:
+        return 0.0
+    difference = (actual.double() - expected.double()).abs().max().item()
+    largest = expected.double().abs().max().item()
+    if difference == 0:
+        return 0.0
+    return difference / largest if largest and difference == difference else float("inf")
+
+
+def covering(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations of values, those first that together hold every pair of them.
+
+    The order is the same in every run.
+    """
+    combinations = list(itertools.product(*axes.values()))
+    random.Random(0).shuffle(combinations)
+    first: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
+    seen: set[tuple] = set()
+    for combination in combinations:
+        pairs = set(itertools.combinations(enumerate(combination), 2))
+        (rest if pairs <= seen else first).append(dict(zip(axes, combination, strict=True)))
+        seen |= pairs
+    return first + rest

@@ -1,0 +1,63 @@
+"""Bringing rows into the order of their experts, and the weighted sum back, against indexing.
+
+``gather_rows`` beside ``x[row_to_token]``; ``combine_rows`` beside index, multiply and sum. Both
+move the same bytes as ours; what they can be faster by is a pass over [S, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from moe_fast import ops
+
+from .cases import OURS, Candidates, Case, near
+from .record import Work
+
+DIM, EXPERTS, K = 384, 8, 2
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+def cases(size: str) -> Iterator[Case]:
+    """Both operations at S = 2T rows."""
+    tokens = {"tiny": 24, "quick": 8192, "default": 8192}.get(size, 65536)
+    for dtype in TOLERANCES:
+        yield case_of("gather_rows", tokens, dtype)
+        yield case_of("combine_rows", tokens, dtype)
+
+
+def case_of(operation: str, tokens: int, dtype: torch.dtype) -> Case:
+    """One operation."""
+    moved = dtype.itemsize * tokens * DIM * (K + 1)  # [S, D] and [T, D], one read, one written
+    return Case(
+        operation,
+        {"T": tokens, "D": DIM, "E": EXPERTS, "K": K},
+        str(dtype).removeprefix("torch."),
+        lambda: candidates(operation, tokens, dtype),
+        Work(0, moved),
+    )
+
+
+def candidates(operation: str, tokens: int, dtype: torch.dtype) -> Candidates:
+    """Ours, and the same by indexing."""
+    plan = ops.plan(torch.rand(tokens, EXPERTS).topk(K).indices, EXPERTS)
+    x, weights = torch.randn(tokens, DIM).to(dtype), torch.rand(tokens, K)
+    rows = x[plan.row_to_token]
+
+    def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+        return (rows[plan.slot_to_row.view(tokens, K)] * weights[..., None]).sum(1)
+
+    runs: dict[str, Callable[[], list[Tensor]]] = {
+        OURS: lambda: [ops.gather_rows(x, plan)],
+        "index": lambda: [x[plan.row_to_token]],
+    }
+    exact = rows
+    if operation == "combine_rows":
+        runs = {
+            OURS: lambda: [ops.combine_rows(rows, weights, plan)],
+            "index, multiply, sum": lambda: [weighted_sum(rows, weights).to(dtype)],
+        }
+        exact = weighted_sum(rows.double(), weights.double())
+    return Candidates(runs, near([exact], TOLERANCES[dtype]))
