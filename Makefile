@@ -30,7 +30,7 @@ NATIVE_SOURCES := setup.py CMakeLists.txt MANIFEST.in $(shell find kernels/csrc 
 
 .DEFAULT_GOAL := help
 .PHONY: look-again help setup lock wheel demo demo-quick test test-oldest test-newest test-python test-slow test-kernels test-install test-sanitize fuzz bench bench-full bench-gpu \
-  bench-compare bench-report lint lint-schemas docs format clean
+  bench-compare bench-report bench-instructions lint lint-schemas docs format clean
 
 help:
 	@echo "moe_fast: make <target>. The first one to run sets everything up in $(VENV)."
@@ -55,6 +55,7 @@ help:
 	@echo "  bench-gpu    the Triton kernels, on an NVIDIA GPU; ARGS=--dry-run needs none"
 	@echo "  bench-compare  the last run against the committed one; fails where a case became slower"
 	@echo "  bench-report the page of the docs, from the committed runs"
+	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
 	@echo "  lint         ruff (rules and format), mypy, import-linter (imports go down the floors only), and"
 	@echo "               the schemas of GitHub's files and CITATION.cff"
 	@echo "  docs         the site of these pages and of the docstrings, in build/site; fails at a broken link"
@@ -192,6 +193,9 @@ bench-compare: setup
 # The page of the docs, from the committed runs.
 bench-report: setup
 	$(PY) -m bench.report
+
+bench-instructions: setup
+	$(PY) -m bench.instructions --json bench/results/local/instructions.json $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

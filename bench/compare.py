@@ -99,6 +99,8 @@ def _ratios(record: Record) -> dict[Key, dict[str, Summary]]:
 
 def _ours_over_peer(row: Row) -> Iterator[tuple[str, Summary]]:
     r = row.ratio
+    if row.instructions is not None:  # of an earlier build, which is the peer
+        yield "instructions", Summary(row.instructions, row.instructions, row.instructions, 1)
     if r is None or row.who == row.baseline:
         return
     if row.baseline == OURS:

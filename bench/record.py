@@ -55,6 +55,7 @@ class Row:
         share_of_floor: floor over time. More than 1 where the data stay in a cache.
         sweep: the letter of ``shape`` that a series of cases varies.
         peak_bytes: memory of its own at its highest, where that is what was measured.
+        instructions: that it executes, where that is what was measured.
         reason: why it did not run.
     """
 
@@ -70,6 +71,7 @@ class Row:
     share_of_floor: float | None = None
     sweep: str | None = None
     peak_bytes: int | None = None
+    instructions: int | None = None
     reason: str | None = None
 
     @property

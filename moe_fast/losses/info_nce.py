@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -129,6 +130,23 @@ class InfoNCELoss(TemperatureLoss):
         loss, stats = info_nce(**arguments, scale=scale, return_stats=True)
         self._keep_metrics(stats.accuracy, scale)
         return loss
+
+    def at_lengths(
+        self, embeddings: list[Tensor], columns: Columns, dims: Sequence[int]
+    ) -> Tensor | None:
+        """The loss of the embeddings cut to each of ``dims``, increasing, [L], in one pass.
+
+        ``None`` where each length needs a call of :meth:`from_embeddings`: in a subclass with a
+        loss of its own, and over several processes.
+        """
+        own = type(self).from_embeddings is not InfoNCELoss.from_embeddings
+        if own or self.gathers or self._is_lone_pair(embeddings):
+            return None
+        scale = self.current_scale()
+        arguments = self._arguments(embeddings, columns)
+        losses, accuracy = ops.matryoshka_info_nce(**arguments, scale=scale, dims=dims)
+        self._keep_metrics(accuracy, scale)
+        return losses
 
     def _is_lone_pair(self, embeddings: list[Tensor]) -> bool:
         return len(embeddings) == 2 and len(embeddings[0]) == 1 and not self.gathers

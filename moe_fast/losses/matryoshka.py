@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_fast.losses.base import Columns, EmbeddingLoss, check_weight
 from moe_fast.losses.citations import citation_of
+from moe_fast.losses.info_nce import InfoNCELoss
 from moe_fast.ops.checks import check_count
 
 
@@ -18,6 +19,7 @@ class MatryoshkaLoss(EmbeddingLoss):
     The texts are encoded once. With a loss of cosines it is sentence-transformers'
     ``MatryoshkaLoss`` around that loss. With one of dot products the truncated embeddings stay as
     they are, as in ``encode(truncate_dim=...)``; sentence-transformers would normalise them.
+    Around :class:`moe_fast.losses.InfoNCELoss` all lengths cost the products of the longest alone.
 
     Columns and labels: the wrapped loss's.
 
@@ -83,14 +85,25 @@ class MatryoshkaLoss(EmbeddingLoss):
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
         """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
         self._check_dimension(embeddings[0].shape[-1])
-        losses = []
-        for dim in self.dims:  # the largest last: its metrics stay in self.loss.last_metrics
-            truncated = [embedding[:, :dim] for embedding in embeddings]
-            losses.append(self.loss.from_embeddings(truncated, columns, labels))
+        losses = self._at_lengths(embeddings, columns, labels)
         self.last_metrics = dict(self.loss.last_metrics)
         named = zip(self.dims, losses, strict=True)
         self.last_metrics |= {f"loss_{dim}": loss.detach() for dim, loss in named}
         return sum(w * loss for w, loss in zip(self.weights, losses, strict=True))  # type: ignore
+
+    def _at_lengths(
+        self, embeddings: list[Tensor], columns: Columns, labels: Any
+    ) -> Sequence[Tensor]:
+        """The loss at each of ``dims``."""
+        if isinstance(self.loss, InfoNCELoss):
+            shared = self.loss.at_lengths(embeddings, columns, self.dims)
+            if shared is not None:
+                return shared.unbind()
+        losses = []
+        for dim in self.dims:  # the largest last: its metrics stay in self.loss.last_metrics
+            truncated = [embedding[:, :dim] for embedding in embeddings]
+            losses.append(self.loss.from_embeddings(truncated, columns, labels))
+        return losses
 
     def _check_dimension(self, dimension: int | None) -> None:
         if dimension is not None and self.dims[-1] > dimension:

@@ -13,6 +13,7 @@ from moe_fast.ops.expert_mlp import expert_mlp
 from moe_fast.ops.expert_mlp_norm import expert_mlp_norm
 from moe_fast.ops.gather_rows import gather_rows
 from moe_fast.ops.info_nce import InfoNCEStats, info_nce
+from moe_fast.ops.info_nce.matryoshka import matryoshka_info_nce
 from moe_fast.ops.plan import RoutingPlan, plan
 from moe_fast.ops.route import Routing, route
 from moe_fast.ops.varlen_attention import varlen_attention
@@ -28,6 +29,7 @@ __all__ = [
     "expert_mlp_norm",
     "gather_rows",
     "info_nce",
+    "matryoshka_info_nce",
     "plan",
     "route",
     "show_backends",

@@ -46,7 +46,7 @@ class Operation:
     fake: Callable
     backward_signature: Callable | None = None
     fake_backward: Callable | None = None
-    saved: slice = slice(0)
+    saved: tuple[int, ...] = ()
     settings: int | None = None
     save: Callable | None = None
     gradients: Callable | None = None
@@ -70,7 +70,7 @@ class Operation:
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         results = (output,) if isinstance(output, Tensor) else output
         tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
-        ctx.save_for_backward(*tensors, *results[self.saved])
+        ctx.save_for_backward(*tensors, *(results[i] for i in self.saved))
         ctx.settings = inputs[len(tensors) :][: self.settings]
         ctx.num_inputs = len(inputs)
         ctx.mark_non_differentiable(*results[1:])

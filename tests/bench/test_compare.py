@@ -85,6 +85,14 @@ def test_records_whose_baseline_is_a_peer():
     assert change.peer == "dense" and change.factor == 3.0 and change.slower(1.1)
 
 
+def test_instructions_are_held_against_the_earlier_count(tmp_path):
+    def counted(number: int) -> Record:
+        return Record(ENVIRONMENT, rows=[Row("plan", {}, "", OURS, OURS, instructions=number)])
+
+    assert run(tmp_path, counted(1000), counted(1050)) == 0
+    assert run(tmp_path, counted(1000), counted(1200)) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

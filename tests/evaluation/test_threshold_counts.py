@@ -6,7 +6,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_fast.evaluation import ladder as ladders
+from moe_fast.evaluation import threshold_counts as ladders
 from moe_fast.evaluation.threshold_counts import (
     Resampled,
     best_accuracy_threshold,

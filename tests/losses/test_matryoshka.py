@@ -7,6 +7,7 @@ import torch
 from loss_checks import assert_close
 from toy_encoder import ANCHORS, HARD, POSITIVES, BagEncoder, column, embed
 
+from moe_fast import ops
 from moe_fast.losses import (
     ContrastiveLearningPenaltyLoss,
     DistillationLoss,
@@ -17,6 +18,7 @@ from moe_fast.losses import (
     functional,
 )
 
+REAL = ops.matryoshka_info_nce
 COLUMNS = [column(*texts) for texts in (ANCHORS, POSITIVES, HARD[0])]
 
 
@@ -32,6 +34,19 @@ def test_is_the_weighted_sum_over_lengths():
     for dim, value in expected.items():
         assert_close(loss.last_metrics[f"loss_{dim}"], value.detach())
     assert_close(MatryoshkaLoss(InfoNCELoss(encoder), [2, 3])(COLUMNS), expected[2] + expected[3])
+
+
+def test_lengths_around_info_nce_are_one_pass(monkeypatch):
+    """Around a subclass with a loss of its own they are not."""
+    calls = []
+    monkeypatch.setattr(
+        ops, "matryoshka_info_nce", lambda **k: calls.append(k["dims"]) or REAL(**k)
+    )
+    encoder = BagEncoder()
+    MatryoshkaLoss(InfoNCELoss(encoder), [6, 2, 3])(COLUMNS)
+    assert calls == [[2, 3, 6]]
+    MatryoshkaLoss(ContrastiveLearningPenaltyLoss(encoder), [6, 2])(COLUMNS[:2])
+    assert len(calls) == 1
 
 
 def test_encodes_once():

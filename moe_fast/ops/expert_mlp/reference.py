@@ -114,7 +114,7 @@ def _fake_backward(
 
 
 OPERATION = Operation(
-    _expert_mlp, _fake, _expert_mlp_backward, _fake_backward, saved=slice(1, 2), settings=2
+    _expert_mlp, _fake, _expert_mlp_backward, _fake_backward, saved=(1,), settings=2
 )
 backends.register(
     "expert_mlp", "torch", OPERATION.implement("expert_mlp", _expert_mlp, _expert_mlp_backward)

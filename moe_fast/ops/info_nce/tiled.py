@@ -424,7 +424,8 @@ def _info_nce_tiled_backward(
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_hard.to(a.dtype), grad_scale
 
 
-def _fake_backward(grad_loss, a, b, negatives, scale, *rest):
+def fake_backward(grad_loss, a, b, negatives, scale, *rest):
+    """The shapes of the gradients, of :mod:`moe_fast.ops.info_nce.matryoshka`, too."""
     return (
         a.new_empty(a.shape),
         b.new_empty(b.shape),
@@ -433,9 +434,7 @@ def _fake_backward(grad_loss, a, b, negatives, scale, *rest):
     )
 
 
-OPERATION = Operation(
-    _info_nce_tiled, _fake, _info_nce_tiled_backward, _fake_backward, saved=slice(3, 5)
-)
+OPERATION = Operation(_info_nce_tiled, _fake, _info_nce_tiled_backward, fake_backward, saved=(3, 4))
 _run_op = OPERATION.implement("info_nce_tiled", _info_nce_tiled, _info_nce_tiled_backward)
 
 
