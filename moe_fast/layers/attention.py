@@ -23,7 +23,7 @@ ATTENTION = "moe_fast"
 _sdpa_attention = compat.sdpa_attention()
 
 
-_packed: ContextVar[bool] = ContextVar("moe_fast_packed", default=False)
+_choice: ContextVar[str | None] = ContextVar("moe_fast_attention", default=None)
 
 
 @contextmanager
@@ -32,16 +32,11 @@ def packed_attention() -> Iterator[None]:
     if not compat.attention_can_be_chosen():
         yield
         return
-    token = _packed.set(True)
+    token = _choice.set(ATTENTION)
     try:
         yield
     finally:
-        _packed.reset(token)
-
-
-def _chosen() -> str | None:
-    # torch.compile cannot trace a context variable, and is never asked to pack.
-    return ATTENTION if not torch.compiler.is_compiling() and _packed.get() else None
+        _choice.reset(token)
 
 
 class AttentionOfTheCall:
@@ -51,7 +46,7 @@ class AttentionOfTheCall:
     the attention; nothing that is handed to a forward reaches them there.
     """
 
-    _attn_implementation = compat.attention_setting(_chosen)
+    _attn_implementation = compat.attention_setting(_choice)
 
 
 def attention_forward(

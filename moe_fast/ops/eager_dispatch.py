@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fast.compat import nobody_looks
+from moe_fast.compat import observers_of_ops
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_in_dispatch_mode, _interpreter, _forward_ad_level = observers_of_ops()
+
+
+def nobody_looks() -> bool:
+    """Whether ops run eagerly: no dispatch mode, ``torch.func``, or forward-mode autograd."""
+    return not _in_dispatch_mode() and _interpreter() is None and _forward_ad_level() < 0
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class RoutingPlan:
         tiles: for each block size asked for, [n, 2] pairs (first row, expert) that cover every
             expert's rows in steps of the block size, padded with -1 to the bound
             ``n = ceil(max(S - E + 1, 0) / block) + E - 1`` that depends on shapes alone.
+        indices: the four index tensors, in the order in which the registered ops take them.
 
     Only the first ``expert_offsets[E]`` rows are valid; the rows behind them are the skipped
     slots, in slot order, and nothing may be computed from them.
@@ -54,11 +55,12 @@ class RoutingPlan:
     row_to_slot: Tensor
     slot_to_row: Tensor
     tiles: dict[int, Tensor] = field(default_factory=dict)
+    indices: tuple[Tensor, Tensor, Tensor, Tensor] = field(init=False, repr=False, compare=False)
 
-    @property
-    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four index tensors, in the order in which the registered ops take them."""
-        return self.expert_offsets, self.row_to_token, self.row_to_slot, self.slot_to_row
+    def __post_init__(self) -> None:
+        # An attribute, for every layer reads it twice in a call.
+        indices = (self.expert_offsets, self.row_to_token, self.row_to_slot, self.slot_to_row)
+        object.__setattr__(self, "indices", indices)
 
 
 _MOST_EXPERTS = 2**24  # a slip beyond it would ask for terabytes
