@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_fast.cli.command import Run, printable
+from moe_fast.cli.command import Run
 from moe_fast.cli.options import (
     TEXT,
     BatchSize,
@@ -22,6 +22,7 @@ from moe_fast.cli.options import (
     file_and_domain,
 )
 from moe_fast.cli.outputs import write_json
+from moe_fast.messages import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
