@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from moe_fast.messages import printable
+
 logger = logging.getLogger(__name__)
 
 PARTIAL, PREVIOUS = ".partial", ".previous"  # endings of what a killed process leaves behind
@@ -136,11 +138,7 @@ def _holder(lock: int, place: Path, path: str | os.PathLike[str]) -> str:
         raise FileExistsError(
             f"{place} is where the lock on {path} belongs, and holds something else. Move it away."
         )
-    return _printable(found.removeprefix(_LOCK_TITLE).strip()) or "which began just now"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable(found.removeprefix(_LOCK_TITLE).strip()) or "which began just now"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -30,8 +30,13 @@ def shown(value: Any, length: int = 60) -> str:
 def reason(error: BaseException, length: int = 300) -> str:
     """What an error of another library says, on one line, escaped and cut."""
     text = " ".join(str(error)[: 2 * length].split())
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = printable(text)
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are escaped: none reaches a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listed(names: Collection[Any], most: int = SHOWN_NAMES) -> str:

@@ -19,6 +19,7 @@ import typer
 
 from moe_fast.cli.config import read_config, write_config
 from moe_fast.cli.outputs import check_inputs_survive, check_names
+from moe_fast.messages import printable
 
 Backend = Literal["auto", "triton", "cpp", "tiled", "torch"]
 _NOT_SETTINGS = ("config", "quiet", "debug")
@@ -206,11 +207,6 @@ def _errors(name: str, debug: bool) -> Iterator[None]:
         kind = "" if isinstance(error, expected) else f"{type(error).__name__}: "
         print(f"moe-fast {name}: error: {kind}{message}", file=sys.stderr)
         raise typer.Exit(1) from error
-
-
-def printable(text: str) -> str:
-    """Text that may come from a file, its control characters escaped: none reaches a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _close_progress_bars() -> None:

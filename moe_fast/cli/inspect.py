@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_fast.cli.command import Run, printable
+from moe_fast.cli.command import Run
 from moe_fast.cli.options import (
     TEXT,
     BatchSize,
@@ -22,12 +22,12 @@ from moe_fast.cli.options import (
     file_and_domain,
 )
 from moe_fast.cli.outputs import write_json
+from moe_fast.messages import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 EXAMPLE = "moe-fast inspect mixture --texts texts.jsonl --domain-column domain -o usage.png"
-_ALL = "all texts"
 
 
 def run_command(
@@ -122,30 +122,17 @@ def _read_texts(
 
 
 def _usage(
-    model: Any, rows: list[tuple[str, str | None]], *, batch_size: int, truncate: bool
+    model: Any, rows: list[tuple[str, str | None]], **options: Any
 ) -> tuple[list[str], NDArray]:
     """Names of the domains, and the shares [domain, layer, expert] of their tokens."""
-    from moe_fast.cli.models import in_model_order
-    from moe_fast.evaluation import expert_usage
+    from moe_fast.cli.models import usage_by_domain
 
     if not hasattr(model, "truncate"):
         raise ValueError("the model has no experts to count the tokens of; it is dense")
-    known = model.transformers_model.config.domains
     named = [domain for _, domain in rows if domain is not None]
     if named and len(named) < len(rows):
         raise ValueError("--texts: either all files name their texts' domains, or none does")
-    order = in_model_order(named or [_ALL], known)
-    usage = expert_usage(
-        model,
-        [text for text, _ in rows],
-        named or [_ALL] * len(rows),
-        order=order,
-        pass_domain=bool(named and known),
-        batch_size=batch_size,
-        truncate=truncate,
-        show_progress_bar=False,
-    )
-    return order, usage
+    return usage_by_domain(model, [text for text, _ in rows], named, **options)
 
 
 def expert_names(config: Any) -> list[str]:

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from moe_fast.cli.command import Run
+
+_ALL = "all texts"
 
 
 def save_converted(model: Any, output: Path, source: str, run: Run) -> None:
@@ -31,6 +35,24 @@ def in_model_order(names: Iterable[str], known: Sequence[str]) -> list[str]:
     """Names of domains, each once: those the model knows in its order, then the others sorted."""
     found = set(names)
     return [name for name in known if name in found] + sorted(found - set(known))
+
+
+def usage_by_domain(
+    model: Any, texts: Sequence[str], domains: Sequence[str], **options: Any
+) -> tuple[list[str], NDArray]:
+    """Names of the domains, and the shares [domain, layer, expert] of their texts' tokens.
+
+    Args:
+        domains: one per text, or none: then all texts are one.
+        options: of `moe_fast.evaluation.expert_usage`.
+    """
+    from moe_fast.evaluation import expert_usage
+
+    known = model.transformers_model.config.domains
+    names = in_model_order(domains or [_ALL], known)
+    pass_domain = bool(domains and known)
+    options |= {"order": names, "pass_domain": pass_domain, "show_progress_bar": False}
+    return names, expert_usage(model, texts, list(domains) or names * len(texts), **options)
 
 
 def describe_size(model: Any) -> str:

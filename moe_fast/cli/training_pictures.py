@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from moe_fast.cli.models import in_model_order
+from moe_fast.cli.models import usage_by_domain
 from moe_fast.cli.training_data import domains_of, passages_of
 
 _USAGE_TEXTS = 500
@@ -28,32 +28,18 @@ def draw(folder: Path, trainer: Any, texts: Any, options: SimpleNamespace) -> li
         return ["training.png"]
     # spread over all rows: the first ones may be of one file, and so of one domain
     rows = texts.select(range(0, len(texts), -(-len(texts) // _USAGE_TEXTS)))
-    names, usage = _usage(trainer.model, rows, options)
+    with _as_trained(trainer.model, options.max_length_passage):
+        names, usage = usage_by_domain(
+            trainer.model,
+            passages_of(rows),
+            list(rows["domain"]) if domains_of(rows) else [],
+            prompt=options.passage_prompt,
+            truncate=True,
+        )
     plot_expert_usage(
         {"trained": usage}, names, folder / "expert_usage.png", layers=encoder.config.moe_layers
     )
     return ["training.png", "expert_usage.png"]
-
-
-def _usage(model: Any, rows: Any, options: SimpleNamespace) -> tuple[list[str], Any]:
-    """The domains, in the model's order, and where the tokens of their passages go."""
-    from moe_fast.evaluation import expert_usage
-
-    known = list(model.transformers_model.config.domains)
-    found = domains_of(rows)
-    names = in_model_order(found or ["all texts"], known)
-    with _as_trained(model, options.max_length_passage):
-        usage = expert_usage(
-            model,
-            passages_of(rows),
-            list(rows["domain"]) if found else names * len(rows),
-            order=names,
-            pass_domain=bool(known and found),
-            prompt=options.passage_prompt,
-            truncate=True,
-            show_progress_bar=False,
-        )
-    return names, usage
 
 
 @contextmanager

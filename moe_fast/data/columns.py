@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from moe_fast.data import checks
 from moe_fast.data.rows import Row
@@ -179,7 +179,7 @@ class Columns:
         """Our names, required and optional."""
         return [*self.required, *self.optional]
 
-    def matched(self, present: Iterable[str], where: str) -> Columns:
+    def matched(self, present: Iterable[str], where: str) -> Self:
         """The same columns, found by their spellings among those of the first row.
 
         Raises:

@@ -8,7 +8,6 @@ each) and ``"domain"``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,39 +60,19 @@ def read_flag_rows(
             ``pos``, lists of different lengths, scores that are not finite or that only one of
             ``pos`` and ``neg`` has, and a text that is in ``pos`` and in ``neg`` of one row.
     """
-    check = flag_row_check(columns=columns, keep=keep)
+    wanted = FlagRowColumns(REQUIRED, OPTIONAL, columns or {}, keep)
     opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)
     where, row = first_row(opened, skip_invalid)
-    check = FlagRowCheck(check.wanted.matched(row, where))
+    check = wanted.matched(row, where)
     return build_dataset(opened, check, streaming=streaming, skip_invalid=skip_invalid)
 
 
-def flag_row_check(
-    *, columns: Mapping[str, str] | None = None, keep: Sequence[str] = ()
-) -> FlagRowCheck:
-    """What a FlagEmbedding row must be; the arguments as for `read_flag_rows`."""
-    return FlagRowCheck(Columns(REQUIRED, OPTIONAL, columns or {}, keep))
-
-
-@dataclass(frozen=True)
-class FlagRowCheck:
-    """Reads one row: the columns, then what they must be to each other."""
-
-    wanted: Columns
-
-    @property
-    def known(self) -> list[str]:
-        """Our names of the columns."""
-        return self.wanted.known
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The source's names of the columns that are read."""
-        return self.wanted.reads
+class FlagRowColumns(Columns):
+    """Columns, and what they must be to each other."""
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
         """The row's columns, checked; ValueError with the place otherwise."""
-        read = self.wanted.read(row, where)
+        read = super().read(row, where)
         read.setdefault("neg", [])
         for name, other in PARALLEL.items():
             if name in read and len(read[name]) != len(read[other]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -57,28 +56,20 @@ def read_triplets(
             f"{listed(list(negatives))}; columns present: {listed(sorted(row))}"
         )
     required = dict.fromkeys(("a", "b", *negatives), checks.text)
-    wanted = Columns(required, {"domain": checks.text}, {**columns, **negatives}, keep)
-    check = _Triplets(wanted.matched(row, where), tuple(negatives))
+    wanted = _Triplets(required, {"domain": checks.text}, {**columns, **negatives}, keep)
+    check = wanted.matched(row, where)
     return build_dataset(opened, check, streaming=streaming, skip_invalid=skip_invalid)
 
 
-@dataclass(frozen=True)
-class _Triplets:
-    wanted: Columns
-    negatives: tuple[str, ...]
-
-    @property
-    def known(self) -> list[str]:
-        return self.wanted.known
-
+class _Triplets(Columns):
     @cached_property
-    def reads(self) -> frozenset[str]:
-        return self.wanted.reads
+    def negatives(self) -> list[str]:
+        return [name for name in self.required if numbered(name) is not None]
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
         if not row.keys() <= self.reads:
             self._check_negatives(row, where)
-        triplet = self.wanted.read(row, where)
+        triplet = super().read(row, where)
         for column in self.negatives:
             if triplet[column] == triplet["b"]:
                 raise ValueError(f"{where}: {column} is the same text as b: {shown(triplet['b'])}")

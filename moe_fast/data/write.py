@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from moe_fast.data import pairs
+from moe_fast.data import flag_rows, pairs
 from moe_fast.data.columns import Columns
-from moe_fast.data.flag_rows import flag_row_check
 from moe_fast.data.lines import Refuse, refuse
 from moe_fast.data.rows import FORMATS, Row, file_format
 from moe_fast.data.tables import BATCH_ROWS, Check, checked_rows, features_of
@@ -62,12 +61,12 @@ def write_flag_rows(rows: Rows, path: str | os.PathLike[str]) -> int:
         ValueError: as `write_pairs`, by the rules of `read_flag_rows`.
     """
     rows, first = _peek(rows)
-    known = flag_row_check().wanted
-    keep = [name for name in first if name not in {*known.required, *known.optional}]
+    known = (flag_rows.REQUIRED, flag_rows.OPTIONAL)
+    keep = [name for name in first if not any(name in columns for columns in known)]
     formats = [
         suffix for suffix in FORMATS if ".jsonl" in suffix or suffix == ".parquet"
     ]  # a cell holds no list
-    return _write(rows, path, flag_row_check(keep=keep), formats)
+    return _write(rows, path, flag_rows.FlagRowColumns(*known, keep=keep), formats)
 
 
 @dataclass(frozen=True)

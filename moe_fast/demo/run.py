@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import transformers
 from datasets.utils.logging import disable_progress_bar
@@ -15,6 +13,7 @@ from datasets.utils.logging import disable_progress_bar
 from moe_fast.data import Retrieval
 from moe_fast.demo.comparison import ENFORCED, ROUTED, Settings, System, compare_variants, ndcg
 from moe_fast.demo.docstrings import DOMAINS, read_pairs, split_pairs
+from moe_fast.files import atomic_folder
 
 
 def run_demo(
@@ -41,7 +40,8 @@ def run_demo(
     best = max((ENFORCED, ROUTED), key=lambda name: ndcg(systems[name]))
     print(f"== Three searches among {len(test.corpus):,} held-out documents with '{best}'")
     show_searches(systems[best], test)
-    save_model(mixture, output / "model")
+    with atomic_folder(output / "model", replaces=("*",)) as partial:
+        mixture.save_pretrained(str(partial))
     hint = f', domain="{DOMAINS[0]}"' if best == ENFORCED else ""
     print(f"\n== Done; in {output}: demo.md, demo.json, two pictures, and '{best}'. To use it:")
     print(f'  moe_fast.MoESentenceTransformer("{output / "model"}").encode(')
@@ -58,15 +58,6 @@ def show_searches(system: System, test: Retrieval) -> None:
             mark = "   <- the right one" if document in test.qrels[query] else ""
             print(f"    {rank}. {score:.2f}  {document}{mark}")
             print(f"             {test.corpus[document][:90]}")
-
-
-def save_model(model: Any, folder: Path) -> None:
-    """Save beside ``folder`` first, so that it never holds half a model."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def quieten_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -144,14 +145,13 @@ class TemperatureLoss(EmbeddingLoss):
         return 1.0 / self.temperature
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The settings, for the model card; ``temperature`` is the one in use."""
-        return {
-            "temperature": self.temperature,
-            "learn_temperature": self.learn_temperature,
-            "min_temperature": self.min_temperature,
-            "max_temperature": self.max_temperature,
-            "similarity": self.similarity,
-        }
+        """The settings, for the model card; what is learned is given as it is now."""
+        settings: dict[str, Any] = {}
+        for cls in reversed(type(self).__mro__[: type(self).__mro__.index(EmbeddingLoss)]):
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+            settings |= {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return settings
 
 
 def temperature_metric(scale: float | Tensor) -> dict[str, Tensor]:

@@ -106,10 +106,3 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
             return penalty
         pairs = penalty.new_tensor(len(negative))
         return global_sum(penalty * pairs) / global_sum(pairs)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """The settings, for the model card; ``temperature`` is the one in use."""
-        return super().get_config_dict() | {
-            "queries_per_negative": self.queries_per_negative,
-            "penalty_weight": self.penalty_weight,
-        }

@@ -173,14 +173,3 @@ class InfoNCELoss(TemperatureLoss):
 
     def _keep_metrics(self, accuracy: Tensor, scale: float | Tensor) -> None:
         self.last_metrics = {"in_batch_accuracy": accuracy.detach()} | temperature_metric(scale)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """The settings, for the model card; ``temperature`` is the one in use."""
-        return super().get_config_dict() | {
-            "symmetric": self.symmetric,
-            "mask_duplicates": self.mask_duplicates,
-            "negatives_from": self.negatives_from,
-            "label_smoothing": self.label_smoothing,
-            "gather_across_devices": self.gather_across_devices,
-            "exchange": self.exchange,
-        }

@@ -105,11 +105,7 @@ class SigmoidLoss(TemperatureLoss):
             self.last_metrics["logit_bias"] = self.logit_bias.detach().clone()
         return loss
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """The settings, for the model card; ``temperature`` and ``bias`` are those in use."""
-        return super().get_config_dict() | {
-            "bias": self.logit_bias.item() if self.learn_bias else self._bias,
-            "learn_bias": self.learn_bias,
-            "mask_duplicates": self.mask_duplicates,
-            "negatives_from": self.negatives_from,
-        }
+    @property
+    def bias(self) -> float:
+        """The bias in use, as a number (on a GPU a learned one costs a sync)."""
+        return self.logit_bias.item() if self.learn_bias else self._bias

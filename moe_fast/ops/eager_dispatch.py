@@ -39,10 +39,11 @@ class Operation:
         signature: an implementation whose annotations are the op's schema. The other
             implementations take the same arguments by position.
         fake: the shapes of the results, see ``torch.library.register_fake``.
-        backward_signature, fake_backward: the same of backward ops; ``None`` for an op without a
-            gradient.
+        fake_backward: those of the gradients; ``None`` for an op without any.
+        differentiable: how many tensors have a gradient.
         saved: which results are kept for the backward.
         settings: how many of the settings the backward takes; ``None``: all.
+        backward_signature: as ``signature``, where ``save`` and ``gradients`` are an op's own.
         save: keeps what the gradient needs, see ``torch.library.register_autograd``.
         gradients: ``gradients(backward, ctx, *grads)``: the gradients of all arguments, computed
             by an implementation's backward op.
@@ -50,10 +51,11 @@ class Operation:
 
     signature: Callable
     fake: Callable
-    backward_signature: Callable | None = None
     fake_backward: Callable | None = None
+    differentiable: int = 0
     saved: tuple[int, ...] = ()
     settings: int | None = None
+    backward_signature: Callable | None = None
     save: Callable | None = None
     gradients: Callable | None = None
 
@@ -66,12 +68,22 @@ class Operation:
         name, schema = f"moe_fast::{name}", schema_of(self.signature)
         if backward is None:
             return register_op(name, schema, forward, self.fake)
-        assert self.backward_signature is not None and self.fake_backward is not None
+        assert self.fake_backward is not None
         run_backward = register_op(
-            f"{name}_backward", schema_of(self.backward_signature), backward, self.fake_backward
+            f"{name}_backward", self._backward_schema(schema), backward, self.fake_backward
         )
         gradients = functools.partial(self.gradients or _gradients, run_backward)
         return register_op(name, schema, forward, self.fake, self.save or self._save, gradients)
+
+    def _backward_schema(self, schema: str) -> str:
+        if self.backward_signature is not None:
+            return schema_of(self.backward_signature)
+        arguments = schema[1 : schema.index(")")].split(", ")
+        tensors = [argument for argument in arguments if argument.startswith("Tensor")]
+        settings = arguments[len(tensors) :][: self.settings]
+        results = [f"Tensor saved_{place}" for place in self.saved]
+        takes = ", ".join(["Tensor grad", *tensors, *results, *settings])
+        return f"({takes}) -> ({', '.join(['Tensor'] * self.differentiable)})"
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         results = (output,) if isinstance(output, Tensor) else output

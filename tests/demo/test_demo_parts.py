@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from moe_fast.data import Retrieval
 from moe_fast.demo import __main__ as command
-from moe_fast.demo import comparison, pretrained, run
+from moe_fast.demo import comparison, pretrained
 from moe_fast.demo.comparison import DENSE, ENFORCED, PRETRAINED, ROUTED, TFIDF, Settings
 from moe_fast.demo.docstrings import DOMAINS
 from moe_fast.demo.pretrained import pretrained_folder
@@ -127,11 +127,3 @@ def test_each_variant_trains_and_shows_its_experts(variant, tmp_path):
         usage = comparison.usage(encoder, test, DOMAINS, TINY)
         expected = np.tile(np.eye(5)[:, None], (1, usage.shape[1], 1))
         assert np.array_equal(usage, expected) == (variant == ENFORCED)
-
-
-def test_a_saved_model_replaces_an_older_one(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").touch()
-    run.save_model(make_dense(), tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert not (tmp_path / "model" / "old").exists()

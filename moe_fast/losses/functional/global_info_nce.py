@@ -170,20 +170,15 @@ class _GlobalInfoNCE(torch.autograd.Function):
         b: Tensor,
         negatives: Tensor | None,
         scale: Tensor,
-        row_ids: Tensor | None,
-        col_ids: Tensor | None,
-        domain_ids: Tensor | None,
-        group_ids: Tensor | None,
-        weights: Tensor | None,
-        setup: tuple,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        *ids, weights, setup = rest
         make_exchange, sizes, label_smoothing, symmetric, cosine = setup
         each = _global_weights(weights, a)
-        ids = (row_ids, col_ids, domain_ids, group_ids)
         hard = b[:0] if negatives is None else negatives
         exchange = make_exchange(Shard(b, hard, each, *ids), sizes)
         settings = Settings(scale, label_smoothing)
-        rows = pair_side(a, row_ids, col_ids, domain_ids, group_ids, cosine)
+        rows = pair_side(a, *ids, cosine)
         row_sums = new_sums(len(a), scale)
         own_logit = torch.empty_like(each)
         rank = torch.ones(len(a), dtype=torch.int64, device=a.device)
@@ -209,8 +204,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         a, scale, row_sums, column_sums, *ids = ctx.saved_tensors
         exchange, settings, symmetric, cosine, each, has_negatives = ctx.rest
-        row_ids, col_ids, domain_ids, group_ids = ids
-        rows = pair_side(a, row_ids, col_ids, domain_ids, group_ids, cosine)
+        rows = pair_side(a, *ids, cosine)
         smoothing = settings.label_smoothing
         by_row = gradient_terms(row_sums, each, smoothing)
         grad_a = torch.zeros_like(a, dtype=scale.dtype)

@@ -21,13 +21,7 @@ def _fake(rows, top_k_weights, expert_offsets, slot_to_row):
     return rows.new_empty((top_k_weights.shape[0], rows.shape[1]))
 
 
-def _combine_rows_backward(
-    grad_y: Tensor,
-    rows: Tensor,
-    top_k_weights: Tensor,
-    expert_offsets: Tensor,
-    slot_to_row: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _combine_rows_backward(grad_y, rows, top_k_weights, expert_offsets, slot_to_row):
     row = slot_to_row.view(top_k_weights.shape)
     valid = (row >= 0)[..., None]
     upstream = grad_y[:, None].to(torch.promote_types(rows.dtype, top_k_weights.dtype))
@@ -42,6 +36,6 @@ def _fake_backward(grad_y, rows, top_k_weights, expert_offsets, slot_to_row):
     return rows.new_empty(rows.shape), top_k_weights.new_empty(top_k_weights.shape)
 
 
-OPERATION = Operation(_combine_rows, _fake, _combine_rows_backward, _fake_backward)
+OPERATION = Operation(_combine_rows, _fake, _fake_backward, differentiable=2)
 combine_rows = OPERATION.implement("combine_rows", _combine_rows, _combine_rows_backward)
 backends.register("combine_rows", "torch", combine_rows)

@@ -32,17 +32,8 @@ def _expert_linear(
 
 
 @without_autocast
-def _expert_linear_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    top_k_weights: Tensor,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _expert_linear_backward(grad_y, x, weight, bias, top_k_weights, *plan):
+    expert_offsets, row_to_token, row_to_slot, slot_to_row = plan
     # Experts without rows keep the zeros; an absent bias gets a gradient nobody reads.
     grad_weight, grad_bias = weight.new_zeros(weight.shape), x.new_zeros(weight.shape[:2])
     grad_rows = new_rows(x, row_to_token.shape[0], x.shape[1])
@@ -79,7 +70,7 @@ def _fake_backward(grad_y, x, weight, bias, top_k_weights, *rest):
     )
 
 
-OPERATION = Operation(_expert_linear, _fake, _expert_linear_backward, _fake_backward)
+OPERATION = Operation(_expert_linear, _fake, _fake_backward, differentiable=4)
 backends.register(
     "expert_linear",
     "torch",

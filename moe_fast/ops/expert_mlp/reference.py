@@ -48,22 +48,9 @@ def _of(bias: Tensor | None, expert: int) -> Tensor | None:
 
 
 @without_autocast
-def _expert_mlp_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    up_proj_bias: Tensor | None,
-    down_proj_bias: Tensor | None,
-    top_k_weights: Tensor,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    saved: Tensor,
-    act: str,
-    gated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _expert_mlp_backward(grad_y, x, up_proj, down_proj, *rest):
+    up_proj_bias, down_proj_bias, top_k_weights, *plan, saved, act, gated = rest
+    expert_offsets, row_to_token, row_to_slot, slot_to_row = plan
     # Experts without rows keep the zeros; absent biases get an empty gradient nobody reads.
     grad_up, grad_down = up_proj.new_zeros(up_proj.shape), down_proj.new_zeros(down_proj.shape)
     grad_up_bias = x.new_zeros(up_proj.shape[:2])
@@ -113,9 +100,7 @@ def _fake_backward(
     )
 
 
-OPERATION = Operation(
-    _expert_mlp, _fake, _expert_mlp_backward, _fake_backward, saved=(1,), settings=2
-)
+OPERATION = Operation(_expert_mlp, _fake, _fake_backward, differentiable=6, saved=(1,), settings=2)
 backends.register(
     "expert_mlp", "torch", OPERATION.implement("expert_mlp", _expert_mlp, _expert_mlp_backward)
 )

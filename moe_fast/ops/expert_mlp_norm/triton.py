@@ -126,7 +126,12 @@ def _gradients(backward, ctx, grad_out, *_):
 
 
 _OPERATION = Operation(
-    forward, _fake, gradients, _fake_backward, save=_save_for_backward, gradients=_gradients
+    forward,
+    _fake,
+    _fake_backward,
+    backward_signature=gradients,
+    save=_save_for_backward,
+    gradients=_gradients,
 )
 run = _OPERATION.implement(
     "expert_mlp_norm_triton",

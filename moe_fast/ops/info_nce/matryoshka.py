@@ -301,27 +301,10 @@ def _fake(a, b, negatives, scale, *rest):
 
 
 @without_autocast
-def _matryoshka_backward(
-    grad_losses: Tensor,
-    a: Tensor,
-    b: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    group_ids: Tensor | None,
-    weights: Tensor | None,
-    row_sums: Tensor,
-    column_sums: Tensor,
-    dims: list[int],
-    label_smoothing: float,
-    symmetric: bool,
-    cosine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _matryoshka_backward(grad_losses, a, b, negatives, scale, *rest):
+    *ids, weights, row_sums, column_sums, dims, label_smoothing, symmetric, cosine = rest
     each = row_weights(weights, a)
     lengths = _Lengths(dims, scale / math.log(2))
-    ids = (row_ids, col_ids, domain_ids, group_ids)
     rows, pairs, hard = sides(a, b, negatives, ids, cosine=False)
     by_row = [gradient_terms(sums, each, label_smoothing) for sums in row_sums]
     by_column = None
@@ -355,5 +338,5 @@ def _matryoshka_backward(
     )
 
 
-_OPERATION = Operation(_matryoshka, _fake, _matryoshka_backward, fake_backward, saved=(2, 3))
+_OPERATION = Operation(_matryoshka, _fake, fake_backward, differentiable=4, saved=(2, 3))
 _run = _OPERATION.implement("matryoshka_info_nce", _matryoshka, _matryoshka_backward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,19 +66,14 @@ def _directions(
     q: Tensor,
     k: Tensor,
     scale: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    group_ids: Tensor | None,
+    ids: Sequence[Tensor | None],
     label_smoothing: float,
     symmetric: bool,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """(logits, positive, candidate, softmax - target, loss) of a to b, then of b to a."""
     batch = q.shape[0]
     logits = scale * (q @ k.t())
-    positive, candidate = positives_and_candidates(
-        batch, k.shape[0], q.device, row_ids, col_ids, domain_ids, group_ids
-    )
+    positive, candidate = positives_and_candidates(batch, k.shape[0], q.device, *ids)
     views = [(logits, positive, candidate)]
     if symmetric:
         views.append((logits[:, :batch].t(), positive[:, :batch].t(), candidate[:, :batch].t()))
@@ -105,7 +102,7 @@ def _info_nce(
     check_finite(a=q, b=k[: len(q)], negatives=k[len(q) :])
     each = row_weights(weights, q)
     ids = (row_ids, col_ids, domain_ids, group_ids)
-    directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)
+    directions = _directions(q, k, scale, ids, label_smoothing, symmetric)
     row_loss = torch.stack([d[-1] for d in directions]).mean(0)
     logits, positive, candidate = directions[0][:3]
     # "not smaller", so that NaN counts against the row as a tie does
@@ -119,22 +116,10 @@ def _fake(q, *rest):
 
 
 @without_autocast
-def _info_nce_backward(
-    grad_loss: Tensor,
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    group_ids: Tensor | None,
-    weights: Tensor | None,
-    label_smoothing: float,
-    symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _info_nce_backward(grad_loss, q, k, scale, *rest):
+    *ids, weights, label_smoothing, symmetric = rest
     each = row_weights(weights, q)
-    ids = (row_ids, col_ids, domain_ids, group_ids)
-    directions = _directions(q, k, scale, *ids, label_smoothing, symmetric)
+    directions = _directions(q, k, scale, ids, label_smoothing, symmetric)
     grad = each[:, None] * directions[0][3]  # [B, N], row-wise softmax minus target
     if symmetric:
         grad[:, : q.shape[0]] += (each[:, None] * directions[1][3]).t()
@@ -146,7 +131,7 @@ def _fake_backward(grad_loss, q, k, scale, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), scale.new_empty(())
 
 
-_OPERATION = Operation(_info_nce, _fake, _info_nce_backward, _fake_backward)
+_OPERATION = Operation(_info_nce, _fake, _fake_backward, differentiable=3)
 _run_op = _OPERATION.implement("info_nce", _info_nce, _info_nce_backward)
 
 

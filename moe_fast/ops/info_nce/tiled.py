@@ -389,25 +389,9 @@ def _fake(a, b, negatives, scale, *rest):
 
 
 @without_autocast
-def _info_nce_tiled_backward(
-    grad_loss: Tensor,
-    a: Tensor,
-    b: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    group_ids: Tensor | None,
-    weights: Tensor | None,
-    row_sums: Tensor,
-    column_sums: Tensor,
-    label_smoothing: float,
-    symmetric: bool,
-    cosine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _info_nce_tiled_backward(grad_loss, a, b, negatives, scale, *rest):
+    *ids, weights, row_sums, column_sums, label_smoothing, symmetric, cosine = rest
     each = row_weights(weights, a)
-    ids = (row_ids, col_ids, domain_ids, group_ids)
     rows, pairs, hard = sides(a, b, negatives, ids, cosine)
     settings = Settings(scale, label_smoothing)
     by_row = gradient_terms(row_sums, each, label_smoothing)
@@ -434,7 +418,7 @@ def fake_backward(grad_loss, a, b, negatives, scale, *rest):
     )
 
 
-OPERATION = Operation(_info_nce_tiled, _fake, _info_nce_tiled_backward, fake_backward, saved=(3, 4))
+OPERATION = Operation(_info_nce_tiled, _fake, fake_backward, differentiable=4, saved=(3, 4))
 _run_op = OPERATION.implement("info_nce_tiled", _info_nce_tiled, _info_nce_tiled_backward)
 
 

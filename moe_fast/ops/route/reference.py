@@ -250,7 +250,12 @@ def _fake_enforced(expert_ids, num_tokens, starts, token_mask, num_experts, dtyp
 
 
 OPERATION = Operation(
-    _route, _fake, _route_backward, _fake_backward, save=_save_for_backward, gradients=_gradients
+    _route,
+    _fake,
+    _fake_backward,
+    backward_signature=_route_backward,
+    save=_save_for_backward,
+    gradients=_gradients,
 )
 backends.register("route", "torch", OPERATION.implement("route", _route, _route_backward))
 route_enforced = Operation(_route_enforced, _fake_enforced).implement(
