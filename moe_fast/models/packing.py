@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_fast.architectures import setting
 from moe_fast.compat import attention_of
 from moe_fast.layers import ATTENTION
 from moe_fast.layers.attention import pick, real_tokens, scatter_rows
@@ -227,13 +228,13 @@ def _positions(model: PreTrainedModel, packing: Packing, inputs: dict[str, Any])
     if inputs["position_ids"] is not None:
         return inputs["position_ids"]
     input_ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
-    numbering = getattr(model.embeddings, "create_position_ids_from_input_ids", None)
-    # RoBERTa and XLM-R start behind the padding's id, and leave out tokens that have it.
-    first = 0 if numbering is None else model.embeddings.padding_idx + 1
+    padding = setting(model.config, model.architecture.padding_id)
+    first = 0 if padding is None else padding + 1
     if packing.shape is None:
         return packing.positions() + first
-    if numbering is not None and input_ids is not None:
-        return numbering(input_ids, first - 1)
+    if padding is not None and input_ids is not None:
+        real = input_ids != padding  # tokens with the padding's id are not counted
+        return real.cumsum(1) * real + padding
     device = (input_ids if input_ids is not None else embeds).device
     return torch.arange(first, first + packing.shape[1], device=device)[None]
 
