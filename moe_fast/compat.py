@@ -225,11 +225,20 @@ def recorded_outputs(base: type, **recorded: tuple[type, int]) -> dict[str, Any]
     Without transformers' recorder nothing is recorded: see :func:`check_recorded`.
     """
     recorder = _found("transformers.utils.output_capturing", "OutputRecorder")
-    theirs = getattr(base, "_can_record_outputs", None)
-    if recorder is None or theirs is None:
-        return dict(theirs or {})
+    theirs = getattr(base, "_can_record_outputs", None) or {}
+    if recorder is None:
+        return dict(theirs)
     ours = {name: recorder(module, index=index) for name, (module, index) in recorded.items()}
     return {**theirs, **ours}
+
+
+def capture_outputs(forward: Method) -> Method:
+    """Have a model's forward record what its ``_can_record_outputs`` names, as transformers' do.
+
+    Without it nothing is recorded: see :func:`check_recorded`.
+    """
+    capture = _found("transformers.utils.output_capturing", "capture_outputs")
+    return forward if capture is None else capture(forward)
 
 
 def check_recorded(output: Any, name: str) -> None:
@@ -323,6 +332,13 @@ def sdpa_attention() -> Method:
     consequence = "attn_implementation='moe_fast' cannot take a mask of pairs of tokens"
     found = _found("transformers.integrations.sdpa_attention", name)
     return found or _refusing("transformers", name, consequence)
+
+
+def bidirectional_mask() -> Method:
+    """transformers' function from a model's 2-D mask to its layers'; without it, an error."""
+    name = "create_bidirectional_mask"
+    found = _found("transformers.masking_utils", name)
+    return found or _refusing("transformers", name, "MPNet's padding cannot be masked")
 
 
 def padding_mask() -> Method:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,13 @@ class Architecture:
         attention_norm, attention_dropout: as ``norm`` and ``dropout``. Without the first, the
             module ``attention`` computes the whole block.
         padding_id: a setting: the id behind which positions start. ``None``: they start at 0.
+        tuple_output: whether a layer gives a tuple, what else the attention gave behind the states.
+        forward: of an encoder that hands no keywords to its layers: a function that takes a
+            mixture and the keywords of its dense model's forward, hands those that it does not know
+            to the layers with experts, and returns what the dense forward does.
+        not_packed: why texts cannot be packed, as the end of a sentence. ``None``: they can be.
+        not_fused: why ``fused_output`` cannot be had, said of its layers. ``None``: it can, unless
+            norms come first.
     """
 
     dense_model: type[PreTrainedModel]
@@ -52,6 +60,15 @@ class Architecture:
     attention_norm: str | None = None
     attention_dropout: str | None = None
     padding_id: str | int | None = None
+    tuple_output: bool = False
+    forward: Callable[..., Any] | None = None
+    not_packed: str | None = None
+    not_fused: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pre_norm and self.not_fused is None:
+            reason = "normalise before their MLP and have no output block behind it"
+            object.__setattr__(self, "not_fused", reason)
 
     @property
     def name(self) -> str:

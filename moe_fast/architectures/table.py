@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-from transformers import BertModel, ModernBertModel, RobertaModel, XLMRobertaModel
-from transformers.models.bert.modeling_bert import BertLayer
-from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
-from transformers.models.roberta.modeling_roberta import RobertaLayer
-from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
-
+from moe_fast.architectures import own_forward
 from moe_fast.architectures.architecture import Architecture
+
+
+def _of(module: str, name: str, *, layer: str | None = None, **parts: Any) -> list[Architecture]:
+    """The entry of one of transformers' encoders; none where the installed release lacks it.
+
+    Args:
+        module: its folder in ``transformers.models``.
+        name: the stem of its classes.
+        layer: the name of its layer's class, where that is not the stem and "Layer".
+        parts: the fields of :class:`Architecture`.
+    """
+    try:
+        found = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        model, layer_class = getattr(found, f"{name}Model"), getattr(found, layer or f"{name}Layer")
+    except (ImportError, AttributeError):
+        return []
+    return [Architecture(dense_model=model, dense_layer=layer_class, **parts)]
+
 
 # What BERT's descendants have in common.
 _BERT: dict[str, Any] = {
@@ -22,21 +36,114 @@ _BERT: dict[str, Any] = {
     "dropout": "output.dropout",
     "attention": "attention",
 }
+_ROBERTA = {**_BERT, "padding_id": "pad_token_id"}
+# Gate and up apart, as in Llama.
+_GATE_AND_UP: dict[str, Any] = {
+    "up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": "mlp.down_proj",
+    "gated": True,
+    "mlp": ("mlp",),
+}
+# Rotary positions, norms behind the sums.
+_NOMIC: dict[str, Any] = {
+    "layers": "layers",
+    "attention": "self_attn",
+    "attention_norm": "post_attention_layernorm",
+    "attention_dropout": "post_attention_dropout",
+    "norm": "post_mlp_layernorm",
+    "dropout": "post_mlp_dropout",
+}
+_DEBERTA = {
+    **_BERT,
+    "tuple_output": True,
+    "forward": own_forward.deberta,
+    "not_packed": "its attention counts how far apart two places of the batch are",
+}
 
 ARCHITECTURES = [
-    Architecture(dense_model=BertModel, dense_layer=BertLayer, **_BERT),
-    Architecture(
-        dense_model=RobertaModel, dense_layer=RobertaLayer, padding_id="pad_token_id", **_BERT
+    *_of("bert", "Bert", **_BERT),
+    *_of("roberta", "Roberta", **_ROBERTA),
+    *_of("xlm_roberta", "XLMRoberta", **_ROBERTA),
+    *_of("camembert", "Camembert", **_ROBERTA),
+    *_of("electra", "Electra", **_BERT),
+    *_of(
+        "distilbert",
+        "DistilBert",
+        layer="TransformerBlock",
+        layers="transformer.layer",
+        up=("ffn.lin1",),
+        down="ffn.lin2",
+        mlp=("ffn.lin1", "ffn.lin2", "ffn.activation"),
+        activation="activation",
+        intermediate_size="hidden_dim",
+        attention="attention",
+        attention_norm="sa_layer_norm",
+        norm="output_layer_norm",
+        dropout="ffn.dropout",
     ),
-    Architecture(
-        dense_model=XLMRobertaModel,
-        dense_layer=XLMRobertaLayer,
-        padding_id="pad_token_id",
+    *_of(
+        "mpnet",
+        "MPNet",
         **_BERT,
+        padding_id=1,  # whatever the configuration says
+        tuple_output=True,
+        forward=own_forward.mpnet,
+        not_packed="its attention counts how far apart two places of the batch are",
     ),
-    Architecture(
-        dense_model=ModernBertModel,
-        dense_layer=ModernBertEncoderLayer,
+    *_of(
+        "xlm_roberta_xl",
+        "XLMRobertaXL",
+        **{
+            **_ROBERTA,
+            "mlp": ("intermediate", "output"),
+            "pre_norm": True,
+            "norm": "LayerNorm",
+            "dropout": None,
+        },
+    ),
+    *_of(
+        "deberta",
+        "Deberta",
+        **_DEBERTA,
+        not_fused="have a norm of their own, in float32 whatever the model's dtype",
+    ),
+    *_of("deberta_v2", "DebertaV2", **_DEBERTA),
+    *_of(
+        "esm",
+        "Esm",
+        **{
+            **_ROBERTA,
+            "activation": "gelu",
+            "pre_norm": True,
+            "norm": "LayerNorm",
+            "not_packed": "its embeddings are scaled by each text's share of mask tokens",
+        },
+    ),
+    *_of("nomic_bert", "NomicBert", **_NOMIC, **_GATE_AND_UP, bias=False),
+    *_of(
+        "jina_embeddings_v3",
+        "JinaEmbeddingsV3",
+        **_NOMIC,
+        up=("mlp.fc1",),
+        down="mlp.fc2",
+        mlp=("mlp",),
+    ),
+    *_of(
+        "eurobert",
+        "EuroBert",
+        layer="EuroBertDecoderLayer",
+        layers="layers",
+        **_GATE_AND_UP,
+        bias="mlp_bias",
+        pre_norm=True,
+        attention="self_attn",
+        attention_norm="input_layernorm",
+        norm="post_attention_layernorm",
+    ),
+    *_of(
+        "modernbert",
+        "ModernBert",
+        layer="ModernBertEncoderLayer",
         layers="layers",
         up=("mlp.Wi",),
         down="mlp.Wo",
@@ -45,8 +152,8 @@ ARCHITECTURES = [
         activation="hidden_activation",
         bias="mlp_bias",
         pre_norm=True,
-        norm="mlp_norm",
         attention="attn",
         attention_norm="attn_norm",
+        norm="mlp_norm",
     ),
 ]

@@ -48,9 +48,9 @@ def upcycle(
     """Make a mixture of experts of a dense encoder.
 
     Args:
-        model_or_path: a ``BertModel``, ``RobertaModel``, ``XLMRobertaModel`` or
-            ``ModernBertModel``; a ``SentenceTransformer`` on one of them; or the folder or hub
-            id of either (with a ``modules.json`` it is read as a SentenceTransformer).
+        model_or_path: a ``BertModel``, ``RobertaModel``, ``ModernBertModel`` or another encoder of
+            docs/encoders.md; a ``SentenceTransformer`` on one of them; or the folder or hub id of
+            either (with a ``modules.json`` it is read as a SentenceTransformer).
         num_experts, num_experts_per_tok: E, and K of them per token.
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
         layers: "all", "single" (the middle one, ``num_layers // 2``), "alternate" (every other

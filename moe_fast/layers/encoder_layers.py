@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,6 +21,11 @@ from moe_fast.layers.routing_info import RoutingInfo
 
 # What the mixture's layers ask of a configuration beyond a dense layer's.
 _NEEDED = ("num_experts", "num_experts_per_tok", "routing", "weight_mode", "target")
+# The fields of an entry that name modules of a dense layer.
+_PARTS = (
+    *("up", "down", "mlp", "norm", "dropout"),
+    *("attention", "attention_norm", "attention_dropout"),
+)
 # What decoders hand to their layers.
 _DECODER_INPUTS = ("encoder_hidden_states", "cache", "past_key_values")
 
@@ -57,6 +62,20 @@ def _check_config(config: PreTrainedConfig) -> None:
         )
 
 
+def _check_parts(layer: nn.Module, parts: Architecture) -> None:
+    """Refuse an entry that names what the dense layer does not have."""
+    known = dict(layer.named_modules())
+    named = {field: getattr(parts, field) for field in _PARTS}
+    for field, value in named.items():
+        for name in (value,) if isinstance(value, str) else value or ():
+            if name not in known:
+                raise ValueError(
+                    f"{field} of the architecture {parts.name} must name modules of "
+                    f"{parts.dense_layer.__name__} ({', '.join(n for n in known if n)}); got "
+                    f"{name!r}."
+                )
+
+
 class MoELayer(GradientCheckpointingLayer):
     """What all the layers share; stands before the dense layer in their bases.
 
@@ -71,6 +90,7 @@ class MoELayer(GradientCheckpointingLayer):
         parts = self.architecture
         indexed = "layer_idx" in inspect.signature(parts.dense_layer).parameters
         super().__init__(config, *([layer_idx] if indexed else []))
+        _check_parts(self, parts)
         self.config = config
         for name in parts.mlp:
             owner, _, leaf = name.rpartition(".")
@@ -88,7 +108,7 @@ class MoELayer(GradientCheckpointingLayer):
             target=config.target,
         )
 
-    def routed(self, x: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    def routed(self, x: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Hidden states [B, L, D] to [B, L, D]; routing keywords as in the module's docstring."""
         for name in _DECODER_INPUTS:
             if kwargs.pop(name, None) is not None:
@@ -96,13 +116,17 @@ class MoELayer(GradientCheckpointingLayer):
         kwargs.pop("encoder_attention_mask", None)
         routing = RoutingInfo.pop_from(kwargs)
         parts = self.architecture
-        attention = self._part(parts.attention)
-        if parts.attention_norm is None:
-            x = _first(attention(x, attention_mask=attention_mask, **kwargs))
-        else:
-            before = self._part(parts.attention_norm)(x) if parts.pre_norm else x
-            y = _first(attention(before, attention_mask=attention_mask, **kwargs))
-            x = self._added(y, x, parts.attention_norm, parts.attention_dropout)
+        norm = parts.attention_norm
+        before = self._part(norm)(x) if norm is not None and parts.pre_norm else x
+        output = self._part(parts.attention)(before, attention_mask=attention_mask, **kwargs)
+        y, rest = (output, ()) if isinstance(output, Tensor) else (output[0], output[1:])
+        x = y if norm is None else self._added(y, x, norm, parts.attention_dropout)
+        x = self._mixed(x, routing)
+        return (x, *rest) if parts.tuple_output else x
+
+    def _mixed(self, x: Tensor, routing: RoutingInfo) -> Tensor:
+        """The block of the experts."""
+        parts = self.architecture
         if self.config.fused_output:
             return self.mlp(x, routing=routing, output_block=self._output_block(x))
         before = self._part(parts.norm)(x) if parts.pre_norm else x
@@ -127,11 +151,6 @@ class MoELayer(GradientCheckpointingLayer):
         dropout = self._part(parts.dropout) if parts.dropout is not None else None
         p = dropout.p if dropout is not None and dropout.training else 0.0
         return OutputBlock(residual, norm.weight, norm.bias, norm.eps, p)
-
-
-def _first(output: Any) -> Tensor:
-    """What an attention gives, without the weights that may stand beside it."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def layer_class(architecture: Architecture) -> type[MoELayer]:

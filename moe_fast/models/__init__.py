@@ -3,14 +3,16 @@
 from typing import Any
 
 from moe_fast.architectures import ARCHITECTURES
-from moe_fast.models import configuration, modeling, registry  # noqa: F401  registers them
+from moe_fast.models import configuration, modeling
 from moe_fast.models.modeling import MoEModelOutput, MoEModelOutputWithPooling
+from moe_fast.models.registry import register_architecture
 
 __all__ = [
     "MoEModelOutput",
     "MoEModelOutputWithPooling",
     *(f"MoE{architecture.name}Config" for architecture in ARCHITECTURES),
     *(f"MoE{architecture.name}Model" for architecture in ARCHITECTURES),
+    "register_architecture",
 ]
 
 

@@ -90,10 +90,10 @@ class MoEConfigFields(AttentionOfTheCall):
                 "fused_output needs target='mlp' (only a mixture of whole MLPs is fused with what "
                 f"follows it); got target={self.target!r}."
             )
-        if self.fused_output and self.architecture.pre_norm:
+        reason = self.architecture.not_fused
+        if self.fused_output and reason is not None:
             raise ValueError(
-                f"fused_output must be False: {self.architecture.name}'s layers normalise before "
-                "their MLP and have no output block behind it; got True."
+                f"fused_output must be False: {self.architecture.name}'s layers {reason}; got True."
             )
         if self.route_by_token_type and self.routing != "enforced":
             raise ValueError(

@@ -66,6 +66,7 @@ class MoEModelMixin(PreTrainedModel):
     moe_layer_class: type[nn.Module]
     moe_output_class: type[BaseModelOutput]
     is_moe_fast_model = True
+    supports_gradient_checkpointing = True  # our layers do, whatever the dense model's say
 
     @property
     def encoder_layers(self) -> nn.ModuleList:
@@ -225,9 +226,11 @@ class MoEModelMixin(PreTrainedModel):
 
         Among ``kwargs``, ``packed=True`` leaves the padding out of this one batch, whatever the
         configuration's attention is; not under gradient checkpointing, whose second forward comes
-        when the choice is over, and would attend over all sentences as one.
+        when the choice is over, and would attend over all sentences as one, and not where texts
+        cannot be packed.
         """
-        if kwargs.pop("packed", False) and not self._runs_again():
+        can_pack = self.architecture.not_packed is None
+        if kwargs.pop("packed", False) and can_pack and not self._runs_again():
             with packed_attention():
                 return self._moe_forward(
                     dense_inputs, expert_ids, domain, domain_ids, output_router_logits, kwargs
@@ -245,7 +248,7 @@ class MoEModelMixin(PreTrainedModel):
         self._check_inputs(like, attention_mask)
         if like.shape[0] == 0:
             return self._empty_batch(like, return_dict, output_router_logits)
-        packing = packing_of(self.config, like, attention_mask, kwargs)
+        packing = packing_of(self, like, attention_mask, kwargs)
         cu_seqlens = kwargs.get("cu_seq_lens_q")  # given: the caller has packed the batch
         if packing is not None and cu_seqlens is not None:
             self._check_length(packing.max_length)
@@ -353,6 +356,17 @@ class MoEModelMixin(PreTrainedModel):
             )
 
 
+class OwnForward(PreTrainedModel):
+    """Before a dense model that hands no keywords to its layers: runs it as its entry says."""
+
+    @compat.capture_outputs
+    def forward(self, **inputs: Any) -> BaseModelOutput:
+        """The dense forward, with routing for the layers."""
+        flags = ("output_router_logits", "output_tokens_per_expert")  # the decorator's
+        known = {name: value for name, value in inputs.items() if name not in flags}
+        return self.dense_forward(self, **known)
+
+
 class MoEModel(MoEModelMixin):
     """The forward of encoders with token types."""
 
@@ -429,8 +443,13 @@ def model_class(architecture: Architecture) -> type[MoEModelMixin]:
         f"MoE{name}Model",
         f"``{dense.__name__}`` with mixtures of experts in ``config.moe_layers``: see "
         ":class:`MoEModel`.",
-        (MoEModel if typed else MoEModelWithoutTokenTypes, dense),
+        (
+            MoEModel if typed else MoEModelWithoutTokenTypes,
+            *([OwnForward] if architecture.forward else []),
+            dense,
+        ),
         architecture=architecture,
+        dense_forward=staticmethod(architecture.forward) if architecture.forward else None,
         config_class=getattr(configuration, f"MoE{name}Config"),
         moe_layer_class=getattr(layers, f"MoE{name}Layer"),
         moe_output_class=MoEModelOutputWithPooling if pooled else MoEModelOutput,

@@ -161,7 +161,7 @@ def _check_contiguous(mask: Tensor) -> None:
 
 
 def packing_of(
-    config: Any, like: Tensor, attention_mask: Any, kwargs: dict[str, Any]
+    model: Any, like: Tensor, attention_mask: Any, kwargs: dict[str, Any]
 ) -> Packing | None:
     """How a batch is packed; ``None``: it is computed as it is, padding included.
 
@@ -173,8 +173,15 @@ def packing_of(
         ValueError: for a packed batch where attention would not keep its texts apart, and for what
             packing cannot do.
     """
+    config, architecture = model.config, model.architecture
     attention = attention_of(config)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if architecture.not_packed and (attention == ATTENTION or cu_seqlens is not None):
+        raise ValueError(
+            f"{architecture.name}'s texts cannot be packed (attn_implementation={ATTENTION!r}, or "
+            f"cu_seq_lens_q): {architecture.not_packed}. Give padded batches, and another "
+            "attention: 'sdpa', or 'eager'."
+        )
     if cu_seqlens is not None:
         if attention != ATTENTION and not (attention or "").startswith("flash_attention"):
             raise ValueError(

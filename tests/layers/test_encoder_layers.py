@@ -65,7 +65,7 @@ def test_routing_keywords_do_not_reach_the_attention():
         output_router_logits=True,
         position_ids=None,
     )
-    assert set(seen) == {"position_ids"}
+    assert set(seen) == {"attention_mask", "position_ids"}
 
 
 @pytest.mark.parametrize(
