@@ -160,8 +160,9 @@ def test_own_forwards_give_attentions_and_take_embeddings(name, batch):
         assert relative_error(g * real, w * real) <= 1e-6
 
 
-# Their layers differ from another's in names alone: one of each kind is compiled by default.
-SAME = ("roberta", "xlm_roberta", "camembert", "electra", "xlm_roberta_xl", "deberta", "eurobert")
+# One of each kind of layer is compiled by default (BERT's in test_modeling.py).
+SAME = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "xlm_roberta_xl", "deberta")
+SAME += ("jina_embeddings_v3", "eurobert")
 CELLS = [
     pytest.param(
         name, column, marks=pytest.mark.slow if column == "compile" and name in SAME else ()
