@@ -104,6 +104,8 @@ def candidates(count: int, dtype: torch.dtype) -> Candidates:
 
     def encode(model: Any, **options: Any) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
+            from moe_fast.encoding.lengths import counted_truncation
+
             with counted_truncation():  # or every call says how many texts were cut
                 return [model.encode(texts, batch_size=BATCH, convert_to_tensor=True, **options)]
 

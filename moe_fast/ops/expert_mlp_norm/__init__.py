@@ -75,7 +75,7 @@ def expert_mlp_norm(
         ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
     """
     tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias)
-    block = (residual, norm_weight, norm_bias)
+    block: tuple[Tensor, ...] = (residual, norm_weight, norm_bias)
     settings = (act, gated, recompute, dropout, backend)
     run, needs_grad = _prepare(*tensors, top_k_weights, plan, *block, *settings)
     if torch.is_autocast_enabled(x.device.type):
