@@ -17,6 +17,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -131,35 +132,32 @@ def check_overrides(cls: type) -> None:
 # --- torch ---------------------------------------------------------------------------------------
 
 
-def _eager_test() -> Callable[[], bool]:
-    """Whether nothing looks at ops: no dispatch mode, ``torch.func``, or forward-mode autograd.
+def observers_of_ops() -> tuple[Callable[[], bool], Callable[[], Any], Callable[[], int]]:
+    """Three questions about who looks at ops, all of which a plain eager call must deny.
 
-    Without the private questions the answer is no: ops then take the dispatcher's way, which is
-    right and slower.
+    Without the private questions the first one is always answered with yes: ops then take the
+    dispatcher's way, which is right and slower.
+
+    Returns:
+        Whether there is a dispatch mode; ``torch.func``'s interpreter, or ``None``; the level of
+        forward-mode autograd, or -1.
     """
-    stack = _found("torch._C._functorch", "peek_interpreter_stack")
+    interpreter = _found("torch._C._functorch", "peek_interpreter_stack")
     dispatching = _found("torch.utils._python_dispatch", "is_in_torch_dispatch_mode")
-    forward_ad = _found("torch.autograd.forward_ad", "_current_level")
-    if stack is None or dispatching is None or forward_ad is None:
+    level = _found("torch.autograd.forward_ad", "_current_level")
+    if None not in (interpreter, dispatching, level):
+        forward_ad = torch.autograd.forward_ad
+        return dispatching, interpreter, functools.partial(getattr, forward_ad, "_current_level")
 
-        def unknown() -> bool:
-            _warn_gone(
-                "torch",
-                "peek_interpreter_stack, is_in_torch_dispatch_mode or forward_ad._current_level",
-                "ops go through the dispatcher, 8 to 35 microseconds slower each",
-            )
-            return False
+    def unknown() -> bool:
+        _warn_gone(
+            "torch",
+            "peek_interpreter_stack, is_in_torch_dispatch_mode or forward_ad._current_level",
+            "ops go through the dispatcher, 8 to 35 microseconds slower each",
+        )
+        return True
 
-        return unknown
-    levels = torch.autograd.forward_ad
-
-    def nobody_looks() -> bool:
-        return not dispatching() and stack() is None and levels._current_level < 0
-
-    return nobody_looks
-
-
-nobody_looks = _eager_test()
+    return unknown, lambda: None, lambda: -1
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -227,11 +225,20 @@ def recorded_outputs(base: type, **recorded: tuple[type, int]) -> dict[str, Any]
     Without transformers' recorder nothing is recorded: see :func:`check_recorded`.
     """
     recorder = _found("transformers.utils.output_capturing", "OutputRecorder")
-    theirs = getattr(base, "_can_record_outputs", None)
-    if recorder is None or theirs is None:
-        return dict(theirs or {})
+    theirs = getattr(base, "_can_record_outputs", None) or {}
+    if recorder is None:
+        return dict(theirs)
     ours = {name: recorder(module, index=index) for name, (module, index) in recorded.items()}
     return {**theirs, **ours}
+
+
+def capture_outputs(forward: Method) -> Method:
+    """Have a model's forward record what its ``_can_record_outputs`` names, as transformers' do.
+
+    Without it nothing is recorded: see :func:`check_recorded`.
+    """
+    capture = _found("transformers.utils.output_capturing", "capture_outputs")
+    return forward if capture is None else capture(forward)
 
 
 def check_recorded(output: Any, name: str) -> None:
@@ -282,8 +289,8 @@ def attention_of(config: Any) -> Any:
     raise _gone("transformers", "config._attn_implementation", "the attention is not known")
 
 
-def attention_setting(choose: Callable[[], str | None]) -> property:
-    """A property for ``_attn_implementation``: what ``choose()`` says, or else the base's value."""
+def attention_setting(choice: ContextVar[str | None]) -> property:
+    """A property for ``_attn_implementation``: the choice, where there is one, or the base's."""
     name = "_attn_implementation"
 
     def base(config: Any) -> Any:
@@ -295,7 +302,9 @@ def attention_setting(choose: Callable[[], str | None]) -> property:
         return theirs
 
     def get(config: Any) -> Any:
-        return choose() or base(config).fget(config)
+        # torch.compile cannot trace a context variable, and is never asked to pack.
+        chosen = None if torch.compiler.is_compiling() else choice.get()
+        return chosen or base(config).fget(config)
 
     def put(config: Any, value: Any) -> None:
         base(config).fset(config, value)
@@ -323,6 +332,13 @@ def sdpa_attention() -> Method:
     consequence = "attn_implementation='moe_fast' cannot take a mask of pairs of tokens"
     found = _found("transformers.integrations.sdpa_attention", name)
     return found or _refusing("transformers", name, consequence)
+
+
+def bidirectional_mask() -> Method:
+    """transformers' function from a model's 2-D mask to its layers'; without it, an error."""
+    name = "create_bidirectional_mask"
+    found = _found("transformers.masking_utils", name)
+    return found or _refusing("transformers", name, "MPNet's padding cannot be masked")
 
 
 def padding_mask() -> Method:

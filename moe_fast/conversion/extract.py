@@ -11,9 +11,9 @@ from torch import Tensor
 from moe_fast.compat import attention_of
 from moe_fast.conversion.door import given, mixture_of
 from moe_fast.conversion.weights import embedding_name, load_exactly
-from moe_fast.models.architectures import Architecture, architecture_of
 from moe_fast.models.configuration import MoEConfigFields
 from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.registry import build_dense
 
 
 def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = False) -> Any:
@@ -38,13 +38,12 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
     source = given(model)
     model = mixture_of(source)
     index = expert_index(model.config, expert)
-    architecture = architecture_of(model)
-    weights = _dense_state(architecture, model, index)
-    config = _dense_config(architecture, model, keep_domain_tokens)
+    weights = _dense_state(model, index)
+    config = _dense_config(model, keep_domain_tokens)
     if not keep_domain_tokens:
         _fold_domain_token(model, weights, index)
     with torch.device("meta"):
-        dense = architecture.build_dense(config, model)
+        dense = build_dense(config, model)
     load_exactly(dense, weights, buffers_of=model)
     return source.around(dense.train(model.training))
 
@@ -69,27 +68,24 @@ def expert_index(config: MoEConfigFields, expert: int | str, name: str = "expert
     return expert
 
 
-def _dense_state(
-    architecture: Architecture, model: MoEModelMixin, expert: int
-) -> dict[str, Tensor]:
-    dense_names = {new: old for old, new in architecture.mlp_names.items()}
-    mlps = model.moe_mlps()
+def _dense_state(model: MoEModelMixin, expert: int) -> dict[str, Tensor]:
+    architecture, mlps = model.architecture, model.moe_mlps()
+    dense_names = architecture.mlp_names
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        place = architecture.split(name)
-        if place is None or place[0] not in mlps or not place[1].startswith("mlp."):
+        layer, inner = architecture.split(name) or (-1, "")
+        if layer not in mlps or not inner.startswith("mlp."):
             state[name] = value.clone()
-        elif place[1] in dense_names:
-            layer, inner = place
+        elif inner in dense_names:
             projection = inner.removeprefix("mlp.").removesuffix("_bias")
             own = value[expert] if mlps[layer].is_expert(projection) else value
-            state[f"{architecture.layer_prefix}{layer}.{dense_names[inner]}"] = own.clone()
+            parts = own.chunk(len(dense_names[inner]))
+            for old, part in zip(dense_names[inner], parts, strict=True):
+                state[architecture.join(layer, old)] = part.clone()
     return state
 
 
-def _dense_config(
-    architecture: Architecture, model: MoEModelMixin, keep_domain_tokens: bool
-) -> Any:
+def _dense_config(model: MoEModelMixin, keep_domain_tokens: bool) -> Any:
     config = model.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         config.pop(name, None)
@@ -98,7 +94,7 @@ def _dense_config(
     if not keep_domain_tokens:
         config["vocab_size"] -= len(model.config.domain_token_ids)
     config["attn_implementation"] = attention_of(model.config)
-    return architecture.dense_config.from_dict(config)
+    return model.architecture.dense_config.from_dict(config)
 
 
 def _fold_domain_token(model: MoEModelMixin, weights: dict[str, Tensor], expert: int) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from moe_fast.conversion.door import given, mixture_of
 from moe_fast.conversion.extract import expert_index
 from moe_fast.conversion.weights import embedding_name, load_exactly, mean_of
-from moe_fast.models.architectures import architecture_of
 from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.registry import build_moe
 
 
 def add_expert(
@@ -123,7 +123,7 @@ def _regroup(
     model: MoEModelMixin, groups: Sequence[Sequence[int]], domains: list[str]
 ) -> MoEModelMixin:
     """A model whose expert i is the mean of the experts ``groups[i]`` of ``model``."""
-    architecture = architecture_of(model)
+    architecture = model.architecture
     mlps = model.moe_mlps()
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
@@ -141,7 +141,7 @@ def _regroup(
         words, own = weights[name][: tokens[0]], weights[name][tokens[0] :]
         weights[name] = torch.cat((words, _gather(own, groups)))
     with torch.device("meta"):
-        new = architecture.build_moe(config, model)
+        new = build_moe(config, model)
     load_exactly(new, weights, buffers_of=model)
     for name, parameter in model.named_parameters():
         new.get_parameter(name).requires_grad_(parameter.requires_grad)

@@ -24,13 +24,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from moe_fast.conversion.door import given, mixture_of
 from moe_fast.conversion.weights import load_exactly
-from moe_fast.models.architectures import architecture_of
 from moe_fast.models.checkpoint_files import (
     check_checkpoint,
     check_safetensors,
     read_index,
     shortened,
 )
+from moe_fast.models.registry import build_moe
 from moe_fast.ops.checks import check_choice
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def import_checkpoint(
         )
     config = copy.deepcopy(like.config)
     with torch.device("meta"):
-        new = architecture_of(like).build_moe(config, like)
+        new = build_moe(config, like)
     load_exactly(new, weights, buffers_of=like)
     return source.around(new.train(like.training))
 

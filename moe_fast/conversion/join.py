@@ -20,8 +20,8 @@ from moe_fast.compat import child_modules
 from moe_fast.conversion.door import Given, loaded
 from moe_fast.conversion.upcycle import upcycle
 from moe_fast.conversion.weights import embedding_name, mean_of
-from moe_fast.models.architectures import architecture_of
 from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.registry import architecture_of
 from moe_fast.ops.checks import check_choice
 
 SHARED = ("first", "mean")
@@ -139,15 +139,14 @@ def _join_encoders(
     _check_same_models(encoders)
     base = encoders[0] if shared == "first" else _mean_model(encoders)
     moe = upcycle(base, num_experts=len(encoders), **settings)
-    architecture = architecture_of(moe)
-    dense_names = {new: old for old, new in architecture.mlp_names.items()}
+    names = moe.architecture.mlp_names
     states = [encoder.state_dict() for encoder in encoders]
     with torch.no_grad():
         for layer, mlp in moe.moe_mlps().items():
             for name, parameter in mlp.expert_parameters():
-                source = f"{architecture.layer_prefix}{layer}.{dense_names[f'mlp.{name}']}"
+                sources = [moe.architecture.join(layer, old) for old in names[f"mlp.{name}"]]
                 for expert, state in enumerate(states):
-                    parameter[expert] = state[source]
+                    parameter[expert] = torch.cat([state[source] for source in sources])
         if moe.config.domain_token_ids and moe.config.routing == "enforced":
             table = moe.get_input_embeddings().weight
             for token, state in zip(moe.config.domain_token_ids, states, strict=True):

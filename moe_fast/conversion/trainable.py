@@ -26,7 +26,8 @@ def set_trainable(
     check_choice("trainable", trainable, TRAINABLE)
     model.requires_grad_(trainable == "all")
     if trainable == "all":
-        model.embeddings.requires_grad_(not freeze_embeddings)
+        words = model.get_input_embeddings()
+        getattr(model, "embeddings", words).requires_grad_(not freeze_embeddings)
         return
     for mlp in model.moe_mlps().values():
         for _, parameter in mlp.expert_parameters():

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_fast.architectures import Architecture
 from moe_fast.compat import attention_of
 from moe_fast.conversion.door import loaded
 from moe_fast.conversion.trainable import set_trainable
 from moe_fast.conversion.weights import embedding_name, load_exactly
-from moe_fast.models.architectures import Architecture, architecture_of
 from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.registry import architecture_of, build_moe, moe_model
 from moe_fast.ops.checks import check_choice
 
 ROUTER_INITS = ("normal", "kaiming_uniform")
@@ -47,9 +48,9 @@ def upcycle(
     """Make a mixture of experts of a dense encoder.
 
     Args:
-        model_or_path: a ``BertModel``, ``RobertaModel``, ``XLMRobertaModel`` or
-            ``ModernBertModel``; a ``SentenceTransformer`` on one of them; or the folder or hub
-            id of either (with a ``modules.json`` it is read as a SentenceTransformer).
+        model_or_path: a ``BertModel``, ``RobertaModel``, ``ModernBertModel`` or another encoder of
+            docs/encoders.md; a ``SentenceTransformer`` on one of them; or the folder or hub id of
+            either (with a ``modules.json`` it is read as a SentenceTransformer).
         num_experts, num_experts_per_tok: E, and K of them per token.
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
         layers: "all", "single" (the middle one, ``num_layers // 2``), "alternate" (every other
@@ -102,8 +103,8 @@ def upcycle(
         **_domain_token_fields(model, domains or [], domain_tokens, cls_token_id),
     )
     with torch.device("meta"):
-        moe = architecture.build_moe(config, model)
-    weights = _moe_state(architecture, model, moe)
+        moe = build_moe(config, model)
+    weights = _moe_state(model, moe)
     weights.update(_router_weights(moe, model, router_init, seed))
     load_exactly(moe, weights, buffers_of=model)
     set_trainable(moe, trainable)
@@ -172,26 +173,23 @@ def _moe_config(architecture: Architecture, model: PreTrainedModel, **fields: An
     for name in ("model_type", "architectures", "transformers_version"):
         dense.pop(name, None)
     dense.update(fields, attn_implementation=attention_of(model.config))
-    return architecture.moe_config.from_dict(dense)
+    return moe_model(architecture).config_class.from_dict(dense)
 
 
-def _moe_state(
-    architecture: Architecture, model: PreTrainedModel, moe: MoEModelMixin
-) -> dict[str, Tensor]:
+def _moe_state(model: PreTrainedModel, moe: MoEModelMixin) -> dict[str, Tensor]:
     """The mixture's weights but the routers': dense ones, copied into every expert."""
-    state: dict[str, Tensor] = {}
-    mlps = moe.moe_mlps()
-    for name, value in model.state_dict().items():
-        place = architecture.split(name)
-        if place is None or place[0] not in mlps or place[1] not in architecture.mlp_names:
-            state[name] = value.clone()
-            continue
-        layer, inner = place
-        new = architecture.mlp_names[inner]
-        projection = new.removeprefix("mlp.").removesuffix("_bias")
-        copies = [mlps[layer].num_experts] if mlps[layer].is_expert(projection) else []
-        stacked = value.expand(*copies, *value.shape).clone()
-        state[f"{architecture.layer_prefix}{layer}.{new}"] = stacked
+    architecture, dense = moe.architecture, dict(model.state_dict())
+    state = {}
+    for layer, mlp in moe.moe_mlps().items():
+        for new, names in architecture.mlp_names.items():
+            parts = [dense.pop(architecture.join(layer, name), None) for name in names]
+            if parts[0] is None:
+                continue  # no bias
+            value = torch.cat(parts) if len(parts) > 1 else parts[0]
+            projection = new.removeprefix("mlp.").removesuffix("_bias")
+            copies = [mlp.num_experts] if mlp.is_expert(projection) else []
+            state[architecture.join(layer, new)] = value.expand(*copies, *value.shape).clone()
+    state.update({name: value.clone() for name, value in dense.items()})
     _append_domain_tokens(moe, state)
     return state
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
+from moe_fast.architectures import ARCHITECTURES
 from moe_fast.compat import file_of
 from moe_fast.encoding.adapters import adapter_folder, base_of
-from moe_fast.models.architectures import ARCHITECTURES
 from moe_fast.models.json_files import read_modules, read_object
 
 _SEPARATORS = ("/", ".", "~")
@@ -41,8 +40,7 @@ def is_mixture(path: str) -> bool:
     if config is None:
         return False
     kind = read_object(config).get("model_type")
-    ours: list[Any] = [architecture.moe_config for architecture in ARCHITECTURES]
-    return kind in [config.model_type for config in ours]  # whatever a file has there
+    return kind in [a.model_type for a in ARCHITECTURES]  # whatever a file has there
 
 
 def model_fingerprint(path: str) -> str:

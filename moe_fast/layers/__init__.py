@@ -1,24 +1,26 @@
 """Modules: they hold parameters and no mathematics, which is :mod:`moe_fast.ops`'s."""
 
+from typing import Any
+
+from moe_fast.architectures import ARCHITECTURES
+from moe_fast.layers import encoder_layers
 from moe_fast.layers.attention import ATTENTION
-from moe_fast.layers.encoder_layers import (
-    MoEBertLayer,
-    MoEModernBertLayer,
-    MoERobertaLayer,
-    MoEXLMRobertaLayer,
-)
 from moe_fast.layers.moe_mlp import MoEMLP
 from moe_fast.layers.router import MoERouter, RouterOutput
 from moe_fast.layers.routing_info import RoutingInfo
 
 __all__ = [
     "ATTENTION",
-    "MoEBertLayer",
     "MoEMLP",
-    "MoEModernBertLayer",
-    "MoERobertaLayer",
     "MoERouter",
-    "MoEXLMRobertaLayer",
     "RouterOutput",
     "RoutingInfo",
+    *(f"MoE{architecture.name}Layer" for architecture in ARCHITECTURES),
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``MoEBertLayer`` and all others that are made from the table of architectures."""
+    if name.startswith("MoE"):
+        return getattr(encoder_layers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ ATTENTION = "moe_fast"
 _sdpa_attention = compat.sdpa_attention()
 
 
-_packed: ContextVar[bool] = ContextVar("moe_fast_packed", default=False)
+_choice: ContextVar[str | None] = ContextVar("moe_fast_attention", default=None)
 
 
 @contextmanager
@@ -32,16 +32,11 @@ def packed_attention() -> Iterator[None]:
     if not compat.attention_can_be_chosen():
         yield
         return
-    token = _packed.set(True)
+    token = _choice.set(ATTENTION)
     try:
         yield
     finally:
-        _packed.reset(token)
-
-
-def _chosen() -> str | None:
-    # torch.compile cannot trace a context variable, and is never asked to pack.
-    return ATTENTION if not torch.compiler.is_compiling() and _packed.get() else None
+        _choice.reset(token)
 
 
 class AttentionOfTheCall:
@@ -51,7 +46,7 @@ class AttentionOfTheCall:
     the attention; nothing that is handed to a forward reaches them there.
     """
 
-    _attn_implementation = compat.attention_setting(_chosen)
+    _attn_implementation = compat.attention_setting(_choice)
 
 
 def attention_forward(
@@ -70,7 +65,8 @@ def attention_forward(
     """Self-attention of an encoder, as transformers calls it.
 
     Args:
-        query, key, value: [B, heads, L, head_dim]; packed: [1, heads, T, head_dim].
+        query, key, value: [B, heads, L, head_dim]; packed: [1, heads, T, head_dim]. Keys and values
+            may have fewer heads, each of which serves as many of the queries'.
         attention_mask: ``None``, [B, L] bool (True for real tokens), or a 4-D mask, with which
             this is transformers' SDPA.
         sliding_window: as FlashAttention counts it: a token sees ``sliding_window - 1`` others to
@@ -90,13 +86,16 @@ def attention_forward(
         "max_length": max_length_q,
         "window": None if sliding_window is None else sliding_window - 1,
     }
-    if cu_seq_lens_q is not None:
-        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-        return ops.varlen_attention(q, k, v, cu_seq_lens_q, **options)[None], None
-    if attention_mask is not None and attention_mask.dim() == 4:
+    if attention_mask is not None and attention_mask.dim() == 4 and cu_seq_lens_q is None:
         return _sdpa_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=False
         )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # each head of keys is several heads of queries'
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if cu_seq_lens_q is not None:
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        return ops.varlen_attention(q, k, v, cu_seq_lens_q, **options)[None], None
     batch, heads, length, dim = query.shape
     real, starts = real_tokens(attention_mask, batch, length, query.device)
     q, k, v = (pick(t.transpose(1, 2).flatten(0, 1), real) for t in (query, key, value))
@@ -108,10 +107,8 @@ def _refuse(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any
     given = None
     if getattr(module, "is_causal", False) or kwargs.get("is_causal"):
         given = "causal attention"
-    elif key.shape != query.shape:
-        given = (
-            f"cross-attention or grouped heads (query {list(query.shape)}, key {list(key.shape)})"
-        )
+    elif key.shape[2:] != query.shape[2:] or query.shape[1] % key.shape[1]:
+        given = f"cross-attention (query {list(query.shape)}, key {list(key.shape)})"
     elif kwargs.get("output_attentions"):
         given = "output_attentions=True"
     if given is not None:

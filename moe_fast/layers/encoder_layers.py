@@ -1,26 +1,33 @@
 """Drop-in encoder layers: transformers' own, their MLP replaced by a mixture of experts.
 
-Same constructor, inputs and outputs as the class each one extends. Routing travels in ``**kwargs``
+``MoEBertLayer`` and its siblings, one for each entry of the table of architectures. Same
+constructor, inputs and outputs as the class each one extends. Routing travels in ``**kwargs``
 (``expert_ids``, ``token_mask``, ``cu_seqlens``, or one ``routing``) and is taken out before the
 attention sees it. A bare layer without ``token_mask`` treats every token as real.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.bert.modeling_bert import BertLayer
-from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
-from transformers.models.roberta.modeling_roberta import RobertaLayer
-from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moe_fast.architectures import ARCHITECTURES, Architecture, make_class, setting
 from moe_fast.layers.moe_mlp import MoEMLP, OutputBlock
 from moe_fast.layers.routing_info import RoutingInfo
 
 # What the mixture's layers ask of a configuration beyond a dense layer's.
 _NEEDED = ("num_experts", "num_experts_per_tok", "routing", "weight_mode", "target")
+# The fields of an entry that name modules of a dense layer.
+_PARTS = (
+    *("up", "down", "mlp", "norm", "dropout"),
+    *("attention", "attention_norm", "attention_dropout"),
+)
+# What decoders hand to their layers.
+_DECODER_INPUTS = ("encoder_hidden_states", "cache", "past_key_values")
 
 
 def _check_config(config: PreTrainedConfig) -> None:
@@ -55,114 +62,126 @@ def _check_config(config: PreTrainedConfig) -> None:
         )
 
 
-def _moe_mlp(config: PreTrainedConfig, hidden_act: str, gated: bool, bias: bool) -> MoEMLP:
-    return MoEMLP(
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_experts,
-        config.num_experts_per_tok,
-        hidden_act=hidden_act,
-        gated=gated,
-        bias=bias,
-        routing=config.routing,
-        weight_mode=config.weight_mode,
-        target=config.target,
+def _check_parts(layer: nn.Module, parts: Architecture) -> None:
+    """Refuse an entry that names what the dense layer does not have."""
+    known = dict(layer.named_modules())
+    named = {field: getattr(parts, field) for field in _PARTS}
+    for field, value in named.items():
+        for name in (value,) if isinstance(value, str) else value or ():
+            if name not in known:
+                raise ValueError(
+                    f"{field} of the architecture {parts.name} must name modules of "
+                    f"{parts.dense_layer.__name__} ({', '.join(n for n in known if n)}); got "
+                    f"{name!r}."
+                )
+
+
+class MoELayer(GradientCheckpointingLayer):
+    """What all the layers share; stands before the dense layer in their bases.
+
+    ``config.fused_output``, which may change at any time, says whether the MLP computes the sum and
+    the norm behind it, too; forward hooks of these modules do not run then.
+    """
+
+    architecture: Architecture
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int | None = None) -> None:
+        _check_config(config)
+        parts = self.architecture
+        indexed = "layer_idx" in inspect.signature(parts.dense_layer).parameters
+        super().__init__(config, *([layer_idx] if indexed else []))
+        _check_parts(self, parts)
+        self.config = config
+        for name in parts.mlp:
+            owner, _, leaf = name.rpartition(".")
+            delattr(self.get_submodule(owner), leaf)
+        self.mlp = MoEMLP(
+            config.hidden_size,
+            setting(config, parts.intermediate_size),
+            config.num_experts,
+            config.num_experts_per_tok,
+            hidden_act=setting(config, parts.activation),
+            gated=parts.gated,
+            bias=setting(config, parts.bias),
+            routing=config.routing,
+            weight_mode=config.weight_mode,
+            target=config.target,
+        )
+
+    def routed(self, x: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """Hidden states [B, L, D] to [B, L, D]; routing keywords as in the module's docstring."""
+        for name in _DECODER_INPUTS:
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} must be None: moe_fast layers are encoders; got a value.")
+        kwargs.pop("encoder_attention_mask", None)
+        routing = RoutingInfo.pop_from(kwargs)
+        parts = self.architecture
+        norm = parts.attention_norm
+        before = self._part(norm)(x) if norm is not None and parts.pre_norm else x
+        output = self._part(parts.attention)(before, attention_mask=attention_mask, **kwargs)
+        y, rest = (output, ()) if isinstance(output, Tensor) else (output[0], output[1:])
+        x = y if norm is None else self._added(y, x, norm, parts.attention_dropout)
+        x = self._mixed(x, routing)
+        return (x, *rest) if parts.tuple_output else x
+
+    def _mixed(self, x: Tensor, routing: RoutingInfo) -> Tensor:
+        """The block of the experts."""
+        parts = self.architecture
+        if self.config.fused_output:
+            return self.mlp(x, routing=routing, output_block=self._output_block(x))
+        before = self._part(parts.norm)(x) if parts.pre_norm else x
+        return self._added(self.mlp(before, routing=routing), x, parts.norm, parts.dropout)
+
+    def _part(self, path: str) -> Any:
+        part: Any = self
+        for name in path.split("."):
+            part = getattr(part, name)
+        return part
+
+    def _added(self, y: Tensor, residual: Tensor, norm: str, dropout: str | None) -> Tensor:
+        """The sum at the end of a block, normalised where the norm comes last."""
+        if dropout is not None:
+            y = self._part(dropout)(y)
+        return y + residual if self.architecture.pre_norm else self._part(norm)(y + residual)
+
+    def _output_block(self, residual: Tensor) -> OutputBlock:
+        """The same behind the MLP, as an argument of the MLP that computes it."""
+        parts = self.architecture
+        norm = self._part(parts.norm)
+        dropout = self._part(parts.dropout) if parts.dropout is not None else None
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        return OutputBlock(residual, norm.weight, norm.bias, norm.eps, p)
+
+
+def layer_class(architecture: Architecture) -> type[MoELayer]:
+    """The layer of an architecture's mixture, made and put into this module."""
+    dense = architecture.dense_layer
+    signature = inspect.signature(dense.forward)
+    extra = tuple(signature.parameters)[3:]  # behind self, the hidden states and the mask
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        for name, value in zip(extra[: len(args)], args, strict=True):
+            kwargs[name] = value
+        return self.routed(hidden_states, attention_mask, kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = MoELayer.routed.__doc__
+    return make_class(
+        __name__,
+        f"MoE{architecture.name}Layer",
+        f"transformers' ``{dense.__name__}`` with a :class:`~moe_fast.MoEMLP`; ``config`` as "
+        f":class:`~moe_fast.models.MoE{architecture.name}Config`.",
+        (MoELayer, dense),
+        architecture=architecture,
+        forward=forward,
     )
 
 
-class _AddNorm(nn.Module):
-    """BERT's output block without its projection: dropout, residual, LayerNorm."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(hidden_states) + residual)
-
-    def onto(self, residual: Tensor) -> OutputBlock:
-        """The same as an argument of the MLP that computes it."""
-        norm, dropout = self.LayerNorm, self.dropout
-        return OutputBlock(
-            residual, norm.weight, norm.bias, norm.eps, dropout.p if dropout.training else 0.0
-        )
-
-
-class _PostNormMoELayer:
-    """What the BERT, RoBERTa and XLM-RoBERTa layers share.
-
-    ``config.fused_output``, which may change at any time, says whether the MLP computes the output
-    block too; forward hooks of the modules in ``output`` do not run then.
-    """
-
-    def __init__(self, config: PreTrainedConfig, layer_idx: int | None = None) -> None:
-        _check_config(config)
-        super().__init__(config, layer_idx)
-        self.config = config
-        del self.intermediate
-        self.mlp = _moe_mlp(config, config.hidden_act, gated=False, bias=True)
-        self.output = _AddNorm(config)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        cache: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Hidden states [B, L, D] to [B, L, D]; routing keywords as in the module's docstring."""
-        decoder_inputs = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "cache": cache,
-            "past_key_values": kwargs.pop("past_key_values", None),  # before transformers 5.24
-        }
-        for name, value in decoder_inputs.items():
-            if value is not None:
-                raise ValueError(f"{name} must be None: moe_fast layers are encoders; got a value.")
-        routing = RoutingInfo.pop_from(kwargs)
-        x, _ = self.attention(hidden_states, attention_mask, **kwargs)
-        if self.config.fused_output:
-            return self.mlp(x, routing=routing, output_block=self.output.onto(x))
-        return self.output(self.mlp(x, routing=routing), x)
-
-
-class MoEBertLayer(_PostNormMoELayer, BertLayer):
-    """transformers' ``BertLayer`` with a :class:`MoEMLP`; ``config`` as :class:`MoEBertConfig`."""
-
-
-class MoERobertaLayer(_PostNormMoELayer, RobertaLayer):
-    """transformers' ``RobertaLayer`` with a :class:`MoEMLP`."""
-
-
-class MoEXLMRobertaLayer(_PostNormMoELayer, XLMRobertaLayer):
-    """transformers' ``XLMRobertaLayer`` with a :class:`MoEMLP`."""
-
-
-class MoEModernBertLayer(ModernBertEncoderLayer):
-    """transformers' ``ModernBertEncoderLayer`` with a gated :class:`MoEMLP`."""
-
-    def __init__(self, config: PreTrainedConfig, layer_idx: int | None = None) -> None:
-        _check_config(config)
-        super().__init__(config, layer_idx)
-        self.mlp = _moe_mlp(config, config.hidden_activation, gated=True, bias=config.mlp_bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Hidden states [B, L, D] to [B, L, D]; routing keywords as in the module's docstring."""
-        routing = RoutingInfo.pop_from(kwargs)
-        attention_output, _ = self.attn(
-            self.attn_norm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attention_output
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states), routing=routing)
+for _architecture in ARCHITECTURES:
+    layer_class(_architecture)

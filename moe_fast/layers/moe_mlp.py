@@ -175,9 +175,11 @@ class MoEMLP(nn.Module):
                 f"hidden_states must end in hidden_size = {self.hidden_size}; "
                 f"got shape {list(hidden_states.shape)}."
             )
-        info = RoutingInfo.of(
-            routing, expert_ids=expert_ids, token_mask=token_mask, cu_seqlens=cu_seqlens
-        )
+        info = routing
+        if type(info) is not RoutingInfo or not expert_ids is token_mask is cu_seqlens is None:
+            info = RoutingInfo.of(
+                routing, expert_ids=expert_ids, token_mask=token_mask, cu_seqlens=cu_seqlens
+            )
         up, up_bias = self.projection(self.up_name)
         down, down_bias = self.projection("down_proj")
         if self.target == "output":

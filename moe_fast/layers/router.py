@@ -71,14 +71,15 @@ class MoERouter(nn.Module):
         if info.enforced is not None:
             routing = info.enforced[0]
         else:
+            x, mask = info.packed(hidden_states)
             routing = ops.route(
-                info.packed(hidden_states),
+                x,
                 self.weight,
                 self.num_experts_per_tok,
                 mode=self.mode,
                 weight_mode=self.weight_mode,
                 expert_ids=info.expert_ids,
-                token_mask=info.flat_mask(),
+                token_mask=mask,
                 cu_seqlens=info.cu_seqlens,
                 num_experts=self.num_experts,
             )

@@ -66,31 +66,26 @@ class RoutingInfo:
             num_experts: E.
             like: hidden states [B, L, D], for shape, dtype and device only.
         """
-        hidden = self.packed(like)
+        hidden, mask = self.packed(like)
         route = ops.route(
             hidden,
             None,
             1,
             mode="enforced",
             expert_ids=self.expert_ids,
-            token_mask=self.flat_mask(),
+            token_mask=mask,
             cu_seqlens=self.cu_seqlens,
             num_experts=num_experts,
         )
         plan = ops.plan(route.top_k_index, num_experts)
         return RoutingInfo(self.expert_ids, self.token_mask, self.cu_seqlens, (route, plan))
 
-    def packed(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states as ``ops.route`` wants them: [T, D] where the batch is packed."""
+    def packed(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and mask as ``ops.route`` wants them: [T, D], [T] in a packed batch."""
         if self.cu_seqlens is None:
-            return hidden_states
-        return hidden_states.reshape(-1, hidden_states.shape[-1])
-
-    def flat_mask(self) -> Tensor | None:
-        """The mask beside :meth:`packed` hidden states."""
-        if self.token_mask is None or self.cu_seqlens is None:
-            return self.token_mask
-        return self.token_mask.reshape(-1)
+            return hidden_states, self.token_mask
+        mask = None if self.token_mask is None else self.token_mask.reshape(-1)
+        return hidden_states.reshape(-1, hidden_states.shape[-1]), mask
 
 
 def token_mask_of(attention_mask: Any) -> Tensor | None:

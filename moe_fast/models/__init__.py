@@ -1,37 +1,23 @@
 """Configurations and models that transformers' AutoConfig and AutoModel load."""
 
-from transformers import AutoConfig, AutoModel
+from typing import Any
 
-from moe_fast.models.architectures import ARCHITECTURES
-from moe_fast.models.configuration import (
-    MoEBertConfig,
-    MoEModernBertConfig,
-    MoERobertaConfig,
-    MoEXLMRobertaConfig,
-)
-from moe_fast.models.modeling import (
-    MoEBertModel,
-    MoEModelOutput,
-    MoEModelOutputWithPooling,
-    MoEModernBertModel,
-    MoERobertaModel,
-    MoEXLMRobertaModel,
-)
-
-for _architecture in ARCHITECTURES:
-    _config = _architecture.moe_config
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _architecture.moe_model, exist_ok=True)
+from moe_fast.architectures import ARCHITECTURES
+from moe_fast.models import configuration, modeling
+from moe_fast.models.modeling import MoEModelOutput, MoEModelOutputWithPooling
+from moe_fast.models.registry import register_architecture
 
 __all__ = [
-    "MoEBertConfig",
-    "MoEBertModel",
     "MoEModelOutput",
     "MoEModelOutputWithPooling",
-    "MoEModernBertConfig",
-    "MoEModernBertModel",
-    "MoERobertaConfig",
-    "MoERobertaModel",
-    "MoEXLMRobertaConfig",
-    "MoEXLMRobertaModel",
+    *(f"MoE{architecture.name}Config" for architecture in ARCHITECTURES),
+    *(f"MoE{architecture.name}Model" for architecture in ARCHITECTURES),
+    "register_architecture",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``MoEBertConfig``, ``MoEBertModel`` and all others that are made from the table."""
+    if name.startswith("MoE"):
+        return getattr(configuration if name.endswith("Config") else modeling, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

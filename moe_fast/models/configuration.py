@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from packaging.version import InvalidVersion, Version
-from transformers import BertConfig, ModernBertConfig, RobertaConfig, XLMRobertaConfig
 
+from moe_fast.architectures import ARCHITECTURES, Architecture, make_class
 from moe_fast.layers.attention import AttentionOfTheCall
 from moe_fast.layers.moe_mlp import TARGETS
 from moe_fast.ops.checks import check_choice, check_count
@@ -19,6 +19,9 @@ from moe_fast.version import __version__
 @dataclass(kw_only=True, repr=False, eq=False)
 class MoEConfigFields(AttentionOfTheCall):
     """What every moe_fast configuration adds to its dense one.
+
+    ``MoEBertConfig`` and its siblings are made of this and transformers' own, one for each entry of
+    the table of architectures.
 
     Attributes:
         num_experts, num_experts_per_tok: E and K (K is E with ``routing="dense"``).
@@ -31,13 +34,15 @@ class MoEConfigFields(AttentionOfTheCall):
         domain_token_ids: one token id per domain, put in [CLS]'s place; empty: no such tokens.
         domain_token_replaces: the id of [CLS], whose place a domain token takes.
         fused_output: whether experts, dropout, residual and LayerNorm are one op
-            (:func:`moe_fast.ops.expert_mlp_norm`); for BERT's, RoBERTa's and XLM-RoBERTa's
-            layers, target "mlp". Changes no parameter: it may be switched at any time.
+            (:func:`moe_fast.ops.expert_mlp_norm`); for layers that normalise behind their MLP, as
+            BERT's do, target "mlp". Changes no parameter: it may be switched at any time.
         output_router_logits: whether the model reports its routing unless told otherwise.
         route_by_token_type: use ``token_type_ids`` as expert ids (enforced routing).
         upcycled_from: name or path of the dense model this one was made of.
         moe_fast_version: the version that wrote the checkpoint.
     """
+
+    architecture: ClassVar[Architecture]
 
     num_experts: int = 8
     num_experts_per_tok: int = 1
@@ -84,6 +89,11 @@ class MoEConfigFields(AttentionOfTheCall):
             raise ValueError(
                 "fused_output needs target='mlp' (only a mixture of whole MLPs is fused with what "
                 f"follows it); got target={self.target!r}."
+            )
+        reason = self.architecture.not_fused
+        if self.fused_output and reason is not None:
+            raise ValueError(
+                f"fused_output must be False: {self.architecture.name}'s layers {reason}; got True."
             )
         if self.route_by_token_type and self.routing != "enforced":
             raise ValueError(
@@ -225,34 +235,18 @@ def _check_layers(moe_layers: list[int], num_layers: int) -> None:
         )
 
 
-class MoEBertConfig(MoEConfigFields, BertConfig):
-    """``BertConfig`` plus :class:`MoEConfigFields`."""
-
-    model_type = "moe_bert"
-
-
-class MoERobertaConfig(MoEConfigFields, RobertaConfig):
-    """``RobertaConfig`` plus :class:`MoEConfigFields`."""
-
-    model_type = "moe_roberta"
-
-
-class MoEXLMRobertaConfig(MoEConfigFields, XLMRobertaConfig):
-    """``XLMRobertaConfig`` plus :class:`MoEConfigFields`."""
-
-    model_type = "moe_xlm_roberta"
+def config_class(architecture: Architecture) -> type[MoEConfigFields]:
+    """The configuration of an architecture's mixture, made and put into this module."""
+    dense = architecture.dense_config
+    return make_class(
+        __name__,
+        f"MoE{architecture.name}Config",
+        f"``{dense.__name__}`` plus :class:`MoEConfigFields`.",
+        (MoEConfigFields, dense),
+        architecture=architecture,
+        model_type=architecture.model_type,
+    )
 
 
-class MoEModernBertConfig(MoEConfigFields, ModernBertConfig):
-    """``ModernBertConfig`` plus :class:`MoEConfigFields`."""
-
-    model_type = "moe_modernbert"
-
-    def check(self) -> None:
-        """As :meth:`MoEConfigFields.check`; ``fused_output`` has nothing to fuse here."""
-        super().check()
-        if self.fused_output:
-            raise ValueError(
-                "fused_output must be False: ModernBERT's layers have no output block behind "
-                "their MLP; got True."
-            )
+for _architecture in ARCHITECTURES:
+    config_class(_architecture)

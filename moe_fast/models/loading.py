@@ -23,7 +23,10 @@ def load_encoder(path: str) -> Any:
     """
     check_checkpoint(path)
     with naming(path):
-        model, info = AutoModel.from_pretrained(path, output_loading_info=True)
+        # Code that lies beside a model is never run: whoever wants that loads the model themselves.
+        model, info = AutoModel.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=False
+        )
         check_loading_info(info, model, path)
     return model
 

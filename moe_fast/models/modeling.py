@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,37 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BertModel,
-    ModernBertModel,
-    PreTrainedModel,
-    RobertaModel,
-    XLMRobertaModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 
-from moe_fast import compat
+from moe_fast import compat, layers
+from moe_fast.architectures import ARCHITECTURES, Architecture, make_class, setting
 from moe_fast.files import atomic_folder
-from moe_fast.layers import (
-    MoEBertLayer,
-    MoEMLP,
-    MoEModernBertLayer,
-    MoERobertaLayer,
-    MoERouter,
-    MoEXLMRobertaLayer,
-    RouterOutput,
-)
+from moe_fast.layers import MoEMLP, MoERouter, RouterOutput
 from moe_fast.layers.attention import packed_attention
+from moe_fast.models import configuration
 from moe_fast.models.checkpoint_files import check_checkpoint
-from moe_fast.models.configuration import (
-    MoEBertConfig,
-    MoEModernBertConfig,
-    MoERobertaConfig,
-    MoEXLMRobertaConfig,
-)
 from moe_fast.models.loading import naming
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
@@ -77,16 +60,18 @@ class MoEModelOutputWithPooling(BaseModelOutputWithPoolingAndCrossAttentions):
 
 
 class MoEModelMixin(PreTrainedModel):
-    """What the four models share; stands before the dense model in their bases."""
+    """What all the models share; stands before the dense model in their bases."""
 
+    architecture: Architecture
     moe_layer_class: type[nn.Module]
     moe_output_class: type[BaseModelOutput]
     is_moe_fast_model = True
+    supports_gradient_checkpointing = True  # our layers do, whatever the dense model's say
 
     @property
     def encoder_layers(self) -> nn.ModuleList:
         """The encoder's layers, dense and MoE ones."""
-        return self.layers if hasattr(self, "layers") else self.encoder.layer
+        return self.get_submodule(self.architecture.layers)
 
     def moe_mlps(self) -> dict[int, MoEMLP]:
         """The MoE layers' mixtures, by layer index."""
@@ -241,9 +226,11 @@ class MoEModelMixin(PreTrainedModel):
 
         Among ``kwargs``, ``packed=True`` leaves the padding out of this one batch, whatever the
         configuration's attention is; not under gradient checkpointing, whose second forward comes
-        when the choice is over, and would attend over all sentences as one.
+        when the choice is over, and would attend over all sentences as one, and not where texts
+        cannot be packed.
         """
-        if kwargs.pop("packed", False) and not self._runs_again():
+        can_pack = self.architecture.not_packed is None
+        if kwargs.pop("packed", False) and can_pack and not self._runs_again():
             with packed_attention():
                 return self._moe_forward(
                     dense_inputs, expert_ids, domain, domain_ids, output_router_logits, kwargs
@@ -261,7 +248,7 @@ class MoEModelMixin(PreTrainedModel):
         self._check_inputs(like, attention_mask)
         if like.shape[0] == 0:
             return self._empty_batch(like, return_dict, output_router_logits)
-        packing = packing_of(self.config, like, attention_mask, kwargs)
+        packing = packing_of(self, like, attention_mask, kwargs)
         cu_seqlens = kwargs.get("cu_seq_lens_q")  # given: the caller has packed the batch
         if packing is not None and cu_seqlens is not None:
             self._check_length(packing.max_length)
@@ -351,8 +338,9 @@ class MoEModelMixin(PreTrainedModel):
 
     def _check_length(self, length: int) -> None:
         allowed = self.config.max_position_embeddings
-        if self.config.model_type in ("moe_roberta", "moe_xlm_roberta"):
-            allowed -= self.config.pad_token_id + 1  # positions start behind the padding index
+        padding = setting(self.config, self.architecture.padding_id)
+        if padding is not None:
+            allowed -= padding + 1  # positions start behind the padding's
         if length > allowed:
             raise ValueError(
                 f"input_ids must hold at most {allowed} tokens per text (the model's positions); "
@@ -368,10 +356,19 @@ class MoEModelMixin(PreTrainedModel):
             )
 
 
-class _BertFamilyForward(MoEModelMixin):
-    """The forward of BERT, RoBERTa and XLM-RoBERTa."""
+class OwnForward(PreTrainedModel):
+    """Before a dense model that hands no keywords to its layers: runs it as its entry says."""
 
-    moe_output_class = MoEModelOutputWithPooling
+    @compat.capture_outputs
+    def forward(self, **inputs: Any) -> BaseModelOutput:
+        """The dense forward, with routing for the layers."""
+        flags = ("output_router_logits", "output_tokens_per_expert")  # the decorator's
+        known = {name: value for name, value in inputs.items() if name not in flags}
+        return self.dense_forward(self, **known)
+
+
+class MoEModel(MoEModelMixin):
+    """The forward of encoders with token types."""
 
     def forward(
         self,
@@ -385,7 +382,7 @@ class _BertFamilyForward(MoEModelMixin):
         domain_ids: Tensor | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> MoEModelOutputWithPooling:
+    ) -> MoEModelOutput | MoEModelOutputWithPooling:
         """The dense model's forward, routed.
 
         Args:
@@ -409,41 +406,8 @@ class _BertFamilyForward(MoEModelMixin):
         )
 
 
-class MoEBertModel(_BertFamilyForward, BertModel):
-    """``BertModel`` with :class:`~moe_fast.MoEBertLayer` in ``config.moe_layers``."""
-
-    config_class = MoEBertConfig
-    moe_layer_class = MoEBertLayer
-    _no_split_modules = compat.unsplit_modules(BertModel, "MoEBertLayer")
-    _can_record_outputs = compat.recorded_outputs(BertModel, **_ROUTING_OUTPUTS)
-
-
-class MoERobertaModel(_BertFamilyForward, RobertaModel):
-    """``RobertaModel`` with mixture-of-experts layers in ``config.moe_layers``."""
-
-    config_class = MoERobertaConfig
-    moe_layer_class = MoERobertaLayer
-    _no_split_modules = compat.unsplit_modules(RobertaModel, "MoERobertaLayer")
-    _can_record_outputs = compat.recorded_outputs(RobertaModel, **_ROUTING_OUTPUTS)
-
-
-class MoEXLMRobertaModel(_BertFamilyForward, XLMRobertaModel):
-    """``XLMRobertaModel`` with mixture-of-experts layers in ``config.moe_layers``."""
-
-    config_class = MoEXLMRobertaConfig
-    moe_layer_class = MoEXLMRobertaLayer
-    _no_split_modules = compat.unsplit_modules(XLMRobertaModel, "MoEXLMRobertaLayer")
-    _can_record_outputs = compat.recorded_outputs(XLMRobertaModel, **_ROUTING_OUTPUTS)
-
-
-class MoEModernBertModel(MoEModelMixin, ModernBertModel):
-    """``ModernBertModel`` with mixture-of-experts layers in ``config.moe_layers``."""
-
-    config_class = MoEModernBertConfig
-    moe_layer_class = MoEModernBertLayer
-    moe_output_class = MoEModelOutput
-    _no_split_modules = compat.unsplit_modules(ModernBertModel, "MoEModernBertLayer")
-    _can_record_outputs = compat.recorded_outputs(ModernBertModel, **_ROUTING_OUTPUTS)
+class MoEModelWithoutTokenTypes(MoEModelMixin):
+    """The forward of encoders that have no token types, such as ModernBERT."""
 
     def forward(
         self,
@@ -456,8 +420,8 @@ class MoEModernBertModel(MoEModelMixin, ModernBertModel):
         domain_ids: Tensor | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> MoEModelOutput:
-        """The dense model's forward, routed; arguments as :meth:`MoEBertModel.forward`."""
+    ) -> MoEModelOutput | MoEModelOutputWithPooling:
+        """The dense model's forward, routed; arguments as :meth:`MoEModel.forward`."""
         dense_inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -467,3 +431,33 @@ class MoEModernBertModel(MoEModelMixin, ModernBertModel):
         return self._moe_forward(
             dense_inputs, expert_ids, domain, domain_ids, output_router_logits, kwargs
         )
+
+
+def model_class(architecture: Architecture) -> type[MoEModelMixin]:
+    """The model of an architecture's mixture, made and put into this module."""
+    dense, name = architecture.dense_model, architecture.name
+    typed = "token_type_ids" in inspect.signature(dense.forward).parameters
+    pooled = "add_pooling_layer" in inspect.signature(dense).parameters
+    made = make_class(
+        __name__,
+        f"MoE{name}Model",
+        f"``{dense.__name__}`` with mixtures of experts in ``config.moe_layers``: see "
+        ":class:`MoEModel`.",
+        (
+            MoEModel if typed else MoEModelWithoutTokenTypes,
+            *([OwnForward] if architecture.forward else []),
+            dense,
+        ),
+        architecture=architecture,
+        dense_forward=staticmethod(architecture.forward) if architecture.forward else None,
+        config_class=getattr(configuration, f"MoE{name}Config"),
+        moe_layer_class=getattr(layers, f"MoE{name}Layer"),
+        moe_output_class=MoEModelOutputWithPooling if pooled else MoEModelOutput,
+    )
+    made._no_split_modules = compat.unsplit_modules(dense, f"MoE{name}Layer")
+    made._can_record_outputs = compat.recorded_outputs(dense, **_ROUTING_OUTPUTS)
+    return made
+
+
+for _architecture in ARCHITECTURES:
+    model_class(_architecture)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_fast.architectures import setting
 from moe_fast.compat import attention_of
 from moe_fast.layers import ATTENTION
 from moe_fast.layers.attention import pick, real_tokens, scatter_rows
@@ -160,7 +161,7 @@ def _check_contiguous(mask: Tensor) -> None:
 
 
 def packing_of(
-    config: Any, like: Tensor, attention_mask: Any, kwargs: dict[str, Any]
+    model: Any, like: Tensor, attention_mask: Any, kwargs: dict[str, Any]
 ) -> Packing | None:
     """How a batch is packed; ``None``: it is computed as it is, padding included.
 
@@ -172,8 +173,15 @@ def packing_of(
         ValueError: for a packed batch where attention would not keep its texts apart, and for what
             packing cannot do.
     """
+    config, architecture = model.config, model.architecture
     attention = attention_of(config)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if architecture.not_packed and (attention == ATTENTION or cu_seqlens is not None):
+        raise ValueError(
+            f"{architecture.name}'s texts cannot be packed (attn_implementation={ATTENTION!r}, or "
+            f"cu_seq_lens_q): {architecture.not_packed}. Give padded batches, and another "
+            "attention: 'sdpa', or 'eager'."
+        )
     if cu_seqlens is not None:
         if attention != ATTENTION and not (attention or "").startswith("flash_attention"):
             raise ValueError(
@@ -227,13 +235,13 @@ def _positions(model: PreTrainedModel, packing: Packing, inputs: dict[str, Any])
     if inputs["position_ids"] is not None:
         return inputs["position_ids"]
     input_ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
-    numbering = getattr(model.embeddings, "create_position_ids_from_input_ids", None)
-    # RoBERTa and XLM-R start behind the padding's id, and leave out tokens that have it.
-    first = 0 if numbering is None else model.embeddings.padding_idx + 1
+    padding = setting(model.config, model.architecture.padding_id)
+    first = 0 if padding is None else padding + 1
     if packing.shape is None:
         return packing.positions() + first
-    if numbering is not None and input_ids is not None:
-        return numbering(input_ids, first - 1)
+    if padding is not None and input_ids is not None:
+        real = input_ids != padding  # tokens with the padding's id are not counted
+        return real.cumsum(1) * real + padding
     device = (input_ids if input_ids is not None else embeds).device
     return torch.arange(first, first + packing.shape[1], device=device)[None]
 

@@ -42,7 +42,7 @@ _WORDS = {
     "torch": "PyTorch (torch)",
 }
 
-_default = os.environ.get("MOE_FAST_BACKEND", "auto")
+default = os.environ.get("MOE_FAST_BACKEND", "auto")  # changed by `use_backend` alone
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ class Needs:
 
 
 _registry: dict[tuple[str, str], Implementation] = {}
-_chosen: dict[tuple, Callable] = {}  # what `select` found, by everything that it depends on
 
 
 def register(
@@ -105,7 +104,6 @@ def register(
     check_choice("op", op, OPS)
     check_choice("backend", backend, BACKENDS)
     _registry[op, backend] = Implementation(run, unavailable, **can)
-    _chosen.clear()
 
 
 def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
@@ -143,6 +141,8 @@ def select(
 ) -> Callable:
     """The implementation of ``op`` to run for tensors on ``device``.
 
+    Ops ask once for all calls that look alike (:mod:`moe_fast.ops.checked_calls`).
+
     Args:
         backend: a backend's name, ``"auto"``, or ``None`` for the default (``use_backend``, else
             the environment variable ``MOE_FAST_BACKEND`` at import, else ``"auto"``).
@@ -153,22 +153,16 @@ def select(
     """
     if backend is not None and not isinstance(backend, str):
         check_choice("backend", backend, _CHOICES)
-    if torch.compiler.is_compiling():  # a graph must not depend on which calls came before
-        needs = Needs(device.type, dtype, act, gradients, dropout)
-        return _registry[op, _backend_for(op, backend, needs)].run
-    key = (op, backend, _default, device, dtype, act, gradients, dropout)
-    run = _chosen.get(key)
-    if run is None:
-        needs = Needs(device.type, dtype, act, gradients, dropout)
-        run = _chosen[key] = _registry[op, _backend_for(op, backend, needs)].run
-        automatic = (_default if backend is None else backend) == "auto"
-        if automatic and device.type == "cpu" and (op, "cpp") in _registry:
-            native.warn_once()
-    return run
+    needs = Needs(device.type, dtype, act, gradients, dropout)
+    chosen = _backend_for(op, backend, needs)
+    automatic = (default if backend is None else backend) == "auto"
+    if automatic and device.type == "cpu" and (op, "cpp") in _registry:
+        native.warn_once()
+    return _registry[op, chosen].run
 
 
 def _backend_for(op: str, backend: str | None, needs: Needs) -> str:
-    chosen = _default if backend is None else backend
+    chosen = default if backend is None else backend
     if chosen not in _CHOICES:
         check_choice("backend" if backend is not None else "MOE_FAST_BACKEND", chosen, _CHOICES)
     if chosen == "auto":
@@ -224,7 +218,7 @@ def show_backends(details: bool = False) -> None:
         print(f"{device_type}: {_what_runs(device_type)}")
     if not details:
         return
-    print(f"default: {_default}  (use_backend(...), or MOE_FAST_BACKEND before import)")
+    print(f"default: {default}  (use_backend(...), or MOE_FAST_BACKEND before import)")
     print(f"cpp multiplies matrices with: {native.cpu_capability or 'nothing'}")
     for device_type in devices:
         for op in OPS:
@@ -262,10 +256,10 @@ def use_backend(backend: str) -> Iterator[None]:
     Ops that ``backend`` does not implement on the tensors' device run in PyTorch
     (``show_backends(details=True)`` lists them). The setting is the process's, not the thread's.
     """
-    global _default
+    global default
     check_choice("backend", backend, _CHOICES)
-    previous, _default = _default, backend
+    previous, default = default, backend
     try:
         yield
     finally:
-        _default = previous
+        default = previous

@@ -1,60 +1,67 @@
-"""Checks that run once for all calls that look alike.
+"""What an op finds out about its arguments once for all calls that look alike.
 
 A model calls an op with the same shapes, dtypes and devices in every layer, and comparing them
-with what was seen before takes a fraction of the time that checking them takes.
+with what was seen before takes a fraction of the time that checking them, and choosing who
+computes, takes.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from moe_fast.ops.plan import RoutingPlan
+from moe_fast.ops import backends
 
-_MOST = 4096  # calls remembered by one check; packed batches have many lengths
+_MOST = 4096  # calls remembered by one function; packed batches have many lengths
+T = TypeVar("T")
 
 
-def once_per_signature(check: Callable[..., None]) -> Callable[..., None]:
-    """``check``, which is left out for a call whose signature passed it before.
+def once_per_signature(find_out: Callable[..., T]) -> Callable[..., T]:
+    """``find_out``, whose result is remembered for calls of the same signature.
 
-    The signature is the shape, dtype and device of each tensor (and of those of each plan), the
-    type and value of each other argument, and whether autocast is on. ``check`` must depend on
-    nothing else: not on the values of tensors.
+    The signature is the shape, dtype, device and ``requires_grad`` of each tensor (and of the
+    ``indices`` of each plan), the type and value of each other argument, and the state around the
+    call: autocast, whether gradients are recorded, the default backend. ``find_out`` must depend
+    on nothing else: not on the values of tensors. What it raises is not remembered.
     """
-    passed: set[tuple] = set()
+    known: dict[tuple, T] = {}
 
-    @functools.wraps(check)
-    def run(first: Tensor, *args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return check(first, *args)
+    @functools.wraps(find_out)
+    def run(first: Tensor, *args: Any) -> T:
+        if torch.compiler.is_compiling():  # a graph must not depend on which calls came before
+            return find_out(first, *args)
         try:
             signature = _signature(first, args)
-            if signature in passed:
-                return
+            if signature in known:
+                return known[signature]
         except (AttributeError, TypeError, RuntimeError):
-            # Such as what check will refuse, sizes traced symbolically, a device without autocast.
-            return check(first, *args)
-        check(first, *args)
-        if len(passed) >= _MOST:
-            passed.clear()
-        passed.add(signature)
+            # Such as what find_out will refuse, symbolic sizes, a device without autocast.
+            return find_out(first, *args)
+        result = find_out(first, *args)
+        if len(known) >= _MOST:
+            known.clear()
+        known[signature] = result
+        return result
 
     return run
 
 
 def _signature(first: Tensor, args: tuple[Any, ...]) -> tuple:
-    autocast = torch.is_autocast_enabled(first.device.type)
-    signature = [first.shape, first.dtype, first.device, autocast]
-    for value in args:
+    device_type = first.device.type
+    autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
+    signature = [backends.default, torch.is_grad_enabled(), autocast]
+    for value in (first, *args):
         if isinstance(value, Tensor):
-            signature += (value.shape, value.dtype, value.device)
-        elif isinstance(value, RoutingPlan):
-            for index in value.indices:
-                signature += (index.shape, index.dtype, index.device)
-        else:
+            signature += (value.shape, value.dtype, value.device, value.requires_grad)
+            continue
+        indices = getattr(value, "indices", None)
+        if indices is None:
             signature += (value.__class__, value)
+        else:
+            for index in indices:
+                signature += (index.shape, index.dtype, index.device)
     return tuple(signature)

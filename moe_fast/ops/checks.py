@@ -118,15 +118,17 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def autocast_to(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast floating tensors as autocast would for a matrix product; float64 stays float64."""
-    if not torch.is_autocast_enabled(device.type):
-        return tensors
-    target = torch.get_autocast_dtype(device.type)
-    return tuple(
-        t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(target)
-        for t in tensors
-    )
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which autocast would multiply a floating tensor; float64 stays float64."""
+    device_type = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def autocast_to(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast floating tensors as autocast would for a matrix product."""
+    return tuple(None if t is None else t.to(autocast_dtype(t)) for t in tensors)
 
 
 def without_autocast(kernel: Callable) -> Callable:

@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fast.compat import nobody_looks
+from moe_fast.compat import observers_of_ops
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_in_dispatch_mode, _interpreter, _forward_ad_level = observers_of_ops()
+
+
+def nobody_looks() -> bool:
+    """Whether ops run eagerly: no dispatch mode, ``torch.func``, or forward-mode autograd."""
+    return not _in_dispatch_mode() and _interpreter() is None and _forward_ad_level() < 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,9 @@ class Operation:
             f"{name}_backward", self._backward_schema(schema), backward, self.fake_backward
         )
         gradients = functools.partial(self.gradients or _gradients, run_backward)
-        return register_op(name, schema, forward, self.fake, self.save or self._save, gradients)
+        return register_op(
+            name, schema, forward, self.fake, self.save or self._keep_for_backward, gradients
+        )
 
     def _backward_schema(self, schema: str) -> str:
         if self.backward_signature is not None:
@@ -79,7 +87,7 @@ class Operation:
         takes = ", ".join(["Tensor grad", *tensors, *results, *settings])
         return f"({takes}) -> ({', '.join(['Tensor'] * self.differentiable)})"
 
-    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def _keep_for_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         results = (output,) if isinstance(output, Tensor) else output
         tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
         ctx.save_for_backward(*tensors, *(results[i] for i in self.saved))

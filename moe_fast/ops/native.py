@@ -80,7 +80,7 @@ def warn_once() -> None:
     # A warning would break a graph that torch.compile is tracing.
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
-        warnings.warn(f"moe_fast runs in its slow form, PyTorch alone: {_missing}", stacklevel=4)
+        warnings.warn(f"moe_fast runs in its slow form, PyTorch alone: {_missing}", stacklevel=6)
 
 
 def why_unavailable(device_type: str) -> str | None:

@@ -8,11 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moe_fast
-from moe_fast.models.architectures import architecture_of
+from moe_fast.models.registry import architecture_of
 from tests.models.tiny import CLS, NAMES, build, relative_error, same_weights
 
 DOMAINS = ["a", "b", "c"]
 ENFORCED = {"domains": DOMAINS, "cls_token_id": CLS}
+
+
+def dense_names(architecture):
+    """The names of an MLP's weights in a dense layer."""
+    return {name for names in architecture.mlp_names.values() for name in names}
 
 
 def variant(model, seed, only_mlps=False):
@@ -23,7 +28,7 @@ def variant(model, seed, only_mlps=False):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             place = architecture.split(name)
-            in_mlp = place is not None and place[1] in architecture.mlp_names
+            in_mlp = place is not None and place[1] in dense_names(architecture)
             if in_mlp or not only_mlps:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
     return model
@@ -40,7 +45,9 @@ def mlps(model, layers=None):
     return {
         name: model.state_dict()[name]
         for name, place in places.items()
-        if place and place[1] in architecture.mlp_names and (layers is None or place[0] in layers)
+        if place
+        and place[1] in dense_names(architecture)
+        and (layers is None or place[0] in layers)
     }
 
 

@@ -146,7 +146,7 @@ def test_model_without_pooler(batch):
 
 def test_unsupported_architecture_lists_the_supported(bert):
     with pytest.raises(
-        TypeError, match=r"BertModel, RobertaModel, XLMRobertaModel, ModernBertModel"
+        TypeError, match=r"BertModel, RobertaModel, XLMRobertaModel, .*ModernBertModel"
     ):
         moe_fast.upcycle(torch.nn.Linear(2, 2), num_experts=2)
     with pytest.raises(TypeError, match=r"got BertForMaskedLM. Pass its encoder, model.bert"):

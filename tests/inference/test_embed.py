@@ -105,13 +105,6 @@ def test_a_dense_model_and_a_text_file(models, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, rtol=0, atol=1e-6)
 
 
-def test_processes_do_not_change_a_byte(models, texts, tmp_path):
-    one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
-    embed(texts, one, settings(models), threads=1)
-    embed(texts, two, settings(models), threads=1, processes=2)
-    assert one.read_bytes() == two.read_bytes()
-
-
 # --- interruption --------------------------------------------------------------------------------
 
 
@@ -427,8 +420,8 @@ def wait_for_the_end_of_group(group, seconds=60):
 
 
 def test_kills_and_the_same_bytes(models, tmp_path):
-    """All processes are killed, then of a parent and its two workers the parent alone."""
-    rng, count = random.Random(0), 10_000
+    """One process writes what two write, of which the parent alone was killed, and all before."""
+    rng, count = random.Random(0), 2_000
     texts = [
         " ".join(f"w{rng.randrange(50)}" for _ in range(rng.randrange(1, 8))) for _ in range(count)
     ]
@@ -444,7 +437,7 @@ def test_kills_and_the_same_bytes(models, tmp_path):
         ended = run_until_killed([*arguments, processes], parts, rng.randrange(1, 8), kill)
         assert ended == -signal.SIGKILL
         assert len(list(parts.glob("*.npy"))) > found and not killed.exists()
-    assert run_until_killed([*arguments, 1], parts, None) == 0
+    assert run_until_killed([*arguments, 2], parts, None) == 0
     assert killed.read_bytes() == whole.read_bytes()
     assert not parts.exists()
     assert len(np.load(whole)) == count

@@ -94,7 +94,7 @@ def test_bad_fields_name_themselves(fields, message):
 
 
 def test_modernbert_has_no_output_block_to_fuse():
-    with pytest.raises(ValueError, match="fused_output must be False.*ModernBERT"):
+    with pytest.raises(ValueError, match="fused_output must be False.*ModernBert"):
         MoEModernBertConfig(fused_output=True)
 
 

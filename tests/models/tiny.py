@@ -1,16 +1,7 @@
 """Small random dense models of every supported architecture."""
 
 import torch
-from transformers import (
-    BertConfig,
-    BertModel,
-    ModernBertConfig,
-    ModernBertModel,
-    RobertaConfig,
-    RobertaModel,
-    XLMRobertaConfig,
-    XLMRobertaModel,
-)
+import transformers
 
 SIZES = {
     "vocab_size": 60,
@@ -20,29 +11,90 @@ SIZES = {
     "intermediate_size": 48,
     "max_position_embeddings": 40,
 }
-MODERNBERT = {
-    "pad_token_id": 0,
-    "bos_token_id": 4,
-    "cls_token_id": 4,
-    "eos_token_id": 2,
-    "sep_token_id": 2,
-    "local_attention": 4,
-}
+BERT = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DEBERTA = {**BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 CLS = 4
-NAMES = ("bert", "roberta", "xlm_roberta", "modernbert")
+# The stem of the dense classes, and a small configuration without dropout.
+DENSE = {
+    "bert": ("Bert", BERT),
+    "roberta": ("Roberta", BERT),
+    "xlm_roberta": ("XLMRoberta", BERT),
+    "modernbert": (
+        "ModernBert",
+        {
+            **SIZES,
+            "pad_token_id": 0,
+            "bos_token_id": 4,
+            "cls_token_id": 4,
+            "eos_token_id": 2,
+            "sep_token_id": 2,
+            "local_attention": 4,
+        },
+    ),
+    "camembert": ("Camembert", BERT),
+    "electra": ("Electra", {**BERT, "embedding_size": 24}),
+    "distilbert": (
+        "DistilBert",
+        {
+            "vocab_size": 60,
+            "dim": 32,
+            "n_layers": 3,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "max_position_embeddings": 40,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+    ),
+    "mpnet": ("MPNet", BERT),
+    "xlm_roberta_xl": ("XLMRobertaXL", BERT),
+    "deberta": ("Deberta", {**DEBERTA, "type_vocab_size": 2}),
+    # As the third version; the convolution behind the first layer is the second's.
+    "deberta_v2": (
+        "DebertaV2",
+        {
+            **DEBERTA,
+            "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_biased_input": False,
+            "conv_kernel_size": 3,
+        },
+    ),
+    "esm": (
+        "Esm",
+        {
+            **BERT,
+            "pad_token_id": 1,
+            "mask_token_id": 3,
+            "position_embedding_type": "rotary",
+            "token_dropout": True,
+        },
+    ),
+    "nomic_bert": ("NomicBert", BERT),
+    "jina_embeddings_v3": ("JinaEmbeddingsV3", BERT),
+    "eurobert": (
+        "EuroBert",
+        {
+            **SIZES,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "bos_token_id": 4,
+            "eos_token_id": 2,
+            "mask_token_id": 3,
+        },
+    ),
+}
+NAMES = ("bert", "roberta", "xlm_roberta", "modernbert")  # the first, which all tests take
+ENCODERS = tuple(n for n, (stem, _) in DENSE.items() if hasattr(transformers, f"{stem}Model"))
 
 
 def build(name: str, **changes):
     """A random dense model, dropout off; ``changes`` go into its configuration."""
     torch.manual_seed(0)
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config, model, sizes = {
-        "bert": (BertConfig, BertModel, {**SIZES, **off}),
-        "roberta": (RobertaConfig, RobertaModel, {**SIZES, **off}),
-        "xlm_roberta": (XLMRobertaConfig, XLMRobertaModel, {**SIZES, **off}),
-        "modernbert": (ModernBertConfig, ModernBertModel, {**SIZES, **MODERNBERT}),
-    }[name]
-    return model(config(**{**sizes, **changes})).eval()
+    stem, sizes = DENSE[name]
+    config = getattr(transformers, f"{stem}Config")(**{**sizes, **changes})
+    return getattr(transformers, f"{stem}Model")(config).eval()
 
 
 def relative_error(got, want):

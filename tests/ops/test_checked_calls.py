@@ -29,7 +29,7 @@ def calls():
 
 def test_other_values_of_the_same_shape_are_not_checked_again(calls):
     check, seen = calls
-    for x in (X, X + 1, torch.nn.Parameter(X)):
+    for x in (X, X + 1, torch.nn.Parameter(X, requires_grad=False)):
         check(x, PLAN, "gelu", None)
     assert len(seen) == 1
 
@@ -39,6 +39,7 @@ def test_other_values_of_the_same_shape_are_not_checked_again(calls):
     [
         (torch.zeros(4, 2), X, PLAN, 1),
         (X.double(), X, PLAN, 1),
+        (X.clone().requires_grad_(), X, PLAN, 1),
         (X.to("meta"), X, PLAN, 1),
         (X, None, PLAN, 1),
         (X, X.half(), PLAN, 1),
@@ -56,12 +57,29 @@ def test_whatever_else_differs_is_checked(calls, changed):
     assert len(seen) == 2
 
 
-def test_autocast_is_part_of_the_signature(calls):
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autocast("cpu", torch.float16),
+        torch.no_grad,
+        lambda: ops.use_backend("torch"),
+    ],
+)
+def test_the_state_around_a_call_is_part_of_the_signature(calls, around):
     check, seen = calls
     check(X)
-    with torch.autocast("cpu", torch.bfloat16):
-        check(X)
+    for _ in range(2):
+        with around():
+            check(X)
     assert len(seen) == 2
+
+
+def test_what_was_found_out_is_given_again():
+    found_out = once_per_signature(lambda x, name: object())
+    first = found_out(X, "a")
+    assert found_out(X + 1, "a") is first
+    assert found_out(X, "b") is not first
 
 
 def test_what_was_refused_is_refused_again(calls):

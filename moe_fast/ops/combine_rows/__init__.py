@@ -12,10 +12,13 @@ A gather, not a scatter: no atomics, slots are summed in their order, the result
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape, wants_gradients
 from moe_fast.ops.combine_rows import cpp, reference  # noqa: F401 - each registers itself
 from moe_fast.ops.plan import RoutingPlan
@@ -40,6 +43,15 @@ def combine_rows(
         ValueError, TypeError: for shapes, dtypes or devices that do not fit; the ``cpp`` backend on
             the CPU also for index tensors that are no plan.
     """
+    run = _prepare(rows, top_k_weights, plan, backend)
+    return run(rows, top_k_weights, plan.expert_offsets, plan.slot_to_row)
+
+
+@once_per_signature
+def _prepare(
+    rows: Tensor, top_k_weights: Tensor, plan: RoutingPlan, backend: str | None
+) -> Callable:
+    """The implementation for such a call."""
     check_shape("top_k_weights", top_k_weights, (None, None), "[T, K]")
     check_dtype("top_k_weights", top_k_weights, (torch.float32, torch.float64))
     slots = top_k_weights.shape[0] * top_k_weights.shape[1]
@@ -50,5 +62,4 @@ def combine_rows(
     check_like("rows", rows, dtype=False, top_k_weights=top_k_weights, expert_offsets=offsets)
     computed_in = torch.promote_types(rows.dtype, top_k_weights.dtype)
     needs_grad = wants_gradients(rows, top_k_weights)
-    run = backends.select("combine_rows", backend, rows.device, computed_in, gradients=needs_grad)
-    return run(rows, top_k_weights, offsets, plan.slot_to_row)
+    return backends.select("combine_rows", backend, rows.device, computed_in, gradients=needs_grad)

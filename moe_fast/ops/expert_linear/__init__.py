@@ -14,6 +14,8 @@ Source: Yu, arXiv 2412.17364.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from moe_fast.ops import backends
 from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
+    autocast_dtype,
     autocast_to,
     check_dtype,
     check_like,
@@ -57,19 +60,22 @@ def expert_linear(
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit.
     """
-    _check(x, weight, bias, top_k_weights, plan)
-    x, weight, bias = autocast_to(x.device, x, weight, bias)
-    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
-    tensors = (x, weight, bias, top_k_weights)
-    needs_grad = wants_gradients(*tensors)
-    run = backends.select("expert_linear", backend, x.device, computed_in, gradients=needs_grad)
-    return run(*tensors, *plan.indices)
+    run = _prepare(x, weight, bias, top_k_weights, plan, backend)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = autocast_to(x, weight, bias)
+    return run(x, weight, bias, top_k_weights, *plan.indices)
 
 
 @once_per_signature
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, top_k_weights: Tensor, plan: RoutingPlan
-) -> None:
+def _prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k_weights: Tensor,
+    plan: RoutingPlan,
+    backend: str | None,
+) -> Callable:
+    """The implementation for such a call."""
     check_shape("x", x, (None, None), "[T, I]")
     check_shape("weight", weight, (None, None, x.shape[1]), "[E, O, I]")
     if not (weight.shape[1] and weight.shape[2]):
@@ -79,3 +85,6 @@ def _check(
     check_dtype("x", x, FLOAT_DTYPES)
     check_like("x", x, weight=weight, bias=bias)
     check_plan(x, top_k_weights, plan, weight.shape[0])
+    computed_in = torch.promote_types(autocast_dtype(x), top_k_weights.dtype)
+    needs_grad = wants_gradients(x, weight, bias, top_k_weights)
+    return backends.select("expert_linear", backend, x.device, computed_in, gradients=needs_grad)

@@ -18,6 +18,8 @@ Source: the expert of Hallee et al., arXiv 2401.15713; saving x and z as in Soni
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from moe_fast.ops.activations import ACTIVATIONS
 from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
+    autocast_dtype,
     autocast_to,
     check_choice,
     check_dtype,
@@ -72,21 +75,39 @@ def expert_mlp(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
     """
-    weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
-    check_expert_mlp(x, *weights, top_k_weights, plan, act, gated, recompute)
-    x, up_proj, down_proj, up_proj_bias, down_proj_bias = autocast_to(
-        x.device, x, up_proj, down_proj, up_proj_bias, down_proj_bias
-    )
-    tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights)
-    needs_grad = wants_gradients(*tensors)
-    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
-    act = ACTIVATIONS[act].name
-    run = backends.select("expert_mlp", backend, x.device, computed_in, act, needs_grad)
-    y, _ = run(*tensors, *plan.indices, act, gated, needs_grad and recompute is None)
+    tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias)
+    run, needs_grad = _prepare(*tensors, top_k_weights, plan, act, gated, recompute, backend)
+    if torch.is_autocast_enabled(x.device.type):
+        tensors = autocast_to(*tensors)
+    save = needs_grad and recompute is None
+    y, _ = run(*tensors, top_k_weights, *plan.indices, ACTIVATIONS[act].name, gated, save)
     return y
 
 
 @once_per_signature
+def _prepare(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    top_k_weights: Tensor,
+    plan: RoutingPlan,
+    act: str,
+    gated: bool,
+    recompute: str | None,
+    backend: str | None,
+) -> tuple[Callable, bool]:
+    """The implementation for such a call, and whether it has gradients."""
+    weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
+    check_expert_mlp(x, *weights, top_k_weights, plan, act, gated, recompute)
+    needs_grad = wants_gradients(x, *weights, top_k_weights)
+    computed_in = torch.promote_types(autocast_dtype(x), top_k_weights.dtype)
+    act = ACTIVATIONS[act].name
+    run = backends.select("expert_mlp", backend, x.device, computed_in, act, needs_grad)
+    return run, needs_grad
+
+
 def check_expert_mlp(
     x: Tensor,
     up_proj: Tensor,

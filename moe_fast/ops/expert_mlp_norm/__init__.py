@@ -15,6 +15,8 @@ entries, and they are those that ``torch.nn.functional.dropout`` would drop in i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from moe_fast.ops.activations import ACTIVATIONS
 from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
+    autocast_dtype,
     autocast_to,
     check_dtype,
     check_like,
@@ -71,26 +74,22 @@ def expert_mlp_norm(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
     """
-    projections = (up_proj, down_proj, up_proj_bias, down_proj_bias)
-    check_expert_mlp(x, *projections, top_k_weights, plan, act, gated, recompute)
-    _check_block(x, residual, norm_weight, norm_bias, dropout)
-    # As a product would be cast, and what follows as LayerNorm.
-    x, *weights = autocast_to(x.device, x, *projections)
-    block = _as_layer_norm(residual, norm_weight, norm_bias)
-    keep = None if dropout == 0 else _kept(x, dropout)
-    tensors = (x, *weights, top_k_weights)
-    needs_grad = wants_gradients(*tensors, *block)
-    computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
-    act = ACTIVATIONS[act].name
-    run = backends.select("expert_mlp_norm", backend, x.device, computed_in, act, needs_grad)
+    tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias)
+    block: tuple[Tensor, ...] = (residual, norm_weight, norm_bias)
+    settings = (act, gated, recompute, dropout, backend)
+    run, needs_grad = _prepare(*tensors, top_k_weights, plan, *block, *settings)
+    if torch.is_autocast_enabled(x.device.type):
+        # As a product would be cast, and what follows as LayerNorm.
+        tensors, block = autocast_to(*tensors), _as_layer_norm(*block)
     return run(
         *tensors,
+        top_k_weights,
         *plan.indices,
         *block,
-        keep,
+        None if dropout == 0 else _kept(tensors[0], dropout),
         1 / (1 - dropout) if dropout < 1 else 0.0,
         eps,
-        act,
+        ACTIVATIONS[act].name,
         gated,
         needs_grad,
         needs_grad and recompute is None,
@@ -98,6 +97,35 @@ def expert_mlp_norm(
 
 
 @once_per_signature
+def _prepare(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    top_k_weights: Tensor,
+    plan: RoutingPlan,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    act: str,
+    gated: bool,
+    recompute: str | None,
+    dropout: float,
+    backend: str | None,
+) -> tuple[Callable, bool]:
+    """The implementation for such a call, and whether it has gradients."""
+    weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
+    check_expert_mlp(x, *weights, top_k_weights, plan, act, gated, recompute)
+    block = (residual, norm_weight, norm_bias)
+    _check_block(x, *block, dropout)
+    needs_grad = wants_gradients(x, *weights, top_k_weights, *block)
+    computed_in = torch.promote_types(autocast_dtype(x), top_k_weights.dtype)
+    act = ACTIVATIONS[act].name
+    run = backends.select("expert_mlp_norm", backend, x.device, computed_in, act, needs_grad)
+    return run, needs_grad
+
+
 def _check_block(
     x: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, dropout: float
 ) -> None:
@@ -111,9 +139,7 @@ def _check_block(
 
 
 def _as_layer_norm(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In float32 under autocast, which normalises in no narrower dtype."""
-    if not torch.is_autocast_enabled(tensors[0].device.type):
-        return tensors
+    """In float32: autocast normalises in no narrower dtype."""
     return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
 
 

@@ -12,9 +12,12 @@ Source: the permutation of MegaBlocks, arXiv 2211.15841, without its padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from moe_fast.ops import backends
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_shape, wants_gradients
 from moe_fast.ops.gather_rows import cpp, reference  # noqa: F401 - each registers itself
 from moe_fast.ops.plan import RoutingPlan
@@ -35,6 +38,13 @@ def gather_rows(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> 
         ValueError, TypeError: for shapes, dtypes or devices that do not fit; the ``cpp`` backend on
             the CPU also for index tensors that are no plan.
     """
+    run = _prepare(x, plan, backend)
+    return run(x, plan.expert_offsets, plan.row_to_token, plan.slot_to_row)
+
+
+@once_per_signature
+def _prepare(x: Tensor, plan: RoutingPlan, backend: str | None) -> Callable:
+    """The implementation for such a call."""
     check_shape("x", x, (None, None), "[T, D]")
     check_dtype("x", x, FLOAT_DTYPES)
     slots = plan.row_to_token.shape[0]
@@ -45,5 +55,4 @@ def gather_rows(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> 
     check_shape("plan.slot_to_row", plan.slot_to_row, (slots,), "[S]")
     check_like("x", x, dtype=False, expert_offsets=plan.expert_offsets)
     needs_grad = wants_gradients(x)
-    run = backends.select("gather_rows", backend, x.device, x.dtype, gradients=needs_grad)
-    return run(x, plan.expert_offsets, plan.row_to_token, plan.slot_to_row)
+    return backends.select("gather_rows", backend, x.device, x.dtype, gradients=needs_grad)

@@ -8,13 +8,14 @@ can be gathered back per token without atomics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import INTEGER_DTYPES, check_count, check_dtype
 from moe_fast.ops.plan import cpp, reference, triton  # noqa: F401 - each registers itself
 
@@ -31,6 +32,7 @@ class RoutingPlan:
         tiles: for each block size asked for, [n, 2] pairs (first row, expert) that cover every
             expert's rows in steps of the block size, padded with -1 to the bound
             ``n = ceil(max(S - E + 1, 0) / block) + E - 1`` that depends on shapes alone.
+        indices: the four index tensors, in the order in which the registered ops take them.
 
     Only the first ``expert_offsets[E]`` rows are valid; the rows behind them are the skipped
     slots, in slot order, and nothing may be computed from them.
@@ -53,11 +55,12 @@ class RoutingPlan:
     row_to_slot: Tensor
     slot_to_row: Tensor
     tiles: dict[int, Tensor] = field(default_factory=dict)
+    indices: tuple[Tensor, Tensor, Tensor, Tensor] = field(init=False, repr=False, compare=False)
 
-    @property
-    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four index tensors, in the order in which the registered ops take them."""
-        return self.expert_offsets, self.row_to_token, self.row_to_slot, self.slot_to_row
+    def __post_init__(self) -> None:
+        # An attribute, for every layer reads it twice in a call.
+        indices = (self.expert_offsets, self.row_to_token, self.row_to_slot, self.slot_to_row)
+        object.__setattr__(self, "indices", indices)
 
 
 _MOST_EXPERTS = 2**24  # a slip beyond it would ask for terabytes
@@ -82,18 +85,24 @@ def plan(
         ValueError, TypeError: for shapes and dtypes that do not fit; on the CPU (elsewhere with
             ``MOE_FAST_CHECK=1``) also for negative ids.
     """
+    for size in block_sizes:
+        check_count("block_sizes", size)
+    run = _prepare(top_k_index, num_experts, backend)
+    offsets, row_to_token, row_to_slot, slot_to_row = run(top_k_index, num_experts)
+    tiles = {b: _tile_schedule(offsets, row_to_slot.shape[0], b) for b in block_sizes}
+    return RoutingPlan(offsets, row_to_token, row_to_slot, slot_to_row, tiles)
+
+
+@once_per_signature
+def _prepare(top_k_index: Tensor, num_experts: int, backend: str | None) -> Callable:
+    """The implementation for such a call."""
     check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
     if top_k_index.dim() != 2 or top_k_index.shape[1] < 1:
         raise ValueError(f"top_k_index must be [T, K], K >= 1; got {list(top_k_index.shape)}.")
     check_count("num_experts", num_experts)
     if num_experts > _MOST_EXPERTS:
         raise ValueError(f"num_experts must be at most {_MOST_EXPERTS}; got {num_experts}.")
-    for size in block_sizes:
-        check_count("block_sizes", size)
-    run = backends.select("plan", backend, top_k_index.device)
-    offsets, row_to_token, row_to_slot, slot_to_row = run(top_k_index, num_experts)
-    tiles = {b: _tile_schedule(offsets, row_to_slot.shape[0], b) for b in block_sizes}
-    return RoutingPlan(offsets, row_to_token, row_to_slot, slot_to_row, tiles)
+    return backends.select("plan", backend, top_k_index.device)
 
 
 def _tile_schedule(expert_offsets: Tensor, num_rows: int, block_size: int) -> Tensor:

@@ -28,12 +28,14 @@ arXiv 2412.17364 (renormalize).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
@@ -110,26 +112,65 @@ def route(
         ValueError, TypeError: for shapes, dtypes, devices or names that do not fit. On the CPU
             (elsewhere with ``MOE_FAST_CHECK=1``) also for ids out of range and NaN logits.
     """
+    num_experts, weight_mode, run = _prepare(
+        x,
+        router_weight,
+        num_experts_per_tok,
+        mode,
+        weight_mode,
+        expert_ids,
+        token_mask,
+        cu_seqlens,
+        num_experts,
+        backend,
+    )
+    tokens, mask = x, token_mask
+    starts = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
+    if x.dim() == 3:
+        tokens, mask = x.flatten(0, 1), None if token_mask is None else token_mask.reshape(-1)
+        if mode not in ("token_topk", "dense"):
+            starts = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
+    if expert_ids is not None:
+        ids, dtype = expert_ids.reshape(-1).to(torch.int64), compute_dtype(x.dtype)
+        index, weights, counts = run(ids, tokens.shape[0], starts, mask, num_experts, dtype)
+        return Routing(index, weights, None, counts)
+    weights, logits, index, counts = run(
+        tokens, router_weight, num_experts_per_tok, mode, weight_mode, mask, starts
+    )
+    return Routing(index, weights, logits, counts)
+
+
+# --- once for calls that look alike --------------------------------------------------------------
+
+
+@once_per_signature
+def _prepare(
+    x: Tensor,
+    router_weight: Tensor | None,
+    num_experts_per_tok: int,
+    mode: str,
+    weight_mode: str,
+    expert_ids: Tensor | None,
+    token_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_experts: int | None,
+    backend: str | None,
+) -> tuple[int, str, Callable]:
+    """E, the concrete weight mode, and the implementation for such a call."""
     num_experts = _check_experts(mode, router_weight, num_experts)
     weight_mode = resolve_weight_mode(mode, weight_mode, num_experts_per_tok)
     check_experts_per_tok(mode, num_experts_per_tok, num_experts)
-    tokens, mask, starts = _flatten(x, token_mask, cu_seqlens)
-    if starts is None and x.dim() == 3 and mode not in ("token_topk", "dense"):
-        starts = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
+    _check_tokens(x, token_mask, cu_seqlens)
     if mode == "enforced":
-        ids = _check_expert_ids(expert_ids, x, starts)
-        dtype = compute_dtype(x.dtype)
-        index, weights, counts = route_enforced(
-            ids, tokens.shape[0], starts, mask, num_experts, dtype
-        )
-        return Routing(index, weights, None, counts)
+        _check_expert_ids(expert_ids, x, cu_seqlens)
+        return num_experts, weight_mode, route_enforced
     if expert_ids is not None:
         raise ValueError(f"expert_ids go with mode='enforced'; got them with mode={mode!r}.")
     assert router_weight is not None  # _check_experts
-    check_shape("router_weight", router_weight, (num_experts, tokens.shape[1]), "[E, D]")
+    check_shape("router_weight", router_weight, (num_experts, x.shape[-1]), "[E, D]")
     check_dtype("router_weight", router_weight, FLOAT_DTYPES)
     check_like("x", x, router_weight=router_weight)
-    if mode in SENTENCE_MODES and starts is None:
+    if mode in SENTENCE_MODES and cu_seqlens is None and x.dim() == 2:
         raise ValueError(
             f"mode={mode!r} needs sentences: give x as [B, L, D], or cu_seqlens beside [T, D]; "
             f"got x {list(x.shape)} and no cu_seqlens."
@@ -137,13 +178,7 @@ def route(
     computed_in = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
     needs_grad = wants_gradients(x, router_weight)
     run = backends.select("route", backend, x.device, computed_in, gradients=needs_grad)
-    weights, logits, index, counts = run(
-        tokens, router_weight, num_experts_per_tok, mode, weight_mode, mask, starts
-    )
-    return Routing(index, weights, logits, counts)
-
-
-# --- what comes in -------------------------------------------------------------------------------
+    return num_experts, weight_mode, run
 
 
 def _check_experts(mode: str, router_weight: Tensor | None, num_experts: int | None) -> int:
@@ -166,10 +201,7 @@ def _check_experts(mode: str, router_weight: Tensor | None, num_experts: int | N
     return router_weight.shape[0]
 
 
-def _flatten(
-    x: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x as [T, D], the mask as [T], and the starts of packed sentences, [B + 1] int64."""
+def _check_tokens(x: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     check_dtype("x", x, FLOAT_DTYPES)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must be [T, D] or [B, L, D]; got {list(x.shape)}.")
@@ -177,30 +209,27 @@ def _flatten(
     if token_mask is not None:
         check_dtype("token_mask", token_mask, (torch.bool,))
         check_shape("token_mask", token_mask, tuple(x.shape[:-1]), "of x without D")
-        token_mask = token_mask.reshape(-1)
-    if x.dim() == 2:
-        if cu_seqlens is not None:
-            check_dtype("cu_seqlens", cu_seqlens, INTEGER_DTYPES)
-            check_shape("cu_seqlens", cu_seqlens, (None,), "[B + 1]")
-            cu_seqlens = cu_seqlens.to(torch.int64)
-        return x, token_mask, cu_seqlens
-    if cu_seqlens is not None:
+    if cu_seqlens is None:
+        return
+    if x.dim() == 3:
         raise ValueError(f"cu_seqlens go with a packed x [T, D]; got them with x {list(x.shape)}.")
-    return x.flatten(0, 1), token_mask, None
+    check_dtype("cu_seqlens", cu_seqlens, INTEGER_DTYPES)
+    check_shape("cu_seqlens", cu_seqlens, (None,), "[B + 1]")
 
 
-def _check_expert_ids(expert_ids: Tensor | None, x: Tensor, starts: Tensor | None) -> Tensor:
-    """Enforced ids as [T] or [B], int64; the op spreads [B] over the sentences' tokens."""
+def _check_expert_ids(expert_ids: Tensor | None, x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """One id for each token, or one for each sentence, which the op spreads over its tokens."""
     if expert_ids is None:
         raise ValueError("expert_ids must be given with mode='enforced'; got None.")
     check_tensor("expert_ids", expert_ids)
     check_dtype("expert_ids", expert_ids, INTEGER_DTYPES)
     check_like("x", x, dtype=False, expert_ids=expert_ids)
-    allowed = [list(x.shape[:-1])] + ([] if starts is None else [[starts.shape[0] - 1]])
+    allowed = [list(x.shape[:-1])]
+    if x.dim() == 3 or cu_seqlens is not None:
+        allowed.append([x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1])
     if list(expert_ids.shape) not in allowed:
-        per_sentence = "[B] with cu_seqlens" if starts is None else str(allowed[-1])
+        per_sentence = "[B] with cu_seqlens" if len(allowed) == 1 else str(allowed[-1])
         raise ValueError(
             f"expert_ids must have shape {allowed[0]} (one per token) or {per_sentence} (one per "
             f"sentence) for x {list(x.shape)}; got {list(expert_ids.shape)}."
         )
-    return expert_ids.reshape(-1).to(torch.int64)

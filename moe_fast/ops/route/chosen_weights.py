@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import INTEGER_DTYPES, check_choice, check_dtype, check_shape
 from moe_fast.ops.route.modes import CHOOSING_MODES, SENTENCE_MODES, resolve_weight_mode
 from moe_fast.ops.route.reference import Choice, weights_of
@@ -35,12 +36,7 @@ def chosen_weights(
     Raises:
         ValueError, TypeError: for settings or shapes that do not fit.
     """
-    check_choice("mode", mode, CHOOSING_MODES)
-    check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
-    check_shape("top_k_index", top_k_index, (router_logits.shape[0], None), "[T, K]")
-    if mode in SENTENCE_MODES and cu_seqlens is None:
-        raise ValueError(f"mode={mode!r} needs cu_seqlens; got None.")
-    weight_mode = resolve_weight_mode(mode, weight_mode, top_k_index.shape[1])
+    weight_mode = _check(router_logits, top_k_index, mode, weight_mode, cu_seqlens is not None)
     real = top_k_index < router_logits.shape[1]
     index = torch.where(real, top_k_index, 0)
     choice = Choice(router_logits, mode, real[:, 0], cu_seqlens)
@@ -51,3 +47,16 @@ def chosen_weights(
     else:
         weights = weights_of(logits, index, weight_mode)
     return torch.where(real, weights, 0)
+
+
+@once_per_signature
+def _check(
+    router_logits: Tensor, top_k_index: Tensor, mode: str, weight_mode: str, has_sentences: bool
+) -> str:
+    """The concrete weight mode."""
+    check_choice("mode", mode, CHOOSING_MODES)
+    check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
+    check_shape("top_k_index", top_k_index, (router_logits.shape[0], None), "[T, K]")
+    if mode in SENTENCE_MODES and not has_sentences:
+        raise ValueError(f"mode={mode!r} needs cu_seqlens; got None.")
+    return resolve_weight_mode(mode, weight_mode, top_k_index.shape[1])

@@ -17,6 +17,8 @@ Why so on the CPU: docs/packed.md has the measurements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
+    autocast_dtype,
     autocast_to,
     check_dtype,
     check_like,
@@ -70,26 +73,26 @@ def varlen_attention(
             with ``MOE_FAST_CHECK=1``) also for ``cu_seqlens`` that do not rise from 0 to T.
         ValueError: for ``backend="cpp"`` with dropout or where a gradient is wanted.
     """
-    _check(query, key, value, cu_seqlens, window)
+    run = _prepare(query, key, value, cu_seqlens, window, dropout > 0, backend)
     if not torch.compiler.is_compiling():
         check_starts(cu_seqlens, query.shape[0])
-    query, key, value = autocast_to(query.device, query, key, value)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = autocast_to(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    run = backends.select(
-        "varlen_attention",
-        backend,
-        query.device,
-        query.dtype,
-        gradients=wants_gradients(query, key, value),
-        dropout=dropout > 0,
-    )
     return run(query, key, value, cu_seqlens, scale, window, dropout, max_length)
 
 
 @once_per_signature
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None
-) -> None:
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None,
+    drops: bool,
+    backend: str | None,
+) -> Callable:
+    """The implementation for such a call."""
     letters = "[T, heads, head_dim]"
     check_shape("query", query, (None, None, None), letters)
     check_shape("key", key, tuple(query.shape), letters)
@@ -101,3 +104,11 @@ def _check(
     check_shape("cu_seqlens", cu_seqlens, (None,), "[B + 1]")
     if window is not None and window < 0:
         raise ValueError(f"window must not be negative; got {window}.")
+    return backends.select(
+        "varlen_attention",
+        backend,
+        query.device,
+        autocast_dtype(query),
+        gradients=wants_gradients(query, key, value),
+        dropout=drops,
+    )

@@ -11,7 +11,14 @@ from moe_fast.ops.eager_dispatch import Operation
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    dropout: float,  # 0, see below
+    max_length: int | None,
 ) -> Tensor:
     # Views are read in place where rows are not scattered.
     rows = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
@@ -20,30 +27,14 @@ def _attention(
     return native.call_on_views(op, *rows, starts, scale, window)
 
 
-def _fake(query, key, value, cu_seqlens, scale, window):
+def _fake(query, *others):
     return query.new_empty(query.shape)
-
-
-_attend = Operation(_attention, _fake).implement("varlen_attention_cpp", _attention)
-
-
-def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int | None,
-    dropout: float,
-    max_length: int | None,
-) -> Tensor:
-    return _attend(query, key, value, cu_seqlens, scale, window)
 
 
 backends.register(
     "varlen_attention",
     "cpp",
-    _run,
+    Operation(_attention, _fake).implement("varlen_attention_cpp", _attention),
     native.why_no_products,
     dtypes=COMPILED_DTYPES,
     gradients=False,

@@ -1,0 +1,6 @@
+"""Encoders as data: what their mixtures are made from."""
+
+from moe_fast.architectures.architecture import Architecture, make_class, setting
+from moe_fast.architectures.table import ARCHITECTURES
+
+__all__ = ["ARCHITECTURES", "Architecture", "make_class", "setting"]

@@ -1,0 +1,123 @@
+"""What a mixture must know of a dense encoder, as data; its classes are made from this."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A dense encoder: where its layers and the parts of them are, by name.
+
+    A layer is two blocks, attention and MLP. Each adds what it computes to what it was given, and
+    normalises either that sum (post-norm) or its input (pre-norm). Modules are named by their path
+    within the layer. A setting is the name of a field of the configuration, or the value itself.
+
+    Attributes:
+        dense_model, dense_layer: the classes of the encoder and of its layers.
+        layers: path of the list of layers in the encoder.
+        up: the linear maps before the activation; of a gated MLP the one that is activated first.
+        down: the linear map after it.
+        gated: whether the MLP is ``down(act(z1) * z2)``, ``z1`` and ``z2`` coming from two maps in
+            ``up``, or from one, whose first half is activated.
+        mlp: the modules whose place the mixture takes.
+        activation, intermediate_size, bias: settings: the activation's name, the MLP's width, and
+            whether its maps have biases.
+        pre_norm: whether the layer's blocks normalise their input.
+        norm, dropout: of the MLP's block; the dropout is that of what the MLP gives.
+        attention: the module that computes the attention.
+        attention_norm, attention_dropout: as ``norm`` and ``dropout``. Without the first, the
+            module ``attention`` computes the whole block.
+        padding_id: a setting: the id behind which positions start. ``None``: they start at 0.
+        tuple_output: whether a layer gives a tuple, what else the attention gave behind the states.
+        forward: of an encoder that hands no keywords to its layers: a function that takes a
+            mixture and the keywords of its dense model's forward, hands those that it does not know
+            to the layers with experts, and returns what the dense forward does.
+        not_packed: why texts cannot be packed, as the end of a sentence. ``None``: they can be.
+        not_fused: why ``fused_output`` cannot be had, said of its layers. ``None``: it can, unless
+            norms come first.
+    """
+
+    dense_model: type[PreTrainedModel]
+    dense_layer: type[Any]
+    layers: str
+    up: tuple[str, ...]
+    down: str
+    mlp: tuple[str, ...]
+    norm: str
+    attention: str
+    gated: bool = False
+    activation: str = "hidden_act"
+    intermediate_size: str = "intermediate_size"
+    bias: str | bool = True
+    pre_norm: bool = False
+    dropout: str | None = None
+    attention_norm: str | None = None
+    attention_dropout: str | None = None
+    padding_id: str | int | None = None
+    tuple_output: bool = False
+    forward: Callable[..., Any] | None = None
+    not_packed: str | None = None
+    not_fused: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pre_norm and self.not_fused is None:
+            reason = "normalise before their MLP and have no output block behind it"
+            object.__setattr__(self, "not_fused", reason)
+
+    @property
+    def name(self) -> str:
+        """The stem of the mixture's classes: "Bert" of ``MoEBertModel``."""
+        return self.dense_model.__name__.removesuffix("Model")
+
+    @property
+    def dense_config(self) -> type[PreTrainedConfig]:
+        """The class of the encoder's configuration."""
+        return self.dense_model.config_class
+
+    @property
+    def model_type(self) -> str:
+        """What a mixture's configuration has as its ``model_type``."""
+        return f"moe_{self.dense_config.model_type.replace('-', '_')}"
+
+    @property
+    def mlp_names(self) -> dict[str, tuple[str, ...]]:
+        """Within a layer, each of the mixture's weights and the dense ones that it is made of.
+
+        Several are one below the other in it, in this order.
+        """
+        up = "mlp.gate_up_proj" if self.gated else "mlp.up_proj"
+        names = {}
+        for new, old in ((up, self.up), ("mlp.down_proj", (self.down,))):
+            names[new] = tuple(f"{name}.weight" for name in old)
+            names[f"{new}_bias"] = tuple(f"{name}.bias" for name in old)
+        return names
+
+    def split(self, name: str) -> tuple[int, str] | None:
+        """(layer index, name within the layer) of a state-dict name, ``None`` outside layers."""
+        if not name.startswith(f"{self.layers}."):
+            return None
+        index, _, rest = name.removeprefix(f"{self.layers}.").partition(".")
+        return int(index), rest
+
+    def join(self, layer: int, name: str) -> str:
+        """The state-dict name of a name within a layer; undoes :meth:`split`."""
+        return f"{self.layers}.{layer}.{name}"
+
+
+def setting(config: Any, value: Any) -> Any:
+    """A setting's value: that of the configuration's field, or ``value`` where there is none."""
+    return getattr(config, value, value) if isinstance(value, str) else value
+
+
+def make_class(module: str, name: str, doc: str, bases: tuple[type, ...], **attributes: Any) -> Any:
+    """A class as if it had been written in ``module``, from which it is imported and unpickled."""
+    namespace = {"__module__": module, "__qualname__": name, "__doc__": doc, **attributes}
+    made = type(name, bases, namespace)
+    setattr(sys.modules[module], name, made)
+    return made

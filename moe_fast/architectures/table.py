@@ -1,0 +1,159 @@
+"""The table of encoders that can be upcycled: one entry each."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from moe_fast.architectures import own_forward
+from moe_fast.architectures.architecture import Architecture
+
+
+def _of(module: str, name: str, *, layer: str | None = None, **parts: Any) -> list[Architecture]:
+    """The entry of one of transformers' encoders; none where the installed release lacks it.
+
+    Args:
+        module: its folder in ``transformers.models``.
+        name: the stem of its classes.
+        layer: the name of its layer's class, where that is not the stem and "Layer".
+        parts: the fields of :class:`Architecture`.
+    """
+    try:
+        found = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        model, layer_class = getattr(found, f"{name}Model"), getattr(found, layer or f"{name}Layer")
+    except (ImportError, AttributeError):
+        return []
+    return [Architecture(dense_model=model, dense_layer=layer_class, **parts)]
+
+
+# What BERT's descendants have in common.
+_BERT: dict[str, Any] = {
+    "layers": "encoder.layer",
+    "up": ("intermediate.dense",),
+    "down": "output.dense",
+    "mlp": ("intermediate", "output.dense"),
+    "norm": "output.LayerNorm",
+    "dropout": "output.dropout",
+    "attention": "attention",
+}
+_ROBERTA = {**_BERT, "padding_id": "pad_token_id"}
+# Gate and up apart, as in Llama.
+_GATE_AND_UP: dict[str, Any] = {
+    "up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": "mlp.down_proj",
+    "gated": True,
+    "mlp": ("mlp",),
+}
+# Rotary positions, norms behind the sums.
+_NOMIC: dict[str, Any] = {
+    "layers": "layers",
+    "attention": "self_attn",
+    "attention_norm": "post_attention_layernorm",
+    "attention_dropout": "post_attention_dropout",
+    "norm": "post_mlp_layernorm",
+    "dropout": "post_mlp_dropout",
+}
+_DEBERTA = {
+    **_BERT,
+    "tuple_output": True,
+    "forward": own_forward.deberta,
+    "not_packed": "its attention counts how far apart two places of the batch are",
+}
+
+ARCHITECTURES = [
+    *_of("bert", "Bert", **_BERT),
+    *_of("roberta", "Roberta", **_ROBERTA),
+    *_of("xlm_roberta", "XLMRoberta", **_ROBERTA),
+    *_of("camembert", "Camembert", **_ROBERTA),
+    *_of("electra", "Electra", **_BERT),
+    *_of(
+        "distilbert",
+        "DistilBert",
+        layer="TransformerBlock",
+        layers="transformer.layer",
+        up=("ffn.lin1",),
+        down="ffn.lin2",
+        mlp=("ffn.lin1", "ffn.lin2", "ffn.activation"),
+        activation="activation",
+        intermediate_size="hidden_dim",
+        attention="attention",
+        attention_norm="sa_layer_norm",
+        norm="output_layer_norm",
+        dropout="ffn.dropout",
+    ),
+    *_of(
+        "mpnet",
+        "MPNet",
+        **_BERT,
+        padding_id=1,  # whatever the configuration says
+        tuple_output=True,
+        forward=own_forward.mpnet,
+        not_packed="its attention counts how far apart two places of the batch are",
+    ),
+    *_of(
+        "xlm_roberta_xl",
+        "XLMRobertaXL",
+        **{
+            **_ROBERTA,
+            "mlp": ("intermediate", "output"),
+            "pre_norm": True,
+            "norm": "LayerNorm",
+            "dropout": None,
+        },
+    ),
+    *_of(
+        "deberta",
+        "Deberta",
+        **_DEBERTA,
+        not_fused="have a norm of their own, in float32 whatever the model's dtype",
+    ),
+    *_of("deberta_v2", "DebertaV2", **_DEBERTA),
+    *_of(
+        "esm",
+        "Esm",
+        **{
+            **_ROBERTA,
+            "activation": "gelu",
+            "pre_norm": True,
+            "norm": "LayerNorm",
+            "not_packed": "its embeddings are scaled by each text's share of mask tokens",
+        },
+    ),
+    *_of("nomic_bert", "NomicBert", **_NOMIC, **_GATE_AND_UP, bias=False),
+    *_of(
+        "jina_embeddings_v3",
+        "JinaEmbeddingsV3",
+        **_NOMIC,
+        up=("mlp.fc1",),
+        down="mlp.fc2",
+        mlp=("mlp",),
+    ),
+    *_of(
+        "eurobert",
+        "EuroBert",
+        layer="EuroBertDecoderLayer",
+        layers="layers",
+        **_GATE_AND_UP,
+        bias="mlp_bias",
+        pre_norm=True,
+        attention="self_attn",
+        attention_norm="input_layernorm",
+        norm="post_attention_layernorm",
+    ),
+    *_of(
+        "modernbert",
+        "ModernBert",
+        layer="ModernBertEncoderLayer",
+        layers="layers",
+        up=("mlp.Wi",),
+        down="mlp.Wo",
+        gated=True,
+        mlp=("mlp",),
+        activation="hidden_activation",
+        bias="mlp_bias",
+        pre_norm=True,
+        attention="attn",
+        attention_norm="attn_norm",
+        norm="mlp_norm",
+    ),
+]
