@@ -74,7 +74,7 @@ def candidates(kind: str, rows: int, dim: int) -> Candidates:
     model = moe_fast.upcycle(dense, num_experts=EXPERTS, num_experts_per_tok=1)
     columns = columns_of(rows, kind == "natural")
 
-    def plain(encoder: Any) -> nn.Module:
+    def plain(encoder: Any) -> Any:
         loss = InfoNCELoss(encoder, mask_duplicates=False)
         return RouterLoss(loss, num_domains=DOMAINS, **ROUTER) if kind == "router" else loss
 

@@ -260,8 +260,8 @@ def check_output_block(case: Shape, device: torch.device) -> dict[str, float]:
     def results(backend: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
         def run(t: Mapping[str, Any]) -> Tensor:
             torch.manual_seed(1)  # of the dropped entries
-            experts, norm = (t[n] for n in NAMES), (t[n] for n in block)
-            return ops.expert_mlp_norm(*experts, problem.plan, *norm, dropout=0.1, backend=backend)
+            given: dict[str, Any] = {name: t[name] for name in (*NAMES, *block)}
+            return ops.expert_mlp_norm(**given, plan=problem.plan, dropout=0.1, backend=backend)
 
         tensors = problem.tensors | block
         names = [name for name, tensor in tensors.items() if tensor is not None]

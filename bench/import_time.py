@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,9 @@ FORBIDDEN |= {"typer", "click"}
 
 def cases(size: str) -> Iterator[Case]:
     """One case, whatever the size."""
-    runs = {name: partial(loaded_modules, code) for name, code in IMPORTS.items()}
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(loaded_modules, code) for name, code in IMPORTS.items()
+    }
     yield Case("import", {}, "", lambda: Candidates(runs, check), baseline=BASELINE)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_fast.ops import RoutingPlan
 
-from .problem import Problem, Run
+from .problem import NAMES, Problem, Run
 
 GPU_ONLY = {
     "ScatterMoE": "scattermoe",
@@ -122,5 +122,5 @@ def compiled_dense(backend: str = "inductor") -> Run:
 
 def expert_mlp(t: Mapping[str, Any], expert: int, rows: Tensor) -> Tensor:
     """One expert of the stacked ones in ``t`` on ``rows``."""
-    names = "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"
-    return mlp(rows, *(None if t[name] is None else t[name][expert] for name in names))
+    weights = {n: None if t[n] is None else t[n][expert] for n in NAMES[1:-1]}
+    return dense({"x": rows, **weights})

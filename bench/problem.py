@@ -105,8 +105,8 @@ class Problem:
     ) -> Tensor:
         """expert_mlp of ``tensors``, by the problem's plan if no other is given."""
         return ops.expert_mlp(
-            *(tensors[name] for name in NAMES),
-            self.plan if plan is None else plan,
+            **{name: tensors[name] for name in NAMES},
+            plan=self.plan if plan is None else plan,
             act="silu" if self.shape.gated else "gelu",
             gated=self.shape.gated,
             recompute=recompute,
@@ -140,8 +140,8 @@ class Problem:
 
     def dense(self) -> tuple[dict[str, Any], Tensor]:
         """One expert's tensors with S rows to go through it, and the upstream gradient."""
-        tensors = {n: None if t is None else t[0].clone() for n, t in self.tensors.items()}
-        del tensors["top_k_weights"]
+        tensors: dict[str, Any] = {n: self.tensors[n] for n in NAMES[1:-1]}
+        tensors = {n: None if t is None else t[0].clone() for n, t in tensors.items()}
         rows = self.shape.tokens * self.shape.k
         x = self.tensors["x"]
         tensors["x"] = torch.randn(rows, self.shape.dim, device=x.device).to(x.dtype)

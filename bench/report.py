@@ -101,7 +101,9 @@ def growth_parts(
         pictures.draw_roofline(record.rows, record.machine, path("roofline"))
         sentence = "How near moe_fast comes to what this machine could do at best."
         parts += ["### The limit\n", picture("roofline", sentence)]
-    if curves := curves_of(record.rows, lambda row: row.seconds and row.seconds.median * 1e3):
+    if curves := curves_of(
+        record.rows, lambda row: row.seconds.median * 1e3 if row.seconds else None
+    ):
         pictures.draw_curves(curves, "ms", path("growth"))
         sentence = "How time grows with one size, the others fixed; in the legend the exponent."
         parts += [

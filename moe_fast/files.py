@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from moe_fast.messages import printable
-
 logger = logging.getLogger(__name__)
 
 PARTIAL, PREVIOUS = ".partial", ".previous"  # endings of what a killed process leaves behind
@@ -138,7 +136,11 @@ def _holder(lock: int, place: Path, path: str | os.PathLike[str]) -> str:
         raise FileExistsError(
             f"{place} is where the lock on {path} belongs, and holds something else. Move it away."
         )
-    return printable(found.removeprefix(_LOCK_TITLE).strip()) or "which began just now"
+    return _printable(found.removeprefix(_LOCK_TITLE).strip()) or "which began just now"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -148,7 +148,7 @@ class TemperatureLoss(EmbeddingLoss):
         """The settings, for the model card; what is learned is given as it is now."""
         settings: dict[str, Any] = {}
         for cls in reversed(type(self).__mro__[: type(self).__mro__.index(EmbeddingLoss)]):
-            parameters = inspect.signature(cls.__init__).parameters.values()
+            parameters = inspect.signature(cls).parameters.values()
             names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
             settings |= {name: getattr(self, name) for name in names if hasattr(self, name)}
         return settings

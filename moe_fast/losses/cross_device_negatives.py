@@ -45,8 +45,8 @@ class Shard:
     def sides(self, cosine: bool) -> tuple[Side, Side | None]:
         """Positives and hard negatives."""
         ids = (self.row_ids, self.col_ids, self.domain_ids, self.group_ids)
-        pairs = pair_side(self.b, *ids, cosine)
-        return pairs, hard_side(self.negatives, len(self.b), self.col_ids, self.domain_ids, cosine)
+        hard = hard_side(self.negatives, len(self.b), ids, cosine)
+        return pair_side(self.b, ids, cosine), hard
 
     def empty(self, num_pairs: int, num_negatives: int) -> Shard:
         """Memory for another process's shard."""

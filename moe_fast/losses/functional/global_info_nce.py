@@ -178,7 +178,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
         hard = b[:0] if negatives is None else negatives
         exchange = make_exchange(Shard(b, hard, each, *ids), sizes)
         settings = Settings(scale, label_smoothing)
-        rows = pair_side(a, *ids, cosine)
+        rows = pair_side(a, ids, cosine)
         row_sums = new_sums(len(a), scale)
         own_logit = torch.empty_like(each)
         rank = torch.ones(len(a), dtype=torch.int64, device=a.device)
@@ -204,7 +204,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         a, scale, row_sums, column_sums, *ids = ctx.saved_tensors
         exchange, settings, symmetric, cosine, each, has_negatives = ctx.rest
-        rows = pair_side(a, *ids, cosine)
+        rows = pair_side(a, ids, cosine)
         smoothing = settings.label_smoothing
         by_row = gradient_terms(row_sums, each, smoothing)
         grad_a = torch.zeros_like(a, dtype=scale.dtype)

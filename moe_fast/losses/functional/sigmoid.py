@@ -72,7 +72,7 @@ def sigmoid_loss(
     def loss_and_hits(first: int, last: int) -> Tensor:
         """[2], summed over the rows of a block."""
         positive, candidate = positives_and_candidates(
-            len(q), len(k), q.device, col_ids=col_ids, first=first, last=last, **ids
+            len(q), len(k), q.device, (row_ids, col_ids, domain_ids, group_ids), first, last
         )
         with torch.autocast(q.device.type, enabled=False):
             logits = scale * (q[first:last] @ k.t()) + bias

@@ -18,17 +18,15 @@ def positives_and_candidates(
     batch: int,
     num_candidates: int,
     device: torch.device,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    group_ids: Tensor | None,
+    ids: Sequence[Tensor | None],
     first: int = 0,
     last: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two bool matrices [B, N], or their rows ``first`` to ``last``.
 
-    j is a positive of i; j takes part in i's softmax.
+    j is a positive of i; j takes part in i's softmax. ``ids`` of rows, columns, domains and groups.
     """
+    row_ids, col_ids, domain_ids, group_ids = ids
     row = torch.arange(batch, device=device)
     here = slice(first, last)
     num_negatives = (num_candidates - batch) // batch
@@ -73,7 +71,7 @@ def _directions(
     """(logits, positive, candidate, softmax - target, loss) of a to b, then of b to a."""
     batch = q.shape[0]
     logits = scale * (q @ k.t())
-    positive, candidate = positives_and_candidates(batch, k.shape[0], q.device, *ids)
+    positive, candidate = positives_and_candidates(batch, k.shape[0], q.device, ids)
     views = [(logits, positive, candidate)]
     if symmetric:
         views.append((logits[:, :batch].t(), positive[:, :batch].t(), candidate[:, :batch].t()))

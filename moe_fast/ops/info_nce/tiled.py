@@ -303,29 +303,20 @@ def tile_gradient(
 # --- the op of one process -----------------------------------------------------------------------
 
 
-def pair_side(
-    x: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    group_ids: Tensor | None,
-    cosine: bool,
-) -> Side:
-    """Anchors or positives x [B, d] with the ids of :func:`moe_fast.ops.info_nce`."""
+def pair_side(x: Tensor, ids: Sequence[Tensor | None], cosine: bool) -> Side:
+    """Anchors or positives x [B, d]; ``ids`` of rows, columns, domains and groups."""
+    row_ids, col_ids, domain_ids, group_ids = ids
     texts = None if col_ids is None else col_ids[: len(x)]
     return Side(x, inverse_norm(x) if cosine else None, row_ids, texts, domain_ids, group_ids)
 
 
 def hard_side(
-    negatives: Tensor | None,
-    batch: int,
-    col_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    cosine: bool,
+    negatives: Tensor | None, batch: int, ids: Sequence[Tensor | None], cosine: bool
 ) -> Side | None:
     """Hard negatives [B * G, d], with their rows' domains; ``None`` if there are none."""
     if negatives is None or not len(negatives):
         return None
+    _, col_ids, domain_ids, _ = ids
     if domain_ids is not None:
         domain_ids = domain_ids.repeat_interleave(len(negatives) // batch)
     texts = None if col_ids is None else col_ids[batch:]
@@ -333,15 +324,11 @@ def hard_side(
 
 
 def sides(
-    a: Tensor,
-    b: Tensor,
-    negatives: Tensor | None,
-    ids: Sequence[Tensor | None],
-    cosine: bool,
+    a: Tensor, b: Tensor, negatives: Tensor | None, ids: Sequence[Tensor | None], cosine: bool
 ) -> tuple[Side, Side, Side | None]:
-    """Anchors, positives and hard negatives; ``ids`` of rows, columns, domains and groups."""
-    rows, pairs = (pair_side(x, *ids, cosine) for x in (a, b))
-    return rows, pairs, hard_side(negatives, len(a), ids[1], ids[2], cosine)
+    """Anchors, positives and hard negatives."""
+    rows, pairs = (pair_side(x, ids, cosine) for x in (a, b))
+    return rows, pairs, hard_side(negatives, len(a), ids, cosine)
 
 
 @without_autocast

@@ -72,8 +72,8 @@ def _sides(
     """The rows, and what they are worked against: the pairs, then the hard negatives if any."""
     from moe_fast.triton_ops.launch import row_major
 
-    a, b, negatives = (None if x is None else row_major(x) for x in (a, b, negatives))
-    rows, pairs, hard = sides(a, b, negatives, ids, cosine)
+    negatives = None if negatives is None else row_major(negatives)
+    rows, pairs, hard = sides(row_major(a), row_major(b), negatives, ids, cosine)
     against = [_against(rows, pairs, own=True)]
     if hard is not None:
         against.append(_against(rows, hard, own=False))
