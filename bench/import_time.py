@@ -24,6 +24,17 @@ import transformers.models.bert.modeling_bert
 import transformers.models.roberta.modeling_roberta
 import transformers.models.xlm_roberta.modeling_xlm_roberta
 import transformers.models.modernbert.modeling_modernbert
+import transformers.models.camembert.modeling_camembert
+import transformers.models.electra.modeling_electra
+import transformers.models.distilbert.modeling_distilbert
+import transformers.models.mpnet.modeling_mpnet
+import transformers.models.xlm_roberta_xl.modeling_xlm_roberta_xl
+import transformers.models.deberta.modeling_deberta
+import transformers.models.deberta_v2.modeling_deberta_v2
+import transformers.models.esm.modeling_esm
+import transformers.models.nomic_bert.modeling_nomic_bert
+import transformers.models.jina_embeddings_v3.modeling_jina_embeddings_v3
+import transformers.models.eurobert.modeling_eurobert
 """,
     OURS: "import moe_fast",
 }

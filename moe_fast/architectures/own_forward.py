@@ -61,9 +61,10 @@ def deberta(
     """As ``DebertaModel.forward`` and ``DebertaV2Model.forward``."""
     config, encoder = model.config, model.encoder
     like = input_ids if input_ids is not None else inputs_embeds
-    mask = (
-        torch.ones(like.shape[:2], device=like.device) if attention_mask is None else attention_mask
-    )
+    mask = attention_mask
+    if mask is None:
+        assert like is not None  # the mixture has checked it
+        mask = torch.ones(like.shape[:2], device=like.device)
     x = model.embeddings(
         input_ids=input_ids,
         token_type_ids=token_type_ids,

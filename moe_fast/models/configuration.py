@@ -105,8 +105,11 @@ class MoEConfigFields(AttentionOfTheCall):
     def _check_types(self) -> None:
         for kind, said, names in _KINDS:
             for name in names:
-                if not kind(getattr(self, name)):
-                    raise TypeError(f"{name} must be {said}; got {getattr(self, name)!r}.")
+                value = getattr(self, name)
+                # ESM's has no vocabulary by default, and transformers makes one to compare with.
+                left_open = value is None and getattr(type(self), name, 0) is None
+                if not kind(value) and not left_open:
+                    raise TypeError(f"{name} must be {said}; got {value!r}.")
 
     def _check_domains(self) -> None:
         if not all(isinstance(d, str) and d for d in self.domains):
@@ -130,13 +133,13 @@ class MoEConfigFields(AttentionOfTheCall):
                 "domain_token_ids must hold one id per domain; "
                 f"got {len(self.domain_token_ids)} ids and {len(self.domains)} domains."
             )
-        replaces = self.domain_token_replaces
-        if self.domain_token_ids and (replaces is None or not 0 <= replaces < self.vocab_size):
+        replaces, size = self.domain_token_replaces, self.vocab_size or 0
+        if self.domain_token_ids and (replaces is None or not 0 <= replaces < size):
             raise ValueError(
                 "domain_token_replaces must be the id of [CLS], in [0, vocab_size) = "
-                f"[0, {self.vocab_size}); got {replaces}."
+                f"[0, {size}); got {replaces}."
             )
-        last = list(range(self.vocab_size - len(self.domain_token_ids), self.vocab_size))
+        last = list(range(size - len(self.domain_token_ids), size))
         if self.domain_token_ids != last:
             raise ValueError(
                 f"domain_token_ids must be the vocabulary's last {len(last)} ids, {last}; got "
