@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import transformers
+from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
+from tqdm import tqdm
 
 from moe_fast.data import Retrieval
 from moe_fast.demo.comparison import ENFORCED, ROUTED, Settings, System, compare_variants, ndcg
-from moe_fast.demo.docstrings import DOMAINS, read_pairs, split_pairs
+from moe_fast.demo.docstrings import DOMAINS, DocstringPair, extract_pairs, split_pairs
 from moe_fast.files import atomic_folder
 
 
@@ -30,10 +34,11 @@ def run_demo(
     """
     quieten_libraries()
     print("== Texts: docstrings of the installed packages", flush=True)
-    pairs = {domain: read_pairs(domain) for domain in DOMAINS}
-    print("  ".join(f"{domain}: {len(found):,}" for domain, found in pairs.items()))
+    pairs = extract_pairs(progress=lambda sources: tqdm(sources, desc="packages"))
+    print("  ".join(f"{d}: {n:,}" for d, n in Counter(pair.domain for pair in pairs).items()))
     print("query: a docstring's first sentence; document: the rest; the object's name is hidden")
-    train, test = split_pairs(pairs, train_pairs, held_out_pairs, seed)
+    splits = split_pairs(pairs, train_pairs=train_pairs, held_out_pairs=held_out_pairs, seed=seed)
+    train, test = training_data(splits.train), retrieval_of(splits.held_out)
     settings = Settings(train_pairs=len(train), seed=seed, device=device)
     print(f"\n== Three variants, {len(train):,} pairs each, once; at most 20 minutes on two cores")
     systems, mixture = compare_variants(train, test, folder, output, "demo", settings)
@@ -46,6 +51,25 @@ def run_demo(
     print(f"\n== Done; in {output}: demo.md, demo.json, two pictures, and '{best}'. To use it:")
     print(f'  moe_fast.MoESentenceTransformer("{output / "model"}").encode(')
     print(f'      ["Sort an array."]{hint})')
+
+
+def training_data(pairs: Sequence[DocstringPair]) -> Dataset:
+    """Columns as the comparison wants them."""
+    return Dataset.from_dict(
+        {name: [getattr(p, name) for p in pairs] for name in ("query", "document", "domain")}
+    )
+
+
+def retrieval_of(pairs: Sequence[DocstringPair]) -> Retrieval:
+    """Each query is searched among all documents, and its own is the right one."""
+    domains = {pair.name: pair.domain for pair in pairs}
+    return Retrieval(
+        corpus={pair.name: pair.document for pair in pairs},
+        queries={f"? {pair.name}": pair.query for pair in pairs},
+        qrels={f"? {pair.name}": {pair.name: 1} for pair in pairs},
+        domains={f"? {name}": domain for name, domain in domains.items()},
+        corpus_domains=domains,
+    )
 
 
 def show_searches(system: System, test: Retrieval) -> None:
