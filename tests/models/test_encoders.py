@@ -13,7 +13,16 @@ from moe_fast.models import register_architecture
 from moe_fast.models.loading import load_encoder
 from moe_fast.models.registry import architecture_of
 from tests.models import encoder_table
-from tests.models.tiny import CLS, DENSE, ENCODERS, NAMES, build, relative_error, same_weights
+from tests.models.tiny import (
+    CLS,
+    DENSE,
+    ENCODERS,
+    NAMES,
+    build,
+    relative_error,
+    same_weights,
+    save_sentence_transformer,
+)
 
 # The others have these tests, and more, in their own files.
 NEW = [name for name in ENCODERS if name not in NAMES]
@@ -182,6 +191,18 @@ def test_the_docs_say_what_it_can_do(name, column):
 def test_the_docs_have_no_other_rows():
     known = {f"`{stem}Model`" for stem, _ in DENSE.values()}
     assert set(encoder_table.table_of_the_page()) == known
+
+
+@pytest.mark.parametrize("name", ["distilbert", "mpnet", "deberta_v2", "esm", "eurobert"])
+def test_a_sentence_transformer_on_it_encodes(name, tmp_path):
+    """Packed where it can be, and else padded, without being asked."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    path = save_sentence_transformer(tmp_path, name)
+    texts = ["w1 w2 w3 w4", "w5", "w6 w7"]
+    moe = moe_fast.upcycle(path, num_experts=2, routing="enforced", domains=["a", "b"])
+    want = sentence_transformers.SentenceTransformer(path, device="cpu").encode(texts)
+    got = torch.tensor(moe.encode(texts, domain="b"))
+    assert relative_error(got, torch.tensor(want)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["mpnet", "esm"])

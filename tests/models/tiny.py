@@ -108,7 +108,7 @@ def same_weights(a, b) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def save_sentence_transformer(path) -> str:
+def save_sentence_transformer(path, name="bert") -> str:
     """A dense SentenceTransformer of 32 tokens at most, words w0 .. w53, saved under ``path``."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -129,7 +129,7 @@ def save_sentence_transformer(path) -> str:
         sep_token="[SEP]",
         model_max_length=40,
     )
-    build("bert").save_pretrained(path / "encoder")
+    build(name).save_pretrained(path / "encoder")
     fast.save_pretrained(path / "encoder")
     encoder = Transformer(str(path / "encoder"), max_seq_length=32)
     modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")]
