@@ -19,6 +19,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """The libraries' objects stay: each collection of garbage would look at all of them again."""
+    """Freeze what the test files imported."""
+    _freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Freeze what the tests of a file imported."""
+    if nextitem is not None and nextitem.path != item.path:
+        _freeze()
+
+
+def _freeze() -> None:
+    """Libraries stay loaded, but each collection of garbage, one per training, would look at all of them."""
     gc.collect()
     gc.freeze()
