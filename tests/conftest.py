@@ -30,6 +30,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def _freeze() -> None:
-    """Libraries stay loaded, but each collection of garbage, one per training, would look at all of them."""
+    """Libraries stay: each collection of garbage, one per training, would look at all of them."""
     gc.collect()
     gc.freeze()

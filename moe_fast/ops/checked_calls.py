@@ -17,6 +17,8 @@ from torch import Tensor
 from moe_fast.ops import backends
 
 _MOST = 4096  # calls remembered by one function; packed batches have many lengths
+_UNKNOWN = object()
+_PLAIN = frozenset({type(None), bool, int, float, str})
 T = TypeVar("T")
 
 
@@ -36,32 +38,34 @@ def once_per_signature(find_out: Callable[..., T]) -> Callable[..., T]:
             return find_out(first, *args)
         try:
             signature = _signature(first, args)
-            if signature in known:
-                return known[signature]
+            found = known.get(signature, _UNKNOWN)
         except (AttributeError, TypeError, RuntimeError):
             # Such as what find_out will refuse, symbolic sizes, a device without autocast.
             return find_out(first, *args)
-        result = find_out(first, *args)
-        if len(known) >= _MOST:
-            known.clear()
-        known[signature] = result
-        return result
+        if found is _UNKNOWN:
+            found = find_out(first, *args)
+            if len(known) >= _MOST:
+                known.clear()
+            known[signature] = found
+        return found
 
     return run
 
 
 def _signature(first: Tensor, args: tuple[Any, ...]) -> tuple:
-    device_type = first.device.type
+    # The order of the questions, and is_cpu before device, are for speed: each op asks this first.
+    device_type = "cpu" if first.is_cpu else first.device.type
     autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
-    signature = [backends.default, torch.is_grad_enabled(), autocast]
+    grad = torch.is_grad_enabled()
+    signature = [backends.default, grad, autocast]
     for value in (first, *args):
-        if isinstance(value, Tensor):
-            signature += (value.shape, value.dtype, value.device, value.requires_grad)
-            continue
-        indices = getattr(value, "indices", None)
-        if indices is None:
-            signature += (value.__class__, value)
+        kind = value.__class__
+        if kind in _PLAIN:
+            signature += (kind, value)  # 1, 1.0 and True are equal
+        elif isinstance(value, Tensor):
+            device = value.is_cpu or value.device
+            signature += (value.shape, value.dtype, device, grad and value.requires_grad)
         else:
-            for index in indices:
-                signature += (index.shape, index.dtype, index.device)
+            for index in value.indices:
+                signature += (index.shape, index.dtype, index.is_cpu or index.device)
     return tuple(signature)

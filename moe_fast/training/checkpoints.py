@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformerTrainer
@@ -34,6 +35,15 @@ STAGING_NAME = ".checkpoint-in-progress"
 _STATE_NAME = "trainer_state.json"
 _NO_PASS = sys.maxsize  # a pass that no run gets to
 _NEEDED = (_STATE_NAME, "modules.json", "optimizer.pt", "scheduler.pt")
+
+
+def _restore_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
+# With several processes on CPUs, transformers 5.17 loads the optimizer's state onto "cpu:0", as it
+# does for GPUs, and later releases onto "cpu". torch knows "cpu" alone.
+torch.serialization.register_package(30, lambda storage: None, _restore_cpu)
 
 
 class AtomicCheckpointTrainer(SentenceTransformerTrainer):
@@ -56,6 +66,7 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
     _loss_from = 0  # the step since which losses are added up: of a resumed run 0 where it is known
     _batches_done = 0  # of the pass that is going on
     _batches_of_pass: int | None = None  # as announced; a stream announces none
+    _read_around: Any = None  # the dataloader that was being read when training began, if any
     _pass = 0
 
     @compat.overrides
@@ -105,6 +116,8 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
         if checkpoint is not None and not self.args.ignore_data_skip:
             self._resumed_at = DataPosition.load(checkpoint)
             self._check_resumable(checkpoint)
+        # All trainers share this state, and what a training that failed was reading stays in it.
+        self._read_around = self.accelerator.gradient_state.active_dataloader
         output = super().train(checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -169,8 +182,8 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
         self._resumed_logs = None
 
     def _position(self) -> DataPosition:
-        loading = self.accelerator.gradient_state
-        more = loading.in_dataloader and not loading.end_of_dataloader
+        reading = self.accelerator.gradient_state.active_dataloader
+        more = reading not in (None, self._read_around) and not reading.end_of_dataloader
         # A pass ends after the announced number of batches, also where there are more.
         if more and self._batches_done != self._batches_of_pass:
             return DataPosition(self._pass, self._batches_done)

@@ -7,10 +7,12 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformerTrainingArguments
 from tiny_models import make_dense, make_flag_rows, make_pairs
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
 from moe_fast.losses import InfoNCELoss
@@ -110,6 +112,17 @@ def test_a_checkpoint_with_gradients_left_is_refused(tmp_path):
     trainer = make_trainer("a stream, accumulated", tmp_path, **settings)
     with pytest.raises(ValueError, match=r"gradients of 1 batches not applied.*by steps"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_what_a_failed_training_was_reading_does_not_matter(tmp_path):
+    """accelerate keeps one list of dataloaders for all trainers of a process."""
+    loader = Accelerator(cpu=True).prepare(DataLoader(range(3)))
+    reading = iter(loader)
+    next(reading)
+    make_trainer("a stream", tmp_path, save_strategy="epoch", max_steps=4).train()
+    assert len(list(reading)) == 2  # it is off the list again
+    saved = json.loads((tmp_path / "checkpoint-3" / POSITION_NAME).read_text())
+    assert DataPosition(**saved) == DataPosition(1, 0)
 
 
 def test_a_stream_needs_to_know_where_it_was(tmp_path):
