@@ -208,7 +208,7 @@ def grad_hidden(
     Args:
         grad: [T, K], the gradient of y.
         weight: [E, K, H], the down projection, any strides.
-        z: [S, H], gated [S, 2H], of :func:`up`.
+        z: [S, H], gated [S, 2H], of :func:`.up_projection.up_projection`.
         row_weights: [S] by slot, float32 or float64.
         want_bias: whether db1 is wanted; otherwise it is empty.
         config: tile sizes; ``None``: the table's or the heuristic's.

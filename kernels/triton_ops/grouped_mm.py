@@ -56,7 +56,7 @@ def grouped_weight(
     gather_b: bool,
 ) -> Tensor:
     """As :func:`.grad_weight.grad_weight`."""
-    if not row_to_token.shape[0]:  # which grouped_mm refuses
+    if not row_to_token.shape[0]:  # grouped_mm refuses zero rows
         return a.new_zeros(expert_offsets.shape[0] - 1, a.shape[1], b.shape[1])
     a = aligned(a.index_select(0, row_to_token) if gather_a else a)
     b = aligned(b.index_select(0, row_to_token) if gather_b else b)

@@ -2,9 +2,10 @@
 
 Each tile of logits is reduced along both axes and not stored:
 
-    NEG  log2 sum exp2 over negatives       POS, POS_SUM, POS_COUNT  over positives, where there
-    rank  negatives not below the own logit      are groups; else the diagonal is the positive
-    ALL_SUM, ALL_COUNT  over both, for label smoothing
+    NEG                      log2 sum exp2 over the negatives
+    POS, POS_SUM, POS_COUNT  over the positives, with groups; otherwise the diagonal is the positive
+    ALL_SUM, ALL_COUNT       over both, for label smoothing
+    rank                     the number of negatives that are not below the own logit
 
 Each tile stores its sums at a place of its own, ``[tiles, statistics, rows]`` and ``[tiles,
 statistics, columns]``. The caller adds them in a fixed order, so that there are no atomics and

@@ -30,7 +30,7 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 
 def row_major(tensor: Tensor) -> Tensor:
-    """``tensor`` with its last dimension contiguous, copied only where it is not.
+    """``tensor`` with its last dimension contiguous; copied only if that is not so already.
 
     Expanded tensors (stride 0), such as the gradient of a sum, are copied too.
     """

@@ -25,8 +25,8 @@ def add_expert(
     domains stay the same, bit for bit, and the new domain gives the output of ``from_expert``. A
     learned router gets a copy of the row of ``from_expert``. With K = 1 and weight 1 (modes
     "straight_through" and "one") outputs stay the same too, until training changes the row, because
-    of equal logits the lower id is chosen. In the other modes no row could keep the outputs: there
-    the new expert takes a share of the tokens of ``from_expert``.
+    the lower id is chosen if logits are equal. In the other modes no row could keep the outputs:
+    there the new expert takes a share of the tokens of ``from_expert``.
 
     Args:
         model: a mixture, or a ``MoESentenceTransformer``.

@@ -301,7 +301,7 @@ def _write(
     if tensor.shape != place.shape:
         return "shapes differ", f"{list(tensor.shape)} -> {label} {list(place.shape)}"
     fits = torch.promote_types(tensor.dtype, place.dtype) == place.dtype
-    if not fits or not tensor.is_floating_point():  # integers are somebody's quantised weights
+    if not fits or not tensor.is_floating_point():  # integers are quantised weights
         return "the model's dtype cannot hold", f"({tensor.dtype} -> {place.dtype})"
     if mask.any():
         return "given twice", f"-> {label}"

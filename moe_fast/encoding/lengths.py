@@ -23,7 +23,7 @@ _CHARACTERS_AT_ONCE = 1 << 20
 # Only a part of a text with more characters than this per token of the limit is read at first.
 _CHARACTERS_PER_TOKEN = 64
 _LEAST_CHARACTERS = 8192
-_NO_LIMIT = 10**9  # tokenizers write 10**30 where they have none
+_NO_LIMIT = 10**9  # tokenizers without a limit state 10**30
 _SHOWN = 60
 # Near a cut through a text, tokens may differ from those of the whole text; so many are not used.
 _MARGIN = 64
