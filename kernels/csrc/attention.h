@@ -13,11 +13,11 @@ namespace moe_fast {
 using torch::stable::Tensor;
 
 // query, key and value [T, heads, head_dim] share one dtype of float32, bfloat16 and float16; they
-// may be views, read in place, so long as their last stride is 1. cu_seqlens [B + 1] int64: where
-// sequences start, from 0 to T; empty ones are allowed. window: how far a token sees to either side.
-// Returns y [T, heads, head_dim], contiguous. A forward only: no gradient.
+// may be views with a last stride of 1, which are read in place. cu_seqlens [B + 1] int64: the
+// starts of the sequences, from 0 to T; sequences may be empty. window: the largest distance
+// |i - j|, or none for no limit. Returns y [T, heads, head_dim], contiguous. There is no backward.
 //
-// Throws std::runtime_error, RuntimeError in Python, where an argument breaks these rules.
+// Throws std::runtime_error (RuntimeError in Python) if an argument breaks these rules.
 Tensor varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, double scale,
                             std::optional<int64_t> window);
 

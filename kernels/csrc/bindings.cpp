@@ -1,6 +1,6 @@
-// Every native operation's schema, and the CPU's implementations; cuda/bindings.cpp adds the GPU's.
-// Python loads this library with torch.ops.load_library; the operations then stand in
-// torch.ops.moe_fast_cpp.
+// The schema of every native operation, and the implementations for the CPU; cuda/bindings.cpp adds
+// those for the GPU. Python loads this library with torch.ops.load_library; the operations are then
+// in torch.ops.moe_fast_cpp.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -16,7 +16,8 @@
 
 namespace {
 
-// What the CPU's operations run on here, for people; empty where they cannot run.
+// The libraries and instruction set that the CPU's operations use here, as text; empty if they
+// cannot run.
 std::string cpu_capability() {
   if (moe_fast::why_no_gemm() != nullptr) return "";
   return std::string(moe_fast::gemm().name) + ", " + moe_fast::simd().name;

@@ -1,6 +1,6 @@
 // expert_linear: one linear map per expert, y_t = sum_k w[t, k] (W[e] x_t + b[e]).
-//
-// The mathematics of both directions stands in moe_fast/ops/expert_linear/, which calls these.
+// moe_fast/ops/expert_linear/ calls these functions and documents the mathematics of both
+// directions.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +12,7 @@ namespace moe_fast {
 
 using torch::stable::Tensor;
 
-// Rules as in expert_mlp.h: x [T, I], weight [E, O, I], bias [E, O]. Returns y [T, O].
+// The rules of expert_mlp.h apply: x [T, I], weight [E, O, I], bias [E, O]. Returns y [T, O].
 Tensor expert_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor top_k_weights,
                          Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot,
                          Tensor slot_to_row);

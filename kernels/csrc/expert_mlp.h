@@ -1,8 +1,7 @@
-// expert_mlp: every token through the MLPs of its K experts, summed with its routing weights.
+// expert_mlp: applies to every token the MLPs of its K experts, and sums them by routing weight.
 //
 //   z = W1[e] x + b1[e];  h = act(z), gated act(z1) * z2;  y_t = sum_k w[t, k] (W2[e] h + b2[e])
-//
-// The mathematics of both directions stands in moe_fast/ops/expert_mlp/, which calls these.
+// moe_fast/ops/expert_mlp/ calls these functions and documents the mathematics of both directions.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,11 +18,10 @@ using torch::stable::Tensor;
 // bfloat16 and float16. With S = T * K and U = H, gated 2H:
 //   x [T, D], up_proj [E, U, D], down_proj [E, D, H], up_proj_bias [E, U], down_proj_bias [E, D],
 //   top_k_weights [T, K] float32; the four index tensors of plan.h.
+// Returns y [T, D] and, if `save`, z [S, U] (else [0, U]), with zeros in skipped rows.
 //
-// Returns y [T, D] and, if `save`, z [S, U] (else [0, U]), its skipped rows 0.
-//
-// Throws std::runtime_error, RuntimeError in Python, where an argument breaks these rules or the
-// index tensors are no plan.
+// Throws std::runtime_error (RuntimeError in Python) if an argument breaks these rules or the index
+// tensors are no valid plan.
 std::tuple<Tensor, Tensor> expert_mlp_cpu(Tensor x, Tensor up_proj, Tensor down_proj,
                                           std::optional<Tensor> up_proj_bias,
                                           std::optional<Tensor> down_proj_bias,

@@ -1,4 +1,4 @@
-"""A product added to a float32 total: ``total += a . b``, a also read transposed."""
+"""A product added to a float32 total: ``total += a . b``; a may be transposed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_product_kernel(
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    # 64-bit offsets of the tile, 32-bit ones within it: the latter take a register each.
+    # The offset of the tile has 64 bits. Offsets within it have 32, to take one register each.
     a_ptr += tl.cast(tile_m * BM, tl.int64) * stride_am
     a = tl.arange(0, BM)[:, None] * stride_am + k[None, :] * stride_ak
     b = k[:, None] * stride_b + n[None, :]
@@ -71,8 +71,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, config: Config | None = Non
     Args:
         total: [M, N] in the dtype to sum in, rows contiguous.
         a: [M, K] any strides.
-        b: [K, N], rows contiguous, in a's dtype; float16 beside a float32 ``a`` is multiplied as
-            TF32, exactly.
+        b: [K, N], rows contiguous, in a's dtype; or float16 with a float32 ``a``: the two are
+            multiplied as TF32, which represents float16 exactly.
         config: tile sizes; ``None``: the heuristic's.
     """
     (m, k), n = a.shape, b.shape[1]

@@ -10,7 +10,7 @@ from .launch import accumulator, row_major, triton_dtype
 from .split_sum import split_sum
 
 _ROWS, _COLUMNS = 64, 64
-# Runs that an expert's rows are cut into at most; they are added in their order.
+# The most runs that an expert's rows are divided into; their sums are added in a fixed order.
 _MOST_SPLITS = 32
 
 

@@ -1,4 +1,4 @@
-"""Rows back to tokens and BERT's output block behind them, in one pass each way.
+"""Rows back to tokens, then BERT's output block; forward and backward are one pass each.
 
     y[t]   = sum over k of w[t, k] * rows[slot_to_row[t, k]]
     s[t]   = residual[t] + scale * keep[t] * y[t]                  keep: 0 where dropout drops
@@ -9,8 +9,8 @@ Backward, with g = gamma * dout:
     ds = (g - mean(g) - n * mean(g * n)) / sqrt(var + eps);  dresidual = ds
     dy = scale * keep * ds;  dgamma = sum of dout * n;  dbeta = sum of dout
 
-s is rounded before its moments are taken, so that the backward, which reads s, finds the same n.
-Sums over tokens are taken over runs of them, which are added in their order: no atomics.
+s is rounded before its moments are computed, so that the backward, which reads s, computes the same
+n. Sums over tokens are computed for runs of tokens, then added in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .launch import accumulator, row_major, triton_dtype
 from .numerics import cast
 from .split_sum import split_sum
 
-# Elements that a program holds of each tensor, and the most programs that sum over tokens.
+# The elements of each tensor that a program holds, and the most programs that sum over tokens.
 _ELEMENTS, _MOST_RUNS = 2048, 528
 
 
@@ -133,7 +133,7 @@ def combine_norm_backward_kernel(
 def _tile(n: int) -> dict[str, int]:
     """ROWS, BLOCK and num_warps for rows of n columns."""
     block = triton.next_power_of_2(n)
-    # Two at most: of four rows of 512 with dropout, sm_80's compiler spilled 8 bytes.
+    # Two at most: with four rows of 512 and dropout, the compiler spilled 8 bytes on sm_80.
     rows = max(1, min(2, _ELEMENTS // block))
     return dict(ROWS=rows, BLOCK=block, num_warps=min(16, max(4, block // 1024)))
 
@@ -158,10 +158,10 @@ def combine_norm(
         slot_to_row: [S] int64, -1 = skipped.
         weights: [T, K] contiguous, float32 or float64.
         residual: [T, N], any float dtype.
-        keep: [T, N] bool contiguous, what dropout keeps, or ``None`` for everything.
+        keep: [T, N] bool contiguous, True where dropout keeps an entry; ``None``: all are kept.
         gamma, beta: [N] contiguous.
-        scale: what kept entries of y are multiplied with; of no effect without ``keep``.
-        save: whether the backward is wanted; else s and the moments come back empty.
+        scale: the factor of the kept entries of y; it has no effect without ``keep``.
+        save: whether the backward will be called; otherwise s and the moments are empty.
 
     Returns:
         out [T, N] in the residual's dtype; s, as out; mean and 1 / deviation [2, T] in the
@@ -217,7 +217,7 @@ def combine_norm_backward(
         like: a tensor of y's dtype.
 
     Returns:
-        dy [T, N] in y's dtype, which is the tensor dresidual itself where they are equal;
+        dy [T, N] in y's dtype (the same tensor as dresidual where the two are equal);
         dresidual [T, N]; dgamma and dbeta [N] in gamma's dtype.
     """
     num_tokens, n = total.shape

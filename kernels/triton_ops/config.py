@@ -1,4 +1,4 @@
-"""How products are computed: implementation and tile sizes, what fits a GPU, and a heuristic."""
+"""Configurations of products: implementation and tile sizes, GPU limits, and a heuristic."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 from .numerics import SMALLEST_DOT
 
-# Shared memory that one program may use, in bytes; sm_100 and gfx942 as Triton knows them.
+# Shared memory that one program may use, in bytes; for sm_100 and gfx942 the limits of Triton.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-# What parts we have no figure for can be trusted to have (sm_86, sm_89, sm_120).
+# The least of the other GPUs (sm_86, sm_89, sm_120).
 LEAST_SHARED_MEMORY = 101_376
-# A "linear_transposed" reads weights whose rows, not columns, are contiguous: another layout.
+# "linear_transposed" reads weights in the other layout: rows instead of columns are contiguous.
 KERNELS = (
     "up",
     "gated_up",
@@ -22,12 +22,12 @@ KERNELS = (
     "gated_grad_hidden",
     "grad_weight",
 )
-# Fewer rows per expert than this leave half of a tile of 128 without any.
+# With fewer rows per expert than this, half of a 128-row tile would be empty.
 _FEW_ROWS = 64
-# What computes a product; the first is ours. Products with an epilogue of their own are ours alone.
+# Ours is the first. Only our kernels compute products that have an epilogue of their own.
 IMPLEMENTATIONS = ("triton", "grouped_mm")
 BY_GROUPED_MM = ("linear", "linear_transposed", "grad_weight")
-# Products whose operands can come by tensor descriptors, and the GPUs that copy tiles by them.
+# Products whose operands can be loaded by tensor descriptors, and the GPUs that support these.
 BY_DESCRIPTORS = ("up", "gated_up", "linear", "linear_transposed")
 _WITH_TMA = ("sm_90", "sm_100", "interpreter")
 
@@ -37,12 +37,12 @@ class Config:
     """How a grouped product [rows, n] = [rows, k] x [k, n] is computed.
 
     Attributes:
-        descriptors: load operand tiles by tensor descriptors, gathered rows from a copy, instead of
-            by pointers.
-        implementation: one of ``IMPLEMENTATIONS``; "grouped_mm" has no use for the other settings.
+        descriptors: load operand tiles by tensor descriptors instead of by pointers; gathered rows
+            are copied first.
+        implementation: one of ``IMPLEMENTATIONS``; "grouped_mm" ignores the other settings.
         block_m, block_n, block_k: the tile; powers of two, at least 16.
-        num_warps, num_stages: Triton's: warps per program, depth of the load pipeline.
-        group_m: row tiles that are walked together, for the cache.
+        num_warps, num_stages: Triton's warps per program and depth of the load pipeline.
+        group_m: row tiles that are processed together, so that they share cached columns.
     """
 
     block_m: int = 128
@@ -75,7 +75,7 @@ class Config:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
 
     def shared_memory(self, itemsize: int, products: int = 1) -> int:
-        """Bytes that the pipelined operand tiles take; ``products``: B tiles beside one A tile."""
+        """Bytes of the pipelined operand tiles; ``products``: the number of B tiles per A tile."""
         columns = self.block_m + products * self.block_n
         return self.num_stages * self.block_k * columns * itemsize
 
@@ -92,7 +92,7 @@ class Config:
 
 
 def products_of(kernel: str) -> int:
-    """B tiles that a kernel holds beside one A tile."""
+    """The number of B tiles that a kernel holds per A tile."""
     return 2 if kernel == "gated_up" else 1
 
 
@@ -110,7 +110,7 @@ def why_not(
             return reason
     if config.implementation == "grouped_mm":
         return _why_no_grouped_mm(kernel, dtype, target, n, k)
-    if target == "interpreter":  # has no such limit
+    if target == "interpreter":  # has no limit
         return None
     needed = config.shared_memory(dtype.itemsize, products_of(kernel))
     limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
@@ -136,7 +136,7 @@ def _why_not_aligned(who: str, dtype: torch.dtype, n: int, k: int) -> str | None
 def _why_no_grouped_mm(kernel: str, dtype: torch.dtype, target: str, n: int, k: int) -> str | None:
     if kernel not in BY_GROUPED_MM:
         return f"grouped_mm is for {', '.join(BY_GROUPED_MM)}; got {kernel}"
-    # Elsewhere it is slow, or waits for the offsets; on the CPU it serves tests.
+    # Elsewhere grouped_mm is slow, or waits for the offsets; on the CPU only tests use it.
     if target != "interpreter" and (target not in ("sm_90", "sm_100") or dtype != torch.bfloat16):
         return f"grouped_mm is used for bfloat16 on sm_90 and sm_100; got {dtype} on {target}"
     return _why_not_aligned("grouped_mm needs", dtype, n, k)
@@ -145,7 +145,7 @@ def _why_no_grouped_mm(kernel: str, dtype: torch.dtype, target: str, n: int, k: 
 def fit(config: Config, itemsize: int, products: int, limit: int) -> Config:
     """``config`` made smaller until its operand tiles fit ``limit`` bytes of shared memory.
 
-    First the pipeline gets shallower, down to two stages, then the tile thinner along k.
+    It first reduces the number of pipeline stages, down to two, then the tile's size along k.
     """
     while config.shared_memory(itemsize, products) > limit:
         if config.num_stages > 2:
@@ -165,13 +165,14 @@ def heuristic(
     Args:
         kernel: one of ``KERNELS``.
         target: ``"sm_90"``, ``"gfx942"``, ... , or ``"interpreter"``.
-        n, k: sizes of the product. Where they are no multiples of 16, rows are not aligned to
-            what the GPU loads at once, and every element has an address of its own: small tiles.
-        rows_per_expert: where tiles would be half empty and more, they get 64 rows.
+        n, k: sizes of the product. If they are no multiples of 16, rows are not aligned for wide
+            loads and every element needs an address of its own; then tiles are small.
+        rows_per_expert: if so few that more than half of a tile would be empty, tiles get 64
+            rows.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}.")
-    if target == "interpreter":  # pays per program and per operation, whatever their size
+    if target == "interpreter":  # its time depends on the number of operations, not on their size
         return Config(32, 32, 32, num_warps=4, num_stages=1)
     columns = 64 if kernel.startswith("gated") else 128
     if n % 16 or k % 16:
@@ -183,8 +184,8 @@ def heuristic(
     elif target.startswith("gfx"):
         config = Config(128, columns, 32, num_warps=8, num_stages=2)
     elif target in ("sm_90", "sm_100") and not kernel.endswith("grad_hidden"):
-        # Wider tiles read less through the cache, which 128 columns would be bound by.
-        # A pipeline whose addresses are themselves loaded is a stage shallower than it says.
+        # Wider tiles read less through the cache, which would limit tiles of 128 columns.
+        # grad_weight loads its addresses too; its pipeline has one stage fewer than configured.
         stages = 4 if kernel == "grad_weight" else 3
         config = Config(128, 2 * columns, 64, num_warps=8, num_stages=stages)
     elif kernel == "gated_up":  # deeper tiles spill on sm_80
@@ -192,7 +193,7 @@ def heuristic(
     else:
         config = Config(128, columns, 64, num_warps=8, num_stages=3)
     if rows_per_expert < _FEW_ROWS and config.block_m > 64 and kernel != "grad_weight":
-        # The least that a warp group multiplies at once; reading the weights takes longer.
+        # A warp group multiplies at least 64 rows; reading the weights takes longer than that.
         config = replace(config, block_m=64)
     limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
     return fit(config, dtype.itemsize, products_of(kernel), limit)

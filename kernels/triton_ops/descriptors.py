@@ -1,8 +1,8 @@
-"""Operand tiles by tensor descriptors: on sm_90 and sm_100 the TMA unit copies a tile at a time.
+"""Loads operand tiles by tensor descriptors: on sm_90 and sm_100 the TMA unit copies whole tiles.
 
-An operand is one array of rows, or stacked weights, each matrix with bounds of its own: a tile that
-reaches past them is filled with zeros, never with the next expert's weights. A tile of rows may
-reach into the next expert's: these are computed and not stored.
+An operand is one array of rows, or stacked weights. Each matrix of the stack has its own bounds: a
+tile that extends past them is filled with zeros, never with the next expert's weights. A tile of
+rows may extend into the next expert's rows, which are computed but not stored.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def load_weight(w, expert, n, k, TRANSPOSED: tl.constexpr, BN: tl.constexpr, BK:
 
 
 def row_descriptor(rows: Tensor, row_to_token: Tensor | None, config: Config) -> TensorDescriptor:
-    """Tiles of BM by BK of rows [S, K]; of [T, K] by token where ``row_to_token`` is given.
+    """Describes tiles of BM by BK of rows [S, K], or of [T, K] by token with ``row_to_token``.
 
-    Rows by token are copied: a descriptor gathers none.
+    Rows by token are copied first, because a descriptor cannot gather.
     """
     if row_to_token is not None:
         rows = rows.index_select(0, row_to_token)
@@ -40,7 +40,7 @@ def is_transposed(weight: Tensor) -> bool:
 
 
 def weight_descriptor(weight: Tensor, config: Config) -> TensorDescriptor:
-    """Tiles of stacked weights [E, N, K] as they lie in memory; see :func:`load_weight`."""
+    """Describes tiles of stacked weights [E, N, K] in their layout; see :func:`load_weight`."""
     if is_transposed(weight):
         block = [1, config.block_k, config.block_n]
         return TensorDescriptor.from_tensor(aligned(weight.mT), block)

@@ -6,7 +6,7 @@
     dw = <dh, h>  (+ <dO, b2>, router_grad.py)   partial sums, one per column tile
     db1[e] = sum of dz over e's rows             partial sums, one per row tile
 
-The partial sums are added in a fixed order: two runs agree to the last bit.
+The partial sums are added in a fixed order, so that two runs agree to the last bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _finish(
     n,  # [N] columns
     weight,  # [BM, 1]
     valid,  # [BM]
-    z_ptr,  # from here on at the tile's first row
+    z_ptr,  # this and the next three point to the tile's first row
     grad_z_ptr,
     weighted_h_ptr,
     sum_ptr,
@@ -38,7 +38,7 @@ def _finish(
     WANT_SUM: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Store dz, w * h and the columns' sums of dz; return the rows' <dh, h>."""
+    """Stores dz, w * h and the column sums of dz; returns <dh, h> of every row."""
     ACC: tl.constexpr = grad_h.dtype
     OUT: tl.constexpr = grad_z_ptr.dtype.element_ty
     row = tl.arange(0, grad_h.shape[0])[:, None]
@@ -123,7 +123,7 @@ def grad_hidden_kernel(
 
     slot = tl.load(row_to_slot_ptr + row, mask=valid, other=0)
     weight = tl.load(row_weight_ptr + slot, mask=valid, other=0).to(ACC)[:, None]
-    # 64-bit bases, 32-bit offsets within the tile: fewer registers.
+    # The tile's base has 64 bits and offsets within it 32, which takes fewer registers.
     width = 2 * H if GATED else H
     z_ptr += first * width
     grad_z_ptr += first * width
@@ -173,10 +173,10 @@ def sum_tiles_kernel(
     BLOCK_M: tl.constexpr,  # rows per tile
     COLUMNS: tl.constexpr,
 ):
-    """Sums of the row tiles of one expert, in their order."""
+    """Adds the sums of one expert's row tiles, in a fixed order."""
     expert = tl.program_id(0)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    tile = tl.zeros((), tl.int64)  # the expert's first tile: those of the experts before it
+    tile = tl.zeros((), tl.int64)  # the expert's first tile: the number of tiles before it
     for before in range(0, expert):
         rows = tl.load(offsets_ptr + before + 1) - tl.load(offsets_ptr + before)
         tile += (rows + BLOCK_M - 1) // BLOCK_M
@@ -203,14 +203,14 @@ def grad_hidden(
     want_bias: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dz, w * h, the parts of <dh, h> and db1; rows behind ``expert_offsets[E]`` are not written.
+    """dz, w * h, the parts of <dh, h> and db1; rows from ``expert_offsets[E]`` on are not written.
 
     Args:
         grad: [T, K], the gradient of y.
         weight: [E, K, H], the down projection, any strides.
-        z: [S, H], gated [S, 2H], of :func:`up`.
+        z: [S, H], gated [S, 2H], of :func:`.up_projection.up_projection`.
         row_weights: [S] by slot, float32 or float64.
-        want_bias: whether db1 is wanted; else it comes back empty.
+        want_bias: whether db1 is wanted; otherwise it is empty.
         config: tile sizes; ``None``: the table's or the heuristic's.
 
     Returns:

@@ -2,8 +2,8 @@
 
     dW[e] = sum over e's rows of (w) a[r]^T b[r]         [E, M, N]
 
-An expert's rows are cut into SPLITS runs, so that few experts fill the GPU too; the runs are
-added in their order. Experts without rows get zeros.
+An expert's rows are divided into SPLITS runs, so that few experts also fill the GPU; the sums of
+the runs are added in a fixed order. Experts without rows get zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .numerics import cast, dot
 from .split_sum import split_sum
 from .tiles import swizzle
 
-# Programs that are wanted at least, and the most runs: twice an H200's 132 multiprocessors.
+# The least number of programs to aim for, twice an H200's 132 multiprocessors, and the most runs.
 _PROGRAMS, _MOST_SPLITS = 264, 16
 
 
@@ -88,7 +88,7 @@ def grad_weight_kernel(
 
 
 def splits_for(num_experts: int, m: int, n: int, num_rows: int, config: Config) -> int:
-    """How many runs to cut an expert's rows into: a power of two, from shapes alone."""
+    """The number of runs of an expert's rows: a power of two that follows from shapes alone."""
     tiles = num_experts * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     splits = 1
     while (
@@ -118,7 +118,7 @@ def grad_weight(
 
     Args:
         a, b: [S, M] and [S, N] in one dtype; gathered [T, M] and [T, N].
-        row_weights: [S] by slot, which a is multiplied with, or ``None`` for 1.
+        row_weights: [S] by slot, the factors of a's rows, or ``None`` for 1.
         config: tile sizes (block_k: rows per step); ``None``: the table's or the heuristic's.
         splits: runs per expert; ``None``: :func:`splits_for`.
 

@@ -1,11 +1,11 @@
 """The grouped products by ``torch.nn.functional.grouped_mm``, where a tuning table names it.
 
-It takes contiguous rows and the experts' ends on the device, and waits for nothing. Rows that are
-gathered are copied first; bias, routing weight and the store in token order are a pass behind it
-(``row_epilogue.py``). Rows behind the last expert's are not written, as by our own kernel.
+grouped_mm takes contiguous rows and the experts' end rows on the device; the host does not wait.
+Rows to gather are copied first. Bias, routing weight and the store in token order are another pass
+(``row_epilogue.py``). Rows after the last expert's are not written, as in our own kernel.
 
-An expert without rows gets zeros for its gradient by a kernel of ours: on compute capability 10.0
-grouped_mm leaves values there (pytorch issue 172439).
+A kernel of ours writes the zero gradient of experts without rows, because on compute capability
+10.0 grouped_mm leaves values there (pytorch issue 172439).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def grouped_weight(
     gather_b: bool,
 ) -> Tensor:
     """As :func:`.grad_weight.grad_weight`."""
-    if not row_to_token.shape[0]:  # which grouped_mm refuses
+    if not row_to_token.shape[0]:  # grouped_mm refuses zero rows
         return a.new_zeros(expert_offsets.shape[0] - 1, a.shape[1], b.shape[1])
     a = aligned(a.index_select(0, row_to_token) if gather_a else a)
     b = aligned(b.index_select(0, row_to_token) if gather_b else b)
@@ -69,7 +69,7 @@ def grouped_weight(
 
 @triton.jit
 def zero_empty_kernel(out_ptr, offsets_ptr, size, BLOCK: tl.constexpr):
-    """Zeros to out [E, size] where an expert has no rows; other programs return at once."""
+    """Writes zeros to out [E, size] for experts without rows; other programs return at once."""
     expert = tl.program_id(0).to(tl.int64)
     if tl.load(offsets_ptr + expert + 1) > tl.load(offsets_ptr + expert):
         return
@@ -79,7 +79,7 @@ def zero_empty_kernel(out_ptr, offsets_ptr, size, BLOCK: tl.constexpr):
 
 
 def zero_empty(out: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Write the zeros of experts without rows into ``out`` [E, M, N], contiguous; returns it."""
+    """Writes zeros to contiguous ``out`` [E, M, N] for experts without rows, and returns it."""
     size = out.shape[1] * out.shape[2]
     if out.numel():
         grid = (out.shape[0], triton.cdiv(size, _BLOCK))

@@ -1,14 +1,15 @@
-"""Sums over the logits of the contrastive loss, of rows and of columns, from one product.
+"""Row and column sums over the logits of the contrastive loss, from one product.
 
-Each tile of logits is reduced along both axes and thrown away:
+Each tile of logits is reduced along both axes and not stored:
 
-    NEG  log2 sum exp2 over negatives       POS, POS_SUM, POS_COUNT  over positives, where there
-    rank  negatives not below the own logit      are groups; else the diagonal is the positive
-    ALL_SUM, ALL_COUNT  over both, for label smoothing
+    NEG                      log2 sum exp2 over the negatives
+    POS, POS_SUM, POS_COUNT  over the positives, with groups; otherwise the diagonal is the positive
+    ALL_SUM, ALL_COUNT       over both, for label smoothing
+    rank                     the number of negatives that are not below the own logit
 
-Sums of a tile go to a place of their own, ``[tiles, statistics, rows]`` and ``[tiles, statistics,
-columns]``; whoever launches adds them up in their order, so that there are no atomics and every run
-gives the same bits. A second pass for the columns would cost another product.
+Each tile stores its sums at a place of its own, ``[tiles, statistics, rows]`` and ``[tiles,
+statistics, columns]``. The caller adds them in a fixed order, so that there are no atomics and
+every run gives the same bits. A second pass for the columns would cost another product.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def own_logits_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The diagonal of a tile: summed as in every other tile, so that equal pairs tie."""
+    """The diagonal of a tile, summed in the same order as in all tiles, so that equal pairs tie."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     acc = product(q_ptr, k_ptr, row, row, M, M, D, stride_q, stride_k, EVEN_D, PRECISION, ACC, BK)
     s = scaled(acc, scale_ptr, q_norm_ptr, k_norm_ptr, row, row, M, M, COSINE)
@@ -68,7 +69,7 @@ def own_logits_kernel(
 
 @triton.jit
 def log2_sum_exp2(s, AXIS: tl.constexpr):
-    """Over an axis of s; as low as MASKED where everything is."""
+    """log2 of the sum of exp2 over an axis of s; about MASKED if all entries are masked."""
     top = tl.max(s, AXIS)
     return top + tl.log2(tl.sum(tl.exp2(s - tl.expand_dims(top, AXIS)), AXIS))
 
@@ -78,8 +79,8 @@ def store_sums(
     s,
     positive,
     kept,
-    out_ptr,  # of this tile's first statistic
-    at,  # where along it
+    out_ptr,  # at this tile's first statistic
+    at,  # the index within a statistic
     size,  # from one statistic to the next
     mask,
     AXIS: tl.constexpr,
@@ -132,7 +133,7 @@ def reduce_tile(
     COLUMNS: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """What a tile, or a column part of one, adds to its rows and to its columns."""
+    """Computes the row and column sums of a tile, or of a part of its columns."""
     s = scaled(acc, scale_ptr, q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, COSINE)
     positive, kept = take_part(
         row_ids_ptr, col_ids_ptr, row, col, row_end, col_end, M, N,
@@ -142,7 +143,7 @@ def reduce_tile(
     out = row_sums_ptr + part * STATS * rows
     store_sums(s, positive, kept, out, row - row0, rows, row < row_end, 1, GROUPS, SMOOTH)
     own = tl.load(own_ptr + row, mask=row < row_end, other=0)
-    # "not smaller", so that NaN counts against the row as a tie does
+    # "not smaller", so that NaN counts against the row, like a tie
     beats = kept & (positive == 0) & ((s < own[:, None]) == 0)
     rank = tl.sum(beats.to(tl.int32), 1)
     tl.store(rank_ptr + part * rows + row - row0, rank, mask=row < row_end)
@@ -216,7 +217,7 @@ def info_nce_kernel(
 
 
 def own_logits(rows: Side, pairs: Side, scale: Tensor) -> Tensor:
-    """[M] each row's logit with its own positive, in base 2.
+    """[M] the logit of each row with its own positive, in base 2.
 
     Args:
         rows, pairs: M embeddings each.
@@ -259,17 +260,17 @@ def info_nce_sums(
     """The sums of every tile of a rectangle of logits.
 
     Args:
-        rows, columns: M and N embeddings of one dtype; ids equal across both where texts are.
+        rows, columns: M and N embeddings of one dtype; equal texts have equal ids in both.
         scale: [] in the accumulator's dtype.
         own: [M], of :func:`own_logits`.
-        smooth: also ALL_SUM and ALL_COUNT.
-        want_columns: also the sums of columns.
+        smooth: whether to compute ALL_SUM and ALL_COUNT.
+        want_columns: whether to compute the sums of columns.
         config: tile sizes; ``None``: the heuristic's.
 
     Returns:
         [column parts, statistics, rows], [row tiles, statistics, columns] or ``None``, and the
-        ranks less 1 [column parts, rows] int32. Statistics are ``STATISTICS``, of which those not
-        asked for are not written, or NEG alone.
+        ranks less 1 [column parts, rows] int32. There are ``STATISTICS`` statistics, of which
+        those not asked for are not written, or NEG alone.
     """
     config = config or config_of(rows.x, masks, smooth)
     parts, (height, width) = parts_of(config, rows.x, masks), area.shape

@@ -3,9 +3,9 @@
     G_ij = w_i (exp(s_ij - lse_i) - T_ij) + w_j (exp(s_ij - lse_j) - T'_ij)
     H_ij = G_ij / (|q_i| |k_j|)         (dot products: G_ij)
 
-The logits are computed again. H is what both sides' gradients are products of, ``H k`` and ``H^T
-q``, up to factors of their own rows; it is stored for one rectangle at a time, not for B x N. The
-sum of ``G s``, which the gradient of the scale is, is taken before H is rounded.
+The logits are computed again. The gradients of the two sides are the products ``H k`` and ``H^T
+q``, up to a factor per row. H is stored for one rectangle at a time, not for B x N. The gradient of
+the scale is the sum of ``G s``, which is computed before H is rounded.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from .logits import (
 from .numerics import cast, columns_of
 from .tiles import swizzle
 
-# What each row, or column, gives to the gradient: [5, n]; see ``info_nce_grad``.
+# The terms of each row, or column, in the gradient, [5, n]; see ``info_nce_grad``.
 TERMS = 5
 _LOG_TOTAL, _POSITIVE, _EVERY, _OWN, _ALONE = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
 def load_term(terms_ptr, TERM: tl.constexpr, at, count):
-    """[block] one of the terms, 0 outside."""
+    """[block] one of the terms, 0 for indices past the end."""
     return tl.load(terms_ptr + TERM * tl.cast(count, tl.int64) + at, mask=at < count, other=0)
 
 
 @triton.jit
 def target(row_terms_ptr, col_terms_ptr, TERM: tl.constexpr, row, col, M, N, COLUMNS: tl.constexpr):
-    """[BM, 1], or [BM, BN], a term of the rows and of the columns added up."""
+    """[BM, 1], or [BM, BN] with columns: a term of the rows plus that of the columns."""
     total = load_term(row_terms_ptr, TERM, row, M)[:, None]
     if COLUMNS:
         total = total + load_term(col_terms_ptr, TERM, col, N)[None, :]
@@ -78,7 +78,7 @@ def gradient(
         share = target(row_terms_ptr, col_terms_ptr, _POSITIVE, row, col, M, N, COLUMNS)
         grad = tl.where(positive, grad - share, grad)
     if OWN and not SMOOTH:
-        # The difference would leave rounding where the gradient is tiny.
+        # Where the gradient is tiny, the difference above would be mostly rounding error.
         alone = load_term(row_terms_ptr, _ALONE, row, M)[:, None] != 0
         exact = target(row_terms_ptr, col_terms_ptr, _OWN, row, col, M, N, COLUMNS)
         grad = tl.where(positive & alone, exact, grad)
@@ -116,7 +116,7 @@ def store_gradient(
     SMOOTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Writes H of a tile, or of a column part of one, and its rows' sums of G s."""
+    """Writes H of a tile, or of a part of its columns, and the sum of G s of every row."""
     s = scaled(acc, scale_ptr, q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, COSINE)
     positive, kept = take_part(
         row_ids_ptr, col_ids_ptr, row, col, row_end, col_end, M, N,
@@ -214,12 +214,13 @@ def info_nce_grad(
     """Writes H of a rectangle to the top left of ``out``, which is at least as large.
 
     Args:
-        rows, columns: M and N embeddings of one dtype; ids equal across both where texts are.
+        rows, columns: M and N embeddings of one dtype; equal texts have equal ids in both.
         scale: [] in the accumulator's dtype.
         row_terms, col_terms: [5, M] and [5, N]: ``lse - log w`` in base 2; the weighted target of
-            a positive; of every candidate, for label smoothing; the gradient of a row's only
-            positive; whether there is only one. ``None`` for columns without a loss.
-        out: rows contiguous, in the dtype that the products after it take.
+            a positive; the same of every candidate, for label smoothing; the gradient of a
+            row's only positive; whether there is only one positive. ``None`` for columns
+            without a loss.
+        out: rows contiguous, in the dtype of the products that read it.
         config: tile sizes; ``None``: the heuristic's.
 
     Returns:

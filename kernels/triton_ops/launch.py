@@ -14,7 +14,7 @@ ROWS, COLUMNS = 16, 128
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums run in: float64 for float64, else float32."""
+    """The dtype of sums: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -30,7 +30,7 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 
 def row_major(tensor: Tensor) -> Tensor:
-    """``tensor`` with its last dimension contiguous, copied only where it is not.
+    """``tensor`` with its last dimension contiguous; copied only if that is not so already.
 
     Expanded tensors (stride 0), such as the gradient of a sum, are copied too.
     """
@@ -39,14 +39,15 @@ def row_major(tensor: Tensor) -> Tensor:
 
 
 def expert_block(num_experts: int) -> int:
-    """E rounded up to what a vector of expert ids can hold; one kernel serves all E up to 16."""
+    """E rounded up to a power of two, at least 16: one kernel serves all E up to 16."""
     return max(16, triton.next_power_of_2(num_experts))
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """``tensor`` as hardware that copies tiles wants it, copied only where it is not.
+    """``tensor`` in a layout that hardware can copy by tiles; copied only if it has another one.
 
-    One dimension contiguous, starts and all other strides multiples of 16 bytes; sizes must be.
+    One dimension is contiguous; the start and all other strides are multiples of 16 bytes. The
+    sizes must be such multiples already.
     """
     strides = sorted(tensor.stride())
     steps = [stride * tensor.itemsize for stride in strides[1:]]

@@ -1,6 +1,6 @@
-"""Which configuration a product is launched with: the tuning table's, else the heuristic's.
+"""The configuration that a product is launched with: the tuning table's, else the heuristic's.
 
-Nothing is searched here; see ``tune.py``.
+``tune.py`` searches for configurations; this file does not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def target_of(device_index: int | None) -> str:
 
 
 def gpu_name(device: torch.device) -> str:
-    """The name that a GPU's tuning table goes by."""
+    """The name of a GPU in the file name of its tuning table."""
     return "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
@@ -39,10 +39,10 @@ def config_for(kernel: str, like: Tensor, n: int, k: int, rows_per_expert: int) 
     Args:
         kernel: one of ``KERNELS``.
         like: a tensor of the product's dtype, on its device.
-        rows_per_expert: the mean that shapes alone give, ``S // E``.
+        rows_per_expert: the mean, ``S // E``, which follows from shapes alone.
 
     Raises:
-        ValueError: for a table's entry that cannot run here; says why.
+        ValueError: a table entry cannot run on this GPU; the message says why.
     """
     gpu, key = gpu_name(like.device), table_key(kernel, n, k, rows_per_expert, like.dtype)
     found, target = load_table(gpu).get(key), target_of(like.device.index)

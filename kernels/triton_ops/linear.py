@@ -1,9 +1,9 @@
-"""Grouped product: every row through the linear map of its expert.
+"""Grouped product: applies to every row the linear map of its expert.
 
     out[r] = weight[r] * (W[e] . a[r] + bias[e])        for the rows r of expert e
 
-``a`` is read by row, or gathered by token; ``out`` is written by row, or straight in token order.
-Down projection, input gradients and ``expert_linear`` are all this product.
+``a`` is read by row, or gathered by token; ``out`` is written by row, or directly in token order.
+The down projection, input gradients and ``expert_linear`` are all computed by this product.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def linear(
     scatter: bool,
     config: Config | None = None,
 ) -> Tensor:
-    """The grouped product; rows behind ``expert_offsets[E]`` are not written, unless ``scatter``.
+    """The grouped product; without ``scatter``, rows from ``expert_offsets[E]`` on are not written.
 
     Args:
         a: [S, K]; with ``gather`` [T, K].
@@ -118,8 +118,8 @@ def linear(
         bias: [E, N] or ``None``.
         row_weights: [S] by slot, float32 or float64, or ``None`` for 1.
         expert_offsets, row_to_token, row_to_slot: [E + 1], [S], [S] int64.
-        scatter: write row r at its token, and zeros at the tokens of skipped rows. Right only
-            where every token has one row.
+        scatter: write row r at its token, and zeros at the tokens of skipped rows. Every token
+            must have exactly one row.
         config: tile sizes; ``None``: the table's or the heuristic's.
 
     Returns:

@@ -1,10 +1,11 @@
-"""Tiles of a contrastive loss's logits: what its forward and its backward share.
+"""Tiles of a contrastive loss's logits, shared by its forward and its backward.
 
-    s_ij = scale * <q_i, k_j> / (|q_i| |k_j|) / ln 2        (dot products: without the lengths)
+    s_ij = scale * <q_i, k_j> / (|q_i| |k_j|) / ln 2        (dot products: without the norms)
 
-in base 2, as exp2 is the faster exponential. Products are of the embeddings as they are, lengths
-and scale multiply the accumulator: 16-bit embeddings are not rounded once more. A launch works
-through one rectangle of all logits, rows ``row0 .. row_end`` by columns ``col0 .. col_end``.
+Logits are in base 2, because exp2 is the faster exponential. The unnormalised embeddings are
+multiplied, and norms and scale are applied to the accumulator, so that 16-bit embeddings are not
+rounded a second time. A launch computes one rectangle of all logits, rows ``row0 .. row_end`` by
+columns ``col0 .. col_end``.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .launch import accumulator, precision, triton_dtype
 from .numerics import dot
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# The logit of a pair that takes no part: finite, so that nothing turns into NaN, and so low that
-# its exponential is 0 beside any other.
+# The logit of a masked pair: finite, so that no NaN results, and so low that its exponential is 0
+# compared with any other.
 MASKED = tl.constexpr(-1e30)
 # Rows of a side's ids.
 _ANCHOR, _TEXT, _DOMAIN, _GROUP = (tl.constexpr(i) for i in range(4))
@@ -35,7 +36,7 @@ class Side(NamedTuple):
 
     Attributes:
         x: [n, d], rows contiguous.
-        inverse_norm: [n] 1 / length in the accumulator's dtype; ``None`` for dot products.
+        inverse_norm: [n] 1 / norm in the accumulator's dtype; ``None`` for dot products.
         ids: [4, n] float32, contiguous: text of the anchor, of the candidate, domain, group.
     """
 
@@ -48,8 +49,8 @@ class Masks(NamedTuple):
     """Which ids are compared, and whether pairs on the diagonal belong together.
 
     Attributes:
-        own: column i is row i's positive; not so for hard negatives.
-        texts, anchors: the same text is no negative; the columns have anchors too.
+        own: column i is row i's positive (False for hard negatives).
+        texts, anchors: the same text is no negative; the columns also have anchors.
         domains: negatives come from the same domain.
         groups: rows of one group are each other's positives.
     """
@@ -80,7 +81,7 @@ class Area(NamedTuple):
 
 
 def config_of(x: Tensor, masks: Masks, smooth: bool) -> Config:
-    """Tile sizes for the logits of embeddings [n, d]: the more is asked, the fewer columns."""
+    """Tile sizes for the logits of embeddings [n, d]; more masks need tiles of fewer columns."""
     target = launch_config.target_of(x.device.index)
     config = heuristic("linear", x.dtype, target, 128, x.shape[1])
     columns = 64 if target.startswith("gfx") else config.block_n
@@ -92,7 +93,7 @@ def config_of(x: Tensor, masks: Masks, smooth: bool) -> Config:
 
 
 def parts_of(config: Config, x: Tensor, masks: Masks) -> int:
-    """In how many runs of columns a tile is finished: all at once would not fit the registers."""
+    """The number of parts of its columns in which a tile is reduced, to fit the registers."""
     narrow = (masks.texts or masks.domains) and x.dtype != torch.float32
     return max(1, config.block_n // (16 if narrow else 32))
 
@@ -192,7 +193,7 @@ def take_part(
     DOMAINS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Two masks [BM, BN]: j is a positive of i; j is in i's softmax, positives included."""
+    """Two masks [BM, BN]: whether j is a positive of i, and whether j is in i's softmax."""
     inside = (row < row_end)[:, None] & (col < col_end)[None, :]
     kept = inside
     if DOMAINS:
@@ -216,7 +217,8 @@ def take_part(
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a gradient of the logits is stored in for the products of the backward.
 
-    bfloat16 for bfloat16. float16 would underflow (a softmax over 65,536 candidates, times 1 / B,
-    is 1e-10): float32 then, multiplied as TF32, which has float16's mantissa and a wider exponent.
+    It is bfloat16 for bfloat16. float16 would underflow (a softmax over 65,536 candidates, times
+    1 / B, is 1e-10). For float16 it is float32, multiplied as TF32, which has the same mantissa
+    and a wider exponent.
     """
     return torch.float32 if dtype == torch.float16 else dtype

@@ -1,7 +1,7 @@
-"""What every kernel needs: products, casts and activations that are right on every target.
+"""Products, casts and activations of all kernels, correct on every target.
 
-The accumulator is float32, or float64 for float64 inputs. Triton's interpreter reads bfloat16
-correctly but multiplies and rounds it wrongly, so there products run on float32 copies and the
+The accumulator is float32, or float64 for float64 inputs. Triton's interpreter loads bfloat16
+correctly but multiplies and rounds it wrongly. Therefore products use float32 copies there, and
 rounding to nearest even is written out.
 """
 
@@ -27,10 +27,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def halves(tile):
-    """The left and the right columns of a tile [M, N]: epilogues take them in turn.
+    """The left and the right columns of a tile [M, N], which epilogues process one after the other.
 
-    A whole tile beside what is computed from it, and all their addresses, would not fit the
-    registers.
+    A whole tile, the results computed from it and all their addresses would not fit the registers.
     """
     N: tl.constexpr = tile.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, N)), (0, 2, 1)))
@@ -38,7 +37,7 @@ def halves(tile):
 
 @triton.jit
 def columns_of(tile, PART: tl.constexpr, PARTS: tl.constexpr):
-    """One of PARTS = 1, 2 or 4 runs of columns of a tile."""
+    """One of PARTS equal parts of a tile's columns; PARTS is a power of two."""
     if PARTS > 1:
         left, right = halves(tile)
         if PART < PARTS // 2:
@@ -84,7 +83,7 @@ def _sigmoid(z):
 def activate(z, ACT: tl.constexpr, FAST: tl.constexpr):
     """``act(z)`` and ``act'(z)`` for z in the accumulator's dtype.
 
-    ``FAST`` takes the one-exponential erf for "gelu": enough for 16-bit results.
+    ``FAST`` uses the one-exponential erf for "gelu", which is accurate enough for 16-bit results.
     """
     if ACT == "gelu":
         if FAST:

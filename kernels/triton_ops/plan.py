@@ -1,10 +1,10 @@
-"""Counting sort of (token, slot) pairs by expert id: stable, no synchronisation, no atomics.
+"""Counting sort of slots by expert id: stable, without synchronisation and atomics.
 
 1. each block of slots counts its experts                          counts [blocks, E + 1]
 2. one program turns the counts into first rows, expert by expert  bases [blocks, E + 1], offsets
 3. each block ranks its slots and writes the permutation both ways
 
-Ids outside [0, E) form the last group, the skipped slots.
+Slots with ids outside [0, E) form the last group, the skipped slots.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Entries of a block's one-hot table, and blocks that step 2 takes at a time.
+# Entries of a block's one-hot table, and the blocks that step 2 processes at a time.
 _TABLE, _CHUNK = 8192, 64
 
 
@@ -89,13 +89,13 @@ def scatter_kernel(
 
 
 def plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Offsets [E + 1], row to token, row to slot and slot to row, each [S]; all int64.
+    """Returns offsets [E + 1], row to token, row to slot and slot to row, each [S]; all int64.
 
     Args:
         top_k_index: [T, K] int64 or int32; ids outside [0, E) are skipped.
     """
     num_slots, k = top_k_index.numel(), top_k_index.shape[1]
-    # The table's last column in use is E, the skipped slots.
+    # The last used column of the table is E, that of the skipped slots.
     e_block = triton.next_power_of_2(num_experts + 1)
     block = max(16, min(1024, _TABLE // e_block))
     blocks = triton.cdiv(num_slots, block)

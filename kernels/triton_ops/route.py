@@ -2,9 +2,10 @@
 
     logits = x . Wr^T;  the K largest, equal ones in order of expert id;  weights from a softmax
 
-A token chooses by its own logits, or a sentence by the mean over its real tokens. Padding is never
-read: its logits and weights are 0, its ids E. Everything runs in float32 (float64 for float64);
-float32 products are never rounded to TF32. Sums over programs are added in a fixed order.
+Experts are chosen per token by its logits, or per sentence by the mean logits of its real tokens.
+Padding is never read: its logits and weights are 0, its ids E. All computation is in float32
+(float64 for float64); float32 products are never rounded to TF32. Sums over programs are added in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def logits_kernel(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Logits of ROWS tokens; with CHOOSE also their experts, in the same pass over x."""
+    """Computes logits of ROWS tokens, with CHOOSE also their experts, in the same pass over x."""
     ACC: tl.constexpr = logits_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, E_BLOCK)
@@ -72,7 +73,7 @@ def logits_kernel(
         if not SAME_DTYPE:
             x_tile, w_tile = x_tile.to(ACC), w_tile.to(ACC)
         logits = dot(x_tile, w_tile, logits, "ieee")
-    # A weight that is not finite would give 0 * inf = NaN for padding.
+    # A router weight that is not finite would give 0 * inf = NaN for padding.
     logits = tl.where(real[:, None], logits, 0.0)
     mask = (token < T)[:, None] & (column < E)[None, :]
     tl.store(logits_ptr + token[:, None] * E + column[None, :], logits, mask=mask)
@@ -110,7 +111,7 @@ def sentence_kernel(
     E_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The experts of one sentence, written to each of its tokens."""
+    """Chooses the experts of one sentence, and writes them for each of its tokens."""
     first, end = sentence_bounds(starts_ptr, T, B)
     scores, count = sentence_scores(logits_ptr, mask_ptr, first, end, E, HAS_MASK, E_BLOCK, ROWS)
     chosen = chosen_by(scores, E, K, DENSE)
@@ -140,7 +141,7 @@ def route(
     starts: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights [T, K], logits [T, E], ids [T, K] int64 and tokens per expert [E] int64.
+    """Returns weights [T, K], logits [T, E], ids [T, K] int64 and tokens per expert [E] int64.
 
     Args:
         x: [T, D].

@@ -1,9 +1,10 @@
-"""Backward of the router: from the weights and the logits to x and the router's weight.
+"""Backward of the router: from the gradients of weights and logits to those of x and Wr.
 
-    dlogits: that of the softmax, plus what comes from the router's own losses
+    dlogits: the gradient through the softmax, plus that of the router's own losses
     dx = dlogits . Wr;  dWr = dlogits^T x
 
-A token's share of its sentence's mean is 1/count. Padding gets 0 and gives nothing.
+In sentence modes each real token contributes 1/count to the mean of its sentence. The gradient of
+padding is 0, and padding does not contribute to others.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from .top_k import (
     softmax,
 )
 
-_MOST_SPLITS = 128  # runs of tokens that the router's gradient is summed over
+_MOST_SPLITS = 128  # the most runs of tokens in the sum of the router's gradient
 
 
 @triton.jit
 def _scores_grad(scores, spread, chosen, E, WEIGHT_MODE: tl.constexpr):
-    """Gradient of the scores from ``spread``, that of the chosen experts' weights."""
+    """Gradient of the scores, given ``spread``, the gradient of the chosen experts' weights."""
     if WEIGHT_MODE == "one":
         return tl.zeros_like(scores)
     _, expert = expert_columns(scores, E)
@@ -60,7 +61,7 @@ def token_grad_kernel(
     E_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradient of the logits of tokens that chose for themselves."""
+    """Gradient of the logits where experts are chosen per token."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = token[:, None] * E + tl.arange(0, E_BLOCK)[None, :]
     real = real_tokens(mask_ptr, token, T, HAS_MASK)
@@ -98,7 +99,7 @@ def sentence_grad_kernel(
     E_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradient of the logits of one sentence's tokens, each of which has 1/count of the mean."""
+    """Gradient of the logits of one sentence's tokens, each of which is 1/count of the mean."""
     first, end = sentence_bounds(starts_ptr, T, B)
     scores, count = sentence_scores(logits_ptr, mask_ptr, first, end, E, HAS_MASK, E_BLOCK, ROWS)
     columns, available = expert_columns(scores, E)
@@ -226,9 +227,9 @@ def route_backward(
     """Gradients of x [T, D] and of the router's weight [E, D], in their dtypes.
 
     Args:
-        grad_weights, grad_logits: [T, K] and [T, E], of :func:`route`'s first two results.
+        grad_weights, grad_logits: [T, K] and [T, E], for the first two results of :func:`route`.
         logits: of :func:`route`.
-        x, router_weight, settings, mask, starts: as there.
+        x, router_weight, settings, mask, starts: as in :func:`route`.
     """
     (num_tokens, dim), num_experts = x.shape, router_weight.shape[0]
     grad_x = x.new_empty(num_tokens, dim)

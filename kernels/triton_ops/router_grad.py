@@ -2,7 +2,7 @@
 
     dw[slot(r)] = p[r] + <u[r], v[token]> + <dO[token], bias[e]>
 
-p: partial sums that another kernel left behind. Each of the three terms may be absent.
+p: partial sums that another kernel stored. Each of the three terms may be absent.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def router_grad_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """BLOCK rows of one expert; programs past the bound of tiles zero the skipped slots."""
+    """BLOCK rows of one expert; the programs after the last tile set skipped slots to zero."""
     pid = tl.program_id(0)
     if pid >= num_tiles:
         row = (pid - num_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

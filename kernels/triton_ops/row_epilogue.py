@@ -1,4 +1,4 @@
-"""What follows a grouped product: adds the bias, multiplies by the routing weight, orders by token.
+"""The pass after a grouped product: bias, routing weight, and the store in token order.
 
 out[r or its token] = weight[r] * (rows[r] + bias[e])        for the rows r of expert e
 """
@@ -64,7 +64,7 @@ def row_epilogue(
     *,
     scatter: bool,
 ) -> Tensor:
-    """[S, N]; rows behind ``expert_offsets[E]`` are neither read nor, unless ``scatter``, written.
+    """[S, N]; rows from ``expert_offsets[E]`` on are not read, and without ``scatter`` not written.
 
     Args:
         rows: [S, N], contiguous.

@@ -1,4 +1,4 @@
-"""The last step of a sum that was cut into runs: adds the runs in their order."""
+"""The last step of a sum that was divided into runs: adds their sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def split_sum(partial: Tensor, out: Tensor) -> Tensor:
 
     Args:
         partial: [splits, ...], contiguous, in the dtype to sum in.
-        out: the rest of that shape, contiguous; returned.
+        out: the same shape without ``splits``, contiguous; it is returned.
     """
     if out.numel():
         grid = (triton.cdiv(out.numel(), _BLOCK),)

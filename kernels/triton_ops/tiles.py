@@ -1,8 +1,9 @@
-"""Which rows and which columns a program works on.
+"""Which rows and which columns a program computes.
 
-Rows are sorted by expert; those of expert e lie at ``offsets[e] .. offsets[e + 1]``. A tile is at
-most BLOCK rows of one expert. How many tiles there are is known on the device alone; the grid has
-the bound that depends on shapes alone, and programs past the last tile return: no synchronisation.
+Rows are sorted by expert; those of expert e are ``offsets[e] .. offsets[e + 1]``. A tile has at
+most BLOCK rows of one expert. Only the device knows the number of tiles. The size of the grid is
+therefore an upper bound that follows from shapes, and programs past the last tile return. The host
+never has to wait for the device.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def find_tile(tile, offsets_ptr, E, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def swizzle(pid, num_m, num_n, GROUP: tl.constexpr):
-    """(row tile, column tile) of a program: GROUP row tiles share their columns in the cache."""
+    """(row tile, column tile) of a program; GROUP row tiles share cached columns."""
     per_group = GROUP * num_n
     first = (pid // per_group) * GROUP
     size = tl.minimum(num_m - first, GROUP)

@@ -1,7 +1,7 @@
-"""How a router chooses: the best columns of a row of scores, and their weights.
+"""The choice of a router: the columns with the highest scores in each row, and their weights.
 
-Equal scores go in order of expert id. Scores are a token's logits, or the mean over the real
-tokens of its sentence.
+Of equal scores the lower expert id comes first. Scores are the logits of a token, or the mean
+logits of the real tokens of a sentence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TOKENS, DIM = 32, 64  # tile of the router's products
 
 @dataclass(frozen=True)
 class RouteSettings:
-    """What the kernels need to know beside their tensors.
+    """The settings of the kernels.
 
     Attributes:
         k: experts per token; E where ``dense``.
@@ -44,9 +44,9 @@ class RouteSettings:
 
 @triton.jit
 def kth(scores, available, column, k, DENSE: tl.constexpr):
-    """[R] the best column still available, of equals the lowest; ``k`` itself where dense.
+    """[R] the available column with the highest score, the lowest of equal ones; dense: ``k``.
 
-    Where nothing compares (NaN), the lowest available column: always an expert's id.
+    If all available scores are NaN it is the lowest available column, so always an expert's id.
     """
     if DENSE:
         return tl.zeros((scores.shape[0],), tl.int32) + k
@@ -59,7 +59,7 @@ def kth(scores, available, column, k, DENSE: tl.constexpr):
 
 @triton.jit
 def expert_columns(scores, E):
-    """The column of each entry of [R, E_BLOCK], and whether it is an expert's."""
+    """The column of each entry of [R, E_BLOCK], and whether the column belongs to an expert."""
     column = tl.zeros(scores.shape, tl.int32) + tl.arange(0, scores.shape[1])[None, :]
     return column, column < E
 
@@ -95,7 +95,7 @@ def weights_of(scores, chosen, E, WEIGHT_MODE: tl.constexpr):
 
 @triton.jit
 def sentence_bounds(starts_ptr, T, B):
-    """First and end token of this program's sentence, within [0, T] whatever the starts hold."""
+    """First and end token of this program's sentence, clamped to [0, T]."""
     sentence = tl.program_id(0)
     first = tl.minimum(tl.maximum(tl.load(starts_ptr + sentence), 0), T)
     end = tl.minimum(tl.maximum(tl.load(starts_ptr + sentence + 1), 0), T)
@@ -104,7 +104,7 @@ def sentence_bounds(starts_ptr, T, B):
 
 @triton.jit
 def real_tokens(mask_ptr, token, end, HAS_MASK: tl.constexpr):
-    """Whether each token is before ``end`` and no padding."""
+    """Whether each token is before ``end`` and not padding."""
     real = token < end
     if HAS_MASK:
         real = real & (tl.load(mask_ptr + token, mask=token < end, other=0) != 0)
@@ -115,7 +115,7 @@ def real_tokens(mask_ptr, token, end, HAS_MASK: tl.constexpr):
 def sentence_scores(
     logits_ptr, mask_ptr, first, end, E, HAS_MASK: tl.constexpr, E_BLOCK: tl.constexpr, ROWS
 ):
-    """[1, E_BLOCK] mean logits over the sentence's real tokens, and how many there are."""
+    """[1, E_BLOCK] mean logits of the sentence's real tokens, and the number of these tokens."""
     ACC: tl.constexpr = logits_ptr.dtype.element_ty
     column = tl.arange(0, E_BLOCK)
     total = tl.zeros((E_BLOCK,), ACC)

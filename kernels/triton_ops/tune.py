@@ -1,9 +1,9 @@
-"""A search for tile sizes: the products of one expert MLP, timed on this GPU.
+"""A search for tile sizes of the products of one expert MLP, timed on this GPU.
 
-Nothing starts it but a caller. Each product is tuned by coordinate descent: from what it would be
-launched with, one setting at a time is moved to its next value up or down, and kept where that is
-faster; ``grouped_mm`` is tried beside it. What does not fit the GPU, or gives other results, is
-never chosen.
+The search runs only when it is called. Each product is tuned by coordinate descent: starting from
+the configuration in use, one setting at a time is changed to its next value up or down, and the
+change is kept if it is faster. ``grouped_mm`` is tried as well. A configuration that does not fit
+the GPU, or gives other results, is never chosen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .plan import plan
 from .tuning_tables import table_key
 from .up_projection import up_projection
 
-# What each setting can be moved to.
+# The values that each setting can take.
 AXES: Mapping[str, tuple[int, ...]] = dict(
     block_m=(16, 32, 64, 128, 256),
     block_n=(16, 32, 64, 128, 256),
@@ -38,19 +38,19 @@ AXES: Mapping[str, tuple[int, ...]] = dict(
 )
 # A difference smaller than this is noise.
 _GAIN = 0.98
-# Two configurations add the same terms in another order; anything wrong is far beyond this.
+# Two configurations add the same terms in another order; wrong results differ far more than this.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
-# Milliseconds of a launch with a configuration.
+# Returns the milliseconds of a launch with a configuration.
 Timer = Callable[[Callable[[Config], object], Config], float]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A mixture and its load: T tokens, K experts each, spread evenly over E.
+    """The sizes of a mixture and a batch: T tokens choose K of E experts each, evenly.
 
     Attributes:
-        target: "mlp", or which projection alone is one of experts: "intermediate", "output".
+        target: "mlp", or "intermediate" or "output" if only that projection has experts.
     """
 
     tokens: int
@@ -82,7 +82,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Product:
-    """One grouped product: what its configuration is looked up by, and how it is launched."""
+    """One grouped product: the key of its configuration, and its launcher."""
 
     name: str
     kernel: str
@@ -93,7 +93,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search found for a product; milliseconds of both, and how many it tried."""
+    """The result for a product: both configurations, their times, and how many were tried."""
 
     product: str
     before: Config
@@ -119,7 +119,7 @@ def products(problem: Problem, device: torch.device) -> Iterator[Product]:
 def _mlp_products(
     problem: Problem, new: Callable[..., Tensor], weights: Tensor, rows: tuple[Tensor, ...]
 ) -> Iterator[Product]:
-    """The six of the expert MLP."""
+    """The six products of the expert MLP."""
     p, width = problem, problem.width
     x, grad = new(p.tokens, p.dim), new(p.tokens, p.dim)
     w1, b1 = new(p.experts, width, p.dim, scale=p.dim**-0.5), new(p.experts, width)
@@ -127,7 +127,7 @@ def _mlp_products(
     form = dict(act="silu" if p.gated else "gelu", gated=p.gated)
     z, h = up_projection(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True)
     dz, wh, _, _ = grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True)
-    one = p.k == 1  # rows are written where their tokens are
+    one = p.k == 1  # rows are written in token order
 
     yield Product(
         "up", "gated_up" if p.gated else "up", p.hidden, p.dim,
@@ -160,7 +160,7 @@ def _mlp_products(
 def _linear_products(
     problem: Problem, new: Callable[..., Tensor], weights: Tensor, rows: tuple[Tensor, ...]
 ) -> Iterator[Product]:
-    """The three of one projection of experts."""
+    """The three products of a mixture in which one projection has experts."""
     p, one = problem, problem.k == 1
     inner, outer = (p.dim, p.width) if p.target == "intermediate" else (p.hidden, p.dim)
     x, grad = new(p.tokens, inner), new(p.tokens, outer)
@@ -194,9 +194,9 @@ def neighbours(config: Config) -> Iterator[Config]:
 def descend(
     start: Config, cost: Callable[[Config], float], out_of_time: Callable[[], bool]
 ) -> dict[Config, float]:
-    """Coordinate descent; all configurations tried, with their costs, the start's first.
+    """Coordinate descent; returns all configurations tried with their costs, the start first.
 
-    Stops where no neighbour is better, or when ``out_of_time`` says so.
+    It stops when no neighbour is better, or when ``out_of_time`` returns True.
     """
     tried = {start: cost(start)}
     best, moved = start, True
@@ -215,7 +215,7 @@ def descend(
 
 
 def milliseconds(launch: Callable[[Config], object], config: Config) -> float:
-    """The median time of a launch; interpreted, of one."""
+    """The median time of a launch; in the interpreter, the time of one launch."""
     if INTERPRETED:
         start = time.perf_counter()
         launch(config)
@@ -270,7 +270,7 @@ def _tune(
             return timer(product.launch, config)
         except (OutOfResources, PTXASError):
             return float("inf")
-        except RuntimeError:  # what grouped_mm or the driver's descriptors refuse
+        except RuntimeError:  # refused by grouped_mm or by the driver's descriptors
             if config.implementation == "triton" and not config.descriptors:
                 raise
             return float("inf")
@@ -285,7 +285,7 @@ def _tune(
     for after in sorted(tried, key=lambda c: tried[c]):
         if after == before:
             break
-        # Timed once more, next to each other: the search itself took long.
+        # Both are timed again, one right after the other, because the search took long.
         times = [timer(product.launch, config) for config in (before, after)]
         if times[1] < _GAIN * times[0] and _agree(product.launch(after), expected):
             return Choice(product.name, before, after, *times, len(tried))
@@ -293,6 +293,6 @@ def _tune(
 
 
 def _agree(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ by rounding alone; the whole-tensor norm judges."""
+    """Whether two results differ by rounding alone, judged by the norm of their difference."""
     difference = (actual.float() - expected.float()).norm()
     return bool(difference <= _TOLERANCES[expected.dtype] * expected.float().norm())

@@ -2,7 +2,7 @@
 
     {"gpu": "NVIDIA H200", "configs": {"up/n3072/k768/rows8192/bfloat16": {"block_m": 128, ...}}}
 
-Tables that ship lie in ``tuning/``; a user's own in the folder that ``MOE_FAST_TUNING`` names.
+Tables that ship are in ``tuning/``; a user's own are in the folder that ``MOE_FAST_TUNING`` names.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def table_key(kernel: str, n: int, k: int, rows_per_expert: int, dtype: torch.dt
 
 
 def table_paths(gpu: str) -> list[Path]:
-    """Where the tables of a GPU can lie; entries of a later one take precedence.
+    """The possible paths of a GPU's tables; entries of a later one take precedence.
 
-    The last folder, which a search writes to, is ``MOE_FAST_TUNING``, if that is set.
+    A search writes to the last one, which is in the folder ``MOE_FAST_TUNING`` if that is set.
     """
     own = os.environ.get(OWN_TABLES)
     name = f"{gpu.replace(' ', '_').replace('/', '_')}.json"
@@ -44,7 +44,7 @@ def load_table(gpu: str) -> Mapping[str, Config]:
     """The tuning table of a GPU, read once; empty where there is none.
 
     Raises:
-        ValueError: for a file that is not one: names the file, the entry and what is wrong.
+        ValueError: a file is not a table; the message names the file, the entry and the mistake.
     """
     table: dict[str, Config] = {}
     for path in table_paths(gpu):
@@ -54,9 +54,9 @@ def load_table(gpu: str) -> Mapping[str, Config]:
 
 
 def add_to_table(gpu: str, found: Mapping[str, Config]) -> Path:
-    """Write ``found`` over the entries of the GPU's last table, for later processes and this one.
+    """Adds ``found`` to the GPU's last table, replacing entries, and uses it in this process.
 
-    The file holds either its old content or all of the new.
+    The file is replaced atomically.
     """
     path = table_paths(gpu)[-1]
     before = parse_table(path.read_text(), str(path)) if path.exists() else {}
@@ -85,6 +85,6 @@ def parse_table(text: str, source: str) -> dict[str, Config]:
 
 
 def format_table(gpu: str, table: Mapping[str, Config]) -> str:
-    """The JSON that :func:`parse_table` reads, entries in order of their keys."""
+    """The JSON that :func:`parse_table` reads, with entries sorted by key."""
     configs = {key: asdict(table[key]) for key in sorted(table)}
     return json.dumps({"gpu": gpu, "configs": configs}, indent=1) + "\n"

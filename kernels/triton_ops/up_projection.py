@@ -2,8 +2,8 @@
 
     z = W1[e] . x[token] + b1[e];  h = act(z);  gated: z = [z1, z2], h = act(z1) * z2
 
-x is gathered in the loads. z is rounded before it is activated, so that a backward pass that
-reads z finds the very same h.
+The loads gather the rows of x. z is rounded before it is activated, so that the backward pass,
+which reads z, computes the same h.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _finish(
     n,  # [N] columns
     valid,  # [BM]
     bias_ptr,  # the expert's
-    z_ptr,  # from here on at the tile's first row
+    z_ptr,  # this and the next point to the tile's first row
     h_ptr,
     H,
     ACT: tl.constexpr,
@@ -38,7 +38,7 @@ def _finish(
     STORE_H: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Add the bias, store z and h."""
+    """Adds the bias, and stores z and h."""
     ACC: tl.constexpr = z1.dtype
     OUT: tl.constexpr = h_ptr.dtype.element_ty
     row = tl.arange(0, z1.shape[0])[:, None]
@@ -96,7 +96,7 @@ def up_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of BM rows by BN columns of h; gated, both halves of z."""
+    """One tile of BM rows by BN columns of h; with a gate, of both halves of z."""
     tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(H, BN), GROUP)
     expert, first, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BM)
     if expert >= E:
@@ -134,7 +134,7 @@ def up_kernel(
             x += BK
             w += BK * stride_wk
 
-    # 64-bit bases, 32-bit offsets within the tile: fewer registers.
+    # The tile's base has 64 bits and offsets within it 32, which takes fewer registers.
     width = 2 * H if GATED else H
     z_ptr += first * width
     h_ptr += first * H
@@ -169,14 +169,14 @@ def up_projection(
     want_h: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """z and h of all rows; behind ``expert_offsets[E]``, z is 0 and h is not written.
+    """z and h of all rows; from row ``expert_offsets[E]`` on, z is 0 and h is not written.
 
     Args:
         x: [T, K].
         weight: [E, H, K], gated [E, 2H, K], in x's dtype, any strides.
         bias: [E, H], gated [E, 2H], or ``None``.
         act: "gelu", "gelu_tanh", "silu" or "relu".
-        want_z, want_h: which of the two to compute; the other comes back with no rows.
+        want_z, want_h: which of the two to compute; the other has no rows.
         config: tile sizes; ``None``: the table's or the heuristic's.
 
     Returns:

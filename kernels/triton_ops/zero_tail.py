@@ -1,4 +1,4 @@
-"""Zeros for the skipped slots: the rows behind the last expert's, or the tokens of those rows."""
+"""Writes zeros for the skipped slots: to the rows after the last expert's, or to their tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def zero_tail_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """ROWS rows, most programs with nothing to do."""
+    """ROWS rows; most programs return without writing."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     skipped = (row < S) & (row >= tl.load(offsets_ptr + E))
     if tl.max(skipped.to(tl.int32), 0) == 0:

@@ -1,4 +1,4 @@
-"""What a mixture must know of a dense encoder, as data; its classes are made from this."""
+"""The description of a dense encoder, from which the classes of its mixtures are made."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A dense encoder: where its layers and the parts of them are, by name.
+    """A dense encoder, described by the names of its layers and of their parts.
 
-    A layer is two blocks, attention and MLP. Each adds what it computes to what it was given, and
-    normalises either that sum (post-norm) or its input (pre-norm). Modules are named by their path
+    A layer has two blocks, attention and MLP. Each adds its result to its input, and
+    normalises either the sum (post-norm) or the input (pre-norm). Modules are named by their path
     within the layer. A setting is the name of a field of the configuration, or the value itself.
 
     Attributes:
         dense_model, dense_layer: the classes of the encoder and of its layers.
         layers: path of the list of layers in the encoder.
-        up: the linear maps before the activation; of a gated MLP the one that is activated first.
-        down: the linear map after it.
-        gated: whether the MLP is ``down(act(z1) * z2)``, ``z1`` and ``z2`` coming from two maps in
-            ``up``, or from one, whose first half is activated.
-        mlp: the modules whose place the mixture takes.
+        up: the linear maps before the activation; in a gated MLP the activated one comes first.
+        down: the linear map after the activation.
+        gated: whether the MLP is ``down(act(z1) * z2)``; ``z1`` and ``z2`` are the results of two
+            maps in ``up``, or the halves of the result of one.
+        mlp: the modules that the mixture replaces.
         activation, intermediate_size, bias: settings: the activation's name, the MLP's width, and
             whether its maps have biases.
         pre_norm: whether the layer's blocks normalise their input.
-        norm, dropout: of the MLP's block; the dropout is that of what the MLP gives.
+        norm, dropout: of the MLP's block; the dropout is applied to the result of the MLP.
         attention: the module that computes the attention.
-        attention_norm, attention_dropout: as ``norm`` and ``dropout``. Without the first, the
-            module ``attention`` computes the whole block.
-        padding_id: a setting: the id behind which positions start. ``None``: they start at 0.
-        tuple_output: whether a layer gives a tuple, what else the attention gave behind the states.
-        forward: of an encoder that hands no keywords to its layers: a function that takes a
-            mixture and the keywords of its dense model's forward, hands those that it does not know
-            to the layers with experts, and returns what the dense forward does.
+        attention_norm, attention_dropout: as ``norm`` and ``dropout``, for the attention's block.
+            Without ``attention_norm`` the module ``attention`` computes the whole block.
+        padding_id: a setting: position ids start after this id. ``None``: they start at 0.
+        tuple_output: whether a layer returns a tuple of the hidden states and the attention's other
+            outputs.
+        forward: a function in place of a dense forward that passes no keywords to the layers. It
+            takes a mixture and the keywords of the dense forward, passes unknown keywords to the
+            layers with experts, and returns the result of the dense forward.
         not_packed: why texts cannot be packed, as the end of a sentence. ``None``: they can be.
-        not_fused: why ``fused_output`` cannot be had, said of its layers. ``None``: it can, unless
-            norms come first.
+        not_fused: why ``fused_output`` is not supported, as a predicate of "layers". ``None``: it
+            is supported, unless the layer is pre-norm.
     """
 
     dense_model: type[PreTrainedModel]
@@ -72,7 +73,7 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """The stem of the mixture's classes: "Bert" of ``MoEBertModel``."""
+        """The stem of the names of the mixture's classes: "Bert" in ``MoEBertModel``."""
         return self.dense_model.__name__.removesuffix("Model")
 
     @property
@@ -82,14 +83,14 @@ class Architecture:
 
     @property
     def model_type(self) -> str:
-        """What a mixture's configuration has as its ``model_type``."""
+        """The ``model_type`` of a mixture's configuration."""
         return f"moe_{self.dense_config.model_type.replace('-', '_')}"
 
     @property
     def mlp_names(self) -> dict[str, tuple[str, ...]]:
-        """Within a layer, each of the mixture's weights and the dense ones that it is made of.
+        """For each weight of a mixture's layer, the dense weights that it is made of.
 
-        Several are one below the other in it, in this order.
+        Several dense weights are concatenated along the first dimension, in this order.
         """
         up = "mlp.gate_up_proj" if self.gated else "mlp.up_proj"
         names = {}
@@ -99,24 +100,24 @@ class Architecture:
         return names
 
     def split(self, name: str) -> tuple[int, str] | None:
-        """(layer index, name within the layer) of a state-dict name, ``None`` outside layers."""
+        """(layer index, name within the layer) of a state-dict name; ``None`` outside of layers."""
         if not name.startswith(f"{self.layers}."):
             return None
         index, _, rest = name.removeprefix(f"{self.layers}.").partition(".")
         return int(index), rest
 
     def join(self, layer: int, name: str) -> str:
-        """The state-dict name of a name within a layer; undoes :meth:`split`."""
+        """The state-dict name of a name within a layer; the inverse of :meth:`split`."""
         return f"{self.layers}.{layer}.{name}"
 
 
 def setting(config: Any, value: Any) -> Any:
-    """A setting's value: that of the configuration's field, or ``value`` where there is none."""
+    """The value of a setting: the configuration's field ``value``, else ``value`` itself."""
     return getattr(config, value, value) if isinstance(value, str) else value
 
 
 def make_class(module: str, name: str, doc: str, bases: tuple[type, ...], **attributes: Any) -> Any:
-    """A class as if it had been written in ``module``, from which it is imported and unpickled."""
+    """Make a class and add it to ``module``, from which it can be imported and unpickled."""
     namespace = {"__module__": module, "__qualname__": name, "__doc__": doc, **attributes}
     made = type(name, bases, namespace)
     setattr(sys.modules[module], name, made)

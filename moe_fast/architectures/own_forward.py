@@ -1,6 +1,7 @@
-"""The forward of dense encoders whose own hands no keywords to the layers, and so no routing.
+"""Forward functions for encoders whose own forward does not pass keywords to the layers.
 
-Each does what transformers' does, and gives the keywords it does not know to the layers.
+Routing is passed to the layers as keywords. Each function computes the same as transformers'
+forward, and passes the keywords that it does not know to the layers.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def deberta(
         "output_attentions": wants_attentions,
     }
     pairs = encoder.get_attention_mask(mask)
-    convolution = getattr(encoder, "conv", None)  # of the second version, behind its first layer
+    convolution = getattr(encoder, "conv", None)  # DeBERTa v2 has one after its first layer
     states, attentions = [x], []
     for i, layer in enumerate(encoder.layer):
         own = routing if i in config.moe_layers else {}  # a dense layer takes no other keywords

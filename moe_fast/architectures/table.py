@@ -10,12 +10,12 @@ from moe_fast.architectures.architecture import Architecture
 
 
 def _of(module: str, name: str, *, layer: str | None = None, **parts: Any) -> list[Architecture]:
-    """The entry of one of transformers' encoders; none where the installed release lacks it.
+    """The entry of one of transformers' encoders; empty if the installed release lacks it.
 
     Args:
         module: its folder in ``transformers.models``.
-        name: the stem of its classes.
-        layer: the name of its layer's class, where that is not the stem and "Layer".
+        name: the stem of the names of its classes.
+        layer: the name of its layer's class, if that is not the stem and "Layer".
         parts: the fields of :class:`Architecture`.
     """
     try:
@@ -26,7 +26,7 @@ def _of(module: str, name: str, *, layer: str | None = None, **parts: Any) -> li
     return [Architecture(dense_model=model, dense_layer=layer_class, **parts)]
 
 
-# What BERT's descendants have in common.
+# The fields that BERT and encoders derived from it have in common.
 _BERT: dict[str, Any] = {
     "layers": "encoder.layer",
     "up": ("intermediate.dense",),
@@ -37,14 +37,14 @@ _BERT: dict[str, Any] = {
     "attention": "attention",
 }
 _ROBERTA = {**_BERT, "padding_id": "pad_token_id"}
-# Gate and up apart, as in Llama.
+# Gate and up are two linear maps, as in Llama.
 _GATE_AND_UP: dict[str, Any] = {
     "up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": "mlp.down_proj",
     "gated": True,
     "mlp": ("mlp",),
 }
-# Rotary positions, norms behind the sums.
+# Encoders with rotary positions that normalise after the sums.
 _NOMIC: dict[str, Any] = {
     "layers": "layers",
     "attention": "self_attn",

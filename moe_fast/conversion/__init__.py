@@ -1,4 +1,4 @@
-"""Making one model of others: upcycle, extract, join, grow, import, and what of it is trained."""
+"""Conversion between models: upcycle, extract, join, grow and import; and frozen parameters."""
 
 from moe_fast.conversion.extract import extract_expert
 from moe_fast.conversion.grow import add_expert, remove_expert

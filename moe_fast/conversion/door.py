@@ -1,4 +1,7 @@
-"""The door of every conversion: it decides what was given, and gives the result the same form."""
+"""The entry of all conversions: finds the encoder in the input, and returns the same kind of model.
+
+A conversion takes a bare encoder or a ``SentenceTransformer``, or the path of either.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ from moe_fast.models.saving import check_no_adapter
 
 @dataclass(frozen=True)
 class Given:
-    """An encoder that is to be converted, and what is around it.
+    """An encoder to be converted, and the model that contains it.
 
     Attributes:
         encoder: a transformers model.
-        pipeline: the ``SentenceTransformer`` that holds it; ``None``: it is bare.
-        path: where a bare encoder was loaded from; ``None``: it was in memory.
+        pipeline: the ``SentenceTransformer`` that contains it; ``None``: it is bare.
+        path: the path that a bare encoder was loaded from; ``None``: it was in memory.
     """
 
     encoder: PreTrainedModel
@@ -32,13 +35,13 @@ class Given:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The pipeline's, or the one beside the bare encoder's files; ``None``: not known."""
+        """The tokenizer of the pipeline, or of the bare encoder's folder; ``None``: not known."""
         if self.pipeline is not None:
             return self.pipeline.tokenizer
         return None if self.path is None else tokenizer_beside(self.path)
 
     def check_domains(self, routing: str, domains: Any) -> None:
-        """Raise ``ValueError`` where ``encode`` could not choose an expert by its domain."""
+        """Raise ``ValueError`` if ``encode`` could not choose an expert by its domain."""
         if self.pipeline is not None and routing == "enforced" and not domains:
             raise ValueError(
                 "domains must be given with routing='enforced' for a SentenceTransformer, whose "
@@ -46,7 +49,7 @@ class Given:
             )
 
     def around(self, encoder: PreTrainedModel) -> Any:
-        """``encoder`` in a copy of the pipeline, all but the encoder kept; or bare as it is."""
+        """A copy of the pipeline with ``encoder`` in it; without a pipeline, ``encoder`` itself."""
         if self.pipeline is None:
             return encoder
         from moe_fast.conversion.pipelines import with_encoder
@@ -55,11 +58,11 @@ class Given:
 
 
 def given(model: Any) -> Given:
-    """What a model in memory is, an encoder or a ``SentenceTransformer``.
+    """Find the encoder in a model in memory, which is an encoder or a ``SentenceTransformer``.
 
     Raises:
-        TypeError: for a ``SentenceTransformer`` of several encoders, or of none in its first
-            module. Other models count as encoders, which the conversion checks.
+        TypeError: for a ``SentenceTransformer`` with several encoders, or with none in its first
+            module. Other models are treated as encoders, which the conversion checks.
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "encode"):
         return Given(model)
@@ -69,10 +72,10 @@ def given(model: Any) -> Given:
 
 
 def loaded(model_or_path: Any, name: str = "model_or_path") -> Given:
-    """As :func:`given`, also for what lies in a folder or under a hub id.
+    """As :func:`given`, also for the model in a folder or with a hub id.
 
     Raises:
-        TypeError: for what is neither a path nor a model; ``name`` is the argument's.
+        TypeError: the argument, called ``name``, is neither a path nor a model.
         ValueError, OSError: as :func:`moe_fast.encoding.loading.load_as_saved`.
     """
     if isinstance(model_or_path, (str, os.PathLike)):
@@ -85,11 +88,11 @@ def loaded(model_or_path: Any, name: str = "model_or_path") -> Given:
 
 
 def mixture_of(source: Given, name: str = "model") -> MoEModelMixin:
-    """The encoder, which must be a mixture whose weights are all its own.
+    """The encoder, which must be a mixture of experts without PEFT adapters.
 
     Raises:
-        TypeError: for a dense model; ``name`` is the argument's.
-        ValueError: for a model with PEFT adapters.
+        TypeError: the argument, called ``name``, is a dense model.
+        ValueError: the model has PEFT adapters.
     """
     if not isinstance(source.encoder, MoEModelMixin):
         raise TypeError(

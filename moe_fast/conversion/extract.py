@@ -1,4 +1,4 @@
-"""extract_expert: one expert of a mixture as a dense model of the original class."""
+"""extract_expert: makes a dense model of the original class from one expert of a mixture."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from moe_fast.models.registry import build_dense
 
 
 def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = False) -> Any:
-    """The dense model that one expert makes, everything else being shared.
+    """Make a dense model from one expert and the weights that all experts share.
 
     Args:
         model: a mixture, or a ``MoESentenceTransformer`` (gives a ``SentenceTransformer``).
-        expert: its index in [0, E), or a domain's name (enforced routing).
-        keep_domain_tokens: ``False`` folds the domain's token into [CLS] and drops the tokens, so
-            that the dense model with its ordinary tokenizer gives what the mixture gives for
-            that domain. ``True`` keeps the vocabulary as the mixture has it, [CLS] untouched.
+        expert: its index in [0, E), or the name of its domain (enforced routing, which sends each
+            text to the expert of its domain).
+        keep_domain_tokens: a domain token replaces [CLS] in the texts of a domain. ``False`` copies
+            the embedding of the expert's domain token to [CLS] and removes the domain tokens, so
+            that the dense model with its ordinary tokenizer gives what the mixture gives for that
+            domain. ``True`` keeps the mixture's vocabulary and [CLS].
 
     Returns:
         A new ``BertModel`` (``RobertaModel`` ...) on the device and in the dtype of ``model``,
-        which is untouched.
+        which is not changed.
 
     Raises:
         TypeError: for a model that is no mixture.
-        ValueError: for an expert that is out of range or unknown; the message lists the allowed.
-            For a model with PEFT adapters: merge them first.
+        ValueError: for an expert that is out of range or unknown; the message lists the allowed
+            ones. For a model with PEFT adapters: merge them first.
     """
     source = given(model)
     model = mixture_of(source)
@@ -49,7 +51,7 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
 
 
 def expert_index(config: MoEConfigFields, expert: int | str, name: str = "expert") -> int:
-    """The index of an expert given by it or by its domain; ``name`` is the argument's.
+    """The index of an expert that is given by index or domain, in an argument called ``name``.
 
     Raises:
         TypeError, ValueError: as :func:`extract_expert`.
@@ -98,7 +100,7 @@ def _dense_config(model: MoEModelMixin, keep_domain_tokens: bool) -> Any:
 
 
 def _fold_domain_token(model: MoEModelMixin, weights: dict[str, Tensor], expert: int) -> None:
-    """Drop the domains' rows; with enforced routing the expert's domain lends [CLS] its own."""
+    """Remove the domain tokens; with enforced routing, copy the expert's token to [CLS] first."""
     config = model.config
     if not config.domain_token_ids:
         return

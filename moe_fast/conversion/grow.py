@@ -1,4 +1,4 @@
-"""add_expert and remove_expert: a mixture with one expert more, or one fewer."""
+"""add_expert and remove_expert: make a mixture with one more expert, or one fewer."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from moe_fast.models.registry import build_moe
 def add_expert(
     model: Any, domain: str | None = None, *, from_expert: int | str | None = None
 ) -> Any:
-    """A mixture with one expert more, the last.
+    """Make a mixture with one more expert, which is the last.
 
-    With enforced routing the old domains give what they gave, bit for bit, and the new one what
-    ``from_expert`` gives. A learned router gets the row of ``from_expert`` once more: with K = 1
-    and weight 1 (modes "straight_through" and "one") outputs stay the same too, since equal logits
-    go to the lower id, until training moves the row. No row keeps the outputs of the other modes:
+    With enforced routing (each text goes to the expert of its domain) the outputs of the old
+    domains stay the same, bit for bit, and the new domain gives the output of ``from_expert``. A
+    learned router gets a copy of the row of ``from_expert``. With K = 1 and weight 1 (modes
+    "straight_through" and "one") outputs stay the same too, until training changes the row, because
+    the lower id is chosen if logits are equal. In the other modes no row could keep the outputs:
     there the new expert takes a share of the tokens of ``from_expert``.
 
     Args:
         model: a mixture, or a ``MoESentenceTransformer``.
-        domain: the new domain's name; must be given where a model with enforced routing has
-            domains, and only there. Its token, if the model has domain tokens, is a copy of that
-            of ``from_expert``, behind the vocabulary's last.
+        domain: the new domain's name. It must be given if the model has enforced routing and
+            domains, and only then. If the model has domain tokens, the new one is a copy of that
+            of ``from_expert`` and follows the vocabulary's last.
         from_expert: the expert to copy, an index or (enforced routing) a domain's name. ``None``:
-            the mean of all experts (of their router rows and domain tokens too).
+            the mean of all experts (also of their router rows and domain tokens).
 
     Returns:
-        A new model of the same class; ``model`` is untouched.
+        A new model of the same class; ``model`` is not changed.
 
     Raises:
         TypeError: for a model that is no mixture.
-        ValueError: for a domain that is known already, missing or without use, and an unknown
-            ``from_expert``.
+        ValueError: for a domain that exists already, is missing or would not be used, and for an
+            unknown ``from_expert``.
     """
     source = given(model)
     mixture = mixture_of(source)
@@ -58,21 +59,21 @@ def add_expert(
 
 
 def remove_expert(model: Any, expert: int | str) -> Any:
-    """A mixture without one of its experts, and with enforced routing without its domain.
+    """Make a mixture without one of the experts, and with enforced routing without its domain.
 
-    The experts behind it move up by one. ``remove_expert(add_expert(model, ...), E)`` is
-    ``model``, bit for bit.
+    The indices of the later experts decrease by one. ``remove_expert(add_expert(model, ...), E)``
+    equals ``model``, bit for bit.
 
     Args:
         model: a mixture, or a ``MoESentenceTransformer``.
         expert: its index, or (enforced routing) its domain's name.
 
     Returns:
-        A new model of the same class; ``model`` is untouched.
+        A new model of the same class; ``model`` is not changed.
 
     Raises:
         TypeError: for a model that is no mixture.
-        ValueError: for an unknown expert, the expert of ``default_domain``, and where fewer than
+        ValueError: for an unknown expert, for the expert of ``default_domain``, and if fewer than
             K experts would remain.
     """
     source = given(model)

@@ -1,8 +1,8 @@
-"""import_checkpoint: weights that others keep as lists of expert modules, by their names.
+"""import_checkpoint: reads checkpoints of other code that stores experts as lists of modules.
 
-A checkpoint's names say which layer, expert and projection a tensor is; a style is a list of rules
-that read them. The styles follow the published code of Hallee et al. (arXiv 2401.15713), Yu (arXiv
-2412.17364) and transformers.
+The name of a tensor says which layer, expert and projection it belongs to. A style is a list of
+rules that read the names. The styles follow the published code of Hallee et al. (arXiv 2401.15713),
+Yu (arXiv 2412.17364) and transformers.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class KeyRule:
     """How to read one kind of name in a foreign checkpoint.
 
     Attributes:
-        pattern: a regular expression that the whole name must match. A group ``expert``, if it has
-            one, is the index of the expert whose slice of the stacked parameter the tensor is.
-        name: the mixture's parameter, groups filled in by name as in ``str.format``: for example
-            ``"encoder.layer.{layer}.mlp.up_proj"``. ``None``: such tensors are left out.
-        half: of a gated ``gate_up_proj`` [2H, D]: 0, the activated half; 1, the other; ``None``,
-            the whole.
-        must_equal: with ``name=None``: a tensor of any other value than this is an error.
+        pattern: a regular expression that the whole name must match. If it has a group ``expert``,
+            that is the index of the expert; the tensor is its slice of the stacked parameter.
+        name: the name of the mixture's parameter, with groups filled in as in ``str.format``: for
+            example ``"encoder.layer.{layer}.mlp.up_proj"``. ``None``: such tensors are left out.
+        half: the half of a gated ``gate_up_proj`` [2H, D] that the tensor is: 0, the activated
+            one; 1, the other; ``None``, the whole.
+        must_equal: with ``name=None``: a tensor with any other value is an error.
     """
 
     pattern: str
@@ -75,7 +75,7 @@ def _linear(pattern: str, name: str, half: int | None = None) -> tuple[KeyRule, 
 
 
 def _gated(moe: str, gate: str, up: str, down: str) -> tuple[KeyRule, ...]:
-    """Lists of three linear maps per expert, beside a router called gate."""
+    """Rules for three linear maps per expert and a router called gate."""
     expert = _LAYER + moe + r"\." + _EXPERT
     return (
         *_linear(expert + gate, "layers.{layer}.mlp.gate_up_proj", 0),
@@ -145,14 +145,14 @@ def import_checkpoint(
     *,
     style: str | Sequence[KeyRule],
 ) -> Any:
-    """A mixture with the weights of a checkpoint that names and splits them differently.
+    """Make a mixture with the weights of a checkpoint that names and splits them differently.
 
-    The styles, by the names they read; prefixes such as ``bert.`` or ``model.`` may stand before:
+    The styles read these names; prefixes such as ``bert.`` or ``model.`` may precede them:
 
     - "hallee_bert": ``encoder.layer.0.moe_block.experts.0.intermediate_up``. Only the weights can
       be taken over, as a start for fine-tuning: that code normalises before the experts and adds
-      after them, BERT the other way round, so outputs differ from the original's (a warning says
-      so). A gate (``new_linear``) that was trained is an error.
+      after them, BERT the other way round, so outputs differ from those of that code (a warning
+      says so). A gate (``new_linear``) that was trained is an error.
     - "hallee_modernbert": ``layers.0.mlp.experts.0.Wi``; the projection head is left out.
     - "yu": ``encoder.layer.0.intermediate.dense.experts.0`` (or ``output.dense``): targets
       "intermediate" and "output"; give ``like`` ``weight_mode="renormalize"``, as that code does.
@@ -164,18 +164,19 @@ def import_checkpoint(
     Args:
         checkpoint: names and tensors; or a safetensors file, or a folder with one or its shards.
             Pickled files are refused.
-        like: a mixture of the checkpoint's sizes and routing, as :func:`moe_fast.upcycle` makes one
-            of the dense model it started from (or a ``MoESentenceTransformer``).
-        style: a name from above, or rules of your own. For each name the first rule whose pattern
-            matches counts.
+        like: a mixture (or ``MoESentenceTransformer``) with the checkpoint's sizes and routing,
+            such as :func:`moe_fast.upcycle` makes from the dense model that it started from.
+        style: the name of one of these styles, or your own rules. The first rule whose pattern
+            matches a name is used.
 
     Returns:
-        A new model as ``like``, in its dtype and on its device, all weights from the checkpoint.
+        A new model like ``like``, in its dtype and on its device, with all weights from the
+        checkpoint.
 
     Raises:
-        ValueError: listing names that no rule reads, names and experts that are missing or given
-            twice, shapes that do not fit, and a dtype that ``like``'s cannot hold.
-        FileNotFoundError: where there is no checkpoint.
+        ValueError: the message lists names that no rule reads, names and experts that are missing
+            or given twice, shapes that do not fit, and dtypes that ``like``'s cannot represent.
+        FileNotFoundError: there is no checkpoint.
     """
     source = given(like)
     like = mixture_of(source, "like")
@@ -235,7 +236,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _assemble(
     state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], rules: Sequence[KeyRule]
 ) -> dict[str, Tensor]:
-    """The weights of the mixture ``wanted``, every element of each written exactly once."""
+    """The weights of the mixture ``wanted``; every element must be given exactly once."""
     weights = {name: torch.empty_like(value) for name, value in wanted.items()}
     written = {
         name: torch.zeros(value.shape[:2], dtype=torch.bool) for name, value in wanted.items()
@@ -280,7 +281,7 @@ def _write(
     weights: dict[str, Tensor],
     written: dict[str, Tensor],
 ) -> tuple[str, str] | None:
-    """Copy one tensor to its place; a problem as (what is wrong, with which place) otherwise."""
+    """Copy one tensor to its place, or return a problem: (what is wrong, the place)."""
     assert rule.name is not None
     name = rule.name.format(**groups)
     if name not in weights:
@@ -300,7 +301,7 @@ def _write(
     if tensor.shape != place.shape:
         return "shapes differ", f"{list(tensor.shape)} -> {label} {list(place.shape)}"
     fits = torch.promote_types(tensor.dtype, place.dtype) == place.dtype
-    if not fits or not tensor.is_floating_point():  # integers are somebody's quantised weights
+    if not fits or not tensor.is_floating_point():  # integers are quantised weights
         return "the model's dtype cannot hold", f"({tensor.dtype} -> {place.dtype})"
     if mask.any():
         return "given twice", f"-> {label}"
@@ -310,7 +311,7 @@ def _write(
 
 
 def _where_missing(name: str, mask: Tensor) -> str:
-    """Of a stacked parameter, also which experts."""
+    """The name of a parameter; if only some experts are missing, also which."""
     rows = mask if mask.dim() == 1 else mask.all(dim=1)
     if not rows.any() or ".mlp." not in name:
         return name

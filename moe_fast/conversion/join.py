@@ -1,7 +1,8 @@
-"""from_experts: several dense encoders become the experts of one mixture.
+"""from_experts: makes several dense encoders the experts of one mixture.
 
-The inverse of :func:`moe_fast.extract_expert`. Models fine-tuned apart from one common start, one
-per domain, are joined without training (Sukhbaatar et al., Branch-Train-MiX, arXiv 2403.07816).
+It is the inverse of :func:`moe_fast.extract_expert`. Models that were fine-tuned separately, one
+per domain, from the same pretrained model are joined without training (Sukhbaatar et al.,
+Branch-Train-MiX, arXiv 2403.07816).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from moe_fast.ops.checks import check_choice
 
 SHARED = ("first", "mean")
 
-# Differences in these do not change what a model computes, or only while it trains.
+# Models may differ in these settings, which affect outputs in training at most.
 _BOOKKEEPING = {
     "architectures",
     "dtype",
@@ -60,23 +61,24 @@ def from_experts(
     Args:
         models: N encoders of one architecture, size, dtype and tokenizer, as
             :func:`moe_fast.upcycle` takes them: models, SentenceTransformers, folders, hub ids.
-            Either all are SentenceTransformers or none is. Bare models bring no tokenizer along:
-            that theirs is the same is yours to know.
-        domains: names of the domains; with enforced routing one per model. Then a domain's token
-            starts as the [CLS] of its own model, otherwise as that of the shared weights.
-        shared: where all other weights come from, the MLPs of layers without experts and the
-            projection that ``target`` leaves out among them: "first", the first model, or "mean",
+            Either all are SentenceTransformers or none is. Bare models in memory have no tokenizer
+            to compare: make sure that they use the same.
+        domains: names of the domains; with enforced routing (each text goes to the expert of its
+            domain) one per model. A domain token, which replaces [CLS], then starts as the [CLS]
+            of its own model, otherwise as that of the shared weights.
+        shared: the source of all other weights, including the MLPs of layers without experts and
+            the projection that ``target`` leaves out: "first", the first model, or "mean",
             the mean over the models. Dropout rates come from the first.
-        routing: "enforced", or a learned mode, whose router starts as :func:`moe_fast.upcycle`'s.
-        **upcycle_kwargs: any other argument of :func:`moe_fast.upcycle`, but ``num_experts``.
+        routing: "enforced", or a learned mode, whose router starts as in :func:`moe_fast.upcycle`.
+        **upcycle_kwargs: any other argument of :func:`moe_fast.upcycle`, except ``num_experts``.
 
     Returns:
-        A new mixture on the device of the first model; the inputs are untouched. Where the models
+        A new mixture on the device of the first model; the inputs are not changed. If the models
         differ in their MLPs alone, expert e computes exactly what model e did.
 
     Raises:
         TypeError: for models of different kinds, and for unknown arguments.
-        ValueError: for models that differ in more than weights; the message says in what.
+        ValueError: for models that differ in more than weights; the message says how.
     """
     _check_arguments(models, shared, upcycle_kwargs)
     sources = [loaded(model, f"models[{i}]") for i, model in enumerate(models)]
@@ -95,7 +97,7 @@ def from_experts(
 
 
 def _check_one_kind(sources: Sequence[Given]) -> None:
-    """All are bare, or all are pipelines that differ in their weights alone."""
+    """Check that all are bare, or all are SentenceTransformers with the same settings."""
     bare = [source.pipeline is None for source in sources]
     if all(bare):
         return
@@ -112,7 +114,7 @@ def _check_one_kind(sources: Sequence[Given]) -> None:
 
 
 def _average_modules(joined: Any, pipelines: Sequence[Any]) -> None:
-    """Give the modules behind the encoder that have weights (``Dense``) their mean."""
+    """Set the weights of the modules after the encoder (such as ``Dense``) to their mean."""
     for name in list(child_modules(joined))[1:]:
         states = [pipeline.get_submodule(name).state_dict() for pipeline in pipelines]
         joined.get_submodule(name).load_state_dict(_mean_state(states))
@@ -135,7 +137,7 @@ def _check_arguments(models: Any, shared: str, upcycle_kwargs: dict[str, Any]) -
 def _join_encoders(
     encoders: Sequence[PreTrainedModel], *, shared: str, **settings: Any
 ) -> MoEModelMixin:
-    """:func:`from_experts` of bare encoders, their tokenizers known to agree."""
+    """:func:`from_experts` for bare encoders whose tokenizers have been compared."""
     _check_same_models(encoders)
     base = encoders[0] if shared == "first" else _mean_model(encoders)
     moe = upcycle(base, num_experts=len(encoders), **settings)
@@ -155,7 +157,7 @@ def _join_encoders(
 
 
 def _mean_model(encoders: Sequence[PreTrainedModel]) -> PreTrainedModel:
-    """A copy of the first encoder with the mean weights."""
+    """A copy of the first encoder with the mean of all encoders' weights."""
     mean = copy.deepcopy(encoders[0])
     mean.load_state_dict(_mean_state([encoder.state_dict() for encoder in encoders]))
     return mean
@@ -244,7 +246,7 @@ def _vocabulary(tokenizer: Any) -> Any:
 
 
 def _rules(tokenizer: Any) -> Any:
-    """How a tokenizer splits text, without the padding and truncation of its last call."""
+    """The rules by which a tokenizer splits text, without the settings of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return type(tokenizer)

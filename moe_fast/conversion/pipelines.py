@@ -1,4 +1,4 @@
-"""SentenceTransformers taken apart and put together again around another encoder."""
+"""The encoder of a SentenceTransformer, and copies of it with another encoder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moe_fast.models.modeling import MoEModelMixin
 
 
 def encoder_of(model: SentenceTransformer) -> Any:
-    """Its transformers encoder.
+    """The transformers encoder of ``model``.
 
     Raises:
-        TypeError: it has several, or none in its first module.
+        TypeError: it has several encoders, or none in its first module.
     """
     check_one_encoder(model)
     encoder = getattr(model[0], "model", None)
@@ -31,7 +31,7 @@ def encoder_of(model: SentenceTransformer) -> Any:
 
 
 def with_encoder(model: SentenceTransformer, encoder: Any) -> SentenceTransformer:
-    """A copy of ``model`` whose transformers encoder is ``encoder``, all else being kept.
+    """A copy of ``model`` with ``encoder`` as its transformers encoder.
 
     Returns:
         A ``MoESentenceTransformer`` for a mixture, a stock ``SentenceTransformer`` for a dense
@@ -39,7 +39,7 @@ def with_encoder(model: SentenceTransformer, encoder: Any) -> SentenceTransforme
     """
     old = encoder_of(model)
     is_mixture = isinstance(encoder, MoEModelMixin)
-    # The old encoder is shared into the copy, not copied, and then replaced.
+    # The copy shares the old encoder, instead of copying it, until it is replaced.
     modules = OrderedDict(copy.deepcopy(compat.child_modules(model), {id(old): old}))
     first = next(iter(modules.values()))
     first.model = encoder
@@ -55,7 +55,7 @@ def with_encoder(model: SentenceTransformer, encoder: Any) -> SentenceTransforme
         new.module_kwargs = {**kept, **(new.module_kwargs or {})}
         new.truncate = getattr(model, "truncate", False)
         new.packed = getattr(model, "packed", True)
-    else:  # which knows no domains
+    else:  # a dense encoder has no domains
         new.module_kwargs = {n: [k for k in keys if k != "domain"] for n, keys in kept.items()}
     new.similarity_fn_name = model.similarity_fn_name
     new.truncate_dim = model.truncate_dim
@@ -63,7 +63,7 @@ def with_encoder(model: SentenceTransformer, encoder: Any) -> SentenceTransforme
 
 
 def settings_of(model: SentenceTransformer) -> dict[str, Any]:
-    """All that a SentenceTransformer computes by, but its weights."""
+    """All settings of a SentenceTransformer that affect its output, without the weights."""
     names = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
     settings = {name: getattr(model, name) for name in (*names, "max_seq_length")}
     for i, module in enumerate(model):

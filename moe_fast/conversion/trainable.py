@@ -14,10 +14,10 @@ def set_trainable(
     """Set ``requires_grad`` of every parameter of ``model``. Frozen ones get no optimizer state.
 
     Args:
-        trainable: "all"; "experts", the stacked expert parameters alone; or "experts+router".
-            Yu, arXiv 2412.17364, trains the experts of one projection alone.
-        freeze_embeddings: with "all", leave the embeddings as they are: tokens (domain tokens
-            too), positions and types, and their normalisation. They are the larger part of a
+        trainable: "all"; "experts", only the stacked expert parameters; or "experts+router".
+            Yu, arXiv 2412.17364, trains only the experts of one projection.
+        freeze_embeddings: with "all", freeze the embeddings: tokens (including domain tokens),
+            positions and types, and their normalisation. They are the larger part of a
             small multilingual model.
 
     Raises:

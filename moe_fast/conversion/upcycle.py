@@ -1,7 +1,7 @@
-"""upcycle: a dense encoder becomes a mixture of experts that gives the same output.
+"""upcycle: makes a mixture of experts from a dense encoder, with the same output.
 
-Every expert starts as a copy of the dense MLP (Komatsuzaki et al., arXiv 2212.05055), so before
-any training the mixture computes what the dense model does, wherever a token's weights sum to 1.
+Every expert starts as a copy of the dense MLP (Komatsuzaki et al., arXiv 2212.05055). So before
+any training the mixture computes what the dense model does, if the weights of a token sum to 1.
 """
 
 from __future__ import annotations
@@ -45,33 +45,36 @@ def upcycle(
     trainable: str = "all",
     seed: int = 0,
 ) -> Any:
-    """Make a mixture of experts of a dense encoder.
+    """Make a mixture of experts from a dense encoder.
 
     Args:
         model_or_path: a ``BertModel``, ``RobertaModel``, ``ModernBertModel`` or another encoder of
-            docs/encoders.md; a ``SentenceTransformer`` on one of them; or the folder or hub id of
-            either (with a ``modules.json`` it is read as a SentenceTransformer).
-        num_experts, num_experts_per_tok: E, and K of them per token.
+            docs/encoders.md; a ``SentenceTransformer`` with one of them; or the folder or hub id of
+            either (with a ``modules.json`` it is loaded as a SentenceTransformer).
+        num_experts, num_experts_per_tok: E, the number of experts, and K, how many of them each
+            token uses.
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
         layers: "all", "single" (the middle one, ``num_layers // 2``), "alternate" (every other
             one, from the second), or indices.
         target: "mlp", "intermediate" or "output", as in :class:`moe_fast.MoEMLP`.
-        domains: names of the domains. With enforced routing, one per expert.
+        domains: names of the domains. With enforced routing (each text goes to the expert of its
+            domain), one per expert.
         default_domain: the domain of batches that name none.
-        domain_tokens: give each domain a token in [CLS]'s place, its embedding a copy of [CLS]'s.
-            The tokenizer is left alone: the model places the token. Whatever tokens you want to
-            add to the tokenizer, add before upcycling: the domains' ids are the next ones.
-        cls_token_id: the id of [CLS], where the model's configuration does not know it and no
-            tokenizer lies beside it.
-        router_init: "normal" (the model's ``initializer_range``) or "kaiming_uniform" (as
+        domain_tokens: give each domain a token that replaces [CLS], with a copy of the embedding of
+            [CLS]. The model places the token; the tokenizer is not changed. If you want to add
+            tokens to the tokenizer, add them before upcycling: the domains get the next ids.
+        cls_token_id: the id of [CLS]; needed if neither the model's configuration nor a tokenizer
+            in its folder names it.
+        router_init: "normal" (with the model's ``initializer_range``) or "kaiming_uniform" (as
             ``nn.Linear``).
-        trainable: "all", "experts" or "experts+router": what keeps ``requires_grad`` (of this
-            model in memory; after loading it again use :func:`moe_fast.models.set_trainable`).
-        seed: of the router's initialisation; the global random state is left alone.
+        trainable: "all", "experts" or "experts+router": the parameters that keep
+            ``requires_grad``. This is not saved; after loading the model again use
+            :func:`moe_fast.models.set_trainable`.
+        seed: of the router's initialisation; the global random state is not changed.
 
     Returns:
         A new model (``MoEBertModel`` ..., or a ``MoESentenceTransformer`` for a
-        ``SentenceTransformer``) on the device and in the dtype of the input, which is untouched.
+        ``SentenceTransformer``) on the device and in the dtype of the input, which is not changed.
 
     Raises:
         TypeError: for an unsupported architecture; the message lists the supported ones.
@@ -112,7 +115,7 @@ def upcycle(
 
 
 def _public_name(model: PreTrainedModel) -> str:
-    """The model's hub id or, of a folder, its name alone: where it lies is nobody's business."""
+    """The model's hub id or the name of its folder, without the path, which is private."""
     name = getattr(model, "name_or_path", "") or type(model).__name__
     if os.path.isabs(name) or os.path.exists(name) or name.startswith((".", "~")):
         return Path(name).resolve().name or type(model).__name__
@@ -144,7 +147,7 @@ def _checked_indices(layers: Any, num_layers: int) -> list[int]:
 def _domain_token_fields(
     model: PreTrainedModel, domains: Sequence[str], domain_tokens: bool, cls_token_id: int | None
 ) -> dict[str, Any]:
-    """Configuration of the domain tokens: new rows behind the vocabulary's last."""
+    """Configuration of the domain tokens, whose ids follow the vocabulary's last."""
     if not domains or not domain_tokens:
         return {}
     if cls_token_id is None:
@@ -177,7 +180,7 @@ def _moe_config(architecture: Architecture, model: PreTrainedModel, **fields: An
 
 
 def _moe_state(model: PreTrainedModel, moe: MoEModelMixin) -> dict[str, Tensor]:
-    """The mixture's weights but the routers': dense ones, copied into every expert."""
+    """The mixture's weights without the routers': the dense weights, copied to every expert."""
     architecture, dense = moe.architecture, dict(model.state_dict())
     state = {}
     for layer, mlp in moe.moe_mlps().items():
@@ -205,7 +208,7 @@ def _append_domain_tokens(moe: MoEModelMixin, state: dict[str, Tensor]) -> None:
 def _router_weights(
     moe: MoEModelMixin, model: PreTrainedModel, router_init: str, seed: int
 ) -> dict[str, Tensor]:
-    """Fresh router weights, drawn on the CPU so that every device gets the same."""
+    """New router weights, drawn on the CPU so that they are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in moe.named_parameters():

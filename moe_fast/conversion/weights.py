@@ -1,4 +1,4 @@
-"""Weights of one model, put together from those of others."""
+"""Functions that make the weights of one model from those of others."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def embedding_name(model: PreTrainedModel) -> str:
 def mean_of(values: Sequence[Tensor]) -> Tensor:
     """The mean of tensors of one shape, in the dtype and on the device of the first.
 
-    Computed in float64 from the differences to the first, so that equal tensors give exactly
-    themselves, whatever their number.
+    It is computed in float64 from the differences to the first tensor, so that the mean of any
+    number of equal tensors is exactly that tensor.
     """
     if len(values) == 1:
         return values[0].clone()
@@ -34,13 +34,13 @@ def mean_of(values: Sequence[Tensor]) -> Tensor:
 def load_exactly(
     new: PreTrainedModel, weights: dict[str, Tensor], buffers_of: PreTrainedModel
 ) -> None:
-    """Give ``new``, built on the meta device, all its weights, and another model's buffers.
+    """Load all weights into ``new``, which is on the meta device, and another model's buffers.
 
-    Every parameter must be named: nothing is left to a random initialisation.
+    Every parameter must be given, so that none keeps a random initialisation.
     """
     new.load_state_dict(weights, strict=True, assign=True)
-    saved = new.state_dict().keys()  # buffers outside are not persistent
-    new.name_or_path = ""  # no place holds these weights yet; PEFT saves it as the adapter's base
+    saved = new.state_dict().keys()  # other buffers are not persistent
+    new.name_or_path = ""  # these weights are not saved yet; PEFT saves it as the adapter's base
     for name, buffer in buffers_of.named_buffers():
         module_name, _, leaf = name.rpartition(".")
         module = new.get_submodule(module_name)

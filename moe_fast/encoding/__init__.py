@@ -1,1 +1,1 @@
-"""Texts to what an encoder takes: tokens, lengths, truncation, and which encoder it is."""
+"""Turns texts into vectors: models, tokens, lengths, truncation, prompts and domains."""

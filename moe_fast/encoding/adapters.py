@@ -1,4 +1,4 @@
-"""Models that are saved as an adapter: a reference to a base model, and what is added to it."""
+"""Models saved as a PEFT adapter: a reference to a base model, and weights to add to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def adapter_folder(path: str) -> Path | None:
     """The folder within the model folder ``path`` that holds an adapter, if one does.
 
-    Either the folder itself, or that of the ``Transformer`` of a ``SentenceTransformer``.
+    It is the folder itself, or that of the ``Transformer`` of a ``SentenceTransformer``.
     """
     folder = Path(path)
     modules = folder / "modules.json"
@@ -27,18 +27,18 @@ def adapter_folder(path: str) -> Path | None:
 
 
 def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
-    """The base model with the adapter merged into its weights; it is no adapter any more.
+    """Load the base model and merge the adapter into its weights.
 
     Args:
-        path: of the model: a bare adapter, or a ``SentenceTransformer`` on one, whose further
-            modules and prompts are taken.
-        adapter: what :func:`adapter_folder` found there.
-        load_base: a function from the base model's path to the model, a ``SentenceTransformer`` or
-            a bare encoder.
+        path: the path of the model, which is a bare adapter, or a ``SentenceTransformer`` with
+            one, whose other modules and prompts are loaded too.
+        adapter: the folder that :func:`adapter_folder` found there.
+        load_base: a function that loads the base model, a ``SentenceTransformer`` or a bare
+            encoder, from its path.
 
     Raises:
         ImportError: PEFT is not installed.
-        FileNotFoundError: the base model is not where the adapter says.
+        FileNotFoundError: the base model is not at the path that the adapter names.
         ValueError: the adapter's files cannot be used.
     """
     if find_spec("peft") is None:
@@ -58,7 +58,7 @@ def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
         encoder = wrapped.merge_and_unload(safe_merge=True)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter in {adapter} does not fit its base: {error}") from error
-    encoder.requires_grad_(True)  # PEFT had frozen all but the adapter
+    encoder.requires_grad_(True)  # PEFT has frozen all weights but the adapter's
     if encoder is not _encoder(model):
         raise ValueError(f"the adapter in {adapter} is of a kind that is not merged in place")
     if not (Path(path) / "modules.json").is_file():
@@ -69,10 +69,10 @@ def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
 
 
 def _check_complete(wrapped: Any, adapter: Path) -> None:
-    """Raise for tensors that the adapter's file lacks: PEFT leaves them as they begin, at random.
+    """Raise if the adapter's file lacks tensors, which PEFT would leave at random values.
 
     Raises:
-        ValueError: naming them.
+        ValueError: the message names the tensors.
     """
     from peft import get_peft_model_state_dict
 
@@ -94,8 +94,8 @@ def base_of(path: str, adapter: Path) -> str:
     """The path or hub id of the base model that an adapter names.
 
     Raises:
-        ValueError: none is named, or it is an adapter itself.
-        FileNotFoundError: a folder is named that is not there.
+        ValueError: it names none, or the base is an adapter itself.
+        FileNotFoundError: it names a folder that does not exist.
     """
     base = read_object(adapter / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -115,11 +115,11 @@ def base_of(path: str, adapter: Path) -> str:
 
 
 def _with_modules_of(path: str, model: Any) -> Any:
-    """The base's encoder with the further modules and the prompts saved beside the adapter."""
+    """The base's encoder with the other modules and the prompts that are saved with the adapter."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import import_from_string
 
-    entries = read_json(Path(path) / "modules.json")[1:]  # looked at when the adapter was found
+    entries = read_json(Path(path) / "modules.json")[1:]  # checked when the adapter was found
     others = []
     for entry in entries:
         if not str(entry["type"]).startswith("sentence_transformers."):

@@ -1,4 +1,4 @@
-"""Tokenized texts as the padded batch that sentence-transformers would make of them."""
+"""Pads tokenized texts to the batch that sentence-transformers would make from them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from moe_fast.encoding.lengths import TokenizedText
 
 
 def padded_batch(texts: Sequence[TokenizedText], tokenizer: Any) -> dict[str, Tensor]:
-    """B texts of at most L tokens as ``input_ids`` [B, L] int64 and what the model takes beside.
+    """B texts of at most L tokens as ``input_ids`` [B, L] int64 and the model's other inputs.
 
     Args:
         texts: at least one.
-        tokenizer: theirs, which says what padding is, and on which side.
+        tokenizer: the one that made them; it defines the padding's id and side.
     """
     shape = len(texts), max(len(text.ids) for text in texts)
     input_ids = np.full(shape, tokenizer.pad_token_id, np.int64)

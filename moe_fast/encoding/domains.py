@@ -1,4 +1,4 @@
-"""Which domain a text is of, and texts of several domains in one call."""
+"""The domains of texts, and calls of ``encode`` with texts of several domains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def domains_of(model: Any) -> list[str]:
-    """The domains that its encoder knows: experts chosen by domain, or tokens of domains."""
+    """The domains of the model's encoder, which chooses experts or adds tokens by domain."""
     config = getattr(getattr(model, "transformers_model", None), "config", None)
     return list(getattr(config, "domains", None) or ())
 
@@ -19,9 +19,9 @@ def checked_domain(config: Any, domain: Any, num_texts: int) -> str | list[str] 
     """``domain`` as one name, a list with one name per text, or ``None``.
 
     Raises:
-        ValueError: for an unknown domain, none where one is needed, and a number of names that is
-            not that of the texts.
-        TypeError: for what is neither a name nor a sequence of names.
+        ValueError: for an unknown domain, for no domain if one is needed, and if the number of
+            names is not that of the texts.
+        TypeError: for anything but a name or a sequence of names.
     """
     if domain is None:
         if config.routing == "enforced" and config.default_domain is None:
@@ -51,15 +51,15 @@ def checked_domain(config: Any, domain: Any, num_texts: int) -> str | list[str] 
 def encode_by_domain(
     encode: Callable[..., Any], texts: list[Any], domains: list[str], options: dict[str, Any]
 ) -> Any:
-    """One call per domain, its results put back where its texts stood.
+    """Call ``encode`` once per domain, and return the results in the order of the texts.
 
     Args:
         encode: ``SentenceTransformer.encode`` of the model.
         texts, domains: N texts, at least one, and the domain of each.
-        options: the keywords of ``encode`` but ``domain``.
+        options: the keywords of ``encode`` other than ``domain``.
     """
     precision = options.get("precision") or "float32"
-    if precision != "float32":  # its ranges are those of all texts, not of one domain's
+    if precision != "float32":  # quantisation needs the ranges over all texts, not one domain's
         from sentence_transformers.util import quantize_embeddings
 
         exact = options | {"precision": "float32"}
@@ -85,7 +85,7 @@ def encode_by_domain(
 
 
 def _as_list(values: Any) -> list[Any] | None:
-    """``values`` as a list; ``None`` for what cannot be gone through."""
+    """``values`` as a list; ``None`` if they are not iterable."""
     try:
         return list(values)
     except TypeError:

@@ -1,4 +1,4 @@
-"""The one encoder of a SentenceTransformer."""
+"""The encoder of a SentenceTransformer, which must have exactly one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 
 
 def check_one_encoder(model: Any) -> None:
-    """Refuse a model of several encoders, such as one for queries and one for documents.
+    """Raise for a model with several encoders, such as one for queries and one for documents.
 
-    What asks for its encoder, tokenizer or length gets the first one's, so that the others would be
-    passed over. Models that are no ``torch.nn.Module`` are left alone.
+    Its attributes give the encoder, tokenizer and length of the first encoder, so that the others
+    would be ignored. Models that are no ``torch.nn.Module`` are not checked.
 
     Raises:
-        TypeError: it has more than one; the message names them.
+        TypeError: it has more than one encoder; the message names them.
     """
     encoders = _encoders(model)
     if len(encoders) > 1:
@@ -26,7 +26,7 @@ def check_one_encoder(model: Any) -> None:
 
 
 def _encoders(model: Any) -> list[str]:
-    """Places and classes of the transformers models in it, but those inside another one."""
+    """Paths and classes of the transformers models in ``model``, but not those within others."""
     found: list[tuple[str, Any]] = []
     named_modules = getattr(model, "named_modules", None)
     for name, module in named_modules() if callable(named_modules) else ():

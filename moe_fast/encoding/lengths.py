@@ -1,4 +1,4 @@
-"""Texts as token ids, at most ``max_seq_length`` of them: measured, cut and counted in one pass."""
+"""Tokenizes texts, and in the same pass measures, cuts and counts those that are too long."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ logger = logging.getLogger(__name__)
 
 _TEXTS_AT_ONCE = 1024
 _CHARACTERS_AT_ONCE = 1 << 20
-# A text longer than this per token of the limit is read from its end that stays, piece by piece.
+# Only a part of a text with more characters than this per token of the limit is read at first.
 _CHARACTERS_PER_TOKEN = 64
 _LEAST_CHARACTERS = 8192
-_NO_LIMIT = 10**9  # tokenizers write 10**30 where they have none
+_NO_LIMIT = 10**9  # tokenizers without a limit state 10**30
 _SHOWN = 60
-# Tokens beside a cut through a text may differ from those of the whole text; so many are not used.
+# Near a cut through a text, tokens may differ from those of the whole text; so many are not used.
 _MARGIN = 64
-_GROWTH = 16  # of a part with too few tokens, such as blanks or one endless word; seldom
-# Beyond so many characters, or one growth, a text with too few tokens is read no further: it would
-# take a tokenizer a second and 150 MB for each million.
+# The factor by which a part with too few tokens grows; these are rare, such as blanks or one word.
+_GROWTH = 16
+# A text with too few tokens in this many characters, or in a part that grew once, is read no
+# further: a tokenizer would take a second and 150 MB for each million characters.
 _MOST_CHARACTERS = 1 << 20
 
 
 class TokenizedText(NamedTuple):
     """A text as token ids, special tokens included.
 
-    sentence-transformers sorts texts by length, which is for a tuple the sum of its parts'.
+    sentence-transformers sorts texts by length; the length of a tuple is the sum of its parts'.
 
     Attributes:
         ids: [n] int32.
-        type_ids: [n] int32, or ``None`` where the model takes none.
-        place: the text's index in what the caller gave.
+        type_ids: [n] int32, or ``None`` if the model takes none.
+        place: the text's index among the caller's texts.
     """
 
     ids: NDArray[np.int32]
@@ -51,15 +52,15 @@ class TokenizedText(NamedTuple):
 
 @dataclass
 class LongTexts:
-    """Which texts of a call have more tokens than the limit.
+    """The texts of a call that have more tokens than the limit.
 
     Attributes:
-        limit: tokens that a text may have; ``None``: any number.
-        num_texts: how many there are in all.
+        limit: the most tokens that a text may have; ``None``: any number.
+        num_texts: the number of texts.
         num_long: how many of them are too long.
-        first: of the first long one, its index, its number of tokens in words (a very long text is
-            not read to its end) and its beginning, prompt included.
-        pieces: by index, the part that stays of texts that were not read as a whole.
+        first: the first long text: its index, its number of tokens as text (a very long text is
+            not read to its end) and its beginning, including the prompt.
+        pieces: by index, the parts that were read of texts that were not read as a whole.
     """
 
     limit: int | None
@@ -69,7 +70,7 @@ class LongTexts:
     pieces: dict[int, str] = field(default_factory=dict)
 
     def settle(self, truncate: bool | None) -> None:
-        """Warn how many texts are cut, or raise ``ValueError`` where they may not be."""
+        """Warn how many texts are cut, or raise ``ValueError`` if they must not be cut."""
         if self.first is None:
             return
         if truncate:
@@ -86,7 +87,7 @@ class LongTexts:
 def measure_texts(
     tokenizer: Any, texts: Sequence[str], prompt: str, limit: int | None
 ) -> LongTexts:
-    """Find the texts that are longer than ``limit`` tokens, behind their prompt."""
+    """Find the texts that have more than ``limit`` tokens, including the prompt."""
     long = LongTexts(limit, len(texts))
     if limit is not None and tokenizer is not None:
         for _ in _tokenized(tokenizer, texts, prompt, long):
@@ -97,20 +98,21 @@ def measure_texts(
 def tokenize_texts(
     tokenizer: Any, texts: Sequence[str], prompt: str, limit: int | None
 ) -> tuple[list[TokenizedText], LongTexts]:
-    """Texts behind their prompt as token ids, of which the long ones keep ``limit``.
+    """Tokenize texts after their prompt, and cut long ones to ``limit`` tokens.
 
-    The ids are those of ``tokenizer(prompt + text, truncation=True, max_length=limit)``, whose own
-    state stays as it is. Of a very long text only as much is read as surely holds them, or a
-    million characters: one with fewer tokens in those counts as too long.
+    The ids are those of ``tokenizer(prompt + text, truncation=True, max_length=limit)``; the
+    tokenizer's own state does not change. Only a part of a very long text is read, which surely
+    contains these tokens, or has a million characters: if it has fewer tokens, the text counts as
+    too long.
     """
     long = LongTexts(limit, len(texts))
     return list(_tokenized(tokenizer, texts, prompt, long)), long
 
 
 def prompt_length(tokenizer: Any, prompt: str, limit: int | None) -> int:
-    """A prompt's number of tokens, but a special one at its end, as sentence-transformers counts.
+    """The number of a prompt's tokens, as sentence-transformers counts them.
 
-    Poolings that leave the prompt out skip so many.
+    A special token at its end does not count. Poolings that exclude the prompt skip as many tokens.
     """
     (tokenized,), _ = tokenize_texts(tokenizer, [prompt], "", limit)
     ends_special = int(tokenized.ids[-1]) in tokenizer.all_special_ids
@@ -118,7 +120,7 @@ def prompt_length(tokenizer: Any, prompt: str, limit: int | None) -> int:
 
 
 def shortened(texts: Sequence[str], prompt: str, long: LongTexts) -> list[str]:
-    """Texts for a model that cuts them itself: of very long ones the part that was read."""
+    """Texts for a model that cuts them itself; very long ones are reduced to the part read."""
     texts = list(texts)
     for i, piece in long.pieces.items():
         texts[i] = piece.removeprefix(prompt)
@@ -128,7 +130,7 @@ def shortened(texts: Sequence[str], prompt: str, long: LongTexts) -> list[str]:
 def _tokenized(
     tokenizer: Any, texts: Sequence[str], prompt: str, long: LongTexts
 ) -> Iterator[TokenizedText]:
-    """Each text's tokens, in order; fills in ``long``."""
+    """Yield each text's tokens, in order, and record long texts in ``long``."""
     limit = long.limit
     reader = _Reader(own_tokenizer(tokenizer), limit)
     for start, chunk in _chunks(texts, prompt, reader.most_characters):
@@ -156,7 +158,7 @@ def _tokenized(
 def _chunks(
     texts: Sequence[str], prompt: str, most_characters: float
 ) -> Iterator[tuple[int, list[str]]]:
-    """(Index of the first, texts behind their prompt): few enough to be tokenized at once."""
+    """Yield (index of the first, texts after their prompt), few enough to be tokenized at once."""
     start, size = 0, 0.0
     chunk: list[str] = []
     for i, text in enumerate(texts):
@@ -176,11 +178,11 @@ class _Row(NamedTuple):
 
 
 class _Reader:
-    """A tokenizer that cuts at a limit and says how many tokens there were.
+    """A tokenizer that cuts texts at a limit and reports their number of tokens.
 
     Attributes:
-        most_characters: a longer text is read in part at first.
-        enough: where a part has more tokens than that, its first ones are those of the whole text.
+        most_characters: of a longer text only a part is read at first.
+        enough: if a part has more tokens than this, its first tokens are those of the whole text.
     """
 
     def __init__(self, tokenizer: Any, limit: int | None) -> None:
@@ -193,7 +195,7 @@ class _Reader:
         self.most_characters = max(_CHARACTERS_PER_TOKEN * self._limit, _LEAST_CHARACTERS)
 
     def piece(self, text: str, size: float) -> str:
-        """At most the first ``size`` characters (the last, if texts are cut from the left)."""
+        """At most the first ``size`` characters (the last ones, if texts are cut from the left)."""
         if len(text) <= size:
             return text
         size = int(size)
@@ -204,7 +206,7 @@ class _Reader:
         return text[: size - space.end() if space else size]
 
     def read(self, pieces: list[str]) -> list[_Row]:
-        """The tokens of each, cut at the limit."""
+        """The tokens of each piece, cut at the limit."""
         is_fast = getattr(self._tokenizer, "is_fast", False) and self._limit < math.inf
         rows = self._tokenizer(pieces, **(self._cut if is_fast else self._options))
         lengths = [len(ids) for ids in rows["input_ids"]]
@@ -227,18 +229,18 @@ class _Reader:
 
 @dataclass
 class TruncatedTexts:
-    """How many texts were cut so far, and at how many tokens."""
+    """The number of texts that were cut so far, and the limit in tokens."""
 
     num_long: int = 0
     limit: int | None = None
 
     def add(self, num_long: int, limit: int | None) -> None:
-        """Count more of them."""
+        """Count more texts that were cut."""
         self.num_long += num_long
         self.limit = limit or self.limit
 
     def warn(self, num_texts: int) -> None:
-        """Log how many of how many texts were cut, if any."""
+        """Log how many of ``num_texts`` texts were cut, if any."""
         if self.num_long:
             logger.warning(
                 "%d of %d texts are longer than max_seq_length = %d tokens and were truncated.",
@@ -253,7 +255,7 @@ _counting: ContextVar[TruncatedTexts | None] = ContextVar("moe_fast_truncated", 
 
 @contextmanager
 def counted_truncation() -> Iterator[TruncatedTexts]:
-    """Within the block, in this thread, calls add what they cut to the count instead of warning."""
+    """Within the block and this thread, calls count the texts they cut, instead of warning."""
     count = TruncatedTexts()
     token = _counting.set(count)
     try:

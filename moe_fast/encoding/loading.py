@@ -1,4 +1,4 @@
-"""Loading a model by its folder or hub id: to encode with, or to convert."""
+"""Loads a model from a folder or hub id, to encode with it or to convert it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from moe_fast.models.strict import check_encoder_weights
 
 
 def load_model(path: str, *, device: str | None = None) -> Any:
-    """The model in a folder or under a hub id, ready to encode.
+    """Load the model in a folder or with a hub id, ready to encode.
 
     Args:
-        path: of a ``SentenceTransformer``, or of a bare encoder, which gets mean pooling (as
-            sentence-transformers does, with a warning), or of a PEFT adapter of either, which is
+        path: the path of a ``SentenceTransformer``, of a bare encoder, which gets mean pooling (as
+            in sentence-transformers, with a warning), or of a PEFT adapter of either, which is
             merged into its base.
-        device: as in PyTorch; ``None``: a GPU where there is one, else the CPU.
+        device: as in PyTorch; ``None``: a GPU if there is one, else the CPU.
 
     Returns:
         A ``MoESentenceTransformer`` for a mixture, a ``SentenceTransformer`` for a dense model.
 
     Raises:
-        FileNotFoundError: `path` looks like a folder, and there is none.
-        OSError, ValueError: a checkpoint that is incomplete or cannot be read; weights that it
-            lacks.
-        TypeError: a model of several encoders.
+        FileNotFoundError: `path` looks like a folder that does not exist.
+        OSError, ValueError: the checkpoint is incomplete, cannot be read or lacks weights.
+        TypeError: the model has several encoders.
         ImportError: sentence-transformers is not installed.
     """
     check_model_path(path)
@@ -51,7 +50,7 @@ def load_model(path: str, *, device: str | None = None) -> Any:
 
 
 def load_as_saved(path: str) -> Any:
-    """As :func:`load_model`, on the CPU, but a bare encoder stays one, dense or mixture."""
+    """As :func:`load_model`, on the CPU, but a bare encoder is returned without pooling."""
     check_model_path(path)
     adapter = adapter_folder(path)
     if adapter is not None:
@@ -60,7 +59,7 @@ def load_as_saved(path: str) -> Any:
 
 
 def _check_weights(model: Any, path: str) -> None:
-    """Raise for weights that a stock model's encoder lacks, which would be made up."""
+    """Raise if the checkpoint of a stock model lacks weights, which would be random."""
     check_one_encoder(model)
     encoder = model.transformers_model
     if encoder is None or compat.saves_adapter_alone(encoder):

@@ -1,4 +1,7 @@
-"""The model card of a SentenceTransformer on a mixture: sentence-transformers' own, made to run."""
+"""The model card of a SentenceTransformer with a mixture of experts.
+
+It is that of sentence-transformers, with an example that runs and a section about the mixture.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from moe_fast.models.model_card import describe_mixture
 from moe_fast.version import install_command
 
 _HEADING = "\n## Mixture of experts\n"
-# The domain of calls of ``encode`` that name none, within a thread.
+# Per thread, the domain for calls of ``encode`` that name none.
 _domain: ContextVar[str | None] = ContextVar("moe_fast_card_domain", default=None)
 
 
 @contextmanager
 def domain_of_the_card(config: Any) -> Iterator[None]:
-    """Let sentence-transformers run its usage example on a model that needs a domain."""
+    """Within the block, sentence-transformers' example runs on a model that needs a domain."""
     token = _domain.set(_example_domain(config))
     try:
         yield
@@ -29,12 +32,12 @@ def domain_of_the_card(config: Any) -> Iterator[None]:
 
 
 def use_domain(domain: Any) -> Any:
-    """The domain given to ``encode``; where none is, that of the card being written, if any."""
+    """The domain given to ``encode``, else that of the card that is being written, if any."""
     return _domain.get() if domain is None else domain
 
 
 def describe_use(encoder: Any, card: Path) -> None:
-    """Complete the card that sentence-transformers wrote: how to load, and what the mixture is."""
+    """Add to sentence-transformers' card how to load the mixture, and its settings."""
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     text = _with_usage(text.split(_HEADING)[0].rstrip(), _example_domain(encoder.config))
     text += "\n\n" + describe_mixture(
@@ -45,14 +48,14 @@ def describe_use(encoder: Any, card: Path) -> None:
 
 
 def _example_domain(config: Any) -> str | None:
-    """The domain that the usage example names; ``None`` where it needs none."""
+    """The domain that the usage example names; ``None`` if it needs none."""
     if config.default_domain is None and config.routing == "enforced" and config.domains:
         return config.domains[0]
     return config.default_domain
 
 
 def _with_usage(card: str, domain: str | None) -> str:
-    """sentence-transformers' usage example, made to run on a mixture."""
+    """The card with sentence-transformers' usage example changed to run on a mixture."""
     load = "from sentence_transformers import SentenceTransformer\n"
     register = f"import moe_fast  # registers the architecture: {install_command('train')}\n"
     if register not in card:

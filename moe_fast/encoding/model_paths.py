@@ -1,4 +1,4 @@
-"""What lies at a model's path, a folder or a hub id, told before anything is loaded."""
+"""Finds out what kind of model is at a path (a folder or hub id), without loading it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_model_path(path: str) -> None:
 
 
 def has_modules(path: str) -> bool:
-    """Whether there is a SentenceTransformer at `path`, not a bare encoder."""
+    """Whether the model at `path` is a SentenceTransformer, not a bare encoder."""
     return model_file(path, "modules.json") is not None
 
 
@@ -40,14 +40,14 @@ def is_mixture(path: str) -> bool:
     if config is None:
         return False
     kind = read_object(config).get("model_type")
-    return kind in [a.model_type for a in ARCHITECTURES]  # whatever a file has there
+    return kind in [a.model_type for a in ARCHITECTURES]  # a list: `kind` may be unhashable
 
 
 def model_fingerprint(path: str) -> str:
-    """What the model's weights and settings are, so that a change of either shows.
+    """A fingerprint of the model, which changes with its weights and settings.
 
-    A folder: the SHA-256 of the names and contents of its files, hidden ones and cards aside. A hub
-    id: the commit that the cache holds. An adapter's base belongs to it.
+    For a folder it is the SHA-256 of the names and contents of its files, without hidden files and
+    model cards; for a hub id, the commit in the cache. An adapter's base is included.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -71,7 +71,7 @@ def file_sha256(path: Path) -> str:
 
 
 def model_file(path: str, name: str) -> Path | None:
-    """A file of the model, in its folder or in the hub's cache (downloaded where missing)."""
+    """A file of the model, in its folder or in the hub's cache (downloaded if missing)."""
     if Path(path).is_dir():
         file = Path(path, name)
         return file if file.is_file() else None

@@ -12,19 +12,19 @@ Role = Literal["query", "document"]
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How a model's ``encode`` is called. What is ``None`` is left to the model.
+    """How a model's ``encode`` is called. For options that are ``None`` the model decides.
 
     Attributes:
         batch_size: texts per batch.
         truncate: whether texts longer than the model's ``max_seq_length`` are cut. Otherwise such
-            a text is an error (``None``: as a `MoESentenceTransformer`'s own ``truncate`` says).
-        query_prompt, document_prompt: texts put in front of every query (``a``) and every
+            a text is an error (``None``: the ``truncate`` of a `MoESentenceTransformer` decides).
+        query_prompt, document_prompt: texts put before every query (``a``) and every
             document (``b``).
         query_prompt_name, document_prompt_name: names of the model's own prompts instead.
         roles: call ``encode_query`` and ``encode_document``, which choose the model's own prompts
-            for the two. ``None``: for retrieval, where the model has them; not for pairs and STS.
-        domain: one domain for all texts, handed to the model.
-        pass_domain: hand each text's own domain to the model. ``None``: where the model knows
+            for the two. ``None``: only for retrieval, and if the model has these methods.
+        domain: one domain for all texts, passed to the model.
+        pass_domain: pass each text's own domain to the model. ``None``: if the model has
             domains, the data names them, and ``domain`` is not given.
         show_progress_bar: as in sentence-transformers.
     """
@@ -64,10 +64,10 @@ class EncodeOptions:
 
 
 def passes_domain(model: Any, options: EncodeOptions, domains_known: bool) -> bool:
-    """Whether texts go to the model with their domains.
+    """Whether the domains of texts are passed to the model.
 
     Raises:
-        ValueError: the options want it, and the data names no domains.
+        ValueError: the options require it, but the data names no domains.
     """
     if options.pass_domain and not domains_known:
         raise ValueError("pass_domain=True needs data with domains; this data has none")

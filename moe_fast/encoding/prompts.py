@@ -1,4 +1,4 @@
-"""What a SentenceTransformer puts in front of every text."""
+"""The prompt that a SentenceTransformer puts before every text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def prompt_of(model: Any, prompt: str | None, *names: str | None) -> str:
-    """The prompt given, or the first of the names that is one of the model's, or its default."""
+    """``prompt``, else the model's prompt for the first known name, else its default prompt."""
     if prompt is not None:
         return prompt
     prompts = getattr(model, "prompts", None) or {}

@@ -1,8 +1,9 @@
 """MoESentenceTransformer: a SentenceTransformer whose encoder is a mixture of experts.
 
-A saved one names sentence-transformers' own modules only, so a stock ``SentenceTransformer(path)``
-loads it without remote code after ``import moe_fast`` (which registers the architecture); the
-stock class takes one ``domain`` for a whole call, this one also one per text.
+When saved, it names only sentence-transformers' own modules. Therefore a stock
+``SentenceTransformer(path)`` loads it without remote code after ``import moe_fast``, which
+registers the architecture. The stock class takes one ``domain`` for a whole call, this class also
+one per text.
 """
 
 from __future__ import annotations
@@ -44,27 +45,26 @@ from moe_fast.models.saving import replaced_files
 from moe_fast.ops.route.reference import NonFiniteLogitsError
 from moe_fast.ops.varlen_attention.maintained import attention_kernel
 
-# Names of encode's positional arguments behind the texts.
+# Names of encode's positional arguments after the texts.
 _ENCODE_OPTIONS = tuple(inspect.signature(SentenceTransformer.encode).parameters)[2:]
 
 
 class MoESentenceTransformer(SentenceTransformer):
-    """A ``SentenceTransformer`` on a mixture of experts; made by :func:`moe_fast.upcycle`.
+    """A ``SentenceTransformer`` with a mixture of experts; made by :func:`moe_fast.upcycle`.
 
-    Constructor and methods are ``SentenceTransformer``'s; ``encode`` takes ``domain`` and
-    ``truncate`` too.
+    Constructor and methods are those of ``SentenceTransformer``; ``encode`` also takes ``domain``,
+    ``truncate`` and ``packed``.
 
-    ``encode`` leaves padding out (``attn_implementation="moe_fast"``) on a CPU, and on a GPU in
-    half precision, unless the encoder was given another attention than the default, "sdpa".
+    ``encode`` computes nothing for padding (``attn_implementation="moe_fast"``) on a CPU, and on a
+    GPU in half precision, unless the encoder was given another attention than the default, "sdpa".
 
     Attributes:
-        truncate: what ``encode`` does with texts that are too long unless told otherwise; set it
-            to ``True`` where somebody else calls ``encode``, such as an evaluator. Not saved.
-        packed: ``False``: ``encode`` computes padding, too, as the encoder's attention does. Not
-            saved.
+        truncate: the default of ``encode``'s argument: whether texts that are too long are cut. Set
+            it to ``True`` if other code calls ``encode``, such as an evaluator. It is not saved.
+        packed: the default of ``encode``'s argument: whether padding is left out. It is not saved.
     """
 
-    model_type = "SentenceTransformer"  # what is saved is one, and loads as one
+    model_type = "SentenceTransformer"  # it is saved and loaded as one
 
     def __init__(self, *args: Any, truncate: bool = False, **kwargs: Any) -> None:
         compat.check_overrides(type(self))
@@ -80,8 +80,8 @@ class MoESentenceTransformer(SentenceTransformer):
             )
         self.truncate = truncate
         self.packed = True
-        # Lets `domain` through encode() to the encoder, here and (saved in modules.json) in the
-        # stock class.
+        # Makes encode() pass `domain` to the encoder, here and (saved in modules.json) in the stock
+        # class.
         first = next(iter(compat.child_modules(self)))
         own = (self.module_kwargs or {}).get(first, [])
         self.module_kwargs = {
@@ -102,29 +102,29 @@ class MoESentenceTransformer(SentenceTransformer):
         """As ``SentenceTransformer.encode``, with one domain for all texts or one per text.
 
         Any number of threads may encode with one model: a call changes nothing that another can
-        see, but for what ``SentenceTransformer.encode`` does to a model in training mode or on
-        another ``device`` (it is put into evaluation mode, and moved).
+        see. The exception is a model in training mode or on another ``device``, which
+        ``SentenceTransformer.encode`` puts into evaluation mode and moves.
 
         Args:
             inputs: a text or a sequence of texts.
-            domain: a domain's name, or a sequence of as many names as there are texts. ``None``:
-                the learned router, or the model's ``default_domain``.
-            truncate: cut texts longer than ``max_seq_length`` tokens, with a warning that says
-                how many; otherwise such a text is an error before any work starts. ``None``: as
-                the attribute says. Only plain strings are measured.
-            packed: leave padding out where that is faster. ``None``: as the attribute says.
+            domain: a domain's name, or a sequence with one name per text. ``None``: the learned
+                router, or the model's ``default_domain``.
+            truncate: cut texts longer than ``max_seq_length`` tokens, and warn how many were cut;
+                otherwise such a text is an error before any work starts. ``None``: the attribute
+                ``truncate`` decides. Only plain strings are measured.
+            packed: leave padding out if that is faster. ``None``: the attribute ``packed`` decides.
 
         Returns:
-            What ``SentenceTransformer.encode`` returns, in the order of ``inputs``.
+            The result of ``SentenceTransformer.encode``, in the order of ``inputs``.
 
         Raises:
-            ValueError: for an unknown domain (the message lists the known ones), a number of
-                domains that is not that of the texts, no domain where one is needed, texts that
-                are too long, and a text for which a learned router computes NaN or infinity.
+            ValueError: for an unknown domain (the message lists the known ones), for no domain if
+                one is needed, if the number of domains is not that of the texts, for texts that
+                are too long, and for a text for which a learned router computes NaN or infinity.
             TypeError: for a ``domain`` that is neither a name nor a sequence of names.
         """
         if inputs is None:
-            inputs = kwargs.pop("sentences", None)  # the name it had before
+            inputs = kwargs.pop("sentences", None)  # its former name
         kwargs.update(zip(_ENCODE_OPTIONS, args, strict=False))
         singular = self.is_singular_input(inputs)
         texts = [inputs] if singular else list(inputs)
@@ -143,10 +143,10 @@ class MoESentenceTransformer(SentenceTransformer):
         return super().encode(texts[0] if singular else texts, **options, **kwargs)
 
     def _prepared(self, texts: list[Any], options: dict[str, Any], truncate: bool) -> list[Any]:
-        """The texts as tokens, none of them too long; other inputs, and those of pools, as given.
+        """Tokenize the texts and cut long ones; return other inputs, and those of pools, unchanged.
 
         Raises:
-            ValueError: for texts that are too long, unless they are to be cut.
+            ValueError: for texts that are too long, unless ``truncate`` is true.
         """
         if not texts or not all(isinstance(text, str) for text in texts):
             return texts
@@ -160,7 +160,7 @@ class MoESentenceTransformer(SentenceTransformer):
         return shortened(texts, prompt, long)
 
     def _is_plain(self, options: dict[str, Any]) -> bool:
-        """Whether a text is its tokens and no more, in this process and for this call."""
+        """Whether this call needs only the tokens of the texts, in this process."""
         first = self[0]
         elsewhere = options.get("pool") is not None or isinstance(
             options.get("device"), (list, tuple)
@@ -179,21 +179,21 @@ class MoESentenceTransformer(SentenceTransformer):
 
     @compat.overrides
     def get_model_kwargs(self) -> list[str]:
-        """As ``SentenceTransformer``'s: the names that ``encode`` hands on to ``forward``."""
+        """As ``SentenceTransformer``'s: the keywords that ``encode`` passes to ``forward``."""
         return [*super().get_model_kwargs(), "packed"]
 
     @compat.overrides
     def preprocess(
         self, inputs: Any, prompt: str | None = None, packed: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """As ``SentenceTransformer.preprocess``, also for what ``encode`` has tokenized already."""
+        """As ``SentenceTransformer.preprocess``, also for texts that ``encode`` has tokenized."""
         if not inputs or not isinstance(inputs[0], TokenizedText):
             return super().preprocess(inputs, prompt=prompt, **kwargs)
         features: dict[str, Any] = padded_batch(inputs, self.tokenizer)
         features["modality"] = "text"
         if prompt:
             features["prompt_length"] = prompt_length(self.tokenizer, prompt, self.max_seq_length)
-        if not compat.is_compiled(self):  # it would be compiled anew for every batch's
+        if not compat.is_compiled(self):  # it would be compiled again for every batch
             features["text_index"] = [text.place for text in inputs]
         return features
 
@@ -203,7 +203,7 @@ class MoESentenceTransformer(SentenceTransformer):
 
         Args:
             input: the features of a batch, as :meth:`preprocess` makes them.
-            packed: leave padding out where that gives the same faster: see docs/packed.md.
+            packed: leave padding out if the result is the same and faster, see docs/packed.md.
         """
         places = input.pop("text_index", None)
         if packed and self._packs():
@@ -216,11 +216,11 @@ class MoESentenceTransformer(SentenceTransformer):
         return output
 
     def _packs(self) -> bool:
-        """Whether attention without padding gives the same, and is faster."""
+        """Whether attention without padding gives the same result, and is faster."""
         encoder = self.transformers_model
         dtype, kind = encoder.dtype, self.device.type
         faster = kind == "cpu" or attention_kernel(kind, dtype) != "sdpa"
-        # A compiled model is one graph of padded batches; only "eager" makes attention weights.
+        # A compiled model is a graph for padded batches; only "eager" returns attention weights.
         compiled = any(compat.is_compiled(m) for m in (self, encoder))
         default = compat.attention_of(encoder.config) == "sdpa"
         return default and faster and not compiled and not encoder.config.output_attentions
@@ -232,7 +232,7 @@ class MoESentenceTransformer(SentenceTransformer):
         places: list[int] | None,
         options: dict[str, Any],
     ) -> NonFiniteLogitsError:
-        """The error with the index of the first text of the batch that it is true of."""
+        """The error with the index of the first text of the batch that causes it."""
         for row, place in enumerate(places or ()):
             alone = {
                 name: value[row : row + 1] if isinstance(value, torch.Tensor) else value
@@ -253,16 +253,16 @@ class MoESentenceTransformer(SentenceTransformer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As ``SentenceTransformer.save``, but whole or not at all.
+        """As ``SentenceTransformer.save``, but atomic.
 
-        An old model in ``path`` stays until the new one takes its place in one step; files of
-        others are kept, as in :func:`moe_fast.files.atomic_folder`.
+        An old model in ``path`` stays until the new one replaces it in one step; other files are
+        kept, as in :func:`moe_fast.files.atomic_folder`.
         """
         if path is None:  # nothing to do, as for the stock class
             return
         with atomic_folder(path, replaces=replaced_files(self.transformers_model)) as temporary:
             super().save(str(temporary), model_name, create_model_card, *args, **kwargs)
-            if not create_model_card:  # the encoder, which lies in the same folder, has its own
+            if not create_model_card:  # the encoder, which is in the same folder, has written one
                 Path(temporary, "README.md").unlink(missing_ok=True)
         self.model_card_data.save_dir = str(path)
 

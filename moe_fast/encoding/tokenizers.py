@@ -1,7 +1,7 @@
-"""A tokenizer that one call has to itself.
+"""A tokenizer for one call alone.
 
-A tokenizer of Hugging Face's keeps truncation and padding as its state and sets them anew in each
-call, so that two threads with different wishes get each other's, or an error.
+A tokenizer of Hugging Face stores truncation and padding as its state and sets them in each call.
+Two threads that need different settings would get each other's, or an error.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def own_tokenizer(tokenizer: Any) -> Any:
-    """The same tokenizer with truncation and padding of its own; vocabulary and rules are shared.
+    """A copy with its own truncation and padding settings; vocabulary and rules are shared.
 
     Args:
-        tokenizer: of transformers. One that is written in Python keeps no state, and is returned.
+        tokenizer: one of transformers'. One written in Python has no such state and is returned
+            itself.
     """
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer
     backend = _own_backend(tokenizer.backend_tokenizer)
     own = copy.copy(tokenizer)
-    # Where that means nothing any more, the whole is copied, slowly.
+    # If transformers no longer uses the replaced backend, everything is copied, which is slow.
     return own if replaced_backend(own, backend) else copy.deepcopy(tokenizer)
 
 
 def _own_backend(shared: Tokenizer) -> Tokenizer:
-    """Made of the parts of `shared`; only the added tokens are copied, one by one."""
+    """A tokenizer with the parts of `shared`; only the added tokens are copied, one by one."""
     own = Tokenizer(shared.model)
     for name in _PARTS:
         part = getattr(shared, name)
@@ -46,12 +47,12 @@ def _own_backend(shared: Tokenizer) -> Tokenizer:
             run = []
         run.append(token)
     _add(own, run)
-    # Ids with gaps between them come out otherwise.
+    # If there are gaps between the ids, the copied tokens get other ids.
     return own if own.get_added_tokens_decoder() == added else copy.deepcopy(shared)
 
 
 def _add(tokenizer: Tokenizer, tokens: list[Any]) -> None:
-    """Add tokens that are all special or all not."""
+    """Add tokens, which are either all special or all not special."""
     if tokens:
         add = tokenizer.add_special_tokens if tokens[0].special else tokenizer.add_tokens
         add(tokens)

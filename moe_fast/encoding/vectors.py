@@ -1,4 +1,4 @@
-"""Texts to vectors, with any model that has ``encode``."""
+"""Turns texts into vectors with any model that has ``encode``."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def encode_texts(
     dtype: str | None = None,
     **options: Any,
 ) -> Any:
-    """Vectors of texts, one for each, as the model gives them.
+    """Compute one vector per text, as the model returns them.
 
     Args:
-        model: anything with ``encode(texts, **options)`` that gives [N, d], an array, a tensor or
-            a SciPy sparse matrix.
+        model: any object with ``encode(texts, **options)`` that returns [N, d], an array, a tensor
+            or a SciPy sparse matrix.
         texts: N texts.
         role: call ``encode_query`` or ``encode_document`` instead.
         truncate: whether texts longer than the model's ``max_seq_length`` are cut. Otherwise such
-            a text is an error (``None``: as a `MoESentenceTransformer`'s own ``truncate`` says).
-        dtype: that the vectors are converted to; ``None``: the model's, but bfloat16 is float32.
-        **options: go to the model, such as ``domain``, ``prompt_name`` and ``batch_size``.
+            a text is an error (``None``: the ``truncate`` of a `MoESentenceTransformer` decides).
+        dtype: the dtype of the result; ``None``: the model's, but float32 for bfloat16.
+        **options: passed to the model, such as ``domain``, ``prompt_name`` and ``batch_size``.
 
     Returns:
         [N, d], an array or a sparse matrix; all numbers are finite.
 
     Raises:
-        ValueError: texts that are too long, where they are not to be cut; vectors that are not
-            one per text, or not finite (in ``dtype``); a role for a model without its method.
-        TypeError: a model of several encoders.
+        ValueError: texts are too long and must not be cut; the model does not return one vector
+            per text, or numbers are not finite (in ``dtype``); the model lacks the role's method.
+        TypeError: the model has several encoders.
     """
     check_one_encoder(model)
     encode = _method(model, role)
@@ -72,15 +72,15 @@ def embed(
     domains: Sequence[str] | None = None,
     options: EncodeOptions | None = None,
 ) -> Any:
-    """Unit vectors of texts, each different text (of a domain) encoded once.
+    """Compute unit vectors of texts; repeated texts of a domain are encoded once.
 
     Args:
         model: as in `encode_texts`.
         texts: N texts.
         role: which of the prompts to use.
-        domains: one name per text, handed to ``encode``; ``None``: nothing is.
-        options: see `EncodeOptions`; ``roles`` must be true for ``encode_query`` and
-            ``encode_document`` to be called.
+        domains: one name per text, passed to ``encode``; ``None``: no domain is passed.
+        options: see `EncodeOptions`; ``encode_query`` and ``encode_document`` are called only if
+            ``roles`` is true.
 
     Returns:
         [N, d] float64, dense or sparse; a zero vector stays zero.
@@ -115,7 +115,7 @@ def _method(model: Any, role: Role | None) -> Any:
 
 
 def _fitting(model: Any, texts: list[str], prompt: str, truncate: bool | None) -> list[str]:
-    """Texts that a stock ``SentenceTransformer``, which says nothing, may be given to cut."""
+    """Check the lengths of texts for a stock ``SentenceTransformer``, which cuts them silently."""
     limit, tokenizer = getattr(model, "max_seq_length", None), getattr(model, "tokenizer", None)
     long = measure_texts(tokenizer, texts, prompt, limit)
     long.settle(truncate)

@@ -1,4 +1,4 @@
-"""Modules: they hold parameters and no mathematics, which is :mod:`moe_fast.ops`'s."""
+"""Modules that hold parameters and call the operations of :mod:`moe_fast.ops`."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``MoEBertLayer`` and all others that are made from the table of architectures."""
+    """``MoEBertLayer`` and the other layers, which are made from the table of architectures."""
     if name.startswith("MoE"):
         return getattr(encoder_layers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,9 @@
 """The attention function "moe_fast", registered with transformers: attention without padding.
 
-Any of transformers' encoders takes it (``attn_implementation="moe_fast"``). A packed batch, hidden
-states [1, T, D] with ``cu_seq_lens_q`` among the keywords, is computed as it is; a padded one with
-a 2-D mask is packed for the attention alone. The mixtures of :mod:`moe_fast.models` pack the whole
-forward instead.
+All of transformers' encoders accept it (``attn_implementation="moe_fast"``). It computes a packed
+batch, hidden states [1, T, D] with ``cu_seq_lens_q`` among the keywords, without change; it packs a
+padded batch with a 2-D mask for the attention alone. The mixtures of :mod:`moe_fast.models` pack
+the batch for the whole forward instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _choice: ContextVar[str | None] = ContextVar("moe_fast_attention", default=None)
 
 @contextmanager
 def packed_attention() -> Iterator[None]:
-    """Within the block, in this thread alone, the mixtures' attention is "moe_fast"."""
+    """Makes "moe_fast" the attention of all mixtures, within the block and in this thread alone."""
     if not compat.attention_can_be_chosen():
         yield
         return
@@ -40,10 +40,10 @@ def packed_attention() -> Iterator[None]:
 
 
 class AttentionOfTheCall:
-    """A configuration whose attention one forward can choose for itself, see `packed_attention`.
+    """A configuration whose attention a single forward can choose, see `packed_attention`.
 
-    transformers' layers and masks ask the configuration, which all threads share, for the name of
-    the attention; nothing that is handed to a forward reaches them there.
+    transformers' layers and masks read the name of the attention from the configuration, which all
+    threads share; no argument of a forward can change it.
     """
 
     _attn_implementation = compat.attention_setting(_choice)
@@ -66,11 +66,11 @@ def attention_forward(
 
     Args:
         query, key, value: [B, heads, L, head_dim]; packed: [1, heads, T, head_dim]. Keys and values
-            may have fewer heads, each of which serves as many of the queries'.
-        attention_mask: ``None``, [B, L] bool (True for real tokens), or a 4-D mask, with which
-            this is transformers' SDPA.
-        sliding_window: as FlashAttention counts it: a token sees ``sliding_window - 1`` others to
-            either side.
+            may have fewer heads, each of which serves several heads of the queries.
+        attention_mask: ``None``, [B, L] bool (True for real tokens), or a 4-D mask, for which
+            transformers' SDPA is called.
+        sliding_window: as FlashAttention counts it: a token attends to ``sliding_window - 1``
+            others on either side.
         cu_seq_lens_q, max_length_q: [B + 1] starts and the longest length of a packed batch.
 
     Returns:
@@ -91,7 +91,7 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=False
         )
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # each head of keys is several heads of queries'
+    if groups > 1:  # each head of keys serves several heads of queries
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     if cu_seq_lens_q is not None:
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -121,14 +121,14 @@ def _refuse(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any
 def real_tokens(
     mask: Tensor | None, batch: int, length: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
-    """Where a padded batch's real tokens are.
+    """The positions of a padded batch's real tokens.
 
     Args:
         mask: [B, L] bool, or ``None``: all are real.
 
     Returns:
-        Their places in [B * L], [T] int64 (``None`` where all are real), and [B + 1] int32 starts
-        of the sequences once packed.
+        Their indices in [B * L], [T] int64 (``None`` if all are real), and [B + 1] int32, the
+        starts of the packed sequences.
     """
     if mask is None or bool(mask.all()):
         return None, torch.arange(batch + 1, dtype=torch.int32, device=device) * length
@@ -153,5 +153,5 @@ def scatter_rows(x: Tensor, places: Tensor | None, size: int) -> Tensor:
 
 
 AttentionInterface.register(ATTENTION, attention_forward)
-# [B, L], or None where all tokens are real: no mask of L x L is ever made, not for windows either.
+# [B, L], or None if all tokens are real: no mask of L x L is made, not even for windows.
 AttentionMaskInterface.register(ATTENTION, compat.padding_mask())

@@ -1,9 +1,9 @@
-"""Drop-in encoder layers: transformers' own, their MLP replaced by a mixture of experts.
+"""Drop-in encoder layers: transformers' layers, with the MLP replaced by a mixture of experts.
 
-``MoEBertLayer`` and its siblings, one for each entry of the table of architectures. Same
-constructor, inputs and outputs as the class each one extends. Routing travels in ``**kwargs``
-(``expert_ids``, ``token_mask``, ``cu_seqlens``, or one ``routing``) and is taken out before the
-attention sees it. A bare layer without ``token_mask`` treats every token as real.
+There is one class for each entry of the table of architectures, such as ``MoEBertLayer``. It has
+the constructor, inputs and outputs of the class that it extends. Routing is passed in ``**kwargs``
+(``expert_ids``, ``token_mask``, ``cu_seqlens``, or all of them in ``routing``) and removed before
+the attention is called. A bare layer without ``token_mask`` treats every token as real.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from moe_fast.architectures import ARCHITECTURES, Architecture, make_class, sett
 from moe_fast.layers.moe_mlp import MoEMLP, OutputBlock
 from moe_fast.layers.routing_info import RoutingInfo
 
-# What the mixture's layers ask of a configuration beyond a dense layer's.
+# Fields of the configuration that a mixture's layers need and dense layers do not.
 _NEEDED = ("num_experts", "num_experts_per_tok", "routing", "weight_mode", "target")
 # The fields of an entry that name modules of a dense layer.
 _PARTS = (
     *("up", "down", "mlp", "norm", "dropout"),
     *("attention", "attention_norm", "attention_dropout"),
 )
-# What decoders hand to their layers.
+# Keywords that decoders pass to their layers.
 _DECODER_INPUTS = ("encoder_hidden_states", "cache", "past_key_values")
 
 
 def _check_config(config: PreTrainedConfig) -> None:
-    """Refuse, before anything is built, what these layers do not do."""
+    """Raise ``ValueError``, before anything is built, for settings that these layers lack."""
     name = type(config).__name__
     missing = [field for field in _NEEDED if not hasattr(config, field)]
     if missing:
@@ -63,7 +63,7 @@ def _check_config(config: PreTrainedConfig) -> None:
 
 
 def _check_parts(layer: nn.Module, parts: Architecture) -> None:
-    """Refuse an entry that names what the dense layer does not have."""
+    """Raise ``ValueError`` for an entry that names modules that the dense layer lacks."""
     known = dict(layer.named_modules())
     named = {field: getattr(parts, field) for field in _PARTS}
     for field, value in named.items():
@@ -77,10 +77,10 @@ def _check_parts(layer: nn.Module, parts: Architecture) -> None:
 
 
 class MoELayer(GradientCheckpointingLayer):
-    """What all the layers share; stands before the dense layer in their bases.
+    """The base of all layers; it precedes the dense layer in their list of bases.
 
-    ``config.fused_output``, which may change at any time, says whether the MLP computes the sum and
-    the norm behind it, too; forward hooks of these modules do not run then.
+    With ``config.fused_output``, which may change at any time, the MLP also computes the dropout,
+    the sum and the norm after it; forward hooks of these modules do not run then.
     """
 
     architecture: Architecture
@@ -109,7 +109,7 @@ class MoELayer(GradientCheckpointingLayer):
         )
 
     def routed(self, x: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Any:
-        """Hidden states [B, L, D] to [B, L, D]; routing keywords as in the module's docstring."""
+        """Map hidden states [B, L, D] to [B, L, D]; for routing keywords see the module."""
         for name in _DECODER_INPUTS:
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} must be None: moe_fast layers are encoders; got a value.")
@@ -125,7 +125,7 @@ class MoELayer(GradientCheckpointingLayer):
         return (x, *rest) if parts.tuple_output else x
 
     def _mixed(self, x: Tensor, routing: RoutingInfo) -> Tensor:
-        """The block of the experts."""
+        """The block of the layer that contains the experts."""
         parts = self.architecture
         if self.config.fused_output:
             return self.mlp(x, routing=routing, output_block=self._output_block(x))
@@ -139,13 +139,13 @@ class MoELayer(GradientCheckpointingLayer):
         return part
 
     def _added(self, y: Tensor, residual: Tensor, norm: str, dropout: str | None) -> Tensor:
-        """The sum at the end of a block, normalised where the norm comes last."""
+        """The sum at the end of a block, normalised if the layer is post-norm."""
         if dropout is not None:
             y = self._part(dropout)(y)
         return y + residual if self.architecture.pre_norm else self._part(norm)(y + residual)
 
     def _output_block(self, residual: Tensor) -> OutputBlock:
-        """The same behind the MLP, as an argument of the MLP that computes it."""
+        """The dropout, sum and norm after the MLP, as an argument of the MLP that computes them."""
         parts = self.architecture
         norm = self._part(parts.norm)
         dropout = self._part(parts.dropout) if parts.dropout is not None else None
@@ -154,10 +154,10 @@ class MoELayer(GradientCheckpointingLayer):
 
 
 def layer_class(architecture: Architecture) -> type[MoELayer]:
-    """The layer of an architecture's mixture, made and put into this module."""
+    """Make the layer class of an architecture's mixture, and add it to this module."""
     dense = architecture.dense_layer
     signature = inspect.signature(dense.forward)
-    extra = tuple(signature.parameters)[3:]  # behind self, the hidden states and the mask
+    extra = tuple(signature.parameters)[3:]  # after self, the hidden states and the mask
 
     def forward(
         self: Any,

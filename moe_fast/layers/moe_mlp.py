@@ -1,4 +1,4 @@
-"""MoEMLP: the MLP of an encoder layer, its weights replicated into experts."""
+"""MoEMLP: a mixture of experts in place of the MLP of an encoder layer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TARGETS = ("mlp", "intermediate", "output")
 
 
 class OutputBlock(NamedTuple):
-    """What follows the MLP of a BERT layer: ``LayerNorm(dropout(y) + residual)``.
+    """The operations after the MLP of a BERT layer: ``LayerNorm(dropout(y) + residual)``.
 
     Attributes:
-        residual: as the MLP's input.
-        weight, bias, eps: LayerNorm's, [D] each.
+        residual: in the shape of the MLP's input.
+        weight, bias, eps: those of the LayerNorm; weight and bias are [D].
         dropout: the probability, 0 outside of training.
     """
 
@@ -38,7 +38,7 @@ class OutputBlock(NamedTuple):
 
 
 class MoEMLP(nn.Module):
-    """A mixture of E expert MLPs, K per token; the MLP alone, no residual and no norm.
+    """A mixture of E expert MLPs, of which each token uses K; without residual and norm.
 
     Args:
         hidden_size, intermediate_size: D and H.
@@ -47,14 +47,15 @@ class MoEMLP(nn.Module):
         gated: ``down(act(z1) * z2)`` with ``[z1, z2] = gate_up(x)``, not ``down(act(up(x)))``.
         bias: whether the projections have biases.
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
-        target: what is replicated: "mlp" (both projections), or only the "intermediate" (the
-            mixture is taken before the activation) or only the "output" projection (after it; the
-            router then reads the activated intermediate). The other projection stays one.
+        target: the weights that every expert has of its own: "mlp" (both projections), or one
+            projection only: "intermediate" (the experts are summed before the activation) or
+            "output" (the experts are summed after it, and the router reads the activated
+            intermediate). The other projection is shared by all experts.
 
-    Parameters (transformers' names, stacked over experts, which the projection that is not
-    replicated lacks): ``up_proj`` [E, H, D] or gated ``gate_up_proj`` [E, 2H, D] (activated half
-    first), ``down_proj`` [E, D, H], their ``_bias`` [E, H], [E, 2H], [E, D] or ``None``, and
-    ``router.weight`` [E, D] ([E, H] for target "output"; none where routing is enforced).
+    Parameters (with transformers' names, stacked over experts; a shared projection has no dimension
+    E): ``up_proj`` [E, H, D] or gated ``gate_up_proj`` [E, 2H, D] (the activated half first),
+    ``down_proj`` [E, D, H], their ``_bias`` [E, H], [E, 2H], [E, D] or ``None``, and
+    ``router.weight`` [E, D] ([E, H] for target "output"; none with enforced routing).
 
     Raises:
         ValueError: for settings that do not go together, naming the argument.
@@ -118,17 +119,17 @@ class MoEMLP(nn.Module):
         return "gate_up_proj" if self.gated else "up_proj"
 
     def is_expert(self, name: str) -> bool:
-        """Whether the projection ``name`` is replicated into experts."""
+        """Whether every expert has its own projection ``name``."""
         return self.target == "mlp" or (self.target == "output") == (name == "down_proj")
 
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The stacked parameters, first dimension E, with their names."""
+        """The names and values of the parameters that are stacked over experts ([E, ...])."""
         for name, parameter in self.named_parameters(recurse=False):
             if self.is_expert(name.removesuffix("_bias")):
                 yield name, parameter
 
     def reset_parameters(self) -> None:
-        """Initialise every expert as ``nn.Linear`` does, and the router."""
+        """Initialise every expert and the router as ``nn.Linear`` does."""
         for name in (self.up_name, "down_proj"):
             weight, bias = self.projection(name)
             bound = 1 / math.sqrt(weight.shape[-1]) if weight.shape[-1] else 0.0
@@ -151,19 +152,19 @@ class MoEMLP(nn.Module):
         routing: RoutingInfo | None = None,
         output_block: OutputBlock | None = None,
     ) -> Tensor:
-        """Mix the experts of each token.
+        """Compute the weighted sum of each token's experts.
 
         Args:
             hidden_states: [B, L, D] or [T, D].
             expert_ids, token_mask, cu_seqlens: as in :func:`moe_fast.ops.route`.
-            routing: these three in one object, instead.
-            output_block: what to compute of the mixture in the same pass
-                (:func:`moe_fast.ops.expert_mlp_norm`); target "mlp" alone.
+            routing: the previous three in one object, instead of them.
+            output_block: operations to apply to the result in the same pass
+                (:func:`moe_fast.ops.expert_mlp_norm`); only for target "mlp".
 
         Returns:
-            The shape and dtype of ``hidden_states``. Padding gives 0 for target "mlp"; for the
-            other targets what the shared projection makes of it. With ``output_block``, what
-            that gives, padding included.
+            A tensor in the shape and dtype of ``hidden_states``. Padding gives 0 for target "mlp",
+            and the output of the shared projection for the other targets. With ``output_block``,
+            the output of these operations, for padding too.
         """
         if output_block is not None and self.target != "mlp":
             raise ValueError(
@@ -221,7 +222,7 @@ class MoEMLP(nn.Module):
         return y.view(*x.shape[:-1], weight.shape[1])
 
     def extra_repr(self) -> str:
-        """What ``print(module)`` shows of the settings."""
+        """The settings that ``print(module)`` shows."""
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"hidden_act={self.hidden_act}, gated={self.gated}, target={self.target}"

@@ -1,4 +1,4 @@
-"""MoERouter: the linear map that routes, as a module, so that hooks see every layer's routing."""
+"""MoERouter: the linear map of a router; a module, so that hooks can record its choices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_fast.layers.routing_info import RoutingInfo
 
 
 class RouterOutput(NamedTuple):
-    """What :class:`MoERouter` returns; shapes as in :class:`moe_fast.ops.Routing`.
+    """The result of :class:`MoERouter`; shapes are those of :class:`moe_fast.ops.Routing`.
 
     transformers' ``OutputRecorder`` reads the entries by position.
     """
@@ -31,11 +31,11 @@ class MoERouter(nn.Module):
         dim: size of the input's last dimension.
         num_experts, num_experts_per_tok: E and K.
         mode, weight_mode: as in :func:`moe_fast.ops.route`. With ``"enforced"`` there is no
-            weight: the ids come with the batch.
+            weight, because the batch contains the expert ids.
 
     Attributes:
-        weight: [E, dim], or ``None`` where routing is enforced. It has the model's dtype; the
-            product, the softmax and the choice run in at least float32.
+        weight: [E, dim], or ``None`` with enforced routing. It has the model's dtype; the
+            product, the softmax and the choice are computed in at least float32.
     """
 
     weight: nn.Parameter | None
@@ -91,7 +91,7 @@ class MoERouter(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What ``print(module)`` shows of the settings."""
+        """The settings that ``print(module)`` shows."""
         return (
             f"num_experts={self.num_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
             f"mode={self.mode}, weight_mode={self.weight_mode}"

@@ -1,7 +1,8 @@
-"""RoutingInfo: what a layer must be told to route a batch, in one object.
+"""RoutingInfo: all inputs that a layer needs to route a batch, in one object.
 
-A layer cannot tell padding from its attention mask (it may be ``None``, 4-D bool or 4-D float),
-so the model builds this from the 2-D mask and hands it to every layer as ``routing=``.
+A layer cannot find padding in its attention mask (which may be ``None``, 4-D bool or 4-D float).
+Therefore the model makes a RoutingInfo from the 2-D mask and passes it to every layer, as
+``routing=``.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from torch import Tensor
 
 from moe_fast import ops
 
-# Keywords of a layer's forward that routing consumes; the attention must not see them.
+# Keywords of a layer's forward that are for routing and must not be passed to the attention.
 _KEYWORDS = ("expert_ids", "token_mask", "cu_seqlens", "routing")
 _OUTPUT_FLAGS = ("output_router_logits", "output_tokens_per_expert")
 
 
 @dataclass(frozen=True)
 class RoutingInfo:
-    """What routes a batch, as :func:`moe_fast.ops.route` takes it.
+    """The inputs of the routing of a batch, as :func:`moe_fast.ops.route` takes them.
 
     Attributes:
-        expert_ids: [B], [B, L] or [T]; enforced routing only.
+        expert_ids: [B], [B, L] or [T]; enforced routing only, which sends texts to given experts.
         token_mask: [B, L] or [T] bool, True for real tokens; ``None``: all are real.
-        cu_seqlens: [B + 1] where the batch is packed, hidden states being [1, T, D] or [T, D].
-        enforced: the route and its plan, where they are known before the first layer and shared
-            by all of them (enforced routing).
+        cu_seqlens: [B + 1] for a packed batch, whose hidden states are [1, T, D] or [T, D].
+        enforced: with enforced routing, the route and its plan (the order in which experts compute
+            the tokens), which are made before the first layer and shared by all layers.
     """
 
     expert_ids: Tensor | None = None
@@ -38,7 +39,7 @@ class RoutingInfo:
 
     @classmethod
     def of(cls, routing: RoutingInfo | None, **parts: Any) -> RoutingInfo:
-        """``routing`` itself, or one made of its parts; both at once is an error."""
+        """Return ``routing``, or one made of ``parts``; raise ``ValueError`` if both are given."""
         if routing is None:
             return cls(**parts)
         doubled = [name for name, value in parts.items() if value is not None]
@@ -53,18 +54,18 @@ class RoutingInfo:
 
     @classmethod
     def pop_from(cls, kwargs: dict[str, Any]) -> RoutingInfo:
-        """Take the routing keywords of a layer's forward out of ``kwargs``."""
+        """Remove the routing keywords of a layer's forward from ``kwargs``, and return them."""
         for flag in _OUTPUT_FLAGS:
             kwargs.pop(flag, None)
         parts = {name: kwargs.pop(name, None) for name in _KEYWORDS}
         return cls.of(parts.pop("routing"), **parts)
 
     def with_shared_plan(self, num_experts: int, like: Tensor) -> RoutingInfo:
-        """The same, with the enforced route planned once for all layers.
+        """A copy with the enforced route and its plan, made once for all layers.
 
         Args:
             num_experts: E.
-            like: hidden states [B, L, D], for shape, dtype and device only.
+            like: hidden states [B, L, D], of which only shape, dtype and device are used.
         """
         hidden, mask = self.packed(like)
         route = ops.route(
@@ -81,7 +82,7 @@ class RoutingInfo:
         return RoutingInfo(self.expert_ids, self.token_mask, self.cu_seqlens, (route, plan))
 
     def packed(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Hidden states and mask as ``ops.route`` wants them: [T, D], [T] in a packed batch."""
+        """Hidden states and mask in the shapes of ``ops.route``: [T, D] and [T] if packed."""
         if self.cu_seqlens is None:
             return hidden_states, self.token_mask
         mask = None if self.token_mask is None else self.token_mask.reshape(-1)
@@ -91,8 +92,8 @@ class RoutingInfo:
 def token_mask_of(attention_mask: Any) -> Tensor | None:
     """[B, L] bool, True for real tokens, from a model's 2-D attention mask.
 
-    A 4-D mask, or ModernBERT's dictionary of masks, does not say which tokens are padding:
-    ``None``, every token is real.
+    A 4-D mask, or ModernBERT's dictionary of masks, does not say which tokens are padding. The
+    result is then ``None``: every token is real.
     """
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         return attention_mask.to(torch.bool)

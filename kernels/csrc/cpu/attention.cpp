@@ -1,11 +1,12 @@
-// One sequence and head at a time, transposed, a panel of up to 48 queries beside blocks of keys:
+// Attention is computed for one sequence and head at a time, transposed, with a panel of up to 48
+// queries and blocks of keys:
 //
-//   S^T = K Q^T, P^T = 2^(S^T - max), O^T = O^T * (what the maximum's change makes of it) + V^T P^T
+//   S^T = K Q^T, P^T = 2^(S^T - max), O^T = O^T * 2^(old max - new max) + V^T P^T
 //
-// So queries are columns, and the softmax runs down them, 16 side by side in a vector, with no sum
-// or maximum across a vector; and P^T is, as it comes out of the exponential, the right factor of
-// the second product. Keys (zeros behind the last) and transposed values are copied once for all
-// queries. Sums are float32; P is rounded to bfloat16 where the products are.
+// Queries are columns, and the softmax runs down the columns, 16 of them in a vector, without sums
+// or maxima across a vector; its result P^T is the right factor of the second product without
+// another copy. Keys (padded with zeros) and transposed values are copied once for all queries.
+// Sums are float32; P is rounded to bfloat16 if the products are in bfloat16.
 //
 // Source of the softmax over blocks of keys: Milakov and Gimelshein, arXiv 1805.02867; of keeping
 // scores in the cache: FlashAttention, arXiv 2205.14135.
@@ -31,12 +32,12 @@ namespace {
 
 using torch::stable::new_empty;
 
-constexpr int64_t kKeys = 256;    // at a time: a panel's scores, 48 KB, stay in the level 2 cache
-constexpr int64_t kKeyStep = 16;  // blocks are multiples of it: few kernels for oneDNN to generate
+constexpr int64_t kKeys = 256;    // per block: a panel's scores, 48 KB, fit the level 2 cache
+constexpr int64_t kKeyStep = 16;  // blocks are multiples of it, to generate few kernels
 constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// [T, heads, head_dim] with any strides but the last, which is 1.
+// A tensor [T, heads, head_dim] whose last stride is 1; the others are free.
 struct Strided {
   const void* data;
   Dtype dtype;
@@ -57,7 +58,7 @@ struct Attention {
   int64_t num_sequences, heads, dim;
   Dtype dtype;
   float scale;     // of scores in base 2
-  int64_t window;  // T and more: none
+  int64_t window;  // no limit if at least T
 
   int64_t length(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
 };
@@ -97,7 +98,7 @@ Attention view_attention(const Tensor& query, const Tensor& key, const Tensor& v
   return in;
 }
 
-// bf16 products multiply pairs.
+// bf16 products multiply pairs of elements.
 bool in_bf16(const Attention& in, const Gemm& gemm) {
   return in.dtype == Dtype::bf16 && gemm.bf16 != nullptr && in.dim % 2 == 0 && in.query.in_pairs();
 }
@@ -126,7 +127,7 @@ const G* copy_keys(const Attention& in, int64_t first, int64_t count, int64_t he
   return keys;
 }
 
-// `count` rows of values, at most 16 or, bf16, 16 pairs of them, as columns of out.
+// Writes `count` rows of values, at most 16 (bf16: 16 pairs), as columns of out.
 template <typename G>
 void transpose_group(const Attention& in, int64_t first, int64_t count, int64_t head, G* out,
                       Buffers& buffers) {
@@ -208,21 +209,21 @@ const G* pack_queries(const Attention& in, int64_t first, const Panel& panel, in
   return packed;
 }
 
-// What of one head of a sequence a thread works with: numbers count from the sequence's first token.
+// The data of one head of a sequence. Indices count from the sequence's first token.
 template <typename G>
 struct Head {
   int64_t index, token, length;  // token: the sequence's first
-  int64_t begin;                 // of the keys that are copied, a multiple of kKeys
+  int64_t begin;                 // the first key that is copied, a multiple of kKeys
   const G* keys;
   const G* values;
 };
 
-// A panel between blocks of keys.
+// The state of a panel between blocks of keys.
 template <typename G>
 struct Running {
   Panel panel;
   const G* query;  // Q^T [dim, width]
-  float* output;   // O^T [dim, width], undefined while it has seen no keys
+  float* output;   // O^T [dim, width], undefined before the first keys
   bool seen_keys = false;
   float max[kPanel], sum[kPanel];
   Running(const Panel& panel_, const G* query_, float* output_)
@@ -232,8 +233,8 @@ struct Running {
   }
 };
 
-// -inf in the scores [num_keys, width] of what a query must not see: keys behind the sequence's last,
-// and those outside its window.
+// Writes -inf to the scores [num_keys, width] of keys that a query must not attend to: those after
+// the end of the sequence, and those outside its window.
 void hide(const Attention& in, const Panel& panel, int64_t first_key, int64_t num_keys,
           int64_t length, float* scores) {
   const int64_t width = panel.width;
@@ -251,7 +252,7 @@ void hide(const Attention& in, const Panel& panel, int64_t first_key, int64_t nu
   }
 }
 
-// Adds the keys first .. first + count, which lie in one block, to a panel.
+// Adds the keys first .. first + count, which are in one block, to a panel.
 template <typename G>
 void add_keys(const Attention& in, const Gemm& gemm, const Head<G>& head, int64_t first,
               int64_t count, Running<G>& running, Buffers& buffers) {
@@ -259,7 +260,7 @@ void add_keys(const Attention& in, const Gemm& gemm, const Head<G>& head, int64_
   float* scores = buffers.scores.get<float>(kKeys * kPanel);
   run(gemm, count, width, in.dim, head.keys + from * in.dim, in.dim, running.query, width, scores,
       width, false);
-  const bool rising = in.scale > 0.0f;  // else -inf must be put in behind the scaling
+  const bool rising = in.scale > 0.0f;  // otherwise scores are scaled before -inf is written
   if (!rising) simd().scale_add(scores, in.scale, nullptr, scores, count * width);
   hide(in, running.panel, first, count, head.length, scores);
 
@@ -281,7 +282,7 @@ void add_keys(const Attention& in, const Gemm& gemm, const Head<G>& head, int64_
   running.seen_keys = true;
 }
 
-// O^T, divided by the sums, to the rows of y.
+// Writes O^T, divided by the sums, to the rows of y.
 template <typename G>
 void finish(const Attention& in, const Head<G>& head, Running<G>& running, void* y,
             Buffers& buffers) {
@@ -300,7 +301,8 @@ void finish(const Attention& in, const Head<G>& head, Running<G>& running, void*
 
 // --- tasks ---------------------------------------------------------------------------------------
 
-// A sequence's heads and panels of queries, from first to before last.
+// Heads first_head .. last_head and query panels first_panel .. last_panel of a sequence, the ends
+// excluded.
 struct Piece {
   int64_t sequence;
   int64_t first_head, last_head;
@@ -340,8 +342,8 @@ void attend(const Attention& in, const Gemm& gemm, const Piece& piece, void* y) 
   }
 }
 
-// A sequence's heads, and its queries where there are too few heads, are shared among the threads.
-// Results do not depend on how: nothing is summed across pieces. The largest first.
+// Divides the heads of a sequence, and its queries if there are too few heads, among the threads;
+// the largest pieces come first. Results do not depend on the division: no sum runs across pieces.
 std::vector<Piece> cut(const Attention& in) {
   const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
   const auto cost = [&](int64_t sequence) {

@@ -1,5 +1,6 @@
-// As in expert_mlp.cpp, with one projection: forward y^T = W x^T, the weights read in place;
-// backward u = dO W (dx and the routing weights' gradients come of it) and dW += (w dO)^T x.
+// As in expert_mlp.cpp, with one projection. The forward computes y^T = W x^T and reads the weights
+// in place; the backward computes u = dO W, from which dx and the gradients of the routing weights
+// follow, and dW += (w dO)^T x.
 #include "../expert_linear.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -19,7 +20,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kOutputs = 128;       // of O at a time in the forward
-constexpr int64_t kForwardRows = 768;   // per task: the weights are read once for so many
+constexpr int64_t kForwardRows = 768;   // per task, which reads the weights once
 constexpr int64_t kBackwardRows = 512;  // per block in the backward
 constexpr int64_t kInputs = 96;         // parts of I in the backward are multiples of it
 
@@ -65,7 +66,7 @@ struct Buffers {
   Buffer grad, grad_t, x, factor, group, pairs, grad_weight, db, input;  // backward
 };
 
-// y [T, O] where each token has one row, else rows [S, O]; the other is null.
+// Writes y [T, O] if each token has one row, otherwise rows [S, O]; the other one is null.
 template <typename G>
 void forward_task(const Linear& linear, const Gemm& gemm, const Task& task, void* y,
                   float* rows_out) {
@@ -110,7 +111,7 @@ struct BackwardOutput {
   float* row_weights;  // [parts, S]
 };
 
-// A task owns inputs begin .. end of I for all rows of its expert.
+// A task computes inputs begin .. end of I for all rows of its expert.
 template <typename G>
 void backward_task(const Linear& linear, const Gemm& gemm, const void* grad_y, const Task& task,
                    const BackwardOutput& out) {
@@ -122,7 +123,7 @@ void backward_task(const Linear& linear, const Gemm& gemm, const void* grad_y, c
   const RowSource grad_rows{grad_y, dtype, outputs, plan.row_to_token};
   const RowSource x_rows{linear.x, dtype, linear.in, plan.row_to_token};
 
-  // Part 0 of an expert also sees to what does not depend on I: db, and <dO, b>.
+  // Part 0 of an expert also computes what does not depend on I: db, and <dO, b>.
   float* db = task.part == 0 ? buffers.db.get<float>(outputs) : nullptr;
   if (db != nullptr) std::fill_n(db, outputs, 0.0f);
   const float* bias = nullptr;
@@ -150,7 +151,7 @@ void backward_task(const Linear& linear, const Gemm& gemm, const void* grad_y, c
     };
     pack_rows(x_row, dtype, padded, inputs, x);
 
-    // Padded like the factors: each number of rows would be another kernel for oneDNN to generate.
+    // Padded like the factors, because oneDNN would generate a kernel for every number of rows.
     float* rows = buffers.rows.get<float>(padded * inputs);
     multiply<G>(gemm, {grad, outputs}, padded, outputs, factor, inputs, rows, inputs, false);
     for (int64_t i = 0; i < count; ++i) {
@@ -180,7 +181,7 @@ Tensor expert_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Te
   const PlanView& plan = linear.plan;
   Tensor y = new_output(x, {plan.num_tokens, linear.out});
   const Gemm& products = gemm();
-  // Parts of O have rows of their own columns: nothing is summed over them.
+  // Each part of O writes its own columns, so that nothing is summed over parts.
   Tasks tasks = cut_into_tasks(plan, {linear.out, kOutputs, kForwardRows});
   tasks.max_parts = 1;
   const bool straight = plan.k == 1;

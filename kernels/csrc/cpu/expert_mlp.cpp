@@ -1,11 +1,11 @@
-// The forward works on blocks of an expert's sorted rows, which are gathered while they are packed
-// for the products, and on blocks of H, so that z and h pass through the cache:
+// The forward processes blocks of an expert's sorted rows, which are gathered while they are packed
+// for the products, and blocks of H, so that z and h stay in the cache:
 //
-//   z^T = W1 x^T, h = act(z), y^T = W2 h^T. The weights are the left factors, read in place, and h^T
-//   comes out of the activation packed as the next right factor.
+//   z^T = W1 x^T, h = act(z), y^T = W2 h^T. The weights are the left factors and are read in place.
+//   The activation writes h^T in the packed layout of the next right factor.
 //
-// Products accumulate in float32. Tasks that share rows (they own parts of H) sum into outputs of
-// their own, which combine() adds in a fixed order.
+// Products accumulate in float32. Tasks with the same rows and different parts of H write separate
+// outputs, which combine() adds in a fixed order.
 #include "../expert_mlp.h"
 
 #include "up_projection.h"
@@ -15,22 +15,22 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kForwardRows = 384;  // per task: the weights are read once for so many
+constexpr int64_t kForwardRows = 384;  // per task, which reads the weights once
 
 struct ForwardBuffers {
   UpBuffers up;
   Buffer activated, tile, weights, bias, rows, finished;
 };
 
-// Where results go: straight to y [T, D] where each token has one row and H is not cut, else to
-// rows [parts, S, D].
+// Where results are written: directly to y [T, D] if each token has one row and H is not divided,
+// otherwise to rows [parts, S, D].
 struct ForwardOutput {
   void* y;      // or null
   float* rows;  // or null
   void* saved;  // [S, U], or null
 };
 
-// h^T of a panel, packed as a right factor's rows first_unit .. first_unit + units.
+// Writes h^T of a panel as `units` packed rows of a right factor.
 template <typename G>
 void activate_panel(const Mlp& mlp, const float* z, const float* z2, int64_t units, int64_t width,
                     G* out, Buffer& buffer) {
@@ -46,7 +46,7 @@ void activate_panel(const Mlp& mlp, const float* z, const float* z2, int64_t uni
   }
 }
 
-// Results [count, dims] of a task's rows first .. first + count, `ld` apart, to where they belong.
+// Writes the results [count, dims], `ld` apart, of a task's rows first .. first + count to `out`.
 void row_epilogue(const Mlp& mlp, const Task& task, const ForwardOutput& out, int64_t first_dim,
                   int64_t dims, const float* rows, int64_t ld, int64_t first, int64_t count,
                   ForwardBuffers& buffers) {
@@ -68,7 +68,7 @@ void row_epilogue(const Mlp& mlp, const Task& task, const ForwardOutput& out, in
   }
 }
 
-// The same of tiles [dims, width].
+// The same for tiles [dims, width].
 void finish_tiles(const Mlp& mlp, const Task& task, const ForwardOutput& out, int64_t first_dim,
                   int64_t dims, const float* tiles, ForwardBuffers& buffers) {
   const int64_t count = task.last - task.first;
@@ -110,7 +110,7 @@ void forward_task(const Mlp& mlp, const Gemm& gemm, const Task& task, const Forw
     }
   }
 
-  const int64_t step = count <= kPanel ? kUnits / 4 : kUnits;  // rows of H are long: a copy must fit
+  const int64_t step = count <= kPanel ? kUnits / 4 : kUnits;  // a copy of the rows must fit
   for (int64_t dim = 0; dim < mlp.dim; dim += step) {
     const int64_t dims = std::min(step, mlp.dim - dim);
     const int64_t from = mlp.down_at(task.expert, dim) + task.begin;

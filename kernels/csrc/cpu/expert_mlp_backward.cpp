@@ -1,4 +1,4 @@
-// The backward works on blocks of rows and of H, like the forward:
+// The backward processes blocks of rows and of H, like the forward:
 //
 //   dh = dO W2; h and dz from z; dW2 += (w dO)^T h; dW1 += dz^T x; dx += dz W1.
 #include <algorithm>
@@ -13,11 +13,12 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kBackwardRows = 1024;  // per block, and
-constexpr int64_t kBackwardUnits = 256;  // of H: tiles that the level 2 and 3 caches hold
+// Rows, and units of H, per block: their tiles fit the level 2 and 3 caches.
+constexpr int64_t kBackwardRows = 1024;
+constexpr int64_t kBackwardUnits = 256;
 
-// A task owns units begin .. end of H for all rows of its expert, hence those rows and columns of
-// the weights' gradients, and sums dx and the routing weights' gradients of its part.
+// A task computes units begin .. end of H for all rows of its expert: those rows and columns of the
+// weights' gradients, and its part of dx and of the gradients of the routing weights.
 struct BackwardOutput {
   void *grad_up, *grad_down, *grad_up_bias, *grad_down_bias;
   float* rows;         // [parts, S, D]
@@ -31,7 +32,7 @@ struct BackwardBuffers {
   Buffer grad_up, grad_down, up_bias, down_bias, bias, rows_x;
 };
 
-// One block of rows of a task: its rows gathered into the factors of the products.
+// One block of rows of a task, gathered into the factors of the products.
 template <typename G>
 struct RowBlock {
   int64_t first, count, padded;  // padded to a multiple of kGroup with zeros
@@ -62,7 +63,7 @@ RowBlock<G> gather_block(const Mlp& mlp, const RowSource& grad_y, int64_t first,
   return block;
 }
 
-// The gradients of a block of units: from dh and z to h and dz, in the forms the products need.
+// h and dz of a block of units, in the layouts that the products need.
 template <typename G>
 struct UnitBlock {
   int64_t first, units;
@@ -71,7 +72,7 @@ struct UnitBlock {
   G* dz_t[2];  // left factors [units, padded]
 };
 
-// z of the block's rows and units once more, as float rows [count, units] in buffers.z and z2.
+// Computes z of the block's rows and units again, as float rows [count, units] in buffers.z and z2.
 template <typename G>
 void compute_z(const Mlp& mlp, const Gemm& gemm, const Task& task, const RowBlock<G>& block,
                const UnitBlock<G>& unit, BackwardBuffers<G>& buffers) {
@@ -102,8 +103,8 @@ void compute_z(const Mlp& mlp, const Gemm& gemm, const Task& task, const RowBloc
   }
 }
 
-// `count` rows of z from row `first` of the block on, [count, units], of one half: what compute_z()
-// left, or of what the forward saved, at most kGroup rows.
+// `count` rows of one half of z from row `first` of the block on, [count, units]: from the result
+// of compute_z(), or loaded from what the forward saved, then at most kGroup rows.
 template <typename G>
 const float* rows_of_z(const Mlp& mlp, const void* saved, const RowBlock<G>& block,
                        const UnitBlock<G>& unit, int64_t half, int64_t first, int64_t count,
@@ -161,8 +162,8 @@ void activation_backward(const Mlp& mlp, const void* saved, const RowBlock<G>& b
   }
 }
 
-// Where the weights' gradients of units first .. first + units are summed, in float32: in place
-// where that is their dtype.
+// Where the weights' gradients of units first .. first + units are summed, in float32: in the
+// output itself if that is its dtype.
 struct WeightSums {
   int64_t first, units;
   float* up[2];   // [units, D]
@@ -260,7 +261,7 @@ void backward_task(const Mlp& mlp, const Gemm& gemm, const RowSource& grad_y, co
   const int64_t dim = mlp.dim;
   const int64_t units = task.end - task.begin;
 
-  // Part 0 of an expert also sees to what does not depend on H: db2, and <dO, b2>.
+  // Part 0 of an expert also computes what does not depend on H: db2, and <dO, b2>.
   float* db1 = buffers.up_bias.template get<float>(mlp.up_rows);
   float* db2 = task.part == 0 ? buffers.down_bias.template get<float>(dim) : nullptr;
   std::fill_n(db1, mlp.up_rows, 0.0f);
@@ -271,7 +272,7 @@ void backward_task(const Mlp& mlp, const Gemm& gemm, const RowSource& grad_y, co
   }
   float* row_weights = out.row_weights + task.part * mlp.plan.num_slots();
 
-  // With one block of rows a block of units is done when it is left: its sums stay in the cache.
+  // With one block of rows each block of units is finished at once, so its sums stay in the cache.
   const int64_t rows = task.last - task.first;
   const int64_t step = even_blocks(rows, kBackwardRows);
   const bool whole = rows <= step;
@@ -286,7 +287,7 @@ void backward_task(const Mlp& mlp, const Gemm& gemm, const RowSource& grad_y, co
       backward_block<G>(mlp, gemm, task, saved, block, unit, here, sums, out, db1, buffers);
       if (whole) store_sums(mlp, task, out, sums);
     }
-    // Padded like the factors: each number of rows would be another kernel for oneDNN to generate.
+    // rows_x is padded, because oneDNN would generate a kernel for every number of rows.
     std::memcpy(out.rows + (task.part * mlp.plan.num_slots() + first) * dim,
                 buffers.rows_x.template get<float>(0),
                 static_cast<size_t>(block.count * dim) * sizeof(float));

@@ -1,7 +1,8 @@
 // torch exports its block kernel as a C++ function, at::native::cpublas::brgemm, outside the stable
 // ABI, and its BLAS as Fortran symbols. Both are looked up by name in the libraries that torch has
-// loaded, so a torch without them is no link error; and since a name promises nothing about
-// meaning, the block kernel is used only after it has computed a small product correctly.
+// loaded, so that a torch without them causes no link error. A name guarantees nothing about what
+// the function computes; therefore the block kernel is used only after it has computed a small
+// product correctly.
 #include "gemm.h"
 
 #include <dlfcn.h>
@@ -53,7 +54,7 @@ void block_bf16(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t lda, con
 void release_f32() { brgemm_release(false); }
 void release_all() { brgemm_release(true); }
 
-// The BLAS thinks in columns: a row-major C = A B is its C^T = B^T A^T.
+// The BLAS is column-major: a row-major C = A B is its C^T = B^T A^T.
 void blas_f32(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
               int64_t ldb, float* c, int64_t ldc, bool add) {
   const int dims[] = {static_cast<int>(m),   static_cast<int>(n),   static_cast<int>(k),
@@ -66,7 +67,8 @@ void blas_f32(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, cons
 
 constexpr int kM = 3, kN = 16, kK = 4;
 
-// Small integers, exact in every dtype; padding between the rows of A and C.
+// Whether a product of small integers, which are exact in every dtype, is correct. The rows of A
+// and C have padding between them.
 template <typename T, typename Product, typename Convert>
 bool computes(Product product, Convert convert, bool pairs) {
   T a[kM * (kK + 2)] = {}, b[kK * kN];
@@ -131,7 +133,7 @@ const Gemm& gemm() {
   static const Gemm f32{block_f32, nullptr, release_f32, "oneDNN float32"};
   static const Gemm blas{blas_f32, nullptr, [] {}, "BLAS float32"};
   static const bool only_blas = blas_only();
-  // Asked each time: oneDNN can be switched off in torch, and then its kernel throws.
+  // Checked in every call: oneDNN can be switched off in torch, and then its kernel throws.
   if (!only_blas && block_f32_works()) return block_bf16_works() ? bf16 : f32;
   if (sgemm == nullptr) throw std::runtime_error(why_no_gemm());
   return blas;

@@ -1,4 +1,4 @@
-// The upstream gradient of a block of rows, gathered into the factors of the backward products.
+// Gathers the upstream gradient of a block of rows into the factors of the backward products.
 #pragma once
 
 #include "packing.h"
@@ -7,8 +7,8 @@
 
 namespace moe_fast {
 
-// Of rows first .. first + count, dO being their tokens' rows of grad_y, padded with zeros to
-// `padded`, a multiple of kGroup:
+// For rows first .. first + count, whose dO are their tokens' rows of grad_y, padded with zeros to
+// `padded` rows, a multiple of kGroup:
 //   grad [padded, dim] = dO;  grad_t [dim, padded] = (w dO)^T;  db += column sums of w dO (or null);
 //   row_weights[row] = <dO, bias>, 0 where bias is null.
 template <typename G>

@@ -1,8 +1,8 @@
-// Blocks that the products work on, and the packing of rows and weights into them.
+// The blocks that products read, and the packing of rows and weights into them.
 //
 // A product's right factor [K, N] is stored in panels of 48 columns, the last one 16, 32 or 48
-// wide; a panel is [K, width] floats, or [K / 2, width] pairs of bf16. So a panel of depth K starts
-// at 48 * K elements times its number, and a whole factor takes K * round_up(N, 16) elements.
+// wide; a panel is [K, width] floats, or [K / 2, width] pairs of bf16. So panel i starts at element
+// 48 * K * i, and a whole factor takes K * round_up(N, 16) elements.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +18,9 @@
 
 namespace moe_fast {
 
-constexpr int64_t kPanel = 48;  // 3 vectors of 16 floats: what oneDNN's AVX-512 kernel likes best
-constexpr int64_t kDepth = 768;  // a product's K at a time: panels of it stay in the cache
-constexpr int64_t kGroup = 32;   // rows are padded to multiples of it: few kernels to generate
+constexpr int64_t kPanel = 48;  // 3 vectors of 16 floats: the fastest in oneDNN's AVX-512 kernel
+constexpr int64_t kDepth = 768;  // of a product's K at a time, so that panels stay in the cache
+constexpr int64_t kGroup = 32;   // rows are padded to multiples of it, so that kernels are few
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -29,8 +29,8 @@ inline int64_t panel_width(int64_t n, int64_t column) {
   return std::min(kPanel, round_up(n - column, 16));
 }
 
-// Blocks of equal size, of at most `most` rows (a multiple of kGroup), instead of full ones and a
-// rest: each block costs the weights once more, however few its rows.
+// The size of equal blocks of at most `most` rows (a multiple of kGroup). They replace full blocks
+// and a small last one, because each block reads the weights again, however few its rows.
 inline int64_t even_blocks(int64_t rows, int64_t most) {
   const int64_t blocks = (rows + most - 1) / most;
   return round_up((rows + blocks - 1) / blocks, kGroup);
@@ -44,11 +44,12 @@ inline char* at(void* data, Dtype dtype, int64_t element) {
   return static_cast<char*>(data) + element * bytes_of(dtype);
 }
 
-// Memory that grows when it must and is never cleared. Each thread keeps its own between calls:
-// fresh memory costs a page fault per 4 KiB, as much as the work in it.
+// Scratch memory that grows when needed and is never cleared. Each thread keeps its own between
+// calls, because new memory costs a page fault per 4 KiB, as much as the work in it.
 class Buffer {
  public:
-  // For `count` elements; what it holds is lost if it must grow. get(0): as the last call left it.
+  // Memory for `count` elements; growing loses the contents. get(0) returns it as the last call
+  // did.
   template <typename T>
   T* get(int64_t count) {
     const size_t bytes = static_cast<size_t>(count) * sizeof(T);
@@ -65,7 +66,7 @@ class Buffer {
 
  private:
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr bool kExact = true;  // or a write past the end might hit what is left over
+  static constexpr bool kExact = true;  // so that a write past the end is always detected
 #else
   static constexpr bool kExact = false;
 #endif
@@ -76,7 +77,7 @@ class Buffer {
   size_t size_ = 0;
 };
 
-// `count` values from `first` on as floats, null where the tensor is absent.
+// `count` values from `first` on as floats, or null if the tensor is absent.
 inline const float* load_floats(const void* data, Dtype dtype, int64_t first,
                                 int64_t count, Buffer& buffer) {
   if (data == nullptr) return nullptr;
@@ -85,7 +86,7 @@ inline const float* load_floats(const void* data, Dtype dtype, int64_t first,
   return out;
 }
 
-// Floats [rows, columns] into rows of `dtype`, `ld` apart.
+// Writes floats [rows, columns] as rows of `dtype`, `ld` apart.
 inline void store_matrix(const float* from, int64_t rows, int64_t columns, Dtype dtype, void* to,
                   int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -93,14 +94,14 @@ inline void store_matrix(const float* from, int64_t rows, int64_t columns, Dtype
   }
 }
 
-// Zeros in `count` records of `size` elements, from number `first` on.
+// Writes zeros to `count` rows of `size` elements, from row `first` on.
 inline void zero_rows(void* data, Dtype dtype, int64_t first, int64_t count, int64_t size) {
   if (count == 0 || size == 0) return;  // then data may be null
   std::memset(at(data, dtype, first * size), 0,
               static_cast<size_t>(count * size * bytes_of(dtype)));
 }
 
-// Asks for memory that will be read soon; null is nothing.
+// Prefetches memory that will be read soon; does nothing for null.
 inline void prefetch(const void* data, int64_t bytes) {
 #if defined(__GNUC__)
   if (data == nullptr) return;
@@ -110,7 +111,7 @@ inline void prefetch(const void* data, int64_t bytes) {
 #endif
 }
 
-// Rows of a tensor [*, dim], in an order of their own: row i is source row index[i].
+// Reordered rows of a tensor [*, dim]: row i is the tensor's row index[i].
 struct RowSource {
   const void* data;
   Dtype dtype;
@@ -119,7 +120,7 @@ struct RowSource {
   const void* row(int64_t i) const { return at(data, dtype, index[i] * dim); }
 };
 
-// A left factor [M, K] in place or converted: leading dimension and data.
+// A left factor [M, K], in place or copied: its data and leading dimension.
 template <typename G>
 struct LeftFactor {
   const G* data;
@@ -127,9 +128,10 @@ struct LeftFactor {
 };
 
 // `rows` rows of `columns` elements of `dtype`, `ld` apart, as a left factor of G for a right one of
-// `width` columns. In place where that serves; bf16 rows that are used few times are copied first:
-// oneDNN walks many rows at once, in pieces too short for the processor to fetch ahead, while a copy
-// streams (4 to 10 against 16 GB/s of weights, width 16).
+// `width` columns. The rows are used in place if their dtype allows it. bf16 rows for few columns
+// are copied first: oneDNN reads many rows at once, in pieces too short for the processor's
+// prefetching, while a copy reads one row after the other (4 to 10 against 16 GB/s of weights,
+// width 16).
 template <typename G>
 LeftFactor<G> left_factor(const void* data, Dtype dtype, int64_t ld, int64_t rows, int64_t columns,
                           int64_t width, Buffer& buffer) {
@@ -191,7 +193,7 @@ void multiply(const Gemm& gemm, LeftFactor<G> a, int64_t m, int64_t k, const G* 
   }
 }
 
-// Up to 16 rows at a time as columns: out[c * ld + j] = rows[j][c].
+// Transposes up to 16 rows at a time: out[c * ld + j] = rows[j][c].
 inline void transpose_floats(const float* rows, int64_t row_ld, int64_t num_rows, int64_t n,
                              float* out, int64_t ld) {
   for (int64_t r = 0; r < num_rows; r += 16) {
@@ -204,7 +206,7 @@ inline void transpose_floats(const float* rows, int64_t row_ld, int64_t num_rows
   }
 }
 
-// Rows first .. first + count as the columns of a right factor [dim, count].
+// Packs rows first .. first + count as the columns of a right factor [dim, count].
 template <typename G>
 void pack_columns(const RowSource& source, int64_t first, int64_t count, G* panels,
                   Buffer& buffer) {
@@ -228,7 +230,8 @@ void pack_columns(const RowSource& source, int64_t first, int64_t count, G* pane
   }
 }
 
-// One row (float) or pair of rows (bf16) number k of a right factor [depth, n]; null rows are 0.
+// Packs row k (float) or rows k and k + 1 (bf16) of a right factor [depth, n]; null stands for
+// zeros.
 template <typename G>
 void put_rows(const void* a, const void* b, Dtype dtype, int64_t k, int64_t depth, int64_t n,
               G* panels) {
@@ -261,11 +264,11 @@ void put_rows(const void* a, const void* b, Dtype dtype, int64_t k, int64_t dept
   }
 }
 
-// A right factor [depth, n] whose row k is row(k), null for 0.
+// Packs a right factor [depth, n] whose row k is row(k); null stands for zeros.
 template <typename G, typename Row>
 void pack_rows(Row row, Dtype dtype, int64_t depth, int64_t n, G* panels) {
   constexpr int64_t step = sizeof(float) / sizeof(G);
-  constexpr int64_t ahead = 8;  // rows are pieces of longer ones, which no processor foresees
+  constexpr int64_t ahead = 8;  // rows are pieces of longer ones, which processors do not prefetch
   for (int64_t k = 0; k < depth; k += step) {
     for (int64_t next = k + ahead; next < std::min(k + ahead + step, depth); ++next) {
       prefetch(row(next), n * bytes_of(dtype));
@@ -274,8 +277,8 @@ void pack_rows(Row row, Dtype dtype, int64_t depth, int64_t n, G* panels) {
   }
 }
 
-// `num_rows` <= 32 rows of floats, `row_ld` apart, rounded to G and written transposed:
-// out[c * ld + r], r < 32, 0 from num_rows on. `buffer` holds pairs of rows.
+// Rounds `num_rows` <= 32 rows of floats, `row_ld` apart, to G and writes them transposed, to
+// out[c * ld + r] for r < 32, with zeros from num_rows on. `buffer` holds pairs of rows.
 template <typename G>
 void put_transposed(const float* rows, int64_t row_ld, int64_t num_rows, int64_t n, G* out,
                     int64_t ld, Buffer& buffer) {

@@ -2,8 +2,8 @@
 //   1. count:   each chunk counts its slots per bucket (E experts, then the skipped ones);
 //   2. prefix:  a running sum in (bucket, chunk) order turns counts into first rows;
 //   3. scatter: each chunk places its slots, in order, from its own first rows on.
-// Chunks share nothing in passes 1 and 3, and the order (bucket, chunk, slot) makes the sort stable
-// however many chunks there are. A small input is one chunk, and never leaves the calling thread.
+// Chunks share no data in passes 1 and 3, and the order (bucket, chunk, slot) makes the sort stable
+// for any number of chunks. A small input is one chunk and is sorted on the calling thread.
 #include "../plan.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -38,8 +38,8 @@ struct Problem {
   int64_t bucket(int64_t slot) const { return bucket_of(top_k_index[slot], num_experts); }
 };
 
-// Per chunk one row of counters: E experts, the skipped slots, and whether a negative id was seen.
-// Rows are a cache line apart, so that threads do not write into each other's lines.
+// One row of counters per chunk: E experts, the skipped slots, and whether there is a negative id.
+// There is a cache line between rows, so that threads do not write to the same line.
 class Histogram {
  public:
   Histogram(int64_t num_chunks, int64_t num_experts)
@@ -55,7 +55,7 @@ class Histogram {
 template <typename Id>
 int64_t choose_num_chunks(const Problem<Id>& p) {
   const int64_t threads = torch::stable::get_num_threads();
-  // With many experts the counters, not the slots, are the work: keep them the smaller part.
+  // With many experts the counters would take more time than the slots; larger chunks prevent that.
   const int64_t slots_per_chunk = std::max(kMinSlotsPerChunk, 4 * p.num_experts);
   return std::clamp<int64_t>(p.num_slots() / slots_per_chunk, 1, std::max<int64_t>(threads, 1));
 }

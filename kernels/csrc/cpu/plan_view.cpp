@@ -105,7 +105,7 @@ Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes,
   const uintptr_t begin = (data + page - 1) / page * page;
   const auto bytes = static_cast<uintptr_t>(out.numel()) * out.element_size();
   const uintptr_t end = (data + bytes) / page * page;
-  // Advice: where it is refused, pages stay small.
+  // This is only advice: if it is refused, pages stay small.
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return out;

@@ -1,4 +1,4 @@
-// What the operations on rows read on the CPU: a plan and other tensors, checked before use.
+// The plan and the other tensors that operations on rows read on the CPU, checked before use.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -33,8 +33,8 @@ struct PlanView {
   float weight(int64_t row) const { return weights[row_to_slot[row]]; }
 };
 
-// Throws std::runtime_error unless the tensors are a plan: one that lies in bounds and whose two
-// directions agree, so that every slot is written at most once.
+// Throws std::runtime_error unless the tensors are a valid plan: all indices are in bounds, and the
+// maps from rows to slots and from slots to rows agree, so that every slot is written at most once.
 PlanView view_plan(const Tensor& top_k_weights, const Tensor& expert_offsets,
                    const Tensor& row_to_token, const Tensor& row_to_slot,
                    const Tensor& slot_to_row, int64_t num_tokens, int64_t num_experts);
@@ -47,16 +47,17 @@ void check_shape(const char* name, const Tensor& tensor, const std::vector<int64
 const int64_t* indices_of(const char* name, const Tensor& tensor, int64_t size);
 const float* weights_of(const Tensor& top_k_weights, int64_t num_tokens);
 
-// An empty tensor [sizes] on the CPU, of like's dtype or another. Where it is large and the system
-// lends large pages to those who ask, it asks: torch gets fresh memory for each large tensor, and a
-// page fault per 4 KiB of the weights' gradients costs up to a fifth of a training step's experts.
+// An uninitialised tensor [sizes] on the CPU, of like's dtype or another. For a large tensor it
+// asks the system for large pages, where these are available: torch gets new memory for each large
+// tensor, and a page fault per 4 KiB of the weights' gradients takes up to a fifth of the time of
+// the experts in a training step.
 Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes,
                   std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
 
 // The dtype of x; throws for any but float32, bfloat16, float16.
 Dtype dtype_of(const Tensor& x);
 
-// The data of a contiguous tensor of x's dtype on the CPU, of the given shape; null where absent.
+// The data of a contiguous tensor of x's dtype on the CPU, of the given shape; null if absent.
 const void* data_of(const char* name, const Tensor& tensor, const Tensor& x,
                     std::vector<int64_t> shape);
 const void* data_of(const char* name, const std::optional<Tensor>& tensor, const Tensor& x,

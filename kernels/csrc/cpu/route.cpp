@@ -1,6 +1,6 @@
-// Logits are dot products, four experts at a time: a router is too narrow for a matrix product to be
-// worth its packing. What chooses is a group of tokens that go the same way, a sentence or one token
-// alone; its logits are the mean of its real tokens' logits.
+// Logits are computed as dot products, four experts at a time: a router is so narrow that packing
+// for a matrix product would cost more than it saves. Experts are chosen per group of tokens, which
+// is a sentence or a single token, by the mean logits of its real tokens.
 #include "../route.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -24,7 +24,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
 
-constexpr int64_t kFour = 4;  // rows that simd().dot4 and add_scaled4 take
+constexpr int64_t kFour = 4;  // the number of rows of simd().dot4 and add_scaled4
 
 enum class WeightMode { renormalize, probability, straight_through, one };
 
@@ -42,7 +42,7 @@ struct Router {
   WeightMode weight_mode;
   const void* x;
   Dtype x_dtype, weight_dtype;
-  std::vector<float> converted;  // the weight where it is not float32
+  std::vector<float> converted;  // the weight as floats, if it is not float32
   const float* weight;           // [E, D]
   const bool* mask;              // [T], or null: all are real
   const int64_t* starts;         // [groups + 1], or null: each token is a group
@@ -52,8 +52,8 @@ struct Router {
   int64_t first(int64_t group) const { return starts == nullptr ? group : starts[group]; }
   int64_t last(int64_t group) const { return starts == nullptr ? group + 1 : starts[group + 1]; }
 
-  // Rows e .. e + 3 of the weight; the last one again where there are no more, so that equal rows
-  // have equal logits wherever they stand.
+  // Rows e .. e + 3 of the weight; the last row is repeated if there are no more, so that equal
+  // rows have equal logits at every position.
   void four_rows(int64_t e, const float* (&rows)[kFour]) const {
     for (int64_t j = 0; j < kFour; ++j) rows[j] = weight + std::min(e + j, num_experts - 1) * dim;
   }
@@ -66,7 +66,7 @@ const float* token_row(const Router& router, int64_t token, Buffer& buffer) {
              : load_floats(router.x, router.x_dtype, token * router.dim, router.dim, buffer);
 }
 
-// What has D values per token is worth a thread from so many tokens on.
+// The least number of tokens that is worth a thread.
 int64_t grain(const Router& router) {
   return (1 << 20) / std::max<int64_t>(router.dim * router.num_experts, 1) + 1;
 }
@@ -138,7 +138,7 @@ Router view_router(const Tensor& x, const Tensor& router_weight, int64_t k,
   return router;
 }
 
-// [T, E] = x W^T, 0 for padding, whose rows are not read. Throws where one is not finite.
+// [T, E] = x W^T, 0 for padding, whose rows are not read. Throws if a logit is not finite.
 void compute_logits(const Router& router, float* logits) {
   std::atomic<int64_t> bad{router.num_tokens};
   run_chunks(router.num_tokens, grain(router), [&](int64_t begin, int64_t end) {
@@ -176,14 +176,14 @@ void compute_logits(const Router& router, float* logits) {
                            ": x or router_weight holds such values.");
 }
 
-// What one group chooses on, what it chose, and with which weights.
+// The logits of one group, the experts it chose, and their weights.
 struct Choice {
   std::vector<float> mean;     // [E], of a sentence
   const float* logits;         // [E]
-  int64_t num_real;            // tokens of the group that are no padding
+  int64_t num_real;            // tokens of the group that are not padding
   std::vector<int64_t> index;  // [E], the first K of them chosen
   std::vector<float> weights;  // [K]
-  std::vector<float> p;        // [E] softmax over all experts, where the weight mode needs it
+  std::vector<float> p;        // [E] softmax over all experts, if the weight mode needs it
 
   explicit Choice(const Router& router)
       : mean(static_cast<size_t>(router.num_experts)),
@@ -214,7 +214,7 @@ void group_logits(const Router& router, const float* logits, int64_t group, Choi
   choice.logits = choice.mean.data();
 }
 
-// The K largest logits, equal ones in order of id.
+// Chooses the K largest logits; of equal ones the lower id comes first.
 void choose(const Router& router, Choice& choice) {
   const float* logits = choice.logits;
   std::iota(choice.index.begin(), choice.index.end(), int64_t{0});
@@ -256,7 +256,7 @@ void weights_gradient(const Router& router, Choice& choice, const float* grad, f
   }
 }
 
-// The gradient of all logits [T, E], that of the logits themselves included; 0 for padding.
+// The gradient of all logits [T, E], including grad_logits; 0 for padding.
 void logits_gradient(const Router& router, const float* logits, const float* grad_weights,
                      const float* grad_logits, float* out) {
   const int64_t grain_groups = router.starts == nullptr ? 4096 : 64;
@@ -285,7 +285,7 @@ void logits_gradient(const Router& router, const float* logits, const float* gra
   });
 }
 
-// x's gradient: each token's logit gradients times the weight's rows.
+// The gradient of x: the gradients of each token's logits times the rows of the weight.
 void input_gradient(const Router& router, const float* grad, void* grad_x) {
   run_chunks(router.num_tokens, grain(router), [&](int64_t begin, int64_t end) {
     thread_local Buffer buffer;
@@ -304,7 +304,7 @@ void input_gradient(const Router& router, const float* grad, void* grad_x) {
   });
 }
 
-// The weight's gradient over tokens begin .. end, added to sums [E, D]: four tokens at a time.
+// Adds the weight's gradient over tokens begin .. end to sums [E, D], four tokens at a time.
 void add_weight_gradient(const Router& router, const float* grad, int64_t begin, int64_t end,
                          float* sums) {
   Buffer buffers[kFour];
@@ -327,7 +327,7 @@ void add_weight_gradient(const Router& router, const float* grad, int64_t begin,
   }
 }
 
-// In static parts, whose sums are added in their order.
+// The tokens are divided into static parts, whose sums are added in a fixed order.
 void weight_gradient(const Router& router, const float* grad, void* grad_weight) {
   const int64_t size = router.num_experts * router.dim;
   const int64_t parts = std::clamp<int64_t>(router.num_tokens / grain(router), 1,

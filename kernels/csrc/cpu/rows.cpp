@@ -1,4 +1,4 @@
-// Each thread has tokens, slots or rows of its own; nothing is summed across threads.
+// Each thread has its own tokens, slots or rows; no sum runs across threads.
 #include "../rows.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -24,7 +24,7 @@ void refuse(const char* name, const std::string& allowed, int64_t value, int64_t
                            std::to_string(value) + " at " + std::to_string(position) + ".");
 }
 
-// The last of the offsets: how many of `rows` rows are valid.
+// The last of the offsets, which is the number of valid rows among `rows`.
 int64_t valid_rows(const Tensor& expert_offsets, int64_t rows) {
   const int64_t last = expert_offsets.numel() - 1;
   const int64_t* offsets = indices_of("plan.expert_offsets", expert_offsets, last + 1);
@@ -35,7 +35,7 @@ int64_t valid_rows(const Tensor& expert_offsets, int64_t rows) {
   return offsets[last];
 }
 
-// slot_to_row, each value -1 or below `rows`, and none but -1 twice.
+// Returns slot_to_row, whose values must be -1 or below `rows`, and different except for -1.
 const int64_t* places_of(const Tensor& slot_to_row, int64_t slots, int64_t rows) {
   const int64_t* places = indices_of("plan.slot_to_row", slot_to_row, slots);
   std::vector<bool> taken(static_cast<size_t>(rows));
@@ -73,7 +73,7 @@ const float* floats_at(const void* data, Dtype dtype, int64_t row, int64_t dim, 
                              : load_floats(data, dtype, row * dim, dim, buffer);
 }
 
-// How many rows of `dim` values are worth a thread.
+// The least number of rows of `dim` values that is worth a thread.
 int64_t grain(int64_t dim) { return (1 << 15) / std::max<int64_t>(dim, 1) + 1; }
 
 }  // namespace
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor> combine_rows_backward_cpu(Tensor grad_y, Tensor rows,
   float* dots = grad_weights.mutable_data_ptr<float>();
   std::fill_n(dots, slots, 0.0f);
   if (slots == 0 || in.dim == 0) return {grad_rows, grad_weights};
-  // Rows that no slot has are the last ones, see plan.h.
+  // The rows of skipped slots are the last ones, see plan.h.
   std::memset(at(to, in.dtype, valid * in.dim), 0,
               static_cast<size_t>((slots - valid) * in.dim * bytes_of(in.dtype)));
   run_chunks(slots, grain(in.dim), [&](int64_t begin, int64_t end) {

@@ -1,5 +1,6 @@
-// Compiled once per instruction set, with MOE_ISA as the name of each copy. Plain loops that the
-// compiler vectorises; intrinsics only where it cannot (16-bit floats, transposes).
+// This file is compiled once per instruction set; MOE_ISA is the name of each copy. Most functions
+// are plain loops that the compiler vectorises; intrinsics are used only where it cannot (16-bit
+// floats, transposes).
 #include "simd.h"
 
 #include <cmath>
@@ -165,8 +166,9 @@ void round_pairs(const float* a, const float* b, uint32_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(a[i]) | to_bf16(b[i]) << 16;
 }
 
-// 2^x for x <= 0 (a little above is fine), to 1.1e-7: 2^k times a polynomial on [-1/2, 1/2], minimax
-// to 3e-9. 0 from about -127 on, where k = -127 makes an exponent's bits 0; NaN for NaN.
+// 2^x for x <= 0 (or slightly above), within 1.1e-7: 2^k times a polynomial on [-1/2, 1/2], minimax
+// within 3e-9. It is 0 below about -127, where k = -127 makes the bits of the exponent 0; NaN for
+// NaN.
 inline float exp2_below(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   x = -127.0f > x ? -127.0f : x;
@@ -182,8 +184,8 @@ inline float exp2_below(float x) {
   return p * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
 }
 
-// Two weights, 0 to 1, as bf16; ties away from 0, which spares three instructions. NaN may be lost:
-// the sum of its column has it.
+// Two weights from 0 to 1 as bf16. Ties are rounded away from 0, which saves three instructions.
+// NaN may be lost here, but the sum of its column is NaN.
 inline uint32_t pair_of_weights(float a, float b) {
   return (to_bits(a) + 0x8000u) >> 16 | ((to_bits(b) + 0x8000u) & 0xffff0000u);
 }
@@ -248,7 +250,7 @@ void scale_columns(float* __restrict x, const float* __restrict by, int64_t rows
   }
 }
 
-// exp to 2 units in the last place: 2^k times a polynomial on [-ln(2) / 2, ln(2) / 2] (Cephes).
+// exp within 2 units in the last place: 2^k times a polynomial on [-ln(2) / 2, ln(2) / 2] (Cephes).
 inline float fast_exp(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
@@ -270,12 +272,12 @@ struct ValueAndSlope {
   float slope;
 };
 
-// The activation and its derivative. Where only one is used the compiler drops the other.
+// The activation and its derivative. If only one is used, the compiler drops the other.
 template <Act act>
 inline ValueAndSlope evaluate(float z) {
   if constexpr (act == Act::gelu) {
     // erfc(|z| / sqrt(2)) = poly(t) exp(-z^2 / 2), Abramowitz and Stegun 7.1.26: one exponential
-    // serves the value and the derivative. The tail is taken from erfc, so it keeps its sign.
+    // serves the value and the derivative. The tail is computed from erfc, so it keeps its sign.
     const float a = std::fabs(z) * 0.70710678f;
     const float t = 1.0f / (1.0f + 0.3275911f * a);
     const float e = fast_exp(-a * a);
@@ -415,8 +417,8 @@ void add_scaled4(float* __restrict acc, const float* const* rows, const float* w
 }
 
 #if defined(__AVX512BF16__)
-// R rows of a by C rows of b. `next` [R, k], lda apart, will be read soon: the processor itself does
-// not fetch ahead of rows this short.
+// Dot products of R rows of a with C rows of b. `next` [R, k], lda apart, will be read soon and is
+// prefetched, because the processor does not prefetch rows this short.
 template <int R, int C>
 void dots_tile(const uint16_t* a, int64_t lda, const uint16_t* next, const uint16_t* b, int64_t ldb,
                int64_t k, bool add, float* out, int64_t ldo) {
@@ -474,7 +476,7 @@ void dots_rows(const uint16_t* a, int64_t lda, const uint16_t* next, const uint1
 
 void dots_bf16(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t* b, int64_t ldb,
                int64_t num_columns, int64_t k, float* out, int64_t ldo) {
-  constexpr int64_t kDepth = 768;  // of k at a time: the columns stay in the level 1 cache
+  constexpr int64_t kDepth = 768;  // of k at a time, so that the columns stay in the level 1 cache
   for (int64_t i = 0; i < k; i += kDepth) {
     const int64_t depth = k - i < kDepth ? k - i : kDepth;
     int64_t r = 0;

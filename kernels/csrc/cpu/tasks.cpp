@@ -14,7 +14,7 @@ int64_t num_threads() { return std::max<int64_t>(torch::stable::get_num_threads(
 }  // namespace
 
 Tasks cut_into_tasks(const PlanView& plan, const Cut& cut) {
-  // Eight tasks per thread: the last one to finish costs an eighth at most, mostly far less.
+  // Eight tasks per thread: waiting for the last one costs an eighth at most, usually far less.
   const int64_t threads = num_threads();
   const int64_t wanted = threads == 1 ? 1 : 8 * threads;
   const int64_t share = std::max<int64_t>((plan.num_rows() + wanted - 1) / wanted, 1);
@@ -25,8 +25,8 @@ Tasks cut_into_tasks(const PlanView& plan, const Cut& cut) {
   for (int64_t e = 0; e < plan.num_experts; ++e) {
     const int64_t rows = plan.rows_of(e);
     if (rows == 0) continue;
-    // Few rows are not cut: each block of rows reads the expert's weights again. An expert that is
-    // a little larger than the others is not cut for that.
+    // Few rows are not divided, because each block of rows reads the expert's weights again. An
+    // expert that is only a little larger than the others is not divided either.
     int64_t block = rows;
     if (cut.max_rows > 0) {
       const int64_t usual = std::clamp(2 * share, 2 * kPanel, cut.max_rows);
@@ -34,8 +34,8 @@ Tasks cut_into_tasks(const PlanView& plan, const Cut& cut) {
       const int64_t blocks = std::max((rows + usual / 2) / usual, least);
       block = round_up((rows + blocks - 1) / blocks, kPanel);
     }
-    // The other dimension is cut where there are too few blocks: by the expert's share of the rows,
-    // and, few rows meaning that reading the weights is the work, by the number of experts.
+    // If there are too few blocks, the other dimension is divided: by the expert's share of the
+    // rows, and by the number of experts, because with few rows reading the weights takes the time.
     const int64_t units = (cut.size + cut.unit - 1) / cut.unit;
     int64_t parts = 1;
     if (threads > 1 && (cut.max_rows == 0 || rows <= 2 * kPanel)) {
@@ -95,7 +95,7 @@ int64_t parts_of(const PlanView& plan, const Tasks& tasks, int64_t row) {
   return tasks.parts[static_cast<size_t>(expert)];
 }
 
-constexpr int64_t kChunk = 1 << 15;  // elements that are worth a thread
+constexpr int64_t kChunk = 1 << 15;  // the least number of elements that is worth a thread
 
 }  // namespace
 

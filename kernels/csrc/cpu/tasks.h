@@ -1,5 +1,5 @@
-// How the work on a plan's rows is cut into tasks that keep every thread busy, and how the tasks'
-// results are added up per token.
+// Divides the work on a plan's rows into tasks that keep every thread busy, and adds up the results
+// of the tasks per token.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace moe_fast {
 
-// Rows first .. last of an expert, over begin .. end of the dimension that is cut for more tasks
-// than there are blocks of rows: part number `part` of the expert's.
+// Rows first .. last of an expert, and begin .. end of the dimension that is divided into parts if
+// there would be fewer blocks of rows than tasks are needed; `part` is the number of this part.
 struct Task {
   int64_t expert;
   int64_t first, last;
@@ -20,11 +20,11 @@ struct Task {
   int64_t part;
 };
 
-// How an expert's work is cut.
+// How an expert's work may be divided.
 struct Cut {
-  int64_t size;      // of the dimension that can be cut
-  int64_t unit;      // where: at multiples of it
-  int64_t max_rows;  // per block of rows; 0: rows are never cut
+  int64_t size;      // of the dimension that can be divided
+  int64_t unit;      // parts are multiples of it
+  int64_t max_rows;  // per block of rows; 0: rows are never divided
 };
 
 struct Tasks {
@@ -33,11 +33,12 @@ struct Tasks {
   int64_t max_parts = 1;
 };
 
-// A function of the plan's offsets and the number of threads: the same work, cut the same way, sums
-// in the same order.
+// The tasks depend only on the plan's offsets and the number of threads: the same work is divided
+// in the same way, and sums have the same order.
 Tasks cut_into_tasks(const PlanView& plan, const Cut& cut);
 
-// Calls work(i) for i < count, or work(task) for each, on all threads; a free thread takes the next.
+// Calls work(i) for i < count, or work(task) for each task, on all threads; a free thread takes the
+// next.
 void run_all(int64_t count, const std::function<void(int64_t)>& work);
 void run_tasks(const std::vector<Task>& tasks, const std::function<void(const Task&)>& work);
 
@@ -52,7 +53,7 @@ void combine(const PlanView& plan, const Tasks& tasks, const float* rows, int64_
 // out[t, k] = sum_part values[part, row of (t, k)], 0 where the slot is skipped.
 void slot_sums(const PlanView& plan, const Tasks& tasks, const float* values, float* out);
 
-// Zeros in the rows [dim] of the tokens whose (only) slot is skipped. K = 1.
+// Writes zeros to the rows [dim] of y of the tokens whose only slot is skipped (K = 1).
 void zero_skipped_tokens(const PlanView& plan, int64_t dim, Dtype dtype, void* y);
 
 }  // namespace moe_fast

@@ -1,5 +1,5 @@
-// What both directions of the expert MLP share: its tensors, and the first projection, which the
-// backward may do again.
+// Shared by both directions of the expert MLP: its tensors, and the first projection, which the
+// backward may compute again.
 #pragma once
 
 #include <optional>
@@ -13,7 +13,7 @@
 
 namespace moe_fast {
 
-constexpr int64_t kUnits = 128;  // of H at a time in the first projection; parts of H are multiples
+constexpr int64_t kUnits = 128;  // units of H per block; the parts of H are multiples of it
 
 struct Mlp {
   PlanView plan;
@@ -28,22 +28,23 @@ struct Mlp {
   RowSource rows_of(const void* data) const { return {data, dtype, dim, plan.row_to_token}; }
 };
 
-// Throws std::runtime_error where the arguments of expert_mlp.h break its rules.
+// Throws std::runtime_error if the arguments break the rules of expert_mlp.h.
 Mlp view_mlp(const Tensor& x, const Tensor& up_proj, const Tensor& down_proj,
              const std::optional<Tensor>& up_proj_bias,
              const std::optional<Tensor>& down_proj_bias, const Tensor& top_k_weights,
              const Tensor& expert_offsets, const Tensor& row_to_token, const Tensor& row_to_slot,
              const Tensor& slot_to_row, const std::string& act, bool gated);
 
-// bf16 products need even depths, since pairs of them are multiplied at once.
+// bf16 products need an even depth, since pairs of elements are multiplied at once.
 bool in_bf16(const Mlp& mlp, const Gemm& gemm);
 
 struct UpBuffers {
   Buffer columns, weights, bias, tiles, tiles2, converted;
 };
 
-// z^T of `count` rows, packed in buffers.columns, for `units` of H from `first_unit` on: tiles
-// [units, width], with bias, rounded to the dtype; the gated ones' second halves in tiles2.
+// Computes z^T of the `count` rows packed in buffers.columns, for `units` units of H from
+// `first_unit` on. The results are tiles [units, width] with bias, rounded to the dtype; the second
+// half of a gated z is in tiles2.
 template <typename G>
 void project_up(const Mlp& mlp, const Gemm& gemm, int64_t expert, int64_t count,
                 int64_t first_unit, int64_t units, UpBuffers& buffers) {
@@ -63,19 +64,20 @@ void project_up(const Mlp& mlp, const Gemm& gemm, int64_t expert, int64_t count,
   }
 }
 
-// A tile [units, width] of z^T into rows of z: out + j * ld for column j < count.
+// Writes a tile [units, width] of z^T as rows of z: column j < count to out + j * ld.
 void store_rows(const float* tile, int64_t units, int64_t width, int64_t count, Dtype dtype,
                 void* out, int64_t ld, Buffer& buffer);
 
-// Whether an expert has so few bf16 rows that reading the weights is the work: their rows are then
-// dotted in place, as they stream by. A question of the expert's rows, not a block's: the
-// backward's z are then the forward's.
+// Whether an expert has so few bf16 rows that reading the weights takes most of the time. Then dot
+// products read the weights in place, once. The answer depends on the rows of the expert, not on
+// those of a block, so that the backward computes the same z as the forward.
 bool has_few_rows(const Mlp& mlp, int64_t expert);
 
-// Rows first .. first + count of x, one after the other.
+// Copies rows first .. first + count of x, one after the other.
 const Bf16* gather_few(const Mlp& mlp, int64_t first, int64_t count, Buffer& buffer);
 
-// z [count, units] of rows x [count, D], from row `unit` of W1 on, with bias, rounded to bf16.
+// Computes z [count, units] of rows x [count, D], from row `unit` of W1 on, with bias, rounded to
+// bf16.
 void project_few(const Mlp& mlp, int64_t expert, int64_t unit, int64_t units, const Bf16* x,
                  int64_t count, float* z, UpBuffers& buffers);
 

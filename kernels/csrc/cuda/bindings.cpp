@@ -1,5 +1,5 @@
-// The GPU's kernels for the operations that ../bindings.cpp defines. A library of its own, loaded
-// after that one: where it does not load, the CPU's half still works.
+// The GPU kernels of the operations that ../bindings.cpp defines. They are a library of their own,
+// which is loaded after that one: if it cannot be loaded, the CPU library still works.
 #include <torch/csrc/stable/library.h>
 
 #include "../plan.h"

@@ -1,5 +1,5 @@
-// What the kernels need of CUDA, in one place: tests define MOE_CUDA_ON_CPU and bring these names
-// themselves, to run the kernels' own code, thread by thread, where there is no GPU.
+// All CUDA functions that the kernels use, in one place. Tests define MOE_CUDA_ON_CPU and define
+// these names themselves, to run the source of the kernels, thread by thread, without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ __device__ inline int64_t warps_in_grid() {
   return static_cast<int64_t>(gridDim.x) * blockDim.x / 32;
 }
 
-// The sum over a warp's lanes, in every lane, in one fixed order.
+// The sum over a warp's lanes in a fixed order; every lane gets it.
 template <typename T>
 __device__ T warp_sum(T value) {
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);

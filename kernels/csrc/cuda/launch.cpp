@@ -12,8 +12,8 @@ namespace {
 
 using StreamFunction = AOTITorchError (*)(int32_t, void**);
 
-// By name, in the library that a CUDA torch has loaded: linking to it would keep this one from
-// loading under a CPU-only torch.
+// The function is looked up by name in the library that a CUDA torch has loaded. If this library
+// were linked to that one, it could not be loaded under a CPU-only torch.
 StreamFunction find_stream_function() {
   void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
   return library == nullptr ? nullptr

@@ -19,8 +19,9 @@ Tensor empty(const Tensor& like, int64_t size) {
 
 template <typename Id>
 void sort_by_expert(const Tensor& top_k_index, const PlanCut& cut, const PlanRows& out) {
-  // Scratch goes back to torch's allocator before the kernels have run, which is right on the
-  // stream that they run on, and in a graph that is being captured.
+  // These scratch tensors are freed to torch's allocator before the kernels have run. This is
+  // correct, because the memory is reused on the same stream, also in a graph that is being
+  // captured.
   const Tensor counts = empty(top_k_index, cut.num_buckets * cut.num_warps());
   const bool shared = cut.in_shared_memory();
   const Tensor counters =

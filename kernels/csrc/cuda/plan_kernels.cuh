@@ -1,13 +1,13 @@
 // plan on a GPU: a stable counting sort in two launches.
 //
 //   1. count_slots:  every warp counts its slots per bucket (E experts, then the skipped ones).
-//   2. place_slots:  every block reads all counts and finds its warps' first row per bucket: the
-//      rows of lower buckets, and of the same bucket in earlier warps. Then each warp walks its
-//      slots in order, 32 at a time; lanes of equal bucket rank themselves by lane.
+//   2. place_slots:  every block reads all counts and computes its warps' first row per bucket: the
+//      number of rows in lower buckets, and in the same bucket of earlier warps. Then each warp
+//      processes its slots in order, 32 at a time; lanes of the same bucket are ranked by lane.
 //
-// Warps own neighbouring slots, so the order (bucket, warp, round, lane) is the stable one whatever
-// the number of warps. Only integers are counted, each counter by one warp, without atomics; blocks
-// meet between the launches alone.
+// A warp has neighbouring slots, so the order (bucket, warp, round, lane) is stable for any number
+// of warps. Each counter is an integer that one warp updates, without atomics; blocks are
+// synchronised only between the launches.
 #pragma once
 
 #include "../buckets.h"
@@ -21,12 +21,12 @@ struct PlanJob {
   const Id* ids;      // [num_slots]
   int64_t k;
   int64_t* counts;    // [num_buckets, num_warps]
-  int64_t* counters;  // [num_blocks, kWarps, num_buckets], or null where shared memory holds them
+  int64_t* counters;  // [num_blocks, kWarps, num_buckets], or null if they are in shared memory
 };
 
 struct PlanRows {
   int64_t* expert_offsets;  // [num_buckets]
-  int64_t* row_to_token;    // [num_slots], as the next two
+  int64_t* row_to_token;    // [num_slots], like the next two
   int64_t* row_to_slot;
   int64_t* slot_to_row;
 };
@@ -38,7 +38,7 @@ __device__ int64_t* block_counters(const PlanJob<Id>& job) {
                                  : job.counters + blockIdx.x * job.cut.counters_per_block();
 }
 
-// One slot per lane: its bucket, and which lanes hold the same.
+// One slot per lane: its bucket, and the lanes with the same bucket.
 struct Lane {
   int64_t slot;
   bool active;  // there is such a slot
@@ -49,7 +49,7 @@ struct Lane {
   __device__ int count() const { return __popc(peers); }
 };
 
-// Calls work(lane) in rounds over the slots of this warp. All lanes take part in all rounds.
+// Calls work(lane) in rounds over the slots of this warp. All lanes participate in all rounds.
 template <typename Id, typename Work>
 __device__ void for_each_round(const PlanJob<Id>& job, const Work& work) {
   const int64_t begin = warp_in_grid() * job.cut.slots_per_warp;
@@ -122,7 +122,7 @@ __device__ void find_first_rows(const PlanJob<Id>& job, int64_t* rows, int64_t* 
   __syncthreads();
   if (warp_in_block() == 0) exclusive_sums(rows, buckets);
   __syncthreads();
-  // From here on a thread has a bucket to itself, in all of the block's warps.
+  // From here on each thread processes whole buckets, for all warps of the block.
   for (int64_t b = threadIdx.x; b < buckets; b += blockDim.x) {
     int64_t row = rows[b];
     if (blockIdx.x == 0) expert_offsets[b] = row;
@@ -142,9 +142,9 @@ __global__ void place_slots(PlanJob<Id> job, PlanRows out) {
   next += warp_in_block() * job.cut.num_buckets;
   for_each_round(job, [&](const Lane& lane) {
     const int64_t row = lane.active ? next[lane.bucket] + lane.rank() : 0;
-    __syncwarp();  // all lanes have read
+    __syncwarp();  // all lanes have read their counter
     if (lane.active && lane.rank() == 0) next[lane.bucket] += lane.count();
-    __syncwarp();  // and the next round reads what was written
+    __syncwarp();  // the next round reads the new counters
     if (!lane.active) return;
     out.row_to_token[row] = lane.slot / job.k;
     out.row_to_slot[row] = lane.slot;

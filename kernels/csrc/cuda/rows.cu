@@ -18,13 +18,14 @@ using torch::headeronly::ScalarType;
 
 constexpr unsigned kThreads = 256;
 
-// Blocks that give each of `warps` pieces of work a warp, up to a number that fills any GPU.
+// The number of blocks that gives each of `warps` pieces of work a warp, up to a number that fills
+// any GPU.
 unsigned num_blocks(int64_t warps) {
   constexpr int64_t kWarps = kThreads / 32, kMost = 1 << 15;
   return static_cast<unsigned>(std::clamp<int64_t>((warps + kWarps - 1) / kWarps, 1, kMost));
 }
 
-// Whether rows of `bytes` at these addresses can be moved in words of `size`.
+// Whether rows of `bytes` bytes at these addresses can be copied in words of `size` bytes.
 bool moves_in(int64_t size, int64_t bytes, std::initializer_list<const void*> addresses) {
   return bytes % size == 0 && std::all_of(addresses.begin(), addresses.end(), [&](const void* a) {
            return reinterpret_cast<uintptr_t>(a) % size == 0;
@@ -52,15 +53,15 @@ const float* weights_of(const Tensor& top_k_weights, const Tensor& rows) {
   return top_k_weights.const_data_ptr<float>();
 }
 
-// The last of the offsets: how many rows are valid, on the GPU.
+// The last of the offsets, which is the number of valid rows; it is on the GPU.
 const int64_t* num_valid(const Tensor& expert_offsets, const Tensor& like) {
   STD_TORCH_CHECK(expert_offsets.numel() >= 2, "plan.expert_offsets must be [E + 1], E >= 1.");
   return indices("plan.expert_offsets", expert_offsets, like, expert_offsets.numel()) +
          expert_offsets.numel() - 1;
 }
 
-// Calls work(T{}, integral_constant<Size>{}): the dtype, and 16 bytes of it, or one where the rows
-// do not lie so.
+// Calls work(T{}, integral_constant<Size>{}): T is the dtype, and Size the number of elements in 16
+// bytes, or 1 if the rows are not aligned to 16 bytes.
 template <typename Work>
 void dispatch(const Tensor& rows, std::initializer_list<const void*> addresses, const Work& work) {
   const bool wide = moves_in(16, rows.size(1) * bytes_of(rows), addresses);

@@ -1,12 +1,12 @@
-// Kernels of gather_rows and combine_rows: a warp takes a row, or a token, or a slot, at a time, and
-// its lanes walk the width. Indices that lead out of bounds count as skipped.
+// Kernels of gather_rows and combine_rows: a warp processes one row, token or slot at a time, and
+// its lanes process the columns. Indices out of bounds count as skipped.
 #pragma once
 
 #include "device.cuh"
 
 namespace moe_fast {
 
-// `Size` neighbouring elements, moved as one.
+// `Size` neighbouring elements, copied as one.
 template <typename T, int Size>
 struct alignas(sizeof(T) * Size) Pack {
   T at[Size];
@@ -14,8 +14,7 @@ struct alignas(sizeof(T) * Size) Pack {
 
 __device__ inline bool within(int64_t index, int64_t size) { return index >= 0 && index < size; }
 
-// rows[r] = x[row_to_token[r]], 0 from *num_valid on. Word: what a row is moved in; `width` of them
-// make a row.
+// rows[r] = x[row_to_token[r]], 0 from *num_valid on. A row is copied as `width` Words.
 template <typename Word>
 __global__ void gather_rows(const Word* x, const int64_t* num_valid, const int64_t* row_to_token,
                             int64_t num_tokens, int64_t num_rows, int64_t width, Word* rows) {
@@ -49,8 +48,8 @@ __global__ void combine_rows(const Pack<T, Size>* rows, const float* weights,
   }
 }
 
-// The gradient of a slot's row, and of its weight. Rows that no slot has, those from *num_valid on,
-// are zeroed by the warp of their own number.
+// The gradients of a slot's row and of its weight. The rows of skipped slots, from *num_valid on,
+// are set to zero by the warp with the number of the row.
 template <typename T, int Size>
 __global__ void combine_rows_backward(const Pack<T, Size>* grad_y, const Pack<T, Size>* rows,
                                       const float* weights, const int64_t* num_valid,
