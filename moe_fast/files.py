@@ -11,8 +11,9 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -136,11 +137,8 @@ def _holder(lock: int, place: Path, path: str | os.PathLike[str]) -> str:
         raise FileExistsError(
             f"{place} is where the lock on {path} belongs, and holds something else. Move it away."
         )
-    return _printable(found.removeprefix(_LOCK_TITLE).strip()) or "which began just now"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    holder = found.removeprefix(_LOCK_TITLE).strip()
+    return "".join(c if c.isprintable() else "?" for c in holder) or "which began just now"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -169,11 +167,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise IsADirectoryError(f"{path} must be a file; it is a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(
-        f".{_escape(path.stem)}.????????{PARTIAL}{_escape(path.suffix)}"
+        f".{escape(path.stem)}.????????{PARTIAL}{escape(path.suffix)}"
     ):
         _remove_unlocked(leftover)
     mode = _mode_of(path)
-    temporary, lock = _locked_temporary(path, 0o666 if mode is None else 0o600)
+
+    def create(ending: str) -> tuple[Path, int]:
+        new = path.with_name(f".{path.stem}{ending}{path.suffix}")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        return new, os.open(new, flags, 0o666 if mode is None else 0o600)
+
+    temporary, lock = _locked(create)
     try:
         yield temporary
         if mode is not None:
@@ -185,6 +189,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(lock)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all: see :func:`atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def _mode_of(path: Path) -> int | None:
     """The modes of a regular file; ``None`` where there is none."""
     try:
@@ -194,14 +204,16 @@ def _mode_of(path: Path) -> int | None:
     return stat.S_IMODE(found) if stat.S_ISREG(found) else None
 
 
-def _locked_temporary(path: Path, mode: int) -> tuple[Path, int]:
-    """A new file beside ``path`` and a lock on it, which dies with this process."""
-    import fcntl
+def _locked(create: Callable[[str], tuple[Path, int]]) -> tuple[Path, int]:
+    """What ``create`` makes, given an ending of the name, and a lock that dies with this process.
+
+    ``create`` gives the path of a new file or folder and a descriptor of it.
+    """
+    import fcntl  # POSIX alone
 
     while True:
-        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{PARTIAL}{path.suffix}")
         try:
-            lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+            temporary, lock = create(f".{secrets.token_hex(4)}{PARTIAL}")
         except FileExistsError:
             continue
         with contextlib.suppress(OSError):  # no locks on this file system: nothing is cleared
@@ -248,7 +260,13 @@ def atomic_folder(path: str | os.PathLike[str], *, replaces: Sequence[str] = ())
     replaceable = _replaceable(target)
     place = target.parent if replaceable else target
     _clear_leftovers(place, target)
-    temporary, lock = _locked_folder(place, target)
+
+    def create(ending: str) -> tuple[Path, int]:
+        new = place / f".{target.name}{ending}"
+        new.mkdir()
+        return new, os.open(new, os.O_RDONLY)
+
+    temporary, lock = _locked(create)
     _open_folders.add(temporary)
     try:
         yield temporary
@@ -271,33 +289,14 @@ def _replaceable(folder: Path) -> bool:
     return os.access(folder.parent, os.W_OK | os.X_OK) and not os.path.ismount(folder)
 
 
-def _locked_folder(place: Path, target: Path) -> tuple[Path, int]:
-    """A new folder in ``place`` and a lock on it, which dies with this process."""
-    import fcntl  # POSIX alone
-
-    while True:
-        folder = place / f".{target.name}.{secrets.token_hex(4)}{PARTIAL}"
-        folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # no locks on this file system: nothing is cleared
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # it may have been cleared before it was locked
-            return folder, lock
-        os.close(lock)
-
-
 def _clear_leftovers(place: Path, target: Path) -> None:
     """Remove what killed processes left of earlier saves; put a set-aside folder back."""
-    for leftover in sorted(place.glob(f".{_escape(target.name)}.????????.*")):
+    for leftover in sorted(place.glob(f".{escape(target.name)}.????????.*")):
         if leftover.suffix == PREVIOUS and not target.exists():
             logger.warning("%s: an interrupted save is undone, the old folder put back.", target)
             os.rename(leftover, target)
         elif leftover.suffix in (PARTIAL, PREVIOUS):
             _remove_unlocked(leftover)
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _remove_unlocked(leftover: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from moe_fast.files import atomic_write
+from moe_fast.files import write_text
 from moe_fast.messages import reason, shown
 
 # Settings of NAME=VALUE, which a file may also hold as a mapping of names to values.
@@ -101,8 +101,7 @@ def write_config(path: Path, settings: Mapping[str, Any], title: str) -> None:
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     if yaml.load(body, _Loader) != plain:  # rare characters that YAML takes for line ends
         body = yaml.safe_dump(plain, sort_keys=False)
-    with atomic_write(path) as temporary:
-        temporary.write_text(f"# {title}\n{body}", encoding="utf-8")
+    write_text(path, f"# {title}\n{body}")
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from moe_fast.evaluation import (
 )
 from moe_fast.evaluation.plots import plot_expert_usage, plot_losses
 from moe_fast.evaluation.trec import Run
-from moe_fast.files import atomic_write
+from moe_fast.files import write_text
 from moe_fast.losses import InfoNCELoss, RouterLoss
 from moe_fast.training import DomainBatchSampler, MoESentenceTransformerTrainer
 
@@ -329,8 +329,7 @@ def write(
     }
     tables = markdown(systems, differences, data, minutes)
     for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", tables)):
-        with atomic_write(output / f"{name}{suffix}") as partial_file:
-            partial_file.write_text(text, encoding="utf-8")
+        write_text(output / f"{name}{suffix}", text)
     print("\n" + tables)
 
 
