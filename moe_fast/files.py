@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
@@ -171,13 +171,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     ):
         _remove_unlocked(leftover)
     mode = _mode_of(path)
-
-    def create(ending: str) -> tuple[Path, int]:
-        new = path.with_name(f".{path.stem}{ending}{path.suffix}")
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        return new, os.open(new, flags, 0o666 if mode is None else 0o600)
-
-    temporary, lock = _locked(create)
+    temporary, lock = _locked_temporary(path, 0o666 if mode is None else 0o600)
     try:
         yield temporary
         if mode is not None:
@@ -204,16 +198,14 @@ def _mode_of(path: Path) -> int | None:
     return stat.S_IMODE(found) if stat.S_ISREG(found) else None
 
 
-def _locked(create: Callable[[str], tuple[Path, int]]) -> tuple[Path, int]:
-    """What ``create`` makes, given an ending of the name, and a lock that dies with this process.
-
-    ``create`` gives the path of a new file or folder and a descriptor of it.
-    """
-    import fcntl  # POSIX alone
+def _locked_temporary(path: Path, mode: int) -> tuple[Path, int]:
+    """A new file beside ``path`` and a lock on it, which dies with this process."""
+    import fcntl
 
     while True:
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{PARTIAL}{path.suffix}")
         try:
-            temporary, lock = create(f".{secrets.token_hex(4)}{PARTIAL}")
+            lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         except FileExistsError:
             continue
         with contextlib.suppress(OSError):  # no locks on this file system: nothing is cleared
@@ -260,13 +252,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replaces: Sequence[str] = ())
     replaceable = _replaceable(target)
     place = target.parent if replaceable else target
     _clear_leftovers(place, target)
-
-    def create(ending: str) -> tuple[Path, int]:
-        new = place / f".{target.name}{ending}"
-        new.mkdir()
-        return new, os.open(new, os.O_RDONLY)
-
-    temporary, lock = _locked(create)
+    temporary, lock = _locked_folder(place, target)
     _open_folders.add(temporary)
     try:
         yield temporary
@@ -287,6 +273,21 @@ def atomic_folder(path: str | os.PathLike[str], *, replaces: Sequence[str] = ())
 def _replaceable(folder: Path) -> bool:
     """Whether another folder can take the place of this one."""
     return os.access(folder.parent, os.W_OK | os.X_OK) and not os.path.ismount(folder)
+
+
+def _locked_folder(place: Path, target: Path) -> tuple[Path, int]:
+    """A new folder in ``place`` and a lock on it, which dies with this process."""
+    import fcntl  # POSIX alone
+
+    while True:
+        folder = place / f".{target.name}.{secrets.token_hex(4)}{PARTIAL}"
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # no locks on this file system: nothing is cleared
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():  # it may have been cleared before it was locked
+            return folder, lock
+        os.close(lock)
 
 
 def _clear_leftovers(place: Path, target: Path) -> None:
@@ -398,9 +399,8 @@ def _move_files(temporary: Path, target: Path, replaces: Sequence[str]) -> None:
         os.replace(temporary / path, target / path)
     for path in [p for p in target.rglob("*") if not p.is_dir()]:
         relative = path.relative_to(target)
-        if relative.name == _lock_name(target):  # its holder removes it
-            continue
-        if relative not in new and _matches(relative, replaces):
+        held = relative.name == _lock_name(target)  # its holder removes it
+        if not held and relative not in new and _matches(relative, replaces):
             path.unlink()
 
 
