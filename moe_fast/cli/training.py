@@ -33,6 +33,7 @@ from moe_fast.cli.training_data import (
     domains_of,
     for_loss,
     read_data,
+    reading_of,
 )
 from moe_fast.cli.training_pictures import draw
 from moe_fast.cli.training_runs import (
@@ -132,7 +133,7 @@ def _start_of(options: SimpleNamespace, run: Run, checkpoints: Path) -> str | No
 def _read(options: SimpleNamespace, run: Run) -> tuple[Any, Any]:
     """The rows to train on, and those to evaluate on, if any."""
     check_delimiter(options.delimiter, [*options.data, *(options.eval_data or ())])
-    reading = {name: getattr(options, name) for name in ("columns", "delimiter", "skip_invalid")}
+    reading = reading_of(options)
     train, evaluation = (
         for_loss(read_data(sources, options.positives_only, **reading), options.loss, run)
         if sources
@@ -218,10 +219,8 @@ def build_loss(
         "sigmoid": losses.SigmoidLoss,
         "distillation": losses.DistillationLoss,
     }
-    settings: dict[str, Any] = {}
-    for name in ("temperature", "learn_temperature"):
-        if getattr(options, name) is not None:
-            settings[name] = getattr(options, name)
+    given = {name: getattr(options, name) for name in ("temperature", "learn_temperature")}
+    settings = {name: value for name, value in given.items() if value is not None}
     for name, default, known in (
         ("symmetric", False, ("infonce", "clp")),
         ("negatives_from", "all", ("infonce", "clp", "sigmoid")),
@@ -376,10 +375,12 @@ def save_results(
     options: SimpleNamespace, trainer: Any, metrics: dict[str, Any], texts: Any, run: Run
 ) -> None:
     """The model, the settings and the log, all at once, then the pictures; checkpoints stay."""
+    from moe_fast.training import ExpertUsageCallback
     from moe_fast.training.loss_state import save_loss_state
 
     output = Path(options.output)
-    usage = _usage_callback(trainer)
+    callbacks = trainer.callback_handler.callbacks
+    usage = next((c for c in callbacks if isinstance(c, ExpertUsageCallback)), None)
     log = {
         "metrics": metrics,
         "history": trainer.state.log_history,
@@ -397,10 +398,3 @@ def save_results(
         (temporary / LOG).write_text(json.dumps(log, indent=2), encoding="utf-8")
     drawn = draw(output, trainer, texts, options)
     run.say(f"{output}: the model, train.yaml, training_log.json{', '.join(['', *drawn])}")
-
-
-def _usage_callback(trainer: Any) -> Any:
-    from moe_fast.training import ExpertUsageCallback
-
-    found = (c for c in trainer.callback_handler.callbacks if isinstance(c, ExpertUsageCallback))
-    return next(found, None)
