@@ -69,7 +69,7 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable], Callable]:
+def add_command(app: typer.Typer, name: str, function: Callable, example: str) -> None:
     """Make a function a command of ``app``.
 
     The function's parameters are the command's, and its ``run`` is a :class:`Run`. The global
@@ -78,35 +78,30 @@ def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable], C
     Args:
         example: a command line that works, shown at the end of the help.
     """
+    own = [parameter for parameter in _parameters(function) if parameter.name != "run"]
+    parameters = [*own, *_parameters(_global_options)]
 
-    def register(function: Callable) -> Callable:
-        own = [parameter for parameter in _parameters(function) if parameter.name != "run"]
-        parameters = [*own, *_parameters(_global_options)]
+    @functools.wraps(function)
+    def run(ctx: typer.Context, **values: Any) -> None:
+        _check_finite(values)
+        check_names(name, values)
+        settings = {k: v for k, v in values.items() if k not in _NOT_SETTINGS}
+        arguments = {parameter.name: values[parameter.name] for parameter in own}
+        state = Run(name, settings, values["seed"], values["quiet"])
+        with _errors(name, values["debug"]), _environment(values["backend"], state):
+            check_inputs_survive(settings)
+            function(**arguments, run=state)
 
-        @functools.wraps(function)
-        def run(ctx: typer.Context, **values: Any) -> None:
-            _check_finite(values)
-            check_names(name, values)
-            settings = {k: v for k, v in values.items() if k not in _NOT_SETTINGS}
-            arguments = {parameter.name: values[parameter.name] for parameter in own}
-            state = Run(name, settings, values["seed"], values["quiet"])
-            with _errors(name, values["debug"]), _environment(values["backend"], state):
-                check_inputs_survive(settings)
-                function(**arguments, run=state)
-
-        context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [context, *parameters]}
-        settable = [p for p in parameters if p.name not in _NOT_SETTINGS]
-        app.command(
-            name,
-            epilog=f"Example:  {example}",
-            no_args_is_help=any(p.default is inspect.Parameter.empty for p in own),
-            context_settings={"obj": {p.name: _without_metadata(p.annotation) for p in settable}},
-        )(run)
-        return function
-
-    return register
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [context, *parameters]}
+    settable = [p for p in parameters if p.name not in _NOT_SETTINGS]
+    app.command(
+        name,
+        epilog=f"Example:  {example}",
+        no_args_is_help=any(p.default is inspect.Parameter.empty for p in own),
+        context_settings={"obj": {p.name: _without_metadata(p.annotation) for p in settable}},
+    )(run)
 
 
 def _load_config(ctx: typer.Context, path: Path | None) -> Path | None:

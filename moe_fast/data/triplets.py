@@ -57,8 +57,7 @@ def read_triplets(
         )
     required = dict.fromkeys(("a", "b", *negatives), checks.text)
     wanted = _Triplets(required, {"domain": checks.text}, {**columns, **negatives}, keep)
-    check = wanted.matched(row, where)
-    return build_dataset(opened, check, streaming=streaming, skip_invalid=skip_invalid)
+    return build_dataset(opened, wanted, streaming=streaming, skip_invalid=skip_invalid)
 
 
 class _Triplets(Columns):
