@@ -15,6 +15,8 @@ from moe_fast.cli.options import (
     BatchSize,
     Delimiter,
     Device,
+    Domain,
+    DomainColumn,
     Overwrite,
     SkipInvalid,
     TextColumn,
@@ -89,13 +91,8 @@ def run_command(
         str, typer.Option(help="Name of the run, the last column of the run file.")
     ] = "moe_fast",
     text_column: TextColumn = TEXT,
-    domain: Annotated[
-        str | None, typer.Option(help="Domain of all texts of files that name none.")
-    ] = None,
-    domain_column: Annotated[
-        str | None,
-        typer.Option(help="Column that holds each text's domain, in each file without DOMAIN=."),
-    ] = None,
+    domain: Domain = None,
+    domain_column: DomainColumn = None,
     columns: TextColumns = None,
     delimiter: Delimiter = None,
     skip_invalid: SkipInvalid = False,

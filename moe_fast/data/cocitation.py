@@ -134,7 +134,7 @@ def cocitation_pairs(
     _check_arguments(min_cocitations, negatives_per_positive, fractions, max_references, max_pairs)
     graph = read_papers(papers, columns=columns, delimiter=delimiter, skip_invalid=skip_invalid)
     for_splits, for_draws = np.random.SeedSequence(seed).spawn(2)
-    domains = _numbers(graph.domains or [""] * len(graph))
+    _, domains = np.unique(graph.domains or [""] * len(graph), return_inverse=True)
     split_of = _split_papers(domains, fractions, for_splits)
     citations, passed_over = without_surveys(graph.citations, max_references or len(graph))
     rng = np.random.default_rng(for_draws)
@@ -204,10 +204,6 @@ def _dataset(graph: Papers, labelled: Sequence[tuple[int, Ints]], ids: bool) -> 
 
     rows = (row(a, b, label) for label, pairs in labelled for a, b in pairs.T.tolist())
     return dataset_from_rows(rows)
-
-
-def _numbers(names: Sequence[str]) -> Ints:
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
 def _per_split(splits: Ints) -> dict[str, int]:

@@ -118,13 +118,13 @@ class MoEMLP(nn.Module):
         return "gate_up_proj" if self.gated else "up_proj"
 
     def is_expert(self, name: str) -> bool:
-        """Whether the projection ``name`` is replicated into experts."""
-        return self.target == "mlp" or (self.target == "output") == (name == "down_proj")
+        """Whether the projection of the parameter ``name`` is replicated into experts."""
+        return self.target == "mlp" or (self.target == "output") == name.startswith("down_proj")
 
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The stacked parameters, first dimension E, with their names."""
         for name, parameter in self.named_parameters(recurse=False):
-            if self.is_expert(name.removesuffix("_bias")):
+            if self.is_expert(name):
                 yield name, parameter
 
     def reset_parameters(self) -> None:

@@ -199,16 +199,12 @@ def check_swappable(columns: Mapping[str, Sequence[str]], *settings: Any) -> Non
                 f"swap_pairs needs rows of two texts, but the {name} dataset has {list(texts)}."
             )
         for setting in settings:
-            first, second = (_setting_of(setting, text) for text in texts)
+            first, second = (of_column(setting, text) for text in texts)
             if first != second:
                 raise ValueError(
                     f"swap_pairs is for texts that are treated alike, but {texts[0]!r} has "
                     f"{first!r} and {texts[1]!r} has {second!r} (prompts, max_length)."
                 )
-
-
-def _setting_of(setting: Any, column: str) -> Any:
-    return of_column(setting, column) if isinstance(setting, Mapping) else setting
 
 
 def check_exchanges(losses: Mapping[str, nn.Module]) -> None:
