@@ -10,8 +10,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,12 +36,14 @@ class Run:
         settings: every parameter of the command with its resolved value.
         seed: of every random draw.
         quiet: no progress bars, notes or warnings; results and errors are still printed.
+        held: what the command enters here, such as a lock on its output, is left when it ends.
     """
 
     command: str
     settings: Mapping[str, Any]
     seed: int
     quiet: bool
+    held: ExitStack = field(default_factory=ExitStack)
 
     def say(self, text: str) -> None:
         """Print a note, unless quiet; of several processes the first one does."""
@@ -88,7 +90,7 @@ def add_command(app: typer.Typer, name: str, function: Callable, example: str) -
         settings = {k: v for k, v in values.items() if k not in _NOT_SETTINGS}
         arguments = {parameter.name: values[parameter.name] for parameter in own}
         state = Run(name, settings, values["seed"], values["quiet"])
-        with _errors(name, values["debug"]), _environment(values["backend"], state):
+        with _errors(name, values["debug"]), _environment(values["backend"], state), state.held:
             check_inputs_survive(settings)
             function(**arguments, run=state)
 

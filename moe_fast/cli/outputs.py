@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +92,3 @@ def _paths(value: Any) -> Iterator[Path]:
         if isinstance(entry, (str, Path)) and str(entry):
             found = [Path(part) for part in (str(entry), str(entry).partition("=")[2]) if part]
             yield from (path for path in found if path.exists())
-
-
-def one_at_a_time(function: Callable[..., None]) -> Callable[..., None]:
-    """Have a command's function hold its ``output``: a second run on it is refused meanwhile."""
-
-    @functools.wraps(function)
-    def held(*, output: Path, overwrite: bool, **values: Any) -> None:
-        from moe_fast.files import check_output, exclusive
-
-        check_output(output, overwrite)
-        with exclusive(output):
-            function(output=output, overwrite=overwrite, **values)
-
-    return held

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,8 +60,7 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
     checkpoints = Path(options.output) / CHECKPOINTS
     interruption = Interruption()
     try:
-        with ExitStack() as held:
-            _train(options, run, checkpoints, interruption, held)
+        _train(options, run, checkpoints, interruption)
     except KeyboardInterrupt:
         if is_first_process():
             print(f"moe-fast train: {interruption.message(checkpoints)}", file=sys.stderr)
@@ -70,14 +68,10 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
 
 
 def _train(
-    options: SimpleNamespace,
-    run: Run,
-    checkpoints: Path,
-    interruption: Interruption,
-    held: ExitStack,
+    options: SimpleNamespace, run: Run, checkpoints: Path, interruption: Interruption
 ) -> None:
     if is_first_process() and checkpoints.is_dir():
-        held.enter_context(hold_folder(checkpoints))
+        run.held.enter_context(hold_folder(checkpoints))
     last = _start_of(options, run, checkpoints)
     train, evaluation = _read(options, run)
     check_batches(options, train)
@@ -87,7 +81,7 @@ def _train(
     trainer.add_callback(interruption)
     if is_first_process():
         inputs = describe_inputs(options.model, train, evaluation)
-        held.enter_context(hold_folder(checkpoints))
+        run.held.enter_context(hold_folder(checkpoints))
         _start_of(options, run, checkpoints)  # another run may have been faster
         if last is not None:
             check_same_inputs(checkpoints, inputs)

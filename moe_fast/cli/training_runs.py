@@ -82,13 +82,10 @@ def forget_checkpoints(checkpoints: Path) -> None:
 
 def replaced_results(output: Path) -> list[str]:
     """Patterns of the files that the run before has written; what others put there stays."""
-    log = output / LOG
-    listed: Any = []
-    if log.is_file():
-        try:
-            listed = json.loads(log.read_text(encoding="utf-8")).get("files", [])
-        except (ValueError, AttributeError):
-            listed = []
+    try:
+        listed = json.loads((output / LOG).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or none of ours
+        listed = []
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return [glob.escape(name) for name in (*names, *_PICTURES)]
 

@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor, nn
 
 from moe_fast import compat
+from moe_fast.ops.checks import check_count
 from moe_fast.training.domain_ids import to_domain_ids
 from moe_fast.training.hashing import stable_hash
 from moe_fast.training.row_sampling import draw_passages, has_flag_columns, is_swapped
@@ -81,8 +82,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
             )
         if len(set(self.domains)) < len(self.domains):
             raise ValueError(f"domains must differ from each other; got {self.domains}.")
-        if self.num_negatives < 0:
-            raise ValueError(f"num_negatives must be at least 0; got {self.num_negatives}.")
+        check_count("num_negatives", self.num_negatives, at_least=0)
         self._check_max_length()
         self._training = False
         # In shared memory: a data loader's workers, which live for many epochs, see it change.
