@@ -120,25 +120,21 @@ def column_names(values: Sequence[str] | None) -> dict[str, str]:
     return named_paths(split_commas(values), "--columns", "OURS=ITS")
 
 
-def delimiter_character(value: str | None) -> str | None:
-    """The character of ``--delimiter``: itself, or a tab for ``tab`` and a backslash with t.
+def delimiter_for(path: str, delimiter: str | None) -> str | None:
+    """The character of ``--delimiter`` for a CSV file, None for any other file.
+
+    ``tab`` and a backslash with t stand for a tab.
 
     Raises:
-        typer.BadParameter: for anything else.
+        typer.BadParameter: a delimiter that is no single character.
     """
-    if value is None or value in ("tab", "\\t"):
-        return value and "\t"
-    if len(value) != 1 or value in '"\r\n\0':
-        raise typer.BadParameter(f"--delimiter must be one character or 'tab'; got {value!r}")
-    return value
-
-
-def delimiter_for(path: str, delimiter: str | None) -> str | None:
-    """The character of ``--delimiter`` for a CSV file, None for any other file."""
     from moe_fast.data.rows import CSV_FORMATS
 
-    character = delimiter_character(delimiter)
-    return character if path.lower().removesuffix(".gz").endswith(CSV_FORMATS) else None
+    if delimiter in ("tab", "\\t"):
+        delimiter = "\t"
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0'):
+        raise typer.BadParameter(f"--delimiter must be one character or 'tab'; got {delimiter!r}")
+    return delimiter if path.lower().removesuffix(".gz").endswith(CSV_FORMATS) else None
 
 
 def check_delimiter(delimiter: str | None, sources: Iterable[str]) -> None:
@@ -196,15 +192,15 @@ def split_commas(values: Sequence[str] | None) -> list[str]:
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
 
 
-def numbers(values: Sequence[str] | None, flag: str) -> list[int]:
+def numbers(values: Sequence[str] | None, flag: str, allowed: str = "whole numbers") -> list[int]:
     """The whole numbers in ``--flag 64,32``.
 
     Raises:
-        typer.BadParameter: for anything else.
+        typer.BadParameter: for anything else, saying what is allowed.
     """
     parts = split_commas(values)
-    if not all(part.isdigit() for part in parts):
-        raise typer.BadParameter(f"{flag} must be whole numbers; got {', '.join(parts)}")
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"{flag} must be {allowed}; got {', '.join(parts)}")
     return [int(part) for part in parts]
 
 

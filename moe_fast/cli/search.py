@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -200,7 +200,8 @@ def _hits(
     """
     from moe_fast.inference.index import search_index
 
-    numbers = _are_row_numbers(built.ids) or _are_row_numbers(_ids(queries))
+    of_queries = (key for keys, _ in queries.pieces() for key in keys)
+    numbers = _are_row_numbers(built.ids) or _are_row_numbers(of_queries)
     ignore_own = ignore_own and not numbers
     found: dict[str, dict[str, float]] = {}
     left_out = 0
@@ -215,10 +216,6 @@ def _hits(
                 left_out += 1
             found[query] = dict(list(hits.items())[:k])
     return found, left_out
-
-
-def _ids(vectors: Vectors) -> Iterator[str]:
-    return (key for keys, _ in vectors.pieces() for key in keys)
 
 
 def _are_row_numbers(ids: Iterable[str]) -> bool:

@@ -186,7 +186,6 @@ def evaluate_pairs(
             the domains; an unknown `threshold`; or as `moe_fast.evaluation.embed`.
         ImportError: scikit-learn or scipy is not installed.
     """
-    bootstrap = bootstrap or Bootstrap()
     data = PairData(dataset, by_domain=by_domain)
     # a shared threshold needs nothing of the dev set's domains
     dev_domains = by_domain and threshold == "per_domain"

@@ -71,7 +71,7 @@ class Items(Protocol):
         ...
 
 
-class GroupedItems:
+class GroupedItems(Items):
     """Items in groups that are resampled within their domain; a subclass has `resampled`.
 
     Args:
@@ -95,10 +95,6 @@ class GroupedItems:
             group: {name: float(values[0]) for name, values in metrics.items()}
             for group, metrics in self.resampled(self.drawn[None]).items()
         }
-
-    def resampled(self, rows: NDArray[np.int64]) -> Metrics:
-        """As in `Items`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -155,9 +151,10 @@ def evaluation_of(
     *,
     details: dict[str, dict[str, Any]],
     settings: dict[str, Any],
-    bootstrap: Bootstrap,
+    bootstrap: Bootstrap | None,
 ) -> Evaluation:
     """The metrics of `items` with their intervals; none for a group of fewer than two items."""
+    bootstrap = bootstrap or Bootstrap()
     scores = _with_intervals(items.metrics(), items, items.resampled, bootstrap)
     settings = settings | {"bootstrap": asdict(bootstrap)}
     return Evaluation(task, model, scores, details, settings, items)

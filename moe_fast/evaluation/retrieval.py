@@ -249,7 +249,6 @@ def evaluate_run(
             documents or queries; a run with queries or documents that are not in `retrieval`.
         ImportError: ir-measures or scipy is not installed.
     """
-    bootstrap = bootstrap or Bootstrap()
     check_measures(measures)
     check_qrels(retrieval)
     _check_run(run, retrieval)

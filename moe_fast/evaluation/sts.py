@@ -106,7 +106,6 @@ def evaluate_sts(
             scores that are all the same, or as `moe_fast.evaluation.embed`.
         ImportError: scipy or scikit-learn is not installed.
     """
-    bootstrap = bootstrap or Bootstrap()
     columns = read_columns(dataset, ("a", "b", "score"), ("domain",))
     _check_gold(columns["score"])
     a, b, settings = embed_pairs(model, columns, encode)
