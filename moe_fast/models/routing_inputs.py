@@ -77,8 +77,8 @@ def _enforced_ids(
     if not config.domains or expert_ids.shape != (batch,):
         return expert_ids, domain_ids
     if domain_ids is None:
-        said = f"[0, num_experts) = [0, {config.num_experts})"
-        _check_range("expert_ids", expert_ids, config.num_experts, said)  # they choose tokens
+        said = f"[0, num_experts) = [0, {config.num_experts})"  # they choose the domains' tokens
+        _check_range("expert_ids", expert_ids, config.num_experts, said)
         return expert_ids, expert_ids
     if _reads_values(domain_ids) and not torch.equal(expert_ids.long(), domain_ids.long()):
         raise ValueError(
@@ -94,7 +94,9 @@ def _reads_values(tensor: Tensor) -> bool:
 
 def _check_range(name: str, ids: Tensor, size: int, said: str) -> None:
     check_dtype(name, ids, INTEGER_DTYPES)
-    wrong = ids[(ids < 0) | (ids >= size)] if _reads_values(ids) else ids[:0]
+    if not _reads_values(ids):
+        return
+    wrong = ids[(ids < 0) | (ids >= size)]
     if wrong.numel():
         raise ValueError(f"{name} must lie in {said}; got {int(wrong[0])}.")
 
