@@ -98,7 +98,7 @@ def run_command(
     check_model_path(model)
     mixture = make_mixture(
         model,
-        SimpleNamespace(**run.settings | {"layers": parse_layers(layers)}),
+        SimpleNamespace(**{**run.settings, "layers": parse_layers(layers)}),
         names,
         default_domain=default_domain,
         domain_tokens=domain_tokens,
