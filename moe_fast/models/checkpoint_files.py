@@ -83,12 +83,9 @@ def stored_dtypes(file: Path) -> dict[str, str]:
 
 
 def _check_files(folder: Path) -> None:
-    for pattern in _JSON_FILES:
-        for file in sorted(folder.glob(pattern)):
-            read_object(file)
-    for pattern in _WEIGHT_FILES:
-        for file in sorted(folder.glob(pattern)):
-            check_safetensors(file)
+    for patterns, check in ((_JSON_FILES, read_object), (_WEIGHT_FILES, check_safetensors)):
+        for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+            check(file)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.exists() and not (folder / SAFE_WEIGHTS_NAME).exists():  # else it is not read
         _check_shards(index)
