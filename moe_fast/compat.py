@@ -51,13 +51,13 @@ def _gone(package: str, name: str, consequence: str) -> RuntimeError:
     )
 
 
-def _refusing(package: str, name: str, consequence: str) -> Method:
-    """What stands for a function that is gone: the error, when it is called."""
+def _function(module: str, name: str, consequence: str) -> Method:
+    """A function of transformers; where it is gone, an error when it is called."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise _gone(package, name, consequence)
+        raise _gone("transformers", name, consequence)
 
-    return refuse
+    return _found(module, name) or refuse
 
 
 @functools.cache  # once for each
@@ -328,24 +328,21 @@ def attention_can_be_chosen() -> bool:
 
 def sdpa_attention() -> Method:
     """transformers' attention by torch's SDPA; without it, an error where it would be needed."""
-    name = "sdpa_attention_forward"
     consequence = "attn_implementation='moe_fast' cannot take a mask of pairs of tokens"
-    found = _found("transformers.integrations.sdpa_attention", name)
-    return found or _refusing("transformers", name, consequence)
+    module = "transformers.integrations.sdpa_attention"
+    return _function(module, "sdpa_attention_forward", consequence)
 
 
 def bidirectional_mask() -> Method:
     """transformers' function from a model's 2-D mask to its layers'; without it, an error."""
-    name = "create_bidirectional_mask"
-    found = _found("transformers.masking_utils", name)
-    return found or _refusing("transformers", name, "MPNet's padding cannot be masked")
+    consequence = "MPNet's padding cannot be masked"
+    return _function("transformers.masking_utils", "create_bidirectional_mask", consequence)
 
 
 def padding_mask() -> Method:
     """transformers' mask function that keeps a mask [B, L] as it is; without it, an error."""
-    found = _found("transformers.masking_utils", "flash_attention_mask")
     consequence = "attn_implementation='moe_fast' cannot take a mask"
-    return found or _refusing("transformers", "flash_attention_mask", consequence)
+    return _function("transformers.masking_utils", "flash_attention_mask", consequence)
 
 
 def register_experts(name: str, forward: Method) -> None:
@@ -377,9 +374,8 @@ def file_of(path: Any, name: str) -> str | None:
     """A file of a model folder or of the hub, or ``None`` where the model has none of that name."""
     from transformers.utils import cached_file
 
-    options = {"_raise_exceptions_for_missing_entries": False}
-    if not _takes(cached_file, next(iter(options))):
-        options = {}
+    missing = "_raise_exceptions_for_missing_entries"
+    options = {missing: False} if _takes(cached_file, missing) else {}
     try:
         return cached_file(path, name, **options)
     except OSError:
@@ -403,9 +399,8 @@ def replaced_backend(tokenizer: Any, backend: Any) -> bool:
 
 def rotate_checkpoints(*args: Any, **kwargs: Any) -> None:
     """transformers' removal of older checkpoints; without it, an error when one was saved."""
-    found = _found("transformers.trainer_utils", "rotate_checkpoints")
-    refusing = _refusing("transformers", "rotate_checkpoints", "older checkpoints stay")
-    (found or refusing)(*args, **kwargs)
+    name = "rotate_checkpoints"
+    _function("transformers.trainer_utils", name, "older checkpoints stay")(*args, **kwargs)
 
 
 _LOSS_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")

@@ -13,6 +13,7 @@ import socket
 import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -136,11 +137,8 @@ def _holder(lock: int, place: Path, path: str | os.PathLike[str]) -> str:
         raise FileExistsError(
             f"{place} is where the lock on {path} belongs, and holds something else. Move it away."
         )
-    return _printable(found.removeprefix(_LOCK_TITLE).strip()) or "which began just now"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    holder = found.removeprefix(_LOCK_TITLE).strip()
+    return "".join(c if c.isprintable() else "?" for c in holder) or "which began just now"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -169,7 +167,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise IsADirectoryError(f"{path} must be a file; it is a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(
-        f".{_escape(path.stem)}.????????{PARTIAL}{_escape(path.suffix)}"
+        f".{escape(path.stem)}.????????{PARTIAL}{escape(path.suffix)}"
     ):
         _remove_unlocked(leftover)
     mode = _mode_of(path)
@@ -183,6 +181,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         os.close(lock)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all: see :func:`atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _mode_of(path: Path) -> int | None:
@@ -288,16 +292,12 @@ def _locked_folder(place: Path, target: Path) -> tuple[Path, int]:
 
 def _clear_leftovers(place: Path, target: Path) -> None:
     """Remove what killed processes left of earlier saves; put a set-aside folder back."""
-    for leftover in sorted(place.glob(f".{_escape(target.name)}.????????.*")):
+    for leftover in sorted(place.glob(f".{escape(target.name)}.????????.*")):
         if leftover.suffix == PREVIOUS and not target.exists():
             logger.warning("%s: an interrupted save is undone, the old folder put back.", target)
             os.rename(leftover, target)
         elif leftover.suffix in (PARTIAL, PREVIOUS):
             _remove_unlocked(leftover)
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _remove_unlocked(leftover: Path) -> None:
@@ -399,9 +399,8 @@ def _move_files(temporary: Path, target: Path, replaces: Sequence[str]) -> None:
         os.replace(temporary / path, target / path)
     for path in [p for p in target.rglob("*") if not p.is_dir()]:
         relative = path.relative_to(target)
-        if relative.name == _lock_name(target):  # its holder removes it
-            continue
-        if relative not in new and _matches(relative, replaces):
+        held = relative.name == _lock_name(target)  # its holder removes it
+        if not held and relative not in new and _matches(relative, replaces):
             path.unlink()
 
 

@@ -21,7 +21,7 @@ from moe_fast.cli import (
     tune,
     upcycle,
 )
-from moe_fast.cli.command import command
+from moe_fast.cli.command import add_command
 from moe_fast.version import __version__
 
 app = typer.Typer(
@@ -66,4 +66,4 @@ def options(
 
 
 for _name, _module in COMMANDS.items():
-    command(app, _name, _module.EXAMPLE)(_module.run_command)
+    add_command(app, _name, _module.run_command, _module.EXAMPLE)

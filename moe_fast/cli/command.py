@@ -10,18 +10,19 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import typer
 
 from moe_fast.cli.config import read_config, write_config
+from moe_fast.cli.options import option
 from moe_fast.cli.outputs import check_inputs_survive, check_names
 from moe_fast.messages import printable
 
-Backend = Literal["auto", "triton", "cpp", "tiled", "torch"]
+_PANEL = "Global options"
 _NOT_SETTINGS = ("config", "quiet", "debug")
 _NOT_SAVED = ("overwrite", "resume")  # consent to this once, which no other run inherits
 
@@ -35,12 +36,14 @@ class Run:
         settings: every parameter of the command with its resolved value.
         seed: of every random draw.
         quiet: no progress bars, notes or warnings; results and errors are still printed.
+        held: what the command enters here, such as a lock on its output, is left when it ends.
     """
 
     command: str
     settings: Mapping[str, Any]
     seed: int
     quiet: bool
+    held: ExitStack = field(default_factory=ExitStack)
 
     def say(self, text: str) -> None:
         """Print a note, unless quiet; of several processes the first one does."""
@@ -68,7 +71,7 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable], Callable]:
+def add_command(app: typer.Typer, name: str, function: Callable, example: str) -> None:
     """Make a function a command of ``app``.
 
     The function's parameters are the command's, and its ``run`` is a :class:`Run`. The global
@@ -77,105 +80,80 @@ def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable], C
     Args:
         example: a command line that works, shown at the end of the help.
     """
+    own = [parameter for parameter in _parameters(function) if parameter.name != "run"]
+    parameters = [*own, *_parameters(_global_options)]
 
-    def register(function: Callable) -> Callable:
-        hints = get_type_hints(function, include_extras=True)
-        own = [
-            parameter.replace(annotation=hints[key])
-            for key, parameter in inspect.signature(function).parameters.items()
-            if key != "run"
-        ]
-        allowed: dict[str, Any] = {}
-        parameters = [*own, *_global_parameters(allowed)]
+    @functools.wraps(function)
+    def run(ctx: typer.Context, **values: Any) -> None:
+        _check_finite(values)
+        check_names(name, values)
+        settings = {k: v for k, v in values.items() if k not in _NOT_SETTINGS}
+        arguments = {parameter.name: values[parameter.name] for parameter in own}
+        state = Run(name, settings, values["seed"], values["quiet"])
+        with _errors(name, values["debug"]), _environment(values["backend"], state), state.held:
+            check_inputs_survive(settings)
+            function(**arguments, run=state)
 
-        @functools.wraps(function)
-        def run(ctx: typer.Context, **values: Any) -> None:
-            _check_finite(values)
-            check_names(name, values)
-            settings = {k: v for k, v in values.items() if k not in _NOT_SETTINGS}
-            arguments = {parameter.name: values[parameter.name] for parameter in own}
-            state = Run(name, settings, values["seed"], values["quiet"])
-            with _errors(name, values["debug"]), _environment(values["backend"], state):
-                check_inputs_survive(settings)
-                function(**arguments, run=state)
-
-        context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-        run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [context, *parameters]}
-        plain = {p.name: _without_metadata(p.annotation) for p in parameters}
-        allowed |= {key: kind for key, kind in plain.items() if key not in _NOT_SETTINGS}
-        needs_some = any(p.default is inspect.Parameter.empty for p in own)
-        app.command(name, epilog=f"Example:  {example}", no_args_is_help=needs_some)(run)
-        return function
-
-    return register
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [context, *parameters]}
+    settable = [p for p in parameters if p.name not in _NOT_SETTINGS]
+    app.command(
+        name,
+        epilog=f"Example:  {example}",
+        no_args_is_help=any(p.default is inspect.Parameter.empty for p in own),
+        context_settings={"obj": {p.name: _without_metadata(p.annotation) for p in settable}},
+    )(run)
 
 
-def _global_parameters(allowed: Mapping[str, Any]) -> list[inspect.Parameter]:
-    """The options that every command has; ``allowed``: what a configuration file may hold."""
+def _load_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Take a file's settings for the command's defaults; ``ctx.obj`` says what it may hold."""
+    if path is not None and not ctx.resilient_parsing:
+        try:
+            ctx.default_map = read_config(path, ctx.obj)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from error
+    return path
 
-    def load(ctx: typer.Context, path: Path | None) -> Path | None:
-        if path is not None and not ctx.resilient_parsing:
-            try:
-                ctx.default_map = read_config(path, allowed)
-            except (OSError, ValueError) as error:
-                raise typer.BadParameter(str(error)) from error
-        return path
 
-    panel = "Global options"
-    options = {
-        "config": (
-            Path | None,
-            typer.Option(
-                help="YAML file of settings, named as the flags; a flag given as well wins.",
-                is_eager=True,
-                callback=load,
-                rich_help_panel=panel,
-            ),
-            None,
+def _global_options(
+    *,
+    config: Annotated[
+        Path | None,
+        option(
+            _PANEL,
+            "YAML file of settings, named as the flags; a flag given as well wins.",
+            is_eager=True,
+            callback=_load_config,
         ),
-        "backend": (
-            Backend,
-            typer.Option(
-                help="Implementation of the operations; auto takes the fastest for each device.",
-                rich_help_panel=panel,
-            ),
-            "auto",
+    ] = None,
+    backend: Annotated[
+        Literal["auto", "triton", "cpp", "tiled", "torch"],
+        option(_PANEL, "Implementation of the operations; auto takes the fastest for each device."),
+    ] = "auto",
+    seed: Annotated[
+        int,
+        option(
+            _PANEL,
+            "Where every random draw begins; the same seed gives the same result.",
+            min=0,
+            max=2**32 - 1,
         ),
-        "seed": (
-            int,
-            typer.Option(
-                help="Where every random draw begins; the same seed gives the same result.",
-                min=0,
-                max=2**32 - 1,
-                rich_help_panel=panel,
-            ),
-            0,
-        ),
-        "quiet": (
-            bool,
-            typer.Option(
-                "--quiet",
-                help="No progress bars, notes or warnings; results and errors alone.",
-                rich_help_panel=panel,
-            ),
-            False,
-        ),
-        "debug": (
-            bool,
-            typer.Option(
-                "--debug", help="On failure, show Python's traceback.", rich_help_panel=panel
-            ),
-            False,
-        ),
-    }
-    return [
-        inspect.Parameter(
-            key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-        )
-        for key, (kind, option, default) in options.items()
-    ]
+    ] = 0,
+    quiet: Annotated[
+        bool,
+        option(_PANEL, "No progress bars, notes or warnings; results and errors alone.", "--quiet"),
+    ] = False,
+    debug: Annotated[
+        bool, option(_PANEL, "On failure, show Python's traceback.", "--debug")
+    ] = False,
+) -> None:
+    """Has the options of every command for its parameters."""
+
+
+def _parameters(function: Callable) -> list[inspect.Parameter]:
+    every = inspect.signature(function, eval_str=True).parameters.values()
+    return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in every]
 
 
 def _check_finite(values: Mapping[str, Any]) -> None:

@@ -12,20 +12,18 @@ import difflib
 import re
 import sys
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from moe_fast.files import atomic_write
+from moe_fast.files import write_text
 from moe_fast.messages import reason, shown
 
 # Settings of NAME=VALUE, which a file may also hold as a mapping of names to values.
 NAMED = ("data", "eval_data", "columns", "models")
 MAX_BYTES = 1 << 18  # of a file; PyYAML takes its time
-
-
 _LARGEST = sys.float_info.max
 
 
@@ -101,8 +99,7 @@ def write_config(path: Path, settings: Mapping[str, Any], title: str) -> None:
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     if yaml.load(body, _Loader) != plain:  # rare characters that YAML takes for line ends
         body = yaml.safe_dump(plain, sort_keys=False)
-    with atomic_write(path) as temporary:
-        temporary.write_text(f"# {title}\n{body}", encoding="utf-8")
+    write_text(path, f"# {title}\n{body}")
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,30 +156,36 @@ def _members(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
+def _is_number(value: Any) -> bool:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and -_LARGEST <= value <= _LARGEST  # not NaN either
+
+
+# {type of a parameter: (what it is called, what a value must be)}
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    str: ("text", lambda value: isinstance(value, str)),
+    Path: ("a path", lambda value: isinstance(value, str)),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: type(value) is int),
+    float: ("a finite number", _is_number),
+}
+
+
 def _fits(value: Any, kind: Any) -> bool:
     for member in _members(kind):
-        origin = get_origin(member)
+        origin, arguments = get_origin(member), get_args(member)
         if origin is list:
-            items = get_args(member)[0]
-            found = isinstance(value, list) and all(_fits(item, items) for item in value)
+            found = isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
         elif origin is Literal:
-            found = value in get_args(member) and isinstance(value, str)
-        elif member is float:
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            found = is_number and -_LARGEST <= value <= _LARGEST  # not NaN either
-        elif member is int:
-            found = isinstance(value, int) and not isinstance(value, bool)
-        elif member is Path:
-            found = isinstance(value, str)
-        else:  # str, bool, NoneType
-            found = isinstance(value, member)
+            found = isinstance(value, str) and value in arguments
+        else:
+            found = member in _KINDS and _KINDS[member][1](value)
         if found:
             return True
     return value is None
 
 
 def _describe(kind: Any) -> str:
-    names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
     parts = []
     for member in _members(kind):
         if get_origin(member) is list:
@@ -192,10 +195,8 @@ def _describe(kind: Any) -> str:
             )
         elif get_origin(member) is Literal:
             parts.append("one of " + ", ".join(get_args(member)))
-        elif member is Path:
-            parts.append("a path")
-        elif member is not type(None):
-            parts.append(names[member])
+        elif member in _KINDS:
+            parts.append(_KINDS[member][0])
     return " or ".join(parts)
 
 

@@ -22,10 +22,10 @@ from moe_fast.cli.options import (
     SkipInvalid,
     TextColumn,
     TextColumns,
-    TextReading,
     Truncate,
     check_delimiter,
-    file_and_domain,
+    file_and_reading,
+    text_reading,
 )
 
 EXAMPLE = "moe-fast embed mixture texts.jsonl --domain law -o vectors.npy"
@@ -111,8 +111,8 @@ def run_command(
     from moe_fast.inference.embed import embed_file
     from moe_fast.inference.encoder import EncoderSettings
 
-    reading = TextReading.from_flags(columns, text_column, domain_column, delimiter, skip_invalid)
-    source, domain, domain_column = file_and_domain(texts, domain, reading.domain_column)
+    reading = text_reading(columns, text_column, domain_column, skip_invalid)
+    source, domain, reading = file_and_reading(texts, domain, reading, delimiter)
     check_delimiter(delimiter, [str(source)])
     settings = EncoderSettings(
         model=model,
@@ -128,7 +128,7 @@ def run_command(
         source,
         output,
         settings,
-        **reading.of(source, domain_column),
+        **reading,
         chunk_size=chunk_size,
         processes=processes,
         threads=threads,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -153,19 +155,7 @@ def run_command(
         show_progress_bar=not run.quiet,
     )
     common = {"encode": encode, "bootstrap": Bootstrap(confidence, resamples, run.seed)}
-    tasks = read_tasks(
-        pairs=pairs or (),
-        dev=dev or (),
-        retrieval=retrieval,
-        sts=sts or (),
-        threshold=threshold,
-        measures=split_commas(measures),
-        on_missing=on_missing,
-        ignore_identical_ids=ignore_identical_ids,
-        columns=columns,
-        delimiter=delimiter,
-        skip_invalid=skip_invalid,
-    )
+    tasks = _read_tasks(SimpleNamespace(**run.settings))
     names = [model] if against is None else [model, against]
     found = [_measure(name, tasks, domain, device, common) for name in names]
     results: dict[str, Any] = {}
@@ -182,46 +172,33 @@ def run_command(
         write_json(results, json_output)
 
 
-def read_tasks(
-    *,
-    pairs: Sequence[str],
-    dev: Sequence[str],
-    retrieval: str | None,
-    sts: Sequence[str],
-    threshold: Literal["shared", "per_domain"],
-    measures: list[str],
-    on_missing: Literal["error", "drop"],
-    ignore_identical_ids: bool,
-    **reading: Any,
-) -> dict[str, Callable[..., Evaluation]]:
+def _read_tasks(options: SimpleNamespace) -> dict[str, Callable[..., Evaluation]]:
     """{name: function of a model}; all data is read, and checked, before any model is loaded.
 
-    ``reading``: the columns and so on of pairs and scored pairs, see
-    :func:`moe_fast.cli.training_data.read_sources`.
+    ``options`` are the command's parameters.
     """
-    from functools import partial
-
-    from moe_fast.cli.training_data import read_sources
+    from moe_fast.cli.training_data import read_sources, reading_of
     from moe_fast.data import read_pairs, read_sts
     from moe_fast.evaluation import evaluate_pairs, evaluate_retrieval, evaluate_sts
 
+    reading = reading_of(options)
     tasks: dict[str, Callable[..., Evaluation]] = {}
-    if pairs:
+    if options.pairs:
         tasks["pairs"] = partial(
             evaluate_pairs,
-            dataset=read_sources(pairs, read_pairs, **reading),
-            dev=read_sources(dev, read_pairs, **reading) if dev else None,
-            threshold=threshold,
+            dataset=read_sources(options.pairs, read_pairs, **reading),
+            dev=read_sources(options.dev, read_pairs, **reading) if options.dev else None,
+            threshold=options.threshold,
         )
-    if retrieval is not None:
+    if options.retrieval is not None:
         tasks["retrieval"] = partial(
             evaluate_retrieval,
-            retrieval=_read_retrieval(retrieval, on_missing),
-            measures=measures,
-            ignore_identical_ids=ignore_identical_ids,
+            retrieval=_read_retrieval(options.retrieval, options.on_missing),
+            measures=split_commas(options.measures),
+            ignore_identical_ids=options.ignore_identical_ids,
         )
-    if sts:
-        tasks["sts"] = partial(evaluate_sts, dataset=read_sources(sts, read_sts, **reading))
+    if options.sts:
+        tasks["sts"] = partial(evaluate_sts, dataset=read_sources(options.sts, read_sts, **reading))
     return tasks
 
 

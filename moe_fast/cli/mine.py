@@ -21,13 +21,11 @@ from moe_fast.cli.options import (
     delimiter_for,
     option,
 )
-from moe_fast.cli.outputs import one_at_a_time
 
 EXAMPLE = "moe-fast mine pairs.jsonl --model mixture --negatives 2 --max-ratio 2 -o mined.jsonl"
 _SEARCH, _LEAVE_OUT = "Search", "What is left out"
 
 
-@one_at_a_time
 def run_command(
     data: Annotated[
         list[str],
@@ -85,11 +83,12 @@ def run_command(
     """
     from moe_fast.cli.training_data import read_data
     from moe_fast.data import MiningSettings, mine_hard_negatives, write_flag_rows
-    from moe_fast.files import check_output
+    from moe_fast.files import check_output, exclusive
 
     if (model is None) != bm25:
         raise typer.BadParameter("give --model or --bm25, one of the two")
     check_output(output, overwrite)
+    run.held.enter_context(exclusive(output))
     settings = MiningSettings(
         num_negatives=negatives,
         depth=depth,

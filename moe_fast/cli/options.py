@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,25 +120,21 @@ def column_names(values: Sequence[str] | None) -> dict[str, str]:
     return named_paths(split_commas(values), "--columns", "OURS=ITS")
 
 
-def delimiter_character(value: str | None) -> str | None:
-    """The character of ``--delimiter``: itself, or a tab for ``tab`` and a backslash with t.
+def delimiter_for(path: str, delimiter: str | None) -> str | None:
+    """The character of ``--delimiter`` for a CSV file, None for any other file.
+
+    ``tab`` and a backslash with t stand for a tab.
 
     Raises:
-        typer.BadParameter: for anything else.
+        typer.BadParameter: a delimiter that is no single character.
     """
-    if value is None or value in ("tab", "\\t"):
-        return value and "\t"
-    if len(value) != 1 or value in '"\r\n\0':
-        raise typer.BadParameter(f"--delimiter must be one character or 'tab'; got {value!r}")
-    return value
-
-
-def delimiter_for(path: str, delimiter: str | None) -> str | None:
-    """The character of ``--delimiter`` for a CSV file, None for any other file."""
     from moe_fast.data.rows import CSV_FORMATS
 
-    character = delimiter_character(delimiter)
-    return character if path.lower().removesuffix(".gz").endswith(CSV_FORMATS) else None
+    if delimiter in ("tab", "\\t"):
+        delimiter = "\t"
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0'):
+        raise typer.BadParameter(f"--delimiter must be one character or 'tab'; got {delimiter!r}")
+    return delimiter if path.lower().removesuffix(".gz").endswith(CSV_FORMATS) else None
 
 
 def check_delimiter(delimiter: str | None, sources: Iterable[str]) -> None:
@@ -148,72 +143,48 @@ def check_delimiter(delimiter: str | None, sources: Iterable[str]) -> None:
         raise ValueError(f"--delimiter {delimiter!r}: there is no CSV file among the data")
 
 
-@dataclass(frozen=True)
-class TextReading:
-    """How a command reads its files of texts.
+def text_reading(
+    columns: Sequence[str] | None,
+    text_column: Sequence[str],
+    domain_column: str | None,
+    skip_invalid: bool,
+) -> dict[str, Any]:
+    """How :func:`moe_fast.inference.embed_file` reads texts, by the flags of these names.
 
-    Attributes:
-        columns: of the text.
-        id_column, domain_column: where they are not as they are called by default.
-        delimiter: value of ``--delimiter``.
-        skip_invalid: leave out rows that cannot be read.
+    Raises:
+        typer.BadParameter: an unknown name in ``--columns``, or one that two flags give.
     """
-
-    columns: tuple[str, ...]
-    id_column: str | None
-    domain_column: str | None
-    delimiter: str | None
-    skip_invalid: bool
-
-    @classmethod
-    def from_flags(
-        cls,
-        columns: Sequence[str] | None,
-        text_column: Sequence[str],
-        domain_column: str | None,
-        delimiter: str | None,
-        skip_invalid: bool,
-    ) -> TextReading:
-        """Of ``--columns text=...,id=...,domain=...``, ``--text-column`` and ``--domain-column``.
-
-        Raises:
-            typer.BadParameter: an unknown name, or one that two flags give.
-        """
-        names = column_names(columns)
-        if unknown := sorted(names.keys() - {"text", "id", "domain"}):
-            raise typer.BadParameter(
-                f"--columns: of texts there are text, id and domain; got {', '.join(unknown)}"
-            )
-        both = [
-            name
-            for name, given in (("text", list(text_column) != TEXT), ("domain", domain_column))
-            if given and name in names
-        ]
-        if both:
-            raise typer.BadParameter(
-                f"give --{both[0]}-column or --columns {both[0]}={names[both[0]]}, not both"
-            )
-        return cls(
-            (names["text"],) if "text" in names else tuple(text_column),
-            names.get("id"),
-            domain_column or names.get("domain"),
-            delimiter,
-            skip_invalid,
+    names = column_names(columns)
+    if unknown := sorted(names.keys() - {"text", "id", "domain"}):
+        raise typer.BadParameter(
+            f"--columns: of texts there are text, id and domain; got {', '.join(unknown)}"
         )
+    for name, given in (("text", list(text_column) != TEXT), ("domain", domain_column)):
+        if given and name in names:
+            raise typer.BadParameter(
+                f"give --{name}-column or --columns {name}={names[name]}, not both"
+            )
+    return {
+        "columns": (names["text"],) if "text" in names else tuple(text_column),
+        "id_column": names.get("id"),
+        "domain_column": domain_column or names.get("domain"),
+        "skip_invalid": skip_invalid,
+    }
 
-    def of(self, path: Path, domain_column: str | None) -> dict[str, Any]:
-        """What :func:`moe_fast.inference.embed_file` takes, for one of the files.
 
-        Args:
-            domain_column: as `file_and_domain` says of this file.
-        """
-        return {
-            "columns": self.columns,
-            "id_column": self.id_column,
-            "domain_column": domain_column,
-            "delimiter": delimiter_for(str(path), self.delimiter),
-            "skip_invalid": self.skip_invalid,
-        }
+def file_and_reading(
+    source: str, domain: str | None, reading: dict[str, Any], delimiter: str | None
+) -> tuple[Path, str | None, dict[str, Any]]:
+    """(path, domain of all texts, how it is read) of ``FILE`` or ``DOMAIN=FILE``.
+
+    Args:
+        source, domain: see `file_and_domain`.
+        reading: what `text_reading` says of all files.
+        delimiter: value of ``--delimiter``.
+    """
+    path, domain, column = file_and_domain(source, domain, reading["domain_column"])
+    own = {"domain_column": column, "delimiter": delimiter_for(str(path), delimiter)}
+    return path, domain, reading | own
 
 
 def split_commas(values: Sequence[str] | None) -> list[str]:
@@ -221,15 +192,15 @@ def split_commas(values: Sequence[str] | None) -> list[str]:
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
 
 
-def numbers(values: Sequence[str] | None, flag: str) -> list[int]:
+def numbers(values: Sequence[str] | None, flag: str, allowed: str = "whole numbers") -> list[int]:
     """The whole numbers in ``--flag 64,32``.
 
     Raises:
-        typer.BadParameter: for anything else.
+        typer.BadParameter: for anything else, saying what is allowed.
     """
     parts = split_commas(values)
-    if not all(part.isdigit() for part in parts):
-        raise typer.BadParameter(f"{flag} must be whole numbers; got {', '.join(parts)}")
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"{flag} must be {allowed}; got {', '.join(parts)}")
     return [int(part) for part in parts]
 
 

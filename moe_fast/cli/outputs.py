@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +37,21 @@ def check_names(command: str, settings: Mapping[str, Any]) -> None:
     """
     formats = _FORMATS.get(command, {"output": _FOLDER})
     for name, allowed in formats.items():
-        path, flag = settings.get(name), "--" + name.removesuffix("_output").replace("_", "-")
-        if path is None:
+        if settings.get(name) is None:
             continue
+        path, flag = Path(settings[name]), "--" + name.removesuffix("_output").replace("_", "-")
+        suffix = path.suffix
         if allowed == _FOLDER:
-            check_folder(Path(path), flag)
-        else:
-            check_format(Path(path), allowed, flag)
-
-
-def check_format(path: Path, formats: Sequence[str], flag: str) -> None:
-    """Raise unless the name of a file ends in one of `formats`; "" stands for no suffix."""
-    name = path.name.lower()
-    if any(name.endswith(suffix) for suffix in formats if suffix):
-        return
-    if "" not in formats or path.suffix:
-        allowed = ", ".join(suffix or "no suffix" for suffix in formats)
-        raise typer.BadParameter(
-            f"{flag} {path}: the name says the format, which can be {allowed}; "
-            f"got {path.suffix or 'a name without a suffix'}"
-        )
-
-
-def check_folder(path: Path, flag: str) -> None:
-    """Raise for a folder that is called like a file."""
-    if path.suffix.lower() in _FILES:
-        raise typer.BadParameter(f"{flag} {path} will be a folder; {path.suffix} is for a file")
+            if suffix.lower() in _FILES:
+                raise typer.BadParameter(f"{flag} {path} will be a folder; {suffix} is for a file")
+            continue
+        fits = any(path.name.lower().endswith(known) for known in allowed if known)
+        if not fits and (suffix or "" not in allowed):
+            listed = ", ".join(known or "no suffix" for known in allowed)
+            raise typer.BadParameter(
+                f"{flag} {path}: the name says the format, which can be {listed}; "
+                f"got {suffix or 'a name without a suffix'}"
+            )
 
 
 def write_json(content: Any, path: Path) -> None:
@@ -104,17 +92,3 @@ def _paths(value: Any) -> Iterator[Path]:
         if isinstance(entry, (str, Path)) and str(entry):
             found = [Path(part) for part in (str(entry), str(entry).partition("=")[2]) if part]
             yield from (path for path in found if path.exists())
-
-
-def one_at_a_time(function: Callable[..., None]) -> Callable[..., None]:
-    """Have a command's function hold its ``output``: a second run on it is refused meanwhile."""
-
-    @functools.wraps(function)
-    def held(*, output: Path, overwrite: bool, **values: Any) -> None:
-        from moe_fast.files import check_output, exclusive
-
-        check_output(output, overwrite)
-        with exclusive(output):
-            function(output=output, overwrite=overwrite, **values)
-
-    return held

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,18 +15,19 @@ from moe_fast.cli.options import (
     BatchSize,
     Delimiter,
     Device,
+    Domain,
+    DomainColumn,
     Overwrite,
     SkipInvalid,
     TextColumn,
     TextColumns,
-    TextReading,
     Truncate,
     check_delimiter,
-    file_and_domain,
+    file_and_reading,
+    text_reading,
 )
 
 if TYPE_CHECKING:
-    from moe_fast.inference.encoder import EncoderSettings
     from moe_fast.inference.index import VectorIndex
     from moe_fast.inference.vectors import Vectors
 
@@ -90,13 +91,8 @@ def run_command(
         str, typer.Option(help="Name of the run, the last column of the run file.")
     ] = "moe_fast",
     text_column: TextColumn = TEXT,
-    domain: Annotated[
-        str | None, typer.Option(help="Domain of all texts of files that name none.")
-    ] = None,
-    domain_column: Annotated[
-        str | None,
-        typer.Option(help="Column that holds each text's domain, in each file without DOMAIN=."),
-    ] = None,
+    domain: Domain = None,
+    domain_column: DomainColumn = None,
     columns: TextColumns = None,
     delimiter: Delimiter = None,
     skip_invalid: SkipInvalid = False,
@@ -119,10 +115,16 @@ def run_command(
     """
     from moe_fast.evaluation import write_run
     from moe_fast.files import atomic_folder, check_output
+    from moe_fast.inference import EncoderSettings, embed_file, open_vectors
     from moe_fast.inference import index as library
 
-    _check_combination(documents, load_index, queries, output, save_index)
-    reading = TextReading.from_flags(columns, text_column, domain_column, delimiter, skip_invalid)
+    if (documents is None) == (load_index is None):
+        raise typer.BadParameter("give --documents or --load-index, one of the two")
+    if (queries is None) != (output is None):
+        raise typer.BadParameter("give --queries and --output together")
+    if queries is None and save_index is None:
+        raise typer.BadParameter("nothing to do: give --queries and --output, or --save-index")
+    reading = text_reading(columns, text_column, domain_column, skip_invalid)
     check_delimiter(delimiter, [source for source in (documents, queries) if source is not None])
     if load_index is not None and index != "Flat":
         raise typer.BadParameter(f"--index {index} is for --documents; a saved index has its own")
@@ -131,12 +133,13 @@ def run_command(
             check_output(path, overwrite)
     library.require_faiss()
 
-    def vectors_of(source: str, prompt_name: str | None, folder: str) -> Vectors:
-        from moe_fast.inference.encoder import EncoderSettings
-
-        path, own_domain, column = file_and_domain(source, domain, reading.domain_column)
+    def vectors_of(source: str, prompt_name: str | None, embedded: Path) -> Vectors:
+        path, own_domain, own_reading = file_and_reading(source, domain, reading, delimiter)
         if _is_vectors(path):
-            return _stored(path, run)
+            vectors = open_vectors(path)
+            if not vectors.has_ids:
+                run.say(f"{path}: there are no ids beside it; they are the row numbers, from 0")
+            return vectors
         if model is None:
             raise typer.BadParameter(f"--model must be given to embed the texts in {path}")
         settings = EncoderSettings(
@@ -147,9 +150,8 @@ def run_command(
             truncate=truncate,
             device=device,
         )
-        return _embedded(
-            path, settings, reading.of(path, column), Path(folder), progress=not run.quiet
-        )
+        embed_file(path, embedded, settings, **own_reading, progress=not run.quiet)
+        return open_vectors(embedded)
 
     with tempfile.TemporaryDirectory() as folder:
         if load_index is not None:
@@ -160,41 +162,24 @@ def run_command(
                 )
         else:
             assert documents is not None
-            built = library.build_index(
-                vectors_of(documents, document_prompt, folder), factory=index, normalize=normalize
-            )
+            found = vectors_of(documents, document_prompt, Path(folder, "documents.parquet"))
+            built = library.build_index(found, factory=index, normalize=normalize)
         if save_index is not None:
             with atomic_folder(save_index, replaces=("*",)) as temporary:
                 library.save_index(built, temporary)
                 run.save_settings(temporary)
             run.say(f"{save_index}: {len(built.ids):,} documents, index {built.factory}")
         if queries is not None and output is not None:
-            asked = vectors_of(queries, query_prompt, folder)
-            hits = _Hits(built, asked, k, ignore_identical_ids)
-            found = dict(hits)
+            asked = vectors_of(queries, query_prompt, Path(folder, "queries.parquet"))
+            hits, own = _hits(built, asked, k, ignore_identical_ids)
             run.save_settings(output)
-            write_run(found, output, tag=tag)
-            run.say(f"{output}: {len(found):,} queries, {sum(map(len, found.values())):,} hits")
-            if hits.own:
+            write_run(hits, output, tag=tag)
+            run.say(f"{output}: {len(hits):,} queries, {sum(map(len, hits.values())):,} hits")
+            if own:
                 run.say(
-                    f"{hits.own:,} documents with their query's own id are left out "
+                    f"{own:,} documents with their query's own id are left out "
                     "(--keep-identical-ids keeps them)"
                 )
-
-
-def _check_combination(
-    documents: str | None,
-    load_index: Path | None,
-    queries: str | None,
-    output: Path | None,
-    save_index: Path | None,
-) -> None:
-    if (documents is None) == (load_index is None):
-        raise typer.BadParameter("give --documents or --load-index, one of the two")
-    if (queries is None) != (output is None):
-        raise typer.BadParameter("give --queries and --output together")
-    if queries is None and save_index is None:
-        raise typer.BadParameter("nothing to do: give --queries and --output, or --save-index")
 
 
 def _is_vectors(path: Path) -> bool:
@@ -206,64 +191,31 @@ def _is_vectors(path: Path) -> bool:
     return path.suffix == ".npy"
 
 
-def _stored(path: Path, run: Run) -> Vectors:
-    """The vectors in a file."""
-    from moe_fast.inference.vectors import open_vectors
+def _hits(
+    built: VectorIndex, queries: Vectors, k: int, ignore_own: bool
+) -> tuple[dict[str, dict[str, float]], int]:
+    """{query id: {document id: score}}, best first, and how many documents were left out.
 
-    vectors = open_vectors(path)
-    if not vectors.has_ids:
-        run.say(f"{path}: there are no ids beside it; they are the row numbers, from 0")
-    return vectors
-
-
-def _embedded(
-    path: Path, settings: EncoderSettings, reading: dict[str, Any], folder: Path, *, progress: bool
-) -> Vectors:
-    """The vectors of the texts in a file."""
-    from moe_fast.inference.embed import embed_file
-    from moe_fast.inference.vectors import open_vectors
-
-    embedded = folder / f"{len(list(folder.iterdir()))}.parquet"
-    embed_file(path, embedded, settings, **reading, progress=progress)
-    return open_vectors(embedded)
-
-
-class _Hits:
-    """Iterates over (query id, {document id: score}, best first) of every query.
-
-    Attributes:
-        own: how many documents were left out since they have their query's id.
+    Left out are those with their query's id, unless the ids only count rows.
     """
+    from moe_fast.inference.index import search_index
 
-    def __init__(self, built: VectorIndex, queries: Vectors, k: int, ignore_own: bool) -> None:
-        self.built, self.queries, self.k = built, queries, k
-        numbers = _are_row_numbers(built.ids) or _are_row_numbers(_ids(queries))
-        self.ignore_own = ignore_own and not numbers
-        self.own = 0
-
-    def __iter__(self) -> Iterator[tuple[str, dict[str, float]]]:
-        from moe_fast.inference.index import search_index
-
-        seen: set[str] = set()
-        for ids, vectors in self.queries.pieces():
-            for query in ids:
-                if query in seen:
-                    raise ValueError(f"{self.queries.path}: query id {query!r} is there twice")
-                seen.add(query)
-            scores, rows = search_index(self.built, vectors, self.k + self.ignore_own)
-            for query, of_query, row in zip(ids, scores.tolist(), rows.tolist(), strict=True):
-                yield query, self._named(query, of_query, row)
-
-    def _named(self, query: str, scores: list[float], rows: list[int]) -> dict[str, float]:
-        hits = zip(rows, scores, strict=True)
-        named = {self.built.ids[row]: score for row, score in hits if row >= 0}
-        if self.ignore_own and named.pop(query, None) is not None:
-            self.own += 1
-        return dict(list(named.items())[: self.k])
-
-
-def _ids(vectors: Vectors) -> Iterator[str]:
-    return (key for keys, _ in vectors.pieces() for key in keys)
+    of_queries = (key for keys, _ in queries.pieces() for key in keys)
+    numbers = _are_row_numbers(built.ids) or _are_row_numbers(of_queries)
+    ignore_own = ignore_own and not numbers
+    found: dict[str, dict[str, float]] = {}
+    left_out = 0
+    for ids, vectors in queries.pieces():
+        scores, rows = search_index(built, vectors, k + ignore_own)
+        for query, of_query, places in zip(ids, scores.tolist(), rows.tolist(), strict=True):
+            if query in found:
+                raise ValueError(f"{queries.path}: query id {query!r} is there twice")
+            ranked = zip(places, of_query, strict=True)
+            hits = {built.ids[place]: score for place, score in ranked if place >= 0}
+            if ignore_own and hits.pop(query, None) is not None:
+                left_out += 1
+            found[query] = dict(list(hits.items())[:k])
+    return found, left_out
 
 
 def _are_row_numbers(ids: Iterable[str]) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import typer
 
+from moe_fast.cli import training_runs as runs
 from moe_fast.cli.command import Run, is_first_process
 from moe_fast.cli.models import describe_size
 from moe_fast.cli.options import check_delimiter
@@ -33,21 +33,10 @@ from moe_fast.cli.training_data import (
     domains_of,
     for_loss,
     read_data,
+    reading_of,
 )
 from moe_fast.cli.training_pictures import draw
-from moe_fast.cli.training_runs import (
-    CHECKPOINTS,
-    LOG,
-    SETTINGS,
-    Interruption,
-    check_free,
-    check_same_inputs,
-    describe_inputs,
-    forget_checkpoints,
-    last_checkpoint,
-    replaced_results,
-    save_inputs,
-)
+from moe_fast.cli.upcycle import make_mixture
 from moe_fast.files import atomic_folder
 from moe_fast.training.locks import hold_folder
 
@@ -57,11 +46,10 @@ _INTERRUPTED = 130  # as a shell says of a program that Ctrl-C has ended
 def train_model(options: SimpleNamespace, run: Run) -> None:
     """Everything, from the files to the saved model."""
     check_settings(options)
-    checkpoints = Path(options.output) / CHECKPOINTS
-    interruption = Interruption()
+    checkpoints = Path(options.output) / runs.CHECKPOINTS
+    interruption = runs.Interruption()
     try:
-        with ExitStack() as held:
-            _train(options, run, checkpoints, interruption, held)
+        _train(options, run, checkpoints, interruption)
     except KeyboardInterrupt:
         if is_first_process():
             print(f"moe-fast train: {interruption.message(checkpoints)}", file=sys.stderr)
@@ -69,14 +57,10 @@ def train_model(options: SimpleNamespace, run: Run) -> None:
 
 
 def _train(
-    options: SimpleNamespace,
-    run: Run,
-    checkpoints: Path,
-    interruption: Interruption,
-    held: ExitStack,
+    options: SimpleNamespace, run: Run, checkpoints: Path, interruption: runs.Interruption
 ) -> None:
     if is_first_process() and checkpoints.is_dir():
-        held.enter_context(hold_folder(checkpoints))
+        run.held.enter_context(hold_folder(checkpoints))
     last = _start_of(options, run, checkpoints)
     train, evaluation = _read(options, run)
     check_batches(options, train)
@@ -85,15 +69,15 @@ def _train(
     trainer = build_trainer(options, run, model, train, evaluation, checkpoints)
     trainer.add_callback(interruption)
     if is_first_process():
-        inputs = describe_inputs(options.model, train, evaluation)
-        held.enter_context(hold_folder(checkpoints))
+        inputs = runs.describe_inputs(options.model, train, evaluation)
+        run.held.enter_context(hold_folder(checkpoints))
         _start_of(options, run, checkpoints)  # another run may have been faster
         if last is not None:
-            check_same_inputs(checkpoints, inputs)
+            runs.check_same_inputs(checkpoints, inputs)
         else:
-            forget_checkpoints(checkpoints)
+            runs.forget_checkpoints(checkpoints)
             run.save_settings(checkpoints)  # to go on with, should it be interrupted
-            save_inputs(checkpoints, inputs)
+            runs.save_inputs(checkpoints, inputs)
     run.say(f"{describe_size(model)}; {len(train):,} training rows")
     try:
         with interruption.listening(run.quiet):
@@ -119,20 +103,20 @@ def _start_of(options: SimpleNamespace, run: Run, checkpoints: Path) -> str | No
     """
     if not options.resume:
         if is_first_process():
-            check_free(checkpoints.parent, options.overwrite)
+            runs.check_free(checkpoints.parent, options.overwrite)
         return None
-    if not (checkpoints / SETTINGS).is_file():
+    if not (checkpoints / runs.SETTINGS).is_file():
         raise FileNotFoundError(
             f"--resume: there is no checkpoint of moe-fast train in {checkpoints}"
         )
-    check_resumed(run.settings, checkpoints / SETTINGS)
-    return last_checkpoint(checkpoints)
+    check_resumed(run.settings, checkpoints / runs.SETTINGS)
+    return runs.last_checkpoint(checkpoints)
 
 
 def _read(options: SimpleNamespace, run: Run) -> tuple[Any, Any]:
     """The rows to train on, and those to evaluate on, if any."""
     check_delimiter(options.delimiter, [*options.data, *(options.eval_data or ())])
-    reading = {name: getattr(options, name) for name in ("columns", "delimiter", "skip_invalid")}
+    reading = reading_of(options)
     train, evaluation = (
         for_loss(read_data(sources, options.positives_only, **reading), options.loss, run)
         if sources
@@ -148,7 +132,6 @@ def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -
     Raises:
         ValueError: experts asked for of a model that has some; parts of a dense model to freeze.
     """
-    import moe_fast
     from moe_fast.conversion import set_trainable
     from moe_fast.inference import load_model
     from moe_fast.training.trainable import precisions
@@ -171,17 +154,7 @@ def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -
         names = options.domains or (data_domains if options.routing in (None, "enforced") else [])
         if not (options.num_experts or names):
             raise ValueError("give --num-experts: neither --domains nor the data say how many")
-        model = moe_fast.upcycle(
-            model,
-            num_experts=options.num_experts or len(names),
-            num_experts_per_tok=options.num_experts_per_tok,
-            routing=options.routing or ("enforced" if names else "token_topk"),
-            weight_mode=options.weight_mode,
-            layers=options.layers,
-            target=options.target,
-            domains=names or None,
-            seed=options.seed,
-        )
+        model = make_mixture(model, options, names)
     if options.trainable != "all" or options.freeze_embeddings:
         if not (wanted or is_mixture):
             raise ValueError(
@@ -218,10 +191,8 @@ def build_loss(
         "sigmoid": losses.SigmoidLoss,
         "distillation": losses.DistillationLoss,
     }
-    settings: dict[str, Any] = {}
-    for name in ("temperature", "learn_temperature"):
-        if getattr(options, name) is not None:
-            settings[name] = getattr(options, name)
+    given = {name: getattr(options, name) for name in ("temperature", "learn_temperature")}
+    settings = {name: value for name, value in given.items() if value is not None}
     for name, default, known in (
         ("symmetric", False, ("infonce", "clp")),
         ("negatives_from", "all", ("infonce", "clp", "sigmoid")),
@@ -376,10 +347,12 @@ def save_results(
     options: SimpleNamespace, trainer: Any, metrics: dict[str, Any], texts: Any, run: Run
 ) -> None:
     """The model, the settings and the log, all at once, then the pictures; checkpoints stay."""
+    from moe_fast.training import ExpertUsageCallback
     from moe_fast.training.loss_state import save_loss_state
 
     output = Path(options.output)
-    usage = _usage_callback(trainer)
+    callbacks = trainer.callback_handler.callbacks
+    usage = next((c for c in callbacks if isinstance(c, ExpertUsageCallback)), None)
     log = {
         "metrics": metrics,
         "history": trainer.state.log_history,
@@ -388,19 +361,12 @@ def save_results(
         "processes": trainer.args.world_size,
         "tokens_per_expert": usage.total_tokens() if usage is not None else None,
     }
-    with atomic_folder(output, replaces=replaced_results(output)) as temporary:
+    with atomic_folder(output, replaces=runs.replaced_results(output)) as temporary:
         trainer.model.save_pretrained(str(temporary))
         save_loss_state(trainer.loss, str(temporary))
         run.save_settings(temporary)
         files = [path for path in temporary.rglob("*") if path.is_file()]
-        log["files"] = [LOG, *sorted(path.relative_to(temporary).as_posix() for path in files)]
-        (temporary / LOG).write_text(json.dumps(log, indent=2), encoding="utf-8")
+        log["files"] = [runs.LOG, *sorted(path.relative_to(temporary).as_posix() for path in files)]
+        (temporary / runs.LOG).write_text(json.dumps(log, indent=2), encoding="utf-8")
     drawn = draw(output, trainer, texts, options)
     run.say(f"{output}: the model, train.yaml, training_log.json{', '.join(['', *drawn])}")
-
-
-def _usage_callback(trainer: Any) -> Any:
-    from moe_fast.training import ExpertUsageCallback
-
-    found = (c for c in trainer.callback_handler.callbacks if isinstance(c, ExpertUsageCallback))
-    return next(found, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from moe_fast.cli.command import Run
@@ -10,13 +11,7 @@ from moe_fast.cli.options import column_names, delimiter_for
 
 
 def read_data(
-    sources: list[str],
-    positives_only: bool,
-    keep: Sequence[str] = (),
-    *,
-    columns: Sequence[str] | None = None,
-    delimiter: str | None = None,
-    skip_invalid: bool = False,
+    sources: list[str], positives_only: bool, keep: Sequence[str] = (), **reading: Any
 ) -> Any:
     """One dataset of all sources.
 
@@ -25,9 +20,7 @@ def read_data(
         positives_only: leave out pairs with label 0; otherwise they are an error, for a
             contrastive loss would take them for positives.
         keep: further columns to read.
-        columns: values of ``--columns``, for every source.
-        delimiter: value of ``--delimiter``, for the CSV files among the sources.
-        skip_invalid: leave out rows that cannot be read, with a warning.
+        **reading: of `read_sources`.
 
     Raises:
         ValueError: sources with different columns; a domain for a file that has a column of them;
@@ -35,12 +28,15 @@ def read_data(
     """
     from moe_fast.data import read_training_data
 
-    def read(path: str, **reading: Any) -> Any:
-        return _positives(read_training_data(path, keep=keep, **reading), path, positives_only)
+    def read(path: str, **own: Any) -> Any:
+        return _positives(read_training_data(path, keep=keep, **own), path, positives_only)
 
-    return read_sources(
-        sources, read, columns=columns, delimiter=delimiter, skip_invalid=skip_invalid
-    )
+    return read_sources(sources, read, **reading)
+
+
+def reading_of(options: SimpleNamespace) -> dict[str, Any]:
+    """What of a command's parameters says how sources are read, for `read_sources`."""
+    return {name: getattr(options, name) for name in ("columns", "delimiter", "skip_invalid")}
 
 
 def read_sources(
@@ -54,8 +50,11 @@ def read_sources(
     """One dataset of all sources, each maybe as DOMAIN=FILE, which gives its rows that domain.
 
     Args:
-        sources, columns, delimiter, skip_invalid: see `read_data`.
+        sources: see `read_data`.
         read: reads a path, with ``columns``, ``delimiter`` and ``skip_invalid``.
+        columns: values of ``--columns``, for every source.
+        delimiter: value of ``--delimiter``, for the CSV files among the sources.
+        skip_invalid: leave out rows that cannot be read, with a warning.
 
     Raises:
         ValueError: sources with different columns; a domain for a file that has a column of them.

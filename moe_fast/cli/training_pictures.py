@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from moe_fast.cli.models import usage_by_domain
 from moe_fast.cli.training_data import domains_of, passages_of
+from moe_fast.encoding.lengths import counted_truncation
 
 _USAGE_TEXTS = 500
 
@@ -45,12 +45,10 @@ def draw(folder: Path, trainer: Any, texts: Any, options: SimpleNamespace) -> li
 @contextmanager
 def _as_trained(model: Any, max_length: int | None) -> Iterator[None]:
     """Texts are cut as in training, which has said so."""
-    log = logging.getLogger("moe_fast")
-    level, limit = log.level, model.max_seq_length
-    log.setLevel(logging.ERROR)
+    limit = model.max_seq_length
     model.max_seq_length = max_length or limit
     try:
-        yield
+        with counted_truncation():
+            yield
     finally:
-        log.setLevel(level)
         model.max_seq_length = limit

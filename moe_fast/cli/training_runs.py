@@ -19,7 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from moe_fast.files import atomic_write, check_output
+from moe_fast.files import check_output, write_text
 
 CHECKPOINTS, SETTINGS, INPUTS, LOG = "checkpoints", "train.yaml", "inputs.json", "training_log.json"
 _PICTURES = ("training.png", "expert_usage.png")
@@ -82,13 +82,10 @@ def forget_checkpoints(checkpoints: Path) -> None:
 
 def replaced_results(output: Path) -> list[str]:
     """Patterns of the files that the run before has written; what others put there stays."""
-    log = output / LOG
-    listed: Any = []
-    if log.is_file():
-        try:
-            listed = json.loads(log.read_text(encoding="utf-8")).get("files", [])
-        except (ValueError, AttributeError):
-            listed = []
+    try:
+        listed = json.loads((output / LOG).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or none of ours
+        listed = []
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return [glob.escape(name) for name in (*names, *_PICTURES)]
 
@@ -137,8 +134,7 @@ def rows_digest(rows: Any) -> str:
 
 def save_inputs(checkpoints: Path, inputs: dict[str, str | None]) -> None:
     """Write what :func:`describe_inputs` gives beside the checkpoints."""
-    with atomic_write(checkpoints / INPUTS) as partial:
-        partial.write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
+    write_text(checkpoints / INPUTS, json.dumps(inputs, indent=2) + "\n")
 
 
 def check_same_inputs(checkpoints: Path, inputs: dict[str, str | None]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import typer
 
 from moe_fast.cli.command import Run
-from moe_fast.cli.options import ModelArgument, Output, Overwrite, split_commas
+from moe_fast.cli.options import ModelArgument, Output, Overwrite, numbers, split_commas
 
 EXAMPLE = "moe-fast upcycle dense-model --num-experts 2 --domains law,medicine -o moe-model"
 
@@ -86,7 +87,6 @@ def run_command(
     run: Run,
 ) -> None:
     """Turn a dense encoder into a mixture of experts that gives the same embeddings."""
-    import moe_fast
     from moe_fast.cli.models import describe_size, save_converted
     from moe_fast.encoding.model_paths import check_model_path
     from moe_fast.files import check_output
@@ -96,32 +96,38 @@ def run_command(
         raise typer.BadParameter("give --num-experts, or --domains for one expert per domain")
     check_output(output, overwrite)
     check_model_path(model)
-    mixture = moe_fast.upcycle(
+    mixture = make_mixture(
         model,
-        num_experts=num_experts or len(names),
-        num_experts_per_tok=num_experts_per_tok,
-        routing=routing or ("enforced" if names else "token_topk"),
-        weight_mode=weight_mode,
-        layers=parse_layers(layers),
-        target=target,
-        domains=names or None,
+        SimpleNamespace(**{**run.settings, "layers": parse_layers(layers)}),
+        names,
         default_domain=default_domain,
         domain_tokens=domain_tokens,
         router_init=router_init,
-        seed=run.seed,
     )
     save_converted(mixture, output, model, run)
     run.say(f"{output}: {describe_size(mixture)}")
+
+
+def make_mixture(model: Any, options: SimpleNamespace, names: list[str], **further: Any) -> Any:
+    """The model upcycled as the options say, with enforced routing where there are domains."""
+    import moe_fast
+
+    return moe_fast.upcycle(
+        model,
+        num_experts=options.num_experts or len(names),
+        num_experts_per_tok=options.num_experts_per_tok,
+        routing=options.routing or ("enforced" if names else "token_topk"),
+        weight_mode=options.weight_mode,
+        layers=options.layers,
+        target=options.target,
+        domains=names or None,
+        seed=options.seed,
+        **further,
+    )
 
 
 def parse_layers(values: list[str]) -> str | list[int]:
     """``["all"]`` as "all", ``["0,2"]`` as [0, 2]."""
     if len(values) == 1 and values[0] in ("all", "single", "alternate"):
         return values[0]
-    parts = split_commas(values)
-    if not all(part.isdecimal() for part in parts):
-        raise typer.BadParameter(
-            "--layers must be all, single, alternate, or layer numbers such as 0,2,4; got "
-            + ", ".join(parts)
-        )
-    return [int(part) for part in parts]
+    return numbers(values, "--layers", "all, single, alternate, or layer numbers such as 0,2,4")

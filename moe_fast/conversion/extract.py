@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fast.compat import attention_of
 from moe_fast.conversion.door import given, mixture_of
-from moe_fast.conversion.weights import embedding_name, load_exactly
+from moe_fast.conversion.weights import config_settings, embedding_name, load_exactly
 from moe_fast.models.configuration import MoEConfigFields
 from moe_fast.models.modeling import MoEModelMixin
 from moe_fast.models.registry import build_dense
@@ -79,8 +78,7 @@ def _dense_state(model: MoEModelMixin, expert: int) -> dict[str, Tensor]:
         if layer not in mlps or not inner.startswith("mlp."):
             state[name] = value.clone()
         elif inner in dense_names:
-            projection = inner.removeprefix("mlp.").removesuffix("_bias")
-            own = value[expert] if mlps[layer].is_expert(projection) else value
+            own = value[expert] if mlps[layer].is_expert(inner.removeprefix("mlp.")) else value
             parts = own.chunk(len(dense_names[inner]))
             for old, part in zip(dense_names[inner], parts, strict=True):
                 state[architecture.join(layer, old)] = part.clone()
@@ -88,14 +86,11 @@ def _dense_state(model: MoEModelMixin, expert: int) -> dict[str, Tensor]:
 
 
 def _dense_config(model: MoEModelMixin, keep_domain_tokens: bool) -> Any:
-    config = model.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        config.pop(name, None)
+    config = config_settings(model.config)
     for field in fields(MoEConfigFields):
         config.pop(field.name, None)
     if not keep_domain_tokens:
         config["vocab_size"] -= len(model.config.domain_token_ids)
-    config["attn_implementation"] = attention_of(model.config)
     return model.architecture.dense_config.from_dict(config)
 
 

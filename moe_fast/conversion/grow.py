@@ -129,10 +129,10 @@ def _regroup(
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         layer, inner = architecture.split(name) or (-1, "")
-        projection = inner.removeprefix("mlp.").removesuffix("_bias")
-        stacked = layer in mlps and (
-            inner == "mlp.router.weight"
-            or (inner.startswith("mlp.") and mlps[layer].is_expert(projection))
+        stacked = (
+            layer in mlps
+            and inner.startswith("mlp.")
+            and (inner == "mlp.router.weight" or mlps[layer].is_expert(inner.removeprefix("mlp.")))
         )
         weights[name] = _gather(value, groups) if stacked else value.clone()
     config = _regrouped_config(model.config, groups, domains)

@@ -27,8 +27,8 @@ from moe_fast.conversion.weights import load_exactly
 from moe_fast.models.checkpoint_files import (
     check_checkpoint,
     check_safetensors,
-    read_index,
     shortened,
+    weight_files,
 )
 from moe_fast.models.registry import build_moe
 from moe_fast.ops.checks import check_choice
@@ -222,12 +222,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint must be a file or a folder; there is no {path}.")
     check_checkpoint(path)
-    index = path / SAFE_WEIGHTS_INDEX_NAME
-    if index.exists():
-        shards = [load_file(path / name) for name in sorted(set(read_index(index).values()))]
-        return {name: tensor for shard in shards for name, tensor in shard.items()}
-    if (path / SAFE_WEIGHTS_NAME).exists():
-        return load_file(path / SAFE_WEIGHTS_NAME)
+    if files := weight_files(path):
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
     if (path / WEIGHTS_NAME).exists():
         check_safetensors(path / WEIGHTS_NAME)  # says why a pickle is refused
     raise FileNotFoundError(f"{path} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}.")

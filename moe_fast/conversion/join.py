@@ -139,10 +139,12 @@ def _join_encoders(
 ) -> MoEModelMixin:
     """:func:`from_experts` for bare encoders whose tokenizers have been compared."""
     _check_same_models(encoders)
-    base = encoders[0] if shared == "first" else _mean_model(encoders)
+    base, states = encoders[0], [encoder.state_dict() for encoder in encoders]
+    if shared == "mean":
+        base = copy.deepcopy(base)
+        base.load_state_dict(_mean_state(states))
     moe = upcycle(base, num_experts=len(encoders), **settings)
     names = moe.architecture.mlp_names
-    states = [encoder.state_dict() for encoder in encoders]
     with torch.no_grad():
         for layer, mlp in moe.moe_mlps().items():
             for name, parameter in mlp.expert_parameters():
@@ -154,13 +156,6 @@ def _join_encoders(
             for token, state in zip(moe.config.domain_token_ids, states, strict=True):
                 table[token] = state[embedding_name(base)][moe.config.domain_token_replaces]
     return moe
-
-
-def _mean_model(encoders: Sequence[PreTrainedModel]) -> PreTrainedModel:
-    """A copy of the first encoder with the mean of all encoders' weights."""
-    mean = copy.deepcopy(encoders[0])
-    mean.load_state_dict(_mean_state([encoder.state_dict() for encoder in encoders]))
-    return mean
 
 
 def _mean_state(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -180,7 +175,8 @@ def _check_same_models(encoders: Sequence[PreTrainedModel]) -> None:
         differences = (
             [f"class: {type(model).__name__} instead of {type(first).__name__}"]
             if type(model) is not type(first)
-            else [*_config_differences(first, model), *_weight_differences(first, model)]
+            else _setting_differences(_settings(first), _settings(model))
+            + _weight_differences(first, model)
         )
         _refuse(i, differences)
 
@@ -191,10 +187,6 @@ def _refuse(i: int, differences: list[str]) -> None:
             f"models must differ in their weights alone; model {i} differs from model 0 in "
             f"{'; '.join(differences)}."
         )
-
-
-def _config_differences(first: PreTrainedModel, other: PreTrainedModel) -> list[str]:
-    return _setting_differences(_settings(first), _settings(other))
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:

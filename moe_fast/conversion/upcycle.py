@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_fast.architectures import Architecture
-from moe_fast.compat import attention_of
 from moe_fast.conversion.door import loaded
 from moe_fast.conversion.trainable import set_trainable
-from moe_fast.conversion.weights import embedding_name, load_exactly
+from moe_fast.conversion.weights import config_settings, embedding_name, load_exactly
 from moe_fast.models.modeling import MoEModelMixin
 from moe_fast.models.registry import architecture_of, build_moe, moe_model
 from moe_fast.ops.checks import check_choice
@@ -91,9 +89,7 @@ def upcycle(
         raise TypeError(f"model must be dense; got {type(model).__name__}, a mixture already.")
     if cls_token_id is None and domains and domain_tokens:
         cls_token_id = getattr(source.tokenizer, "cls_token_id", None)
-    config = _moe_config(
-        architecture,
-        model,
+    fields = dict(
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
         routing=routing,
@@ -105,6 +101,7 @@ def upcycle(
         upcycled_from=_public_name(model),
         **_domain_token_fields(model, domains or [], domain_tokens, cls_token_id),
     )
+    config = moe_model(architecture).config_class.from_dict(config_settings(model.config) | fields)
     with torch.device("meta"):
         moe = build_moe(config, model)
     weights = _moe_state(model, moe)
@@ -171,14 +168,6 @@ def _domain_token_fields(
     }
 
 
-def _moe_config(architecture: Architecture, model: PreTrainedModel, **fields: Any) -> Any:
-    dense = model.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        dense.pop(name, None)
-    dense.update(fields, attn_implementation=attention_of(model.config))
-    return moe_model(architecture).config_class.from_dict(dense)
-
-
 def _moe_state(model: PreTrainedModel, moe: MoEModelMixin) -> dict[str, Tensor]:
     """The mixture's weights without the routers': the dense weights, copied to every expert."""
     architecture, dense = moe.architecture, dict(model.state_dict())
@@ -189,8 +178,7 @@ def _moe_state(model: PreTrainedModel, moe: MoEModelMixin) -> dict[str, Tensor]:
             if parts[0] is None:
                 continue  # no bias
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
-            projection = new.removeprefix("mlp.").removesuffix("_bias")
-            copies = [mlp.num_experts] if mlp.is_expert(projection) else []
+            copies = [mlp.num_experts] if mlp.is_expert(new.removeprefix("mlp.")) else []
             state[architecture.join(layer, new)] = value.expand(*copies, *value.shape).clone()
     state.update({name: value.clone() for name, value in dense.items()})
     _append_domain_tokens(moe, state)

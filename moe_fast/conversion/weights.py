@@ -1,19 +1,30 @@
-"""Functions that make the weights of one model from those of others."""
+"""Functions that make the weights and settings of one model from those of others."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from moe_fast.compat import attention_of
 
 
 def embedding_name(model: PreTrainedModel) -> str:
     """The state-dict name of the token embeddings."""
     embeddings = model.get_input_embeddings()
     return next(f"{n}.weight" for n, m in model.named_modules() if m is embeddings)
+
+
+def config_settings(config: Any) -> dict[str, Any]:
+    """A configuration's settings, for one of another class: without what says its class."""
+    settings = config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        settings.pop(name, None)
+    return settings | {"attn_implementation": attention_of(config)}
 
 
 def mean_of(values: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ Values and names from a file stand in messages through `moe_fast.messages` only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from moe_fast.messages import listed, nearest, shown, simplified
@@ -34,10 +34,10 @@ def texts(value: Any, name: str, where: str, *, allow_none: bool = False) -> lis
     """A list of strings, at least one unless `allow_none`; a string is a list of one."""
     if isinstance(value, str):
         return [text(value, name, where)]
-    items = _items(value, name, where)
+    items = _each(text, value, name, where)
     if not items and not allow_none:
         raise ValueError(f"{where}: {name} is an empty list")
-    return [text(item, f"{name}[{i}]", where) for i, item in enumerate(items)]
+    return items
 
 
 def identifier(value: Any, name: str, where: str) -> str:
@@ -53,8 +53,7 @@ def identifier(value: Any, name: str, where: str) -> str:
 
 def identifiers(value: Any, name: str, where: str) -> list[str]:
     """A list of ids, maybe empty."""
-    items = _items(value, name, where)
-    return [identifier(item, f"{name}[{i}]", where) for i, item in enumerate(items)]
+    return _each(identifier, value, name, where)
 
 
 def number(value: Any, name: str, where: str) -> float:
@@ -72,8 +71,7 @@ def number(value: Any, name: str, where: str) -> float:
 
 def numbers(value: Any, name: str, where: str) -> list[float]:
     """A list of finite numbers."""
-    items = _items(value, name, where)
-    return [number(item, f"{name}[{i}]", where) for i, item in enumerate(items)]
+    return _each(number, value, name, where)
 
 
 def label(value: Any, name: str, where: str) -> int:
@@ -130,10 +128,11 @@ def _unicode(value: str, name: str, where: str) -> str:
     return value
 
 
-def _items(value: Any, name: str, where: str) -> list[Any]:
+def _each(check: Callable[[Any, str, str], Any], value: Any, name: str, where: str) -> list[Any]:
+    """A list whose every item passes the check."""
     if not isinstance(value, list):
         raise ValueError(f"{where}: {name} must be a list, got {_typed(value)}")
-    return value
+    return [check(item, f"{name}[{i}]", where) for i, item in enumerate(value)]
 
 
 def _typed(value: Any) -> str:

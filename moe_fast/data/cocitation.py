@@ -19,6 +19,7 @@ from moe_fast.data.rows import Row
 from moe_fast.data.sources import AnySource
 from moe_fast.data.splits import assign_groups, check_fractions
 from moe_fast.data.tables import dataset_from_rows
+from moe_fast.ops.checks import check_count
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,10 +132,16 @@ def cocitation_pairs(
             `read_papers`.
         FileNotFoundError, ImportError: as `read_papers`.
     """
-    _check_arguments(min_cocitations, negatives_per_positive, fractions, max_references, max_pairs)
+    check_count("min_cocitations", min_cocitations)
+    check_count("negatives_per_positive", negatives_per_positive, at_least=0)
+    check_count("max_references", 2 if max_references is None else max_references, at_least=2)
+    check_count("max_pairs", 1 if max_pairs is None else max_pairs)
+    if len(fractions) != len(SPLITS):
+        raise ValueError(f"fractions must be three, of train, dev and test; got {fractions}")
+    check_fractions(fractions)
     graph = read_papers(papers, columns=columns, delimiter=delimiter, skip_invalid=skip_invalid)
     for_splits, for_draws = np.random.SeedSequence(seed).spawn(2)
-    domains = _numbers(graph.domains or [""] * len(graph))
+    _, domains = np.unique(graph.domains or [""] * len(graph), return_inverse=True)
     split_of = _split_papers(domains, fractions, for_splits)
     citations, passed_over = without_surveys(graph.citations, max_references or len(graph))
     rng = np.random.default_rng(for_draws)
@@ -206,10 +213,6 @@ def _dataset(graph: Papers, labelled: Sequence[tuple[int, Ints]], ids: bool) -> 
     return dataset_from_rows(rows)
 
 
-def _numbers(names: Sequence[str]) -> Ints:
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)
-
-
 def _per_split(splits: Ints) -> dict[str, int]:
     return dict(zip(SPLITS, np.bincount(splits, minlength=len(SPLITS)).tolist(), strict=True))
 
@@ -229,23 +232,3 @@ def _check_splits(
                 f"{counts['across_domains']} are of two domains and {counts['across_splits']} "
                 f"across splits; raise its share in fractions={tuple(fractions)} or set it to 0"
             )
-
-
-def _check_arguments(
-    min_cocitations: int,
-    negatives_per_positive: int,
-    fractions: Sequence[float],
-    max_references: int | None,
-    max_pairs: int | None,
-) -> None:
-    for name, value, least in (
-        ("min_cocitations", min_cocitations, 1),
-        ("negatives_per_positive", negatives_per_positive, 0),
-        ("max_references", max_references, 2),
-        ("max_pairs", max_pairs, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
-    if len(fractions) != len(SPLITS):
-        raise ValueError(f"fractions must be three, of train, dev and test; got {fractions}")
-    check_fractions(fractions)

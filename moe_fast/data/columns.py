@@ -190,11 +190,12 @@ class Columns:
     @cached_property
     def sources(self) -> dict[str, str]:
         """{our name: the source's name}, without what the source's name is another one of ours."""
+        given = set(self.renamed.values())
         names = {name: self.renamed.get(name, self.spelt.get(name, name)) for name in self.known}
         return {
             name: source
             for name, source in names.items()
-            if name in self.required or name in self.renamed or source not in self._given
+            if name in self.required or name in self.renamed or source not in given
         }
 
     @cached_property
@@ -217,10 +218,6 @@ class Columns:
             elif row.get(source) is not None:
                 read[name] = self.optional[name](row[source], name, where)
         return {**read, **{name: checks.scalar(row[name], name, where) for name in self.keep}}
-
-    @cached_property
-    def _given(self) -> frozenset[str]:
-        return frozenset(self.renamed.values())
 
 
 def _check_one(columns: Sequence[str], name: str, where: str) -> None:

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 CELL_LIMIT = 1 << 28  # characters; Python's own 131,072 refuses long documents
 DELIMITERS = (",", ";", "\t", "|")
 _UNCLOSED = "unexpected end of data"
-_EXPLAINED = {
+_EXPLAINED = {  # what the csv module's messages mean for the file
     _UNCLOSED: "a quote in the record that begins here is never closed",
     "new-line character": "a carriage return outside of quotes; a line ends with a line feed",
 }
@@ -78,7 +78,10 @@ def read_cells(
             cells = next(records, None)
         except csv.Error as error:
             said = str(error)
-            problem = ValueError(f"{where}: not valid CSV ({_explained(said)})")
+            meant = next(
+                (text for start, text in _EXPLAINED.items() if said.startswith(start)), said
+            )
+            problem = ValueError(f"{where}: not valid CSV ({meant})")
             if header or said == _UNCLOSED:
                 raise problem from error
             invalid(problem)
@@ -88,11 +91,6 @@ def read_cells(
         if cells:
             header = False
             yield where, cells
-
-
-def _explained(said: str) -> str:
-    """What the csv module's message means for the file."""
-    return next((text for start, text in _EXPLAINED.items() if said.startswith(start)), said)
 
 
 def _count(line: str, delimiter: str) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moe_fast.data import checks
 from moe_fast.data.columns import Columns, Value
 from moe_fast.data.rows import Row
-from moe_fast.data.sources import AnySource, first_row, open_source
+from moe_fast.data.sources import AnySource, open_source
 from moe_fast.data.tables import build_dataset
 from moe_fast.messages import shown
 
@@ -62,9 +62,7 @@ def read_flag_rows(
     """
     wanted = FlagRowColumns(REQUIRED, OPTIONAL, columns or {}, keep)
     opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)
-    where, row = first_row(opened, skip_invalid)
-    check = wanted.matched(row, where)
-    return build_dataset(opened, check, streaming=streaming, skip_invalid=skip_invalid)
+    return build_dataset(opened, wanted, streaming=streaming, skip_invalid=skip_invalid)
 
 
 class FlagRowColumns(Columns):

@@ -148,9 +148,8 @@ def mine_hard_negatives(
         ImportError: faiss or bm25s is not installed.
     """
     settings = settings or MiningSettings()
-    if hasattr(rows, "features"):  # a dataset: its class labels by their names
-        rows = (row for _, row in DatasetSource(rows, "rows").rows())
-    asked = [_query_row(row, settings, f"row {n}") for n, row in enumerate(rows, start=1)]
+    read = DatasetSource(rows, "rows").rows()  # class labels of a dataset by their names
+    asked = [_query_row(row, settings, f"row {n}") for n, (_, row) in enumerate(read, start=1)]
     if not asked:
         raise ValueError("rows is empty; there is nothing to mine for.")
     if len({"domain" in row for row in asked}) > 1:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from moe_fast.data import checks
 from moe_fast.data.columns import Columns
-from moe_fast.data.sources import AnySource, first_row, open_source
+from moe_fast.data.sources import AnySource, open_source
 from moe_fast.data.tables import build_dataset
 
 if TYPE_CHECKING:
@@ -69,6 +69,4 @@ def read_pairs(
     """
     wanted = Columns(REQUIRED, OPTIONAL, columns or {}, keep)
     opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)
-    where, row = first_row(opened, skip_invalid)
-    check = wanted.matched(row, where)
-    return build_dataset(opened, check, streaming=streaming, skip_invalid=skip_invalid)
+    return build_dataset(opened, wanted, streaming=streaming, skip_invalid=skip_invalid)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ MAX_RELEVANCE = 1_000_000  # trec_eval's memory and time grow with the largest
 
 Texts = dict[str, str]
 Qrels = dict[str, dict[str, int]]
+Drops = Counter[str] | None  # how many of what a lenient reading leaves out; None: a strict one
 
 
 @dataclass(frozen=True)
@@ -82,66 +84,47 @@ def read_retrieval(
     if on_missing not in ("error", "drop"):
         raise ValueError(f"on_missing must be 'error' or 'drop'; got {on_missing!r}")
     path = Path(path)
-    drops = _Drops(on_missing == "drop")
+    drops: Drops = Counter() if on_missing == "drop" else None
     if path.is_dir():
-        return drops.report(_read_folder(path, split, drops), path)
-    if not path.exists():
+        read = _read_folder(path, split, drops)
+    elif not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if not path.name.lower().endswith((".json", ".json.gz")):
+    elif not path.name.lower().endswith((".json", ".json.gz")):
         raise ValueError(
             f"path={str(path)!r}: expected a folder in BEIR's layout, a .json or a .json.gz file"
         )
-    if split is not None:
+    elif split is not None:
         raise ValueError(f"split={split!r}: {path} is one file, which has no splits")
-    return drops.report(_read_json(path, drops), path)
+    else:
+        read = _read_json(path, drops)
+    dropped = {kind: count for kind, count in sorted((drops or {}).items()) if count}
+    if dropped:
+        said = ", ".join(f"{count:,} {kind}" for kind, count in dropped.items())
+        logger.warning("%s: left out, as on_missing='drop' asks: %s", path, said)
+    return replace(read, dropped=dropped)
 
 
-@dataclass
-class _Drops:
-    """What a lenient reading leaves out, and how much of it; a strict one nothing.
-
-    Attributes:
-        lenient: whether anything may be left out.
-        counts: of each kind.
-    """
-
-    lenient: bool
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, kind: str, count: int = 1) -> None:
-        """Count what is left out."""
-        if count:
-            self.counts[kind] = self.counts.get(kind, 0) + count
-
-    def judgements(self, qrels: Qrels, corpus: Texts, queries: Texts) -> Qrels:
-        """The judgements whose document and query are there, of queries with a relevant one."""
-        if not self.lenient:
-            return qrels
-        kept: Qrels = {}
-        for query, row in qrels.items():
-            known = {document: r for document, r in row.items() if document in corpus}
-            is_kept = query in queries and any(r > 0 for r in known.values())
-            if is_kept:
-                kept[query] = known
-            else:
-                self.add("queries")
-            self.add("judgements", len(row) - (len(known) if is_kept else 0))
-        return kept
-
-    def report(self, read: Retrieval, path: Path) -> Retrieval:
-        """The set with the counts, of which a warning is given."""
-        if self.counts:
-            said = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
-            logger.warning("%s: left out, as on_missing='drop' asks: %s", path, said)
-        return replace(read, dropped=dict(self.counts))
+def _judged(qrels: Qrels, corpus: Texts, queries: Texts, drops: Drops) -> Qrels:
+    """The judgements whose document and query are there, of queries with a relevant one."""
+    if drops is None:
+        return qrels
+    kept: Qrels = {}
+    for query, row in qrels.items():
+        known = {document: r for document, r in row.items() if document in corpus}
+        if query in queries and any(r > 0 for r in known.values()):
+            kept[query] = known
+        else:
+            drops["queries"] += 1
+        drops["judgements"] += len(row) - len(kept.get(query, ()))
+    return kept
 
 
-def _read_folder(folder: Path, split: str | None, drops: _Drops) -> Retrieval:
+def _read_folder(folder: Path, split: str | None, drops: Drops) -> Retrieval:
     corpus_path, queries_path = _find(folder, "corpus.jsonl"), _find(folder, "queries.jsonl")
     qrels_path = _find_qrels(folder / "qrels", split)
     corpus, corpus_domains = _read_records(corpus_path, "documents", drops)
     queries, domains = _read_records(queries_path, "texts of queries", drops)
-    qrels = drops.judgements(_read_qrels(qrels_path), corpus, queries)
+    qrels = _judged(_read_qrels(qrels_path), corpus, queries, drops)
     _check_qrels(qrels, corpus, queries, str(qrels_path))
     judged = {query: text for query, text in queries.items() if query in qrels}
     if domains is not None:
@@ -167,7 +150,7 @@ def _find_qrels(folder: Path, split: str | None) -> Path:
     return folder / f"{split}.tsv"
 
 
-def _read_records(path: Path, kind: str, drops: _Drops) -> tuple[Texts, Texts | None]:
+def _read_records(path: Path, kind: str, drops: Drops) -> tuple[Texts, Texts | None]:
     """{id: text} and {id: domain} of a corpus or queries file."""
     texts: Texts = {}
     domains: Texts = {}
@@ -179,8 +162,8 @@ def _read_records(path: Path, kind: str, drops: _Drops) -> tuple[Texts, Texts | 
         if key in places:
             raise ValueError(f"{where}: {name} {shown(key)} was given before, {places[key]}")
         places[key] = where
-        if drops.lenient and not (row["text"] or row.get("title")):
-            drops.add(kind)
+        if drops is not None and not (row["text"] or row.get("title")):
+            drops[kind] += 1
             continue
         texts[key] = _text(row, where)
         if row.get("domain") is not None:
@@ -228,7 +211,7 @@ def _read_qrels(path: Path) -> Qrels:
     return qrels
 
 
-def _read_json(path: Path, drops: _Drops) -> Retrieval:
+def _read_json(path: Path, drops: Drops) -> Retrieval:
     try:
         with open_binary(path) as file:
             data = json.load(file, object_pairs_hook=unique_keys)
@@ -239,33 +222,32 @@ def _read_json(path: Path, drops: _Drops) -> Retrieval:
     checks.present(data, ("corpus", "queries", "qrels"), str(path))
     corpus = _strings(data["corpus"], f"{path}, corpus", "documents", drops)
     queries = _strings(data["queries"], f"{path}, queries", "texts of queries", drops)
-    relevances = _relevances(data["qrels"], f"{path}, qrels")
-    qrels = drops.judgements(relevances, corpus, queries)
+    qrels = _judged(_relevances(data["qrels"], f"{path}, qrels"), corpus, queries, drops)
     _check_qrels(qrels, corpus, queries, f"{path}, qrels")
-    if drops.lenient:
-        unjudged = [query for query in queries if query not in qrels]
-        drops.add("texts of queries", len(unjudged))
-        queries = {query: text for query, text in queries.items() if query in qrels}
+    if drops is not None:
+        judged = {query: text for query, text in queries.items() if query in qrels}
+        drops["texts of queries"] += len(queries) - len(judged)
+        queries = judged
     _check_same("queries", queries, "qrels", qrels, str(path))
     domains: dict[str, Texts | None] = {}
     for name, owners in (("domains", queries), ("corpus_domains", corpus)):
         domains[name] = None
         if data.get(name) is not None:
             read = _strings(data[name], f"{path}, {name}")
-            if drops.lenient:
+            if drops is not None:
                 read = {key: domain for key, domain in read.items() if key in owners}
             _check_same("texts", owners, name, read, str(path))
             domains[name] = read
     return Retrieval(corpus, queries, qrels, domains["domains"], domains["corpus_domains"])
 
 
-def _strings(values: Any, where: str, kind: str = "", drops: _Drops | None = None) -> Texts:
+def _strings(values: Any, where: str, kind: str = "", drops: Drops = None) -> Texts:
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{where}: expected a JSON object {{id: text}} that is not empty")
-    if drops is not None and drops.lenient:
-        empty = [key for key, value in values.items() if value is None or value == ""]
-        drops.add(kind, len(empty))
-        values = {key: value for key, value in values.items() if value is not None and value != ""}
+    if drops is not None:
+        full = {key: value for key, value in values.items() if value is not None and value != ""}
+        drops[kind] += len(values) - len(full)
+        values = full
     return {key: checks.text(value, shown(key), where) for key, value in values.items()}
 
 

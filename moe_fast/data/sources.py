@@ -48,7 +48,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A dataset of the datasets library, already loaded or streaming."""
+    """A dataset of the datasets library, loaded or streaming, or any other rows of the caller's."""
 
     dataset: Any
     name: str
@@ -70,7 +70,9 @@ AnySource: TypeAlias = "str | os.PathLike[str] | Source | Any"
 
 def class_names(dataset: Any) -> dict[str, list[str]]:
     """{column: the names of its classes} for the ``ClassLabel`` columns of a dataset."""
-    features = getattr(dataset, "features", None) or {}  # a stream may not know them
+    features = getattr(dataset, "features", None)
+    if not features:  # a stream may not know them, and plain rows have none
+        return {}
     label = require_datasets().ClassLabel
     return {name: list(f.names) for name, f in features.items() if isinstance(f, label)}
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_fast.data import checks
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -48,7 +50,9 @@ def split_by(
             there are; no rows.
     """
     names = [columns] if isinstance(columns, str) else list(columns)
-    _check_columns(names, dataset.column_names)
+    if not names:
+        raise ValueError("columns: name at least one column to split by")
+    checks.present(dict.fromkeys(dataset.column_names), names, "columns")
     if (fractions is None) == (sizes is None):
         raise ValueError("split_by takes either fractions or sizes")
     if len(dataset) == 0:
@@ -148,13 +152,3 @@ def _take(groups: NDArray[np.int64], sizes: Mapping[str, int], seed: int) -> NDA
         splits[rows[start : start + size]] = split
         start = int(ends[np.searchsorted(ends, start + size)])  # the rest of the last group
     return splits
-
-
-def _check_columns(names: Sequence[str], present: Sequence[str]) -> None:
-    if not names:
-        raise ValueError("columns: name at least one column to split by")
-    for name in names:
-        if name not in present:
-            raise ValueError(
-                f"columns: column {name!r} is missing; columns present: {sorted(present)}"
-            )

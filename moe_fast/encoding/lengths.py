@@ -33,6 +33,8 @@ _GROWTH = 16
 # further: a tokenizer would take a second and 150 MB for each million characters.
 _MOST_CHARACTERS = 1 << 20
 
+Ids = NDArray[np.int32]
+
 
 class TokenizedText(NamedTuple):
     """A text as token ids, special tokens included.
@@ -45,8 +47,8 @@ class TokenizedText(NamedTuple):
         place: the text's index among the caller's texts.
     """
 
-    ids: NDArray[np.int32]
-    type_ids: NDArray[np.int32] | None
+    ids: Ids
+    type_ids: Ids | None
     place: int
 
 
@@ -135,24 +137,24 @@ def _tokenized(
     reader = _Reader(own_tokenizer(tokenizer), limit)
     for start, chunk in _chunks(texts, prompt, reader.most_characters):
         pieces = [reader.piece(text, reader.most_characters) for text in chunk]
-        for i, row in enumerate(reader.read(pieces), start):
+        for i, (ids, type_ids, length) in enumerate(reader.read(pieces), start):
             text, piece = chunk[i - start], pieces[i - start]
             size = reader.most_characters
             most = max(_MOST_CHARACTERS, _GROWTH * size)
-            while len(piece) < len(text) and row.length <= reader.enough and size < most:
+            while len(piece) < len(text) and length <= reader.enough and size < most:
                 size = min(_GROWTH * size, most)
                 piece = reader.piece(text, size)
-                (row,) = reader.read([piece])
+                ((ids, type_ids, length),) = reader.read([piece])
             whole = len(piece) == len(text)
             if not whole:
                 long.pieces[i] = piece
-            if limit is not None and (row.length > limit or not whole):
+            if limit is not None and (length > limit or not whole):
                 long.num_long += 1
-                length = f"{row.length}" if whole else f"more than {row.length - _MARGIN}"
-                if row.length <= reader.enough and not whole:
-                    length = f"{row.length} in {len(piece):,} characters, and is read no further"
-                long.first = long.first or (i, length, text[:_SHOWN])
-            yield TokenizedText(row.ids, row.type_ids, i)
+                said = f"{length}" if whole else f"more than {length - _MARGIN}"
+                if length <= reader.enough and not whole:
+                    said = f"{length} in {len(piece):,} characters, and is read no further"
+                long.first = long.first or (i, said, text[:_SHOWN])
+            yield TokenizedText(ids, type_ids, i)
 
 
 def _chunks(
@@ -169,12 +171,6 @@ def _chunks(
         size += min(len(text), most_characters)
     if chunk:
         yield start, chunk
-
-
-class _Row(NamedTuple):
-    ids: NDArray[np.int32]
-    type_ids: NDArray[np.int32] | None
-    length: int  # before it was cut
 
 
 class _Reader:
@@ -205,8 +201,8 @@ class _Reader:
         space = re.search(r"\s", text[:size][: size // 2 : -1])
         return text[: size - space.end() if space else size]
 
-    def read(self, pieces: list[str]) -> list[_Row]:
-        """The tokens of each piece, cut at the limit."""
+    def read(self, pieces: list[str]) -> list[tuple[Ids, Ids | None, int]]:
+        """(ids, type ids, number of tokens before they were cut) of each, cut at the limit."""
         is_fast = getattr(self._tokenizer, "is_fast", False) and self._limit < math.inf
         rows = self._tokenizer(pieces, **(self._cut if is_fast else self._options))
         lengths = [len(ids) for ids in rows["input_ids"]]
@@ -219,7 +215,7 @@ class _Reader:
             rows = self._tokenizer(pieces, **self._cut)
         types = rows.get("token_type_ids") or [None] * len(pieces)
         return [
-            _Row(np.array(ids, np.int32), None if t is None else np.array(t, np.int32), length)
+            (np.array(ids, np.int32), None if t is None else np.array(t, np.int32), length)
             for ids, t, length in zip(rows["input_ids"], types, lengths, strict=True)
         ]
 

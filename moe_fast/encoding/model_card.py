@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from moe_fast.files import atomic_write
+from moe_fast.files import write_text
 from moe_fast.models.model_card import describe_mixture
 from moe_fast.version import install_command
 
@@ -43,8 +43,7 @@ def describe_use(encoder: Any, card: Path) -> None:
     text += "\n\n" + describe_mixture(
         encoder.config, encoder.num_parameters(), encoder.num_parameters(only_active=True)
     )
-    with atomic_write(card) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(card, text)
 
 
 def _example_domain(config: Any) -> str | None:

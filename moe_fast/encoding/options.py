@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moe_fast.encoding.domains import domains_of
+from moe_fast.ops.checks import check_count
 
 Role = Literal["query", "document"]
 
@@ -48,8 +49,7 @@ class EncodeOptions:
             raise ValueError(
                 "give domain (one for all texts) or pass_domain (each its own), not both"
             )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {self.batch_size}")
+        check_count("batch_size", 1 if self.batch_size is None else self.batch_size)
 
     def for_role(self, role: Role) -> dict[str, Any]:
         """Keywords of ``encode`` for the texts of one role."""

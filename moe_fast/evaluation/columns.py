@@ -38,11 +38,7 @@ def read_columns(
     """
     columns = _columns(dataset)
     places = match_columns(columns, (*required, *optional), where=argument)
-    missing = [name for name in required if name not in places]
-    if missing:
-        raise ValueError(
-            f"{argument}: column {missing[0]!r} is missing; columns present: {sorted(columns)}"
-        )
+    checks.present(columns, [name for name in required if name not in places], argument)
     wanted = [name for name in (*required, *optional) if name in places]
     chosen = {name: list(columns[places[name]]) for name in wanted}
     if "label" in chosen:

@@ -43,7 +43,13 @@ def expert_usage(
             without MoE layers.
     """
     names = list(order) if order is not None else list(dict.fromkeys(domains))
-    _check_texts(texts, domains, names)
+    if len(texts) != len(domains) or not texts:
+        raise ValueError(
+            "texts and domains must have the same length, at least 1; got "
+            f"{len(texts)} texts, {len(domains)} domains"
+        )
+    if without := sorted(set(names) - set(domains)):
+        raise ValueError(f"order: no texts of {without}; domains present: {sorted(set(domains))}")
     rows = []
     for name in names:
         chosen = [text for text, domain in zip(texts, domains, strict=True) if domain == name]
@@ -53,17 +59,6 @@ def expert_usage(
         rows.append(counts)
     totals = np.stack(rows)
     return totals / totals.sum(axis=-1, keepdims=True)
-
-
-def _check_texts(texts: Sequence[str], domains: Sequence[str], names: list[str]) -> None:
-    if len(texts) != len(domains) or not texts:
-        raise ValueError(
-            "texts and domains must have the same length, at least 1; got "
-            f"{len(texts)} texts, {len(domains)} domains"
-        )
-    without = sorted(set(names) - set(domains))
-    if without:
-        raise ValueError(f"order: no texts of {without}; domains present: {sorted(set(domains))}")
 
 
 @contextmanager

@@ -29,14 +29,9 @@ def search(
         ValueError: shapes that do not fit, no documents, or k or chunk_size below 1.
     """
     _check_search(queries, documents, k, chunk_size)
-    scores, indices = [], []
-    for start in range(0, queries.shape[0], chunk_size):
-        block = _search_block(queries[start : start + chunk_size], documents, k, chunk_size)
-        scores.append(block[0])
-        indices.append(block[1])
-    if not scores:  # no queries
-        empty = min(k, documents.shape[0])
-        return np.zeros((0, empty), np.float32), np.zeros((0, empty), np.int64)
+    starts = range(0, max(queries.shape[0], 1), chunk_size)  # one block, too, of no queries
+    blocks = [_search_block(queries[s : s + chunk_size], documents, k, chunk_size) for s in starts]
+    scores, indices = zip(*blocks, strict=True)
     return np.concatenate(scores), np.concatenate(indices)
 
 
@@ -56,18 +51,16 @@ def _search_block(
     queries: Any, documents: Any, k: int, chunk_size: int
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Search for one chunk of queries: each chunk of documents is merged with the best so far."""
-    best_scores: NDArray[Any] | None = None
-    best_indices: NDArray[np.int64] = np.zeros((queries.shape[0], 0), np.int64)
+    best: tuple[NDArray[Any], NDArray[np.int64]] | None = None
     for start in range(0, documents.shape[0], chunk_size):
         product = queries @ documents[start : start + chunk_size].T
         scores = product.toarray() if hasattr(product, "toarray") else np.asarray(product)
         indices = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
-        if best_scores is not None:
-            scores = np.concatenate([best_scores, scores], axis=1)
-            indices = np.concatenate([best_indices, indices], axis=1)
+        if best is not None:
+            scores = np.concatenate([best[0], scores], axis=1)
+            indices = np.concatenate([best[1], indices], axis=1)
         # earlier columns have lower indices, so a stable sort settles ties as promised
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        best_scores = np.take_along_axis(scores, order, axis=1)
-        best_indices = np.take_along_axis(indices, order, axis=1)
-    assert best_scores is not None
-    return best_scores, best_indices
+        best = np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
+    assert best is not None
+    return best

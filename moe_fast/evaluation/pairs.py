@@ -7,7 +7,6 @@ on balanced pairs cannot fall below 2/3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -119,7 +118,7 @@ class PairItems:
         flat = rows + size * np.arange(len(rows))[:, None]
         drawn_counts = np.bincount(flat.ravel(), minlength=size * len(rows))
         counts = drawn_counts.reshape(len(rows), size).astype(np.float32)
-        drawn = {group: Resampled.of(ladder, counts) for group, ladder in self.ladders.items()}
+        drawn = {group: Resampled(ladder, counts) for group, ladder in self.ladders.items()}
         correct = self._correct()
         f1 = self._resampled_f1(drawn)
         found: Metrics = {}
@@ -187,7 +186,6 @@ def evaluate_pairs(
             the domains; an unknown `threshold`; or as `moe_fast.evaluation.embed`.
         ImportError: scikit-learn or scipy is not installed.
     """
-    bootstrap = bootstrap or Bootstrap()
     data = PairData(dataset, by_domain=by_domain)
     # a shared threshold needs nothing of the dev set's domains
     dev_domains = by_domain and threshold == "per_domain"
@@ -230,7 +228,8 @@ class PairData:
 
     def __init__(self, dataset: Any, argument: str = "dataset", *, by_domain: bool = True) -> None:
         self.columns = read_columns(dataset, ("a", "b"), ("label", "domain"), argument)
-        self.labels = _read_labels(self.columns.get("label"), argument)
+        labels = self.columns.get("label")
+        self.labels = None if labels is None or all(labels) else np.asarray(labels, dtype=bool)
         domains = self.columns.get("domain") if by_domain else None
         self.groups = by_group(domains, len(self.columns["a"]))
         self._known = _known_pairs(self.columns) if self.labels is None else []
@@ -257,14 +256,6 @@ class PairData:
         if self.labels is None:
             return off_diagonal_ladder(a, b, cosines, self._known, rows)
         return labelled_ladder(cosines, self.labels, rows)
-
-
-def _read_labels(labels: Sequence[Any] | None, argument: str) -> NDArray[np.bool_] | None:
-    """[N] bool; ``None`` where there are no labels, or 1 only."""
-    for row, label in enumerate(labels or ()):
-        if label not in (0, 1):
-            raise ValueError(f"{argument}, row {row}: label={label!r}; allowed are 0 and 1")
-    return None if labels is None or all(labels) else np.asarray(labels, dtype=bool)
 
 
 def _known_pairs(columns: dict[str, list[Any]]) -> list[NDArray[np.int64]]:

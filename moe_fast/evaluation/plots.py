@@ -1,18 +1,16 @@
-"""Draws where each domain's tokens go, how training went, and how systems score by domain."""
+"""Draws where each domain's tokens go, and how training went."""
 
 from __future__ import annotations
 
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moe_fast.evaluation.optional import require
-from moe_fast.evaluation.result import ALL_DOMAINS, Evaluation
 from moe_fast.files import atomic_write
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
@@ -202,79 +200,6 @@ def _draw_curve(axis: Any, name: str, points: list[tuple[float, float]], window:
 def _steps_per_epoch(log_history: Sequence[Mapping[str, Any]]) -> float | None:
     both = [row for row in log_history if row.get("epoch") and row.get("step")]
     return both[-1]["step"] / both[-1]["epoch"] if both else None
-
-
-def plot_scores(
-    evaluations: Sequence[Evaluation], metric: str, path: str | os.PathLike[str]
-) -> None:
-    """Bars of one metric: a group per domain and one for all, in it a bar per system.
-
-    Args:
-        evaluations: of the same data, one per system.
-        metric: which of their metrics; with its bootstrap interval.
-        path: file to write; the suffix gives the format.
-
-    Raises:
-        ValueError: no evaluations, other domains, or an unknown metric.
-        ImportError: matplotlib is not installed.
-    """
-    groups = _score_groups(evaluations, metric)
-    room = max(0.3 * len(evaluations), 4.0 / len(groups))  # inches per group
-    figure = _new_figure((room * len(groups) + 2.0, 4.5))
-    axis = figure.subplots()
-    _draw_bars(axis, evaluations, groups, metric)
-    axis.set_xticks(range(len(groups)), groups)
-    if 0.08 * max(map(len, groups)) > room:  # names would run into each other
-        for label in axis.get_xticklabels():
-            label.set(rotation=30, horizontalalignment="right")
-    bootstrap = evaluations[0].settings["bootstrap"]
-    title = metric if len(groups) == 1 else f"{metric} by domain"
-    if bootstrap["resamples"]:
-        title += f", with {100 * bootstrap['confidence']:g} % intervals"
-    axis.set_title(title, fontsize=12)
-    axis.set_ylabel(metric)
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
-    )
-    _save(figure, path)
-
-
-def _draw_bars(
-    axis: Any, evaluations: Sequence[Evaluation], groups: list[str], metric: str
-) -> None:
-    count = len(evaluations)
-    width = min(0.8 / count, 0.3 if len(groups) == 1 else 0.8)
-    for index, (evaluation, colour) in enumerate(zip(evaluations, cycle(_COLOURS), strict=False)):
-        scores = [evaluation.scores[group][metric] for group in groups]
-        places = np.arange(len(groups)) + (index - (count - 1) / 2) * width
-        values = [score.value for score in scores]
-        axis.bar(places, values, 0.92 * width, color=colour, label=evaluation.model)
-        # not error bars, which have to contain the value: a percentile interval need not
-        axis.vlines(places, *zip(*((s.low, s.high) for s in scores), strict=True), color="black")
-    if len(groups) == 1:
-        axis.set_xlim(-1.0, 1.0)
-    else:
-        axis.axvline(len(groups) - 1.5, color="grey", linewidth=0.8, linestyle=":")
-
-
-def _score_groups(evaluations: Sequence[Evaluation], metric: str) -> list[str]:
-    """The domains and, last, all, checked."""
-    if not evaluations:
-        raise ValueError("evaluations is empty; nothing to draw")
-    groups = list(evaluations[0].scores)
-    for evaluation in evaluations:
-        if list(evaluation.scores) != groups:
-            raise ValueError(
-                "evaluations must have the same domains; got "
-                f"{groups} and {list(evaluation.scores)}"
-            )
-        if metric not in evaluation.scores[ALL_DOMAINS]:
-            known = ", ".join(evaluation.scores[ALL_DOMAINS])
-            raise ValueError(f"metric={metric!r}; {evaluation.model} has {known}")
-    return groups
 
 
 def running_mean(values: ArrayLike, window: int) -> NDArray[np.float64]:

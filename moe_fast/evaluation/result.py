@@ -71,6 +71,32 @@ class Items(Protocol):
         ...
 
 
+class GroupedItems(Items):
+    """Items in groups that are resampled within their domain; a subclass has `resampled`.
+
+    Args:
+        domains: [N] names, or ``None``.
+        size: N, at least 1.
+        fingerprint: of the data.
+    """
+
+    def __init__(self, domains: Sequence[str] | None, size: int, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.groups = by_group(domains, size)
+        self.strata = list(self.groups.values())[:-1] or [self.groups[ALL_DOMAINS]]
+        self.sizes = {group: len(rows) for group, rows in self.groups.items()}
+        # where each group stands in a resample, whose columns are the strata side by side
+        self.drawn = np.concatenate(self.strata)
+        self.columns = {g: np.isin(self.drawn, rows) for g, rows in self.groups.items()}
+
+    def metrics(self) -> Metrics:
+        """Those of the one sample that has every item once."""
+        return {
+            group: {name: float(values[0]) for name, values in metrics.items()}
+            for group, metrics in self.resampled(self.drawn[None]).items()
+        }
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The metrics of one model on one data set.
@@ -93,15 +119,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the items, ready for JSON; what is undefined is ``None``."""
-        return json_ready(
-            {
-                "task": self.task,
-                "model": self.model,
-                "settings": self.settings,
-                "scores": scores_to_dict(self.scores),
-                "details": self.details,
-            }
-        )
+        return json_ready({name: value for name, value in vars(self).items() if name != "items"})
 
 
 @dataclass(frozen=True)
@@ -123,15 +141,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; what is undefined is ``None``."""
-        return json_ready(
-            {
-                "task": self.task,
-                "first": self.first,
-                "second": self.second,
-                "settings": self.settings,
-                "differences": scores_to_dict(self.differences),
-            }
-        )
+        return json_ready(vars(self))
 
 
 def evaluation_of(
@@ -141,9 +151,10 @@ def evaluation_of(
     *,
     details: dict[str, dict[str, Any]],
     settings: dict[str, Any],
-    bootstrap: Bootstrap,
+    bootstrap: Bootstrap | None,
 ) -> Evaluation:
     """The metrics of `items` with their intervals; none for a group of fewer than two items."""
+    bootstrap = bootstrap or Bootstrap()
     scores = _with_intervals(items.metrics(), items, items.resampled, bootstrap)
     settings = settings | {"bootstrap": asdict(bootstrap)}
     return Evaluation(task, model, scores, details, settings, items)
@@ -238,16 +249,10 @@ def by_group(domains: Sequence[str] | None, size: int) -> dict[str, NDArray[np.i
     return groups | {ALL_DOMAINS: np.arange(size)}
 
 
-def scores_to_dict(scores: dict[str, dict[str, Score]]) -> dict[str, Any]:
-    """{group: {metric: {"value", "low", "high"}}}."""
-    return {
-        group: {name: asdict(score) for name, score in metrics.items()}
-        for group, metrics in scores.items()
-    }
-
-
 def json_ready(value: Any) -> Any:
-    """`value` with ``None`` for NaN and infinities, which JSON has no word for."""
+    """`value` with scores as dicts, and ``None`` for NaN and infinities, which JSON cannot hold."""
+    if isinstance(value, Score):
+        value = vars(value)
     if isinstance(value, dict):
         return {key: json_ready(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -23,8 +23,8 @@ from moe_fast.evaluation.result import (
     ALL_DOMAINS,
     Bootstrap,
     Evaluation,
+    GroupedItems,
     Metrics,
-    by_group,
     evaluation_of,
     fingerprint,
 )
@@ -39,8 +39,8 @@ MEASURES: tuple[str, ...] = ("nDCG@10", "MRR@10", "Recall@10")
 RUN_DEPTH = 1000
 
 
-class QueryItems:
-    """Scored queries.
+class QueryItems(GroupedItems):
+    """Scored queries, whose metrics are means over the queries of every group.
 
     Attributes:
         queries: [Q] their ids.
@@ -56,13 +56,8 @@ class QueryItems:
         domains: Sequence[str] | None,
         fingerprint: str,
     ) -> None:
+        super().__init__(domains, len(queries), fingerprint)
         self.queries, self.scores, self.domains = list(queries), scores, domains
-        self.fingerprint = fingerprint
-        self.groups = by_group(domains, len(queries))
-        self.strata = list(self.groups.values())[:-1] or [self.groups[ALL_DOMAINS]]
-        self.sizes = {group: len(rows) for group, rows in self.groups.items()}
-        drawn = np.concatenate(self.strata)  # a resample's columns, side by side
-        self._columns = {g: np.isin(drawn, rows) for g, rows in self.groups.items()}
 
     def in_order_of(self, other: QueryItems) -> QueryItems:
         """The same scores, by the queries' ids in the order of `other`'s queries."""
@@ -71,19 +66,12 @@ class QueryItems:
         scores = {name: values[rows] for name, values in self.scores.items()}
         return QueryItems(other.queries, scores, other.domains, self.fingerprint)
 
-    def metrics(self) -> Metrics:
-        """Means over the queries of every group."""
-        return {
-            group: {name: float(values[rows].mean()) for name, values in self.scores.items()}
-            for group, rows in self.groups.items()
-        }
-
     def resampled(self, rows: NDArray[np.int64]) -> Metrics:
         """The means of resamples: queries [R, Q] -> [R] each."""
         drawn = {name: values[rows] for name, values in self.scores.items()}
         return {
             group: {name: values[:, columns].mean(-1) for name, values in drawn.items()}
-            for group, columns in self._columns.items()
+            for group, columns in self.columns.items()
         }
 
 
@@ -173,8 +161,8 @@ def _retrieve(
     if options.roles is None:
         roles = hasattr(model, "encode_query") and hasattr(model, "encode_document")
         options = replace(options, roles=roles)
-    domains = retrieval.domains, retrieval.corpus_domains
-    pass_domain = passes_domain(model, options, None not in domains)
+    known = None not in (retrieval.domains, retrieval.corpus_domains)
+    pass_domain = passes_domain(model, options, known)
     if not retrieval.queries or not retrieval.corpus or depth < 1:
         raise ValueError(
             "retrieval needs queries, documents and a depth of at least 1; got "
@@ -182,16 +170,15 @@ def _retrieve(
         )
     if pass_domain:
         _check_domains(model, retrieval)
-    vectors = []
-    sides: tuple[tuple[Role, Any, Any], ...] = (
-        ("query", retrieval.queries, domains[0]),
-        ("document", retrieval.corpus, domains[1]),
-    )
-    for role, texts, names in sides:
+
+    def vectors(role: Role, texts: Mapping[str, str], names: Any) -> Any:
         given = [names[key] for key in texts] if pass_domain else None
-        vectors.append(embed(model, list(texts.values()), role, domains=given, options=options))
+        return embed(model, list(texts.values()), role, domains=given, options=options)
+
+    queries = vectors("query", retrieval.queries, retrieval.domains)
+    documents = vectors("document", retrieval.corpus, retrieval.corpus_domains)
     own = ignore_identical_ids and not retrieval.queries.keys().isdisjoint(retrieval.corpus)
-    scores, hits = search(*vectors, k=depth + own)
+    scores, hits = search(queries, documents, k=depth + own)
     run = _as_run(list(retrieval.queries), list(retrieval.corpus), scores, hits)
     if own:
         run = {query: _others(query, found, depth) for query, found in run.items()}
@@ -262,7 +249,6 @@ def evaluate_run(
             documents or queries; a run with queries or documents that are not in `retrieval`.
         ImportError: ir-measures or scipy is not installed.
     """
-    bootstrap = bootstrap or Bootstrap()
     check_measures(measures)
     check_qrels(retrieval)
     _check_run(run, retrieval)

@@ -18,8 +18,8 @@ from moe_fast.evaluation.result import (
     ALL_DOMAINS,
     Bootstrap,
     Evaluation,
+    GroupedItems,
     Metrics,
-    by_group,
     evaluation_of,
     fingerprint,
 )
@@ -27,27 +27,21 @@ from moe_fast.evaluation.result import (
 logger = logging.getLogger(__name__)
 
 
-class StsItems:
-    """Scored pairs.
+class StsItems(GroupedItems):
+    """Scored pairs, whose metrics are the correlations of every group.
 
     Attributes:
         cosines, gold: [N] float64, the model's and people's similarity.
-        domains: [N] names, or ``None``.
     """
 
     def __init__(
         self, cosines: NDArray[np.float64], columns: dict[str, list[Any]], by_domain: bool
     ) -> None:
+        domains = columns.get("domain") if by_domain else None
+        data = fingerprint(columns["a"], columns["b"], columns["score"], domains)
+        super().__init__(domains, len(cosines), data)
         self.cosines = cosines
         self.gold = np.asarray(columns["score"], dtype=np.float64)
-        self.domains = columns.get("domain") if by_domain else None
-        self.fingerprint = fingerprint(columns["a"], columns["b"], columns["score"], self.domains)
-        self._groups = by_group(self.domains, len(cosines))
-        self.strata = list(self._groups.values())[:-1] or [self._groups[ALL_DOMAINS]]
-        self.sizes = {group: len(rows) for group, rows in self._groups.items()}
-        # where each group stands in a resample, whose columns are the strata side by side
-        drawn = np.concatenate(self.strata)
-        self._columns = {g: np.isin(drawn, rows) for g, rows in self._groups.items()}
 
     def details(self) -> dict[str, dict[str, Any]]:
         """Of every group, how many pairs it has, and from where to where their scores go."""
@@ -57,35 +51,17 @@ class StsItems:
                 "lowest_score": float(self.gold[rows].min()),
                 "highest_score": float(self.gold[rows].max()),
             }
-            for group, rows in self._groups.items()
+            for group, rows in self.groups.items()
         }
-
-    def metrics(self) -> Metrics:
-        """Spearman's and Pearson's correlation of every group, by SciPy; NaN for a constant."""
-        stats = require("scipy.stats")
-        found = {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of constants, whose result is NaN
-            for group, rows in self._groups.items():
-                pair = self.cosines[rows], self.gold[rows]
-                enough = len(rows) > 1
-                found[group] = {
-                    "Spearman": float(stats.spearmanr(*pair).statistic) if enough else math.nan,
-                    "Pearson": float(stats.pearsonr(*pair).statistic) if enough else math.nan,
-                }
-        return found
 
     def resampled(self, rows: NDArray[np.int64]) -> Metrics:
         """The correlations of resamples: items [R, N] -> [R] each."""
         stats = require("scipy.stats")
         found = {}
-        for group, columns in self._columns.items():
+        for group, columns in self.columns.items():
             pair = self.cosines[rows[:, columns]], self.gold[rows[:, columns]]
             ranks = [stats.rankdata(values, axis=-1) for values in pair]
-            found[group] = {
-                "Spearman": _correlation(*ranks),
-                "Pearson": _correlation(*pair),
-            }
+            found[group] = {"Spearman": _correlation(*ranks), "Pearson": _correlation(*pair)}
         return found
 
 
@@ -93,7 +69,9 @@ def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.f
     """Pearson's r along the last axis; NaN where too few or constant."""
     if x.shape[-1] < 2:
         return np.full(x.shape[0], np.nan)
-    return np.asarray(require("scipy.stats").pearsonr(x, y, axis=-1).statistic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of constants, whose result is NaN
+        return np.asarray(require("scipy.stats").pearsonr(x, y, axis=-1).statistic)
 
 
 def evaluate_sts(
@@ -128,7 +106,6 @@ def evaluate_sts(
             scores that are all the same, or as `moe_fast.evaluation.embed`.
         ImportError: scipy or scikit-learn is not installed.
     """
-    bootstrap = bootstrap or Bootstrap()
     columns = read_columns(dataset, ("a", "b", "score"), ("domain",))
     _check_gold(columns["score"])
     a, b, settings = embed_pairs(model, columns, encode)

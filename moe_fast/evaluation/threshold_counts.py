@@ -74,13 +74,9 @@ def labelled_ladder(
     places = (np.arange(len(rows)), level)
     positives = csr((positive.astype(np.float32), places), shape=shape)
     negatives = csr(((~positive).astype(np.float32), places), shape=shape)
-    totals = Totals(
-        thresholds,
-        np.bincount(level, positive, len(thresholds)).astype(np.float64),
-        np.bincount(level, ~positive, len(thresholds)).astype(np.float64),
-    )
+    counts = [np.bincount(level, side, len(thresholds)) for side in (positive, ~positive)]
     means = float(scores[positive].mean()), float(scores[~positive].mean())
-    return Ladder(rows, totals, thresholds, positives, negatives, *means)
+    return Ladder(rows, Totals(thresholds, *counts), thresholds, positives, negatives, *means)
 
 
 def off_diagonal_ladder(
@@ -227,9 +223,12 @@ def _as_sample(totals: Totals) -> dict[str, Any]:
 # --- resamples ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Resampled:
     """A ladder's counts in R resamples, summed from the top.
+
+    Args:
+        ladder: of the data set.
+        counts: [R, N], how often each of its rows was drawn.
 
     Attributes:
         thresholds: [L] rising.
@@ -238,25 +237,13 @@ class Resampled:
         true_positives, false_positives: [R, L] at each level and above.
     """
 
-    thresholds: NDArray[np.float64]
-    positives: NDArray[np.float64]
-    negatives: NDArray[np.float64]
-    true_positives: NDArray[np.float64]
-    false_positives: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, ladder: Ladder, counts: NDArray[np.float32]) -> Resampled:
-        """From how often each row of the data set was drawn, [R, N]."""
+    def __init__(self, ladder: Ladder, counts: NDArray[np.float32]) -> None:
         drawn = np.ascontiguousarray(counts[:, ladder.rows])
-        positives = np.asarray(drawn @ ladder.positives, dtype=np.float64)
-        negatives = np.asarray(drawn @ ladder.negatives, dtype=np.float64)
-        return cls(
-            ladder.thresholds,
-            positives,
-            negatives,
-            _from_the_top(positives),
-            _from_the_top(negatives),
-        )
+        self.thresholds = ladder.thresholds
+        self.positives = np.asarray(drawn @ ladder.positives, dtype=np.float64)
+        self.negatives = np.asarray(drawn @ ladder.negatives, dtype=np.float64)
+        self.true_positives = _from_the_top(self.positives)
+        self.false_positives = _from_the_top(self.negatives)
 
     def ranking_metrics(self) -> dict[str, NDArray[np.float64]]:
         """As the function of this name, [R] each."""

@@ -64,11 +64,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         run[query][document] = score
     if not run:
         raise ValueError(f"{path}: no hits in this file")
-    return {query: dict(sorted(hits.items(), key=_falling)) for query, hits in run.items()}
-
-
-def _falling(hit: tuple[str, float]) -> float:
-    return -hit[1]
+    return {q: dict(sorted(hits.items(), key=lambda hit: -hit[1])) for q, hits in run.items()}
 
 
 def _parse(columns: list[str], where: str) -> tuple[str, str, float]:

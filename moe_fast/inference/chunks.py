@@ -16,21 +16,15 @@ class Chunk:
 
     Attributes:
         number: of the chunk, from 0.
-        first: row number of its first text.
         rows: its texts.
     """
 
     number: int
-    first: int
     rows: list[TextRow]
 
 
-@dataclass(frozen=True)
-class EmbeddedChunk:
-    """What became of a :class:`Chunk`: its number of texts, and of those that were cut."""
-
-    size: int
-    truncated: TruncatedTexts
+EmbeddedChunk = tuple[int, TruncatedTexts]
+"""What became of a :class:`Chunk`: its number of texts, and of those that were cut."""
 
 
 def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> EmbeddedChunk:
@@ -44,7 +38,7 @@ def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> EmbeddedChu
             f"in the {len(texts)} texts from {chunk.rows[0].where}: {error}"
         ) from error
     parts.write(chunk.number, vectors, [row.id for row in chunk.rows])
-    return EmbeddedChunk(len(texts), truncated)
+    return len(texts), truncated
 
 
 def domains_of_rows(rows: list[TextRow]) -> list[str] | None:

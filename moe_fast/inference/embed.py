@@ -15,7 +15,6 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from moe_fast.inference.encoder import EncoderSettings, TextEncoder, torch_threa
 from moe_fast.inference.parts import Parts, has_parts, open_parts
 from moe_fast.inference.threads import check_threads
 from moe_fast.inference.vectors import check_vector_format, write_vectors
-from moe_fast.inference.workers import worker_pool
+from moe_fast.inference.workers import embed_in_workers
 from moe_fast.ops.checks import check_count
 
 logger = logging.getLogger(__name__)
@@ -147,28 +146,28 @@ def embed_file(
             default_threads=max(1, torch.get_num_threads() // processes),
             overwrite=overwrite,
         )
-        found, truncated = count, TruncatedTexts()
+        computed, truncated = 0, TruncatedTexts()
         if not parts.are_in_output(sizes):
             check_output(output, overwrite)
             again = Skipped(str(source)) if skip_invalid else refuse  # said above
             chunks = _chunks(read_texts(source, **reading, invalid=again), chunk_size)
             with tqdm(total=count, unit=" texts", desc="embed", disable=not progress) as bar:
-                missing = _Missing(chunks, parts, bar)
+                missing = _missing(chunks, parts, bar)
                 if processes == 1:
                     finished = _in_this_process(missing, encoder, parts)
                 else:
                     del encoder  # the workers load their own
-                    finished = _in_workers(missing, settings, parts, processes)
-                for done in finished:
-                    bar.update(done.size)
-                    truncated.add(done.truncated.num_long, done.truncated.limit)
-            found = missing.found
-            truncated.warn(count - found)
+                    finished = embed_in_workers(missing, settings, parts, processes)
+                for size, cut in finished:
+                    bar.update(size)
+                    computed += size
+                    truncated.add(cut.num_long, cut.limit)
+            truncated.warn(computed)
             write_vectors(output, parts.read(len(sizes)), (count, dimension))
         if finish is not None:
             finish()
         parts.remove()
-    return EmbeddedFile(output, count, dimension, found, truncated.num_long)
+    return EmbeddedFile(output, count, dimension, count - computed, truncated.num_long)
 
 
 def _look_through(
@@ -220,26 +219,17 @@ def _chunks(rows: Iterator[TextRow], size: int) -> Iterator[Chunk]:
         texts = list(itertools.islice(rows, size))
         if not texts:
             return
-        yield Chunk(number, number * size, texts)
+        yield Chunk(number, texts)
 
 
-@dataclass
-class _Missing:
-    """Iterates over the chunks that an earlier run did not finish; counts the others' rows."""
-
-    chunks: Iterator[Chunk]
-    parts: Parts
-    bar: Any
-    found: int = 0
-
-    def __iter__(self) -> Iterator[Chunk]:
-        for chunk in self.chunks:
-            if self.parts.holds(chunk.number, len(chunk.rows)):
-                self.found += len(chunk.rows)
-                self.bar.update(len(chunk.rows))
-                self.bar.initial = self.bar.n  # the rate counts what is computed now
-            else:
-                yield chunk
+def _missing(chunks: Iterable[Chunk], parts: Parts, bar: Any) -> Iterator[Chunk]:
+    """The chunks that an earlier run did not finish; the bar passes over the others."""
+    for chunk in chunks:
+        if parts.holds(chunk.number, len(chunk.rows)):
+            bar.update(len(chunk.rows))
+            bar.initial = bar.n  # the rate counts what is computed now
+        else:
+            yield chunk
 
 
 def _in_this_process(
@@ -249,22 +239,3 @@ def _in_this_process(
     with torch_threads(parts.threads):
         for chunk in chunks:
             yield embed_chunk(encoder, parts, chunk)
-
-
-def _in_workers(
-    chunks: Iterable[Chunk], settings: EncoderSettings, parts: Parts, processes: int
-) -> Iterator[EmbeddedChunk]:
-    """The chunks as they get done; at most two per worker are held in memory."""
-    with worker_pool(processes, settings, parts) as submit:
-        pending: set[Future[EmbeddedChunk]] = set()
-        try:
-            for chunk in chunks:
-                pending.add(submit(chunk))
-                if len(pending) >= 2 * processes:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            for future in list(pending):
-                yield future.result()
-        finally:
-            for future in pending:
-                future.cancel()

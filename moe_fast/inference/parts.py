@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_fast.files import PARTIAL, atomic_write
+from moe_fast.files import PARTIAL, atomic_write, write_text
 from moe_fast.inference.threads import check_threads
 from moe_fast.inference.vectors import open_vectors
 
@@ -55,8 +55,7 @@ class Parts:
     def write(self, number: int, vectors: NDArray[np.floating], ids: list[str]) -> None:
         """Keep chunk `number`: vectors [n, d] and n ids."""
         # The ids first: a chunk whose vectors are there is finished.
-        with atomic_write(self._path(number, ".json")) as temporary:
-            temporary.write_text(json.dumps(ids), encoding="utf-8")
+        write_text(self._path(number, ".json"), json.dumps(ids))
         with atomic_write(self._path(number, ".npy")) as temporary:
             np.save(temporary, vectors, allow_pickle=False)
 
@@ -218,8 +217,7 @@ def _remove_ours(folder: Path) -> None:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with atomic_write(folder / _MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    write_text(folder / _MANIFEST, json.dumps(manifest, indent=2))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

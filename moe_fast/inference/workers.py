@@ -5,10 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
@@ -21,26 +20,33 @@ from moe_fast.inference.parts import Parts
 _state: dict[str, Any] = {}  # a worker's model and parts, for all the chunks it gets
 
 
-@contextmanager
-def worker_pool(
-    processes: int, settings: EncoderSettings, parts: Parts
-) -> Iterator[Callable[[Chunk], Future[EmbeddedChunk]]]:
-    """A function that sends a chunk to the next free worker.
+def embed_in_workers(
+    chunks: Iterable[Chunk], settings: EncoderSettings, parts: Parts, processes: int
+) -> Iterator[EmbeddedChunk]:
+    """The chunks as they get done; at most two per worker are held in memory.
 
     Raises:
         RuntimeError: a worker died.
     """
     # spawn: a forked process must not use CUDA, nor the parent's thread pools
     context = multiprocessing.get_context("spawn")
-    arguments = (settings, parts)
-    with ProcessPoolExecutor(processes, context, _start, arguments) as pool:
+    pending: set[Future[EmbeddedChunk]] = set()
+    with ProcessPoolExecutor(processes, context, _start, (settings, parts)) as pool:
         try:
-            yield lambda chunk: pool.submit(_embed, chunk)
+            for chunk in chunks:
+                pending.add(pool.submit(_embed, chunk))
+                if len(pending) >= 2 * processes:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            for future in pending:
+                yield future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "a worker process died (killed, or out of memory?). What it had finished is kept: "
                 "run again to go on."
             ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _start(settings: EncoderSettings, parts: Parts) -> None:

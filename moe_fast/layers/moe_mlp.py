@@ -119,13 +119,13 @@ class MoEMLP(nn.Module):
         return "gate_up_proj" if self.gated else "up_proj"
 
     def is_expert(self, name: str) -> bool:
-        """Whether every expert has its own projection ``name``."""
-        return self.target == "mlp" or (self.target == "output") == (name == "down_proj")
+        """Whether every expert has its own parameter ``name``, a weight or a bias."""
+        return self.target == "mlp" or (self.target == "output") == name.startswith("down_proj")
 
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The names and values of the parameters that are stacked over experts ([E, ...])."""
         for name, parameter in self.named_parameters(recurse=False):
-            if self.is_expert(name.removesuffix("_bias")):
+            if self.is_expert(name):
                 yield name, parameter
 
     def reset_parameters(self) -> None:

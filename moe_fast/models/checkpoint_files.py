@@ -61,12 +61,9 @@ def shortened(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def stored_names(folder: Path) -> set[str] | None:
-    """The names of all weights in a folder's safetensors files; ``None`` where there are none."""
-    files = weight_files(folder)
-    if not files:
-        return None
-    return {name for file in files for name in stored_dtypes(file)}
+def stored_weights(folder: Path) -> dict[str, str]:
+    """All weights in a folder's safetensors files, as :func:`stored_dtypes` gives those of one."""
+    return {name: d for file in weight_files(folder) for name, d in stored_dtypes(file).items()}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -86,12 +83,9 @@ def stored_dtypes(file: Path) -> dict[str, str]:
 
 
 def _check_files(folder: Path) -> None:
-    for pattern in _JSON_FILES:
-        for file in sorted(folder.glob(pattern)):
-            read_object(file)
-    for pattern in _WEIGHT_FILES:
-        for file in sorted(folder.glob(pattern)):
-            check_safetensors(file)
+    for patterns, check in ((_JSON_FILES, read_object), (_WEIGHT_FILES, check_safetensors)):
+        for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+            check(file)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.exists() and not (folder / SAFE_WEIGHTS_NAME).exists():  # else it is not read
         _check_shards(index)
@@ -117,7 +111,7 @@ def _check_sizes(folder: Path) -> None:
     config = read_object(folder / _CONFIG)
     if config.get("quantization_config") is not None:
         return
-    dtypes = {name: d for file in weight_files(folder) for name, d in stored_dtypes(file).items()}
+    dtypes = stored_weights(folder)
     integers = [
         f"{name} ({dtype})"
         for name, dtype in sorted(dtypes.items())
@@ -128,8 +122,9 @@ def _check_sizes(folder: Path) -> None:
             f"{folder} holds whole numbers or truth values where weights must be floating numbers, "
             f"and no quantization_config says what they mean: {shortened(integers)}."
         )
-    for name in _SIZES:
-        _check_size(config, name, folder / _CONFIG)
+    for name in _SIZES:  # of what kind a size is, the library that reads it knows
+        if isinstance(config.get(name), int) and config[name] < 1:
+            raise ValueError(f"{folder / _CONFIG}: {name} must be at least 1; got {config[name]}.")
     layers = config.get("num_hidden_layers")
     if dtypes and isinstance(layers, int) and layers > len(dtypes):
         raise ValueError(
@@ -155,12 +150,6 @@ def check_safetensors(file: Path) -> None:
         raise ValueError(
             f"{file} is damaged or half-written ({file.stat().st_size} bytes): {error}."
         ) from None
-
-
-def _check_size(config: dict[str, Any], name: str, file: Path) -> None:
-    """Of what kind a size is, the library that reads it knows; none is below 1."""
-    if isinstance(config.get(name), int) and config[name] < 1:
-        raise ValueError(f"{file}: {name} must be at least 1; got {config[name]}.")
 
 
 def read_index(index: Path) -> dict[str, str]:

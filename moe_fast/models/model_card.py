@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_fast.files import atomic_write
+from moe_fast.files import write_text
 
 if TYPE_CHECKING:
     from moe_fast.models.modeling import MoEModelMixin
@@ -91,5 +91,4 @@ def write_model_card(model: MoEModelMixin, folder: str | os.PathLike) -> None:
     text = _FRONT_MATTER.format(title=type(model).__name__) + describe_mixture(
         model.config, model.num_parameters(), model.num_parameters(only_active=True)
     )
-    with atomic_write(path) as partial:
-        partial.write_text(text + _USE, encoding="utf-8")
+    write_text(path, text + _USE)

@@ -95,18 +95,14 @@ class MoEModelMixin(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
         if not isinstance(module, (MoEMLP, MoERouter)):
             return
         init = compat.initialization()
-        if isinstance(module, MoEMLP):
-            for name, parameter in module.named_parameters(recurse=False):
-                if name.endswith("_bias"):
-                    init.zeros_(parameter)
-                else:
-                    init.normal_(parameter, mean=0.0, std=std)
-        elif module.weight is not None:
-            init.normal_(module.weight, mean=0.0, std=std)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
     def num_parameters(
         self,

@@ -46,7 +46,8 @@ def architecture_of(model: Any) -> Architecture:
             return architecture
     supported = ", ".join(a.dense_model.__name__ for a in ARCHITECTURES)
     base = getattr(model, "base_model", None)
-    hint = f" Pass its encoder, model.{model.base_model_prefix}." if _is_dense(base) else ""
+    is_dense = any(type(base) is a.dense_model for a in ARCHITECTURES)
+    hint = f" Pass its encoder, model.{model.base_model_prefix}." if is_dense else ""
     kind = type(model).__name__
     if not hint and isinstance(model, PreTrainedModel):
         hint = (
@@ -57,10 +58,6 @@ def architecture_of(model: Any) -> Architecture:
         f"model must be one of {supported}, a SentenceTransformer on one of them, or a mixture "
         f"made from one; got {kind}.{hint}"
     )
-
-
-def _is_dense(model: Any) -> bool:
-    return any(type(model) is a.dense_model for a in ARCHITECTURES)
 
 
 def build_dense(config: Any, like: PreTrainedModel) -> PreTrainedModel:

@@ -77,7 +77,8 @@ def _enforced_ids(
     if not config.domains or expert_ids.shape != (batch,):
         return expert_ids, domain_ids
     if domain_ids is None:
-        _check_expert_ids(config, expert_ids)  # they choose the domains' tokens
+        said = f"[0, num_experts) = [0, {config.num_experts})"  # they choose the domains' tokens
+        _check_range("expert_ids", expert_ids, config.num_experts, said)
         return expert_ids, expert_ids
     if _reads_values(domain_ids) and not torch.equal(expert_ids.long(), domain_ids.long()):
         raise ValueError(
@@ -91,33 +92,23 @@ def _reads_values(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and checks_values(tensor.device)
 
 
-def _check_expert_ids(config: MoEConfigFields, ids: Tensor) -> None:
-    check_dtype("expert_ids", ids, INTEGER_DTYPES)
+def _check_range(name: str, ids: Tensor, size: int, said: str) -> None:
+    check_dtype(name, ids, INTEGER_DTYPES)
     if not _reads_values(ids):
         return
-    wrong = ids[(ids < 0) | (ids >= config.num_experts)]
+    wrong = ids[(ids < 0) | (ids >= size)]
     if wrong.numel():
-        raise ValueError(
-            f"expert_ids must lie in [0, num_experts) = [0, {config.num_experts}); "
-            f"got {int(wrong[0])}."
-        )
+        raise ValueError(f"{name} must lie in {said}; got {int(wrong[0])}.")
 
 
 def _check_domain_ids(config: MoEConfigFields, ids: Tensor, like: Tensor, batch: int) -> None:
     if not config.domains:
         raise ValueError("domain_ids need a model with domains; this one has none.")
     check_tensor("domain_ids", ids)
-    check_dtype("domain_ids", ids, INTEGER_DTYPES)
     check_shape("domain_ids", ids, (batch,), "[B]")
     check_like("the model's inputs", like, dtype=False, domain_ids=ids)
-    if not _reads_values(ids):
-        return
-    wrong = ids[(ids < 0) | (ids >= len(config.domains))]
-    if wrong.numel():
-        raise ValueError(
-            f"domain_ids must lie in [0, {len(config.domains)}), one per domain of "
-            f"{config.domains}; got {int(wrong[0])}."
-        )
+    size = len(config.domains)
+    _check_range("domain_ids", ids, size, f"[0, {size}), one per domain of {config.domains}")
 
 
 def build_routing(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_fast.models.checkpoint_files import shortened, stored_names
+from moe_fast.models.checkpoint_files import shortened, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def check_encoder_weights(encoder: Any, path: str, subfolder: str = "") -> None:
     Raises:
         ValueError: as :func:`check_loading_info`.
     """
-    if stored_names(Path(path, subfolder)) == set(encoder.state_dict()):
+    if stored_weights(Path(path, subfolder)).keys() == encoder.state_dict().keys():
         return
     try:
         import accelerate  # noqa: F401  transformers needs it to load to a device

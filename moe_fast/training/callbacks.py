@@ -102,7 +102,10 @@ class ExpertUsageCallback(TrainerCallback):
         if not any(map(sum, tokens.values())):
             return {}
         self.history.append({"step": state.global_step, "epoch": state.epoch, "tokens": tokens})
-        shares = {name: _shares(counts) for name, counts in tokens.items()}
+        shares = {
+            name: [count / max(sum(counts), 1) for count in counts]
+            for name, counts in tokens.items()
+        }
         logs = {"expert_load_imbalance": max(max(s) * len(s) for s in shares.values())}
         if self.log_shares:
             for name, layer in shares.items():
@@ -159,8 +162,3 @@ def _over_processes(count: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
     return count
-
-
-def _shares(counts: list[int]) -> list[float]:
-    total = max(sum(counts), 1)
-    return [count / total for count in counts]

@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 import zipfile
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,9 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
             FileNotFoundError, ValueError: of the checkpoint, which cannot be gone on from exactly.
             BlockingIOError: another run is saving its checkpoints in ``args.output_dir``.
         """
-        with self._held_folder():
-            return self._train_from(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _held_folder(self) -> AbstractContextManager[Any]:
         saves = self.args.should_save and self.args.save_strategy != "no"
-        return hold_folder(self.args.output_dir) if saves else nullcontext()
+        with hold_folder(self.args.output_dir) if saves else nullcontext():
+            return self._train_from(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train_from(
         self,
@@ -152,9 +149,7 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
     def _check_resumable(self, checkpoint: str) -> None:
         """Refuse what only a known position resumes exactly, where there is none to go by."""
         streamed = self.train_dataset is not None and not hasattr(self.train_dataset, "__len__")
-        if not streamed:
-            return
-        if self._resumed_at is None:
+        if streamed and self._resumed_at is None:
             raise ValueError(
                 f"the checkpoint {checkpoint!r} does not say where in the streamed data it was "
                 f"saved (no {POSITION_NAME}): a run going on from it would not equal an "

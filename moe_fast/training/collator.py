@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor, nn
 
 from moe_fast import compat
+from moe_fast.ops.checks import check_count
 from moe_fast.training.domain_ids import to_domain_ids
 from moe_fast.training.hashing import stable_hash
 from moe_fast.training.row_sampling import draw_passages, has_flag_columns, is_swapped
@@ -81,8 +82,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
             )
         if len(set(self.domains)) < len(self.domains):
             raise ValueError(f"domains must differ from each other; got {self.domains}.")
-        if self.num_negatives < 0:
-            raise ValueError(f"num_negatives must be at least 0; got {self.num_negatives}.")
+        check_count("num_negatives", self.num_negatives, at_least=0)
         self._check_max_length()
         self._training = False
         # In shared memory: a data loader's workers, which live for many epochs, see it change.
@@ -184,12 +184,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
 
     @compat.overrides
     def _get_max_length_for_task(self, task: str | None) -> int | None:
-        return self._max_length_of(self._column)
-
-    def _max_length_of(self, column: str) -> int | None:
-        if isinstance(self.max_length, dict):
-            return of_column(self.max_length, column)
-        return self.max_length
+        return of_column(self.max_length, self._column)
 
     def _check_max_length(self) -> None:
         if self.max_length is None:
@@ -213,7 +208,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
 
     def _count_truncated(self, column: str, batch: dict[str, Any]) -> None:
         """Counts truncated texts by their lengths; a text of just the allowed length counts."""
-        limit = self._max_length_of(column) or self._model_limit()
+        limit = of_column(self.max_length, column) or self._model_limit()
         mask = batch.get(f"{column}_attention_mask")
         if limit is None or mask is None:
             return
@@ -229,6 +224,8 @@ class DomainDataCollator(SentenceTransformerDataCollator):
             )
 
 
-def of_column(settings: Mapping[str, Any], column: str) -> Any:
-    """Returns a column's setting, by its name with or without its number, else ``None``."""
+def of_column(settings: Any, column: str) -> Any:
+    """Returns a column's setting: one for all, or by its name with or without its number."""
+    if not isinstance(settings, Mapping):
+        return settings
     return settings.get(column, settings.get(re.sub(r"_\d+$", "", column)))

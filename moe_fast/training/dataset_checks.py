@@ -22,6 +22,7 @@ from moe_fast.training.row_sampling import (
 )
 
 _ROWS_AT_ONCE = 10_000
+_NUMBERS = ("bool", "int", "uint", "float", "decimal")  # how the names of their types begin
 
 
 def flatten(**datasets: Any) -> dict[str, Any]:
@@ -54,14 +55,15 @@ def check_column_names(
                 continue
             meant = next((n for n in (domain_column, *labels) if _plain(n) == _plain(column)), None)
             if meant is not None and not (meant in columns and column in labels):
+                role = "domain (domain_column)" if meant == domain_column else "label"
                 raise ValueError(
                     f"the {name} dataset has the column {column!r}, which would be embedded as a "
-                    f"text. If it is the {_role(meant, domain_column)}, call it {meant!r}: "
+                    f"text. If it is the {role}, call it {meant!r}: "
                     f"dataset.rename_column({column!r}, {meant!r}); otherwise give it another name "
                     f"or remove it: dataset.remove_columns({column!r})."
                 )
             kind = getattr((data.features or {}).get(column), "dtype", "string")
-            if column not in labels and _is_number(kind):
+            if column not in labels and kind.startswith(_NUMBERS):
                 raise ValueError(
                     f"the {name} dataset has the column {column!r} of {kind}, which is no text. "
                     f"Remove it: dataset.remove_columns({column!r})."
@@ -71,14 +73,6 @@ def check_column_names(
 def _plain(name: str) -> str:
     """Normalizes a column's name: case, underscores, spaces and the plural do not count."""
     return "".join(c for c in name.casefold() if c.isalnum()).removesuffix("s")
-
-
-def _role(meant: str, domain_column: str) -> str:
-    return "domain (domain_column)" if meant == domain_column else "label"
-
-
-def _is_number(kind: str) -> bool:
-    return kind == "bool" or kind.startswith(("int", "uint", "float", "decimal"))
 
 
 def has_domain_column(datasets: Mapping[str, Any], column: str) -> bool:
@@ -199,16 +193,12 @@ def check_swappable(columns: Mapping[str, Sequence[str]], *settings: Any) -> Non
                 f"swap_pairs needs rows of two texts, but the {name} dataset has {list(texts)}."
             )
         for setting in settings:
-            first, second = (_setting_of(setting, text) for text in texts)
+            first, second = (of_column(setting, text) for text in texts)
             if first != second:
                 raise ValueError(
                     f"swap_pairs is for texts that are treated alike, but {texts[0]!r} has "
                     f"{first!r} and {texts[1]!r} has {second!r} (prompts, max_length)."
                 )
-
-
-def _setting_of(setting: Any, column: str) -> Any:
-    return of_column(setting, column) if isinstance(setting, Mapping) else setting
 
 
 def check_exchanges(losses: Mapping[str, nn.Module]) -> None:

@@ -36,11 +36,6 @@ def ignores_labels(loss: nn.Module) -> bool:
     return False
 
 
-def label_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """Returns the column that sentence-transformers takes for the label: the first of ``names``."""
-    return next((name for name in names if name in columns), None)
-
-
 def check_labels(
     datasets: Mapping[str, Any],
     losses: nn.Module | Mapping[str, nn.Module],
@@ -61,7 +56,8 @@ def check_labels(
         ValueError: naming the dataset, the column, and how many rows are labelled otherwise.
     """
     for name, data in datasets.items():
-        column = label_column(data.column_names, names)
+        # sentence-transformers takes the first of the names
+        column = next((name for name in names if name in data.column_names), None)
         if column is None or not hasattr(data, "__len__"):
             continue
         loss = losses.get(name.partition(".")[2]) if isinstance(losses, Mapping) else losses

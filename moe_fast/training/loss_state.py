@@ -6,7 +6,6 @@ afresh on resuming. It lies in one safetensors file, written whole or not at all
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,10 +45,8 @@ def save_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Pat
     if not state:
         return
     data = save({key: tensor.detach().cpu().clone() for key, tensor in state.items()})
-    with atomic_write(Path(folder) / LOSS_STATE_NAME) as partial, partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_write(Path(folder) / LOSS_STATE_NAME) as partial:
+        partial.write_bytes(data)
 
 
 def load_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:

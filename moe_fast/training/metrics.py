@@ -33,8 +33,11 @@ class RunningMeans:
         self._sums, self._calls = {}, {}
         parts = gather([own])
         names = dict.fromkeys(name for part in parts for name in part)
-        means = {name: _mean([p[name] for p in parts if name in p]) for name in names}
-        return {name: float(f"{mean:.6g}") for name, mean in means.items()}
+        means = {}
+        for name in names:
+            totals, calls = zip(*(part[name] for part in parts if name in part), strict=True)
+            means[name] = float(f"{sum(totals) / sum(calls):.6g}")
+        return means
 
     def state(self) -> dict[str, tuple[float, int]]:
         """{name: (sum, calls)} since the last pop, of this process."""
@@ -44,7 +47,3 @@ class RunningMeans:
         """Go on with what :meth:`state` gave."""
         self._sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
         self._calls = {name: calls for name, (_, calls) in state.items()}
-
-
-def _mean(parts: list[tuple[float, int]]) -> float:
-    return sum(total for total, _ in parts) / sum(calls for _, calls in parts)

@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_fast.data.flag_rows import PARALLEL
 from moe_fast.training.hashing import stable_hash
 
 QUERY, POSITIVES, NEGATIVES = "query", "pos", "neg"
@@ -105,12 +106,7 @@ def check_flag_row(lengths: Mapping[str, int | None], num_negatives: int, place:
     for name, wanted in ((POSITIVES, 1), (NEGATIVES, num_negatives)):
         if wanted and not lengths[name]:
             raise ValueError(f"{place}: {name!r} is empty, nothing can be drawn from it.")
-    partners = {
-        NEGATIVE_QUERIES: NEGATIVES,
-        POSITIVE_SCORES: POSITIVES,
-        NEGATIVE_SCORES: NEGATIVES,
-    }
-    for name, of in partners.items():
+    for name, of in PARALLEL.items():
         if name in lengths and lengths[name] != lengths[of]:
             raise ValueError(
                 f"{place}: {name!r} must have one entry for each of {of!r}; it has "

@@ -11,7 +11,7 @@ import torch
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import Tensor
 
-from moe_fast.ops.checks import check_choice
+from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.training.hashing import stable_hash
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ class DomainBatchSampler(DefaultBatchSampler):
         domain_column: str = "domain",
     ) -> None:
         check_choice("mode", mode, _MODES)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        check_count("batch_size", batch_size)
         super().__init__(
             dataset,
             batch_size=batch_size,
@@ -81,7 +80,10 @@ class DomainBatchSampler(DefaultBatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator()
         generator.manual_seed(stable_hash(f"{self.seed}:{self.epoch}"))
-        shuffled = [_shuffle(rows, generator) for rows in self.rows_of_domain.values()]
+        shuffled = [
+            rows[torch.randperm(len(rows), generator=generator)]
+            for rows in self.rows_of_domain.values()
+        ]
         if self.mode == "mixed":
             yield from self._batches(_spread_evenly(shuffled, generator))
             return
@@ -134,10 +136,6 @@ def _rows_of_domain(dataset: Dataset, column: str) -> dict[Any, Tensor]:
     for row, value in enumerate(values):
         rows.setdefault(value, []).append(row)
     return {value: torch.tensor(numbers) for value, numbers in rows.items()}
-
-
-def _shuffle(rows: Tensor, generator: torch.Generator) -> Tensor:
-    return rows[torch.randperm(len(rows), generator=generator)]
 
 
 def _spread_evenly(domains: list[Tensor], generator: torch.Generator) -> Tensor:

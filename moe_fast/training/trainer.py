@@ -116,8 +116,12 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
         train_dataset = with_domain_names(train_dataset, domain_column)
         eval_dataset = with_domain_names(eval_dataset, domain_column)
         self._datasets = flatten(train=train_dataset, eval=eval_dataset)
-        if kwargs.get("data_collator") is not None:
-            self._check_no_collation()
+        given = [name for name, value in self._collation.items() if value not in (None, False)]
+        if given and kwargs.get("data_collator") is not None:
+            raise ValueError(
+                f"{given} are settings of the default collator, but a data_collator is given: "
+                "pass them to that."
+            )
         self._metrics = {"train": RunningMeans(), "eval": RunningMeans()}
         self._throughput = Throughput()
         super().__init__(
@@ -203,14 +207,6 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
         every = [name for names in columns.values() for name in names]
         check_settings_match("max_length", collator.max_length, every)
         check_settings_match("prompts", collator.prompts, every + parts)
-
-    def _check_no_collation(self) -> None:
-        given = [name for name, value in self._collation.items() if value not in (None, False)]
-        if given:
-            raise ValueError(
-                f"{given} are settings of the default collator, but a data_collator is given: "
-                "pass them to that."
-            )
 
     @compat.overrides
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:

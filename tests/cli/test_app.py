@@ -7,9 +7,11 @@ import shlex
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import yaml
 
 import moe_fast
@@ -81,20 +83,21 @@ def test_the_demo_gets_its_settings(moe_fast_cli, monkeypatch):
     from moe_fast.demo import __main__ as demo
 
     given = []
-    monkeypatch.setattr(
-        demo, "main", lambda arguments: given.append(demo.parse_arguments(arguments)) or 0
-    )
+    monkeypatch.setattr(demo, "main", lambda *settings: given.append(settings))
     assert moe_fast_cli("demo").exit_code == 0  # needs no arguments
-    assert given.pop() == demo.parse_arguments([])
+    assert given.pop() == (False, Path("demo-output"), None, 0, "cpu")
     example = shlex.split(COMMANDS["demo"].EXAMPLE)[1:]
     assert moe_fast_cli(*example, "--seed", 3).exit_code == 0
-    assert (str(given[0].output), given[0].train_pairs, given[0].seed) == ("demo-output", 250, 3)
+    assert given == [(True, Path("demo-output"), None, 3, "cpu")]
 
 
 def test_a_failing_demo_is_a_failure(moe_fast_cli, monkeypatch):
     from moe_fast.demo import __main__ as demo
 
-    monkeypatch.setattr(demo, "main", lambda arguments: 1)
+    def fail(*settings):
+        raise typer.Exit(1)
+
+    monkeypatch.setattr(demo, "main", fail)
     assert moe_fast_cli("demo", "--quick").exit_code == 1
 
 

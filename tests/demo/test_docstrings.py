@@ -239,11 +239,12 @@ def test_equal_and_near_identical_texts_are_dropped() -> None:
 def test_splits_are_disjoint_balanced_and_seeded() -> None:
     pairs = _many_pairs({"x": 90, "y": 60, "z": 200})
     splits = split_pairs(pairs, train_pairs=150, held_out_pairs=30, seed=0)
-    assert Counter(p.domain for p in splits.held_out) == {"x": 10, "y": 10, "z": 10}
-    counts = Counter(p.domain for p in splits.train)
+    train, held_out = splits
+    assert Counter(p.domain for p in held_out) == {"x": 10, "y": 10, "z": 10}
+    counts = Counter(p.domain for p in train)
     assert sum(counts.values()) == 150
     assert counts["y"] <= 50 and abs(counts["x"] - counts["z"]) <= 2
-    assert not {p.owner for p in splits.train} & {p.owner for p in splits.held_out}
+    assert not {p.owner for p in train} & {p.owner for p in held_out}
     assert splits == split_pairs(pairs, train_pairs=150, held_out_pairs=30, seed=0)
     assert splits == split_pairs(pairs[::-1], train_pairs=150, held_out_pairs=30, seed=0)
     assert splits != split_pairs(pairs, train_pairs=150, held_out_pairs=30, seed=1)
@@ -251,9 +252,11 @@ def test_splits_are_disjoint_balanced_and_seeded() -> None:
 
 def test_real_splits_share_no_text(small_pairs: list[DocstringPair]) -> None:
     splits = split_pairs(small_pairs, train_pairs=20, held_out_pairs=10)
-    train = {text for p in splits.train for text in (p.name, p.query, p.document)}
-    held_out = {text for p in splits.held_out for text in (p.name, p.query, p.document)}
-    assert len(splits.train) == 20 and len(splits.held_out) == 10
+    assert [len(part) for part in splits] == [20, 10]
+    train, held_out = (
+        {text for pair in part for text in (pair.name, pair.query, pair.document)}
+        for part in splits
+    )
     assert not train & held_out
 
 

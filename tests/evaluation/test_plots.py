@@ -8,11 +8,10 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 
-from moe_fast.evaluation import Evaluation, Score, plots
+from moe_fast.evaluation import plots
 from moe_fast.evaluation.plots import (
     plot_expert_usage,
     plot_losses,
-    plot_scores,
     plot_training,
     running_mean,
 )
@@ -48,8 +47,6 @@ LONG = "a name of a domain, or of a model, that somebody wrote out in full"
         lambda p: plot_expert_usage({LONG: _usage(2)}, ["x", LONG, "y"], p),
         lambda p: plot_expert_usage({"m": _usage(1, experts=64)}, DOMAINS, p),
         lambda p: plot_losses({LONG: [(1, 0.5), (2, 0.4)]}, p, y_label=LONG),
-        lambda p: plot_scores([_evaluation(LONG * 2), _evaluation("n")], "AP", p),
-        lambda p: plot_scores([_evaluation("m", [LONG, "x"])], "AP", p),
     ],
 )
 def test_nothing_is_cropped(tmp_path: Path, draw) -> None:
@@ -93,12 +90,6 @@ def test_losses_are_drawn(tmp_path: Path) -> None:
     assert _is_a_picture(tmp_path / "losses.png")
     plot_losses({"one point": [(1, 0.5)]}, tmp_path / "losses.svg")
     assert "svg" in (tmp_path / "losses.svg").read_text()[:300]
-
-
-def _evaluation(model: str, domains: list[str] = DOMAINS, resamples: int = 9) -> Evaluation:
-    scores = {name: {"AP": Score(0.5, 0.4, 0.6)} for name in [*domains, "all"]}
-    settings = {"bootstrap": {"confidence": 0.9, "resamples": resamples, "seed": 0}}
-    return Evaluation("pairs", model, scores, {}, settings, None)
 
 
 class _Kept:
@@ -150,25 +141,9 @@ def test_long_runs_are_smoothed_but_not_the_temperature(monkeypatch: pytest.Monk
     assert list(temperature) == ["training"]
 
 
-def test_bars_stand_by_domain_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = _Kept(monkeypatch)
-    plot_scores([_evaluation("m"), _evaluation("n")], "AP", "unused")
-    (axis,) = kept.figure.axes
-    assert [label.get_text() for label in axis.get_xticklabels()] == [*DOMAINS, "all"]
-    assert [bar.get_height() for bar in axis.patches] == [0.5] * 8
-    assert axis.get_title() == "AP by domain, with 90 % intervals"
-    segments = [line.tolist() for lines in axis.collections for line in lines.get_segments()]
-    assert len(segments) == 8
-    assert {(low[1], high[1]) for low, high in segments} == {(0.4, 0.6)}
-    assert [text.get_text() for text in kept.figure.legends[0].get_texts()] == ["m", "n"]
-    plot_scores([_evaluation("m", [], resamples=0)], "AP", "unused")
-    assert kept.figure.axes[0].get_title() == "AP"
-
-
-def test_training_and_scores_are_written(tmp_path: Path) -> None:
+def test_training_is_written(tmp_path: Path) -> None:
     plot_training(LOG, tmp_path / "training.png")
-    plot_scores([_evaluation("m"), _evaluation("n")], "AP", tmp_path / "scores.png")
-    assert _is_a_picture(tmp_path / "training.png") and _is_a_picture(tmp_path / "scores.png")
+    assert _is_a_picture(tmp_path / "training.png")
 
 
 @pytest.mark.parametrize(
@@ -183,12 +158,6 @@ def test_training_and_scores_are_written(tmp_path: Path) -> None:
         (lambda p: plot_losses({}, p), "curves: nothing to draw"),
         (lambda p: plot_losses({"x": []}, p), r"nothing to draw for \['x'\]"),
         (lambda p: plot_training([{"step": 1, "train_loss": 2.0}], p), "none of loss"),
-        (lambda p: plot_scores([], "AP", p), "evaluations is empty"),
-        (lambda p: plot_scores([_evaluation("m")], "F1", p), "metric='F1'; m has AP"),
-        (
-            lambda p: plot_scores([_evaluation("m"), _evaluation("n", ["numpy"])], "AP", p),
-            r"same domains; got \['numpy', 'scipy', 'stdlib', 'all'\] and \['numpy', 'all'\]",
-        ),
     ],
 )
 def test_nothing_to_draw_is_an_error(tmp_path: Path, draw, message: str) -> None:

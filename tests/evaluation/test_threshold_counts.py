@@ -62,7 +62,7 @@ def test_of_equal_f1_the_highest_threshold_counts_in_resamples_too() -> None:
     scores, labels = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, False, True])
     ladder = labelled_ladder(scores, labels, np.arange(4))
     assert best_f1(ladder.totals) == (pytest.approx(2 / 3), 0.9)
-    f1, threshold = Resampled.of(ladder, np.ones((1, 4), np.float32)).best_f1()
+    f1, threshold = Resampled(ladder, np.ones((1, 4), np.float32)).best_f1()
     assert (f1[0], threshold[0]) == (pytest.approx(2 / 3), 0.9)
 
 
@@ -90,7 +90,7 @@ def test_each_resample_is_scored_as_by_scikit_learn(
         [rng.choice(rows[mask], (4, mask.sum())) for mask in (labels, ~labels)], axis=1
     )
     counts = np.stack([np.bincount(row, minlength=len(rows)) for row in drawn]).astype(np.float32)
-    resampled = Resampled.of(labelled_ladder(scores, labels, rows), counts)
+    resampled = Resampled(labelled_ladder(scores, labels, rows), counts)
     found, thresholds = _resampled(resampled), resampled.best_f1()[1]
     for i, row in enumerate(drawn):
         expected = _by_scikit_learn(scores[row], labels[row])
@@ -114,7 +114,7 @@ def test_a_ladder_of_some_rows_leaves_the_others_out() -> None:
     assert ladder.positive_mean == pytest.approx(scores[rows][labels[rows]].mean())
     assert ladder.negative_mean == pytest.approx(scores[rows][~labels[rows]].mean())
     counts = np.ones((1, 40), np.float32)
-    assert _resampled(Resampled.of(ladder, counts)) == pytest.approx(_found(ladder.totals))
+    assert _resampled(Resampled(ladder, counts)) == pytest.approx(_found(ladder.totals))
 
 
 # --- positives only ------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_everything_off_the_diagonal_is_counted(tile: int, levels: int | None) -
 
     drawn = np.random.default_rng(2).choice(rows, (5, len(rows)))
     counts = np.stack([np.bincount(row, minlength=40) for row in drawn]).astype(np.float32)
-    found = _resampled(Resampled.of(ladder, counts))
+    found = _resampled(Resampled(ladder, counts))
     for i in range(5):
         repeated = np.repeat(np.arange(len(scores)), counts[i, owner].astype(int))
         expected = _by_scikit_learn(scores[repeated], labels[repeated])
@@ -173,7 +173,7 @@ def test_beyond_the_limit_totals_are_exact_and_resamples_close(monkeypatch) -> N
     assert exact.negatives.shape == (600, 1201) and coarse.negatives.shape[1] <= 301
     assert _found(coarse.totals) == _found(exact.totals)
     counts = rng.multinomial(600, np.full(600, 1 / 600), 20).astype(np.float32)
-    close, expected = (_resampled(Resampled.of(ladder, counts)) for ladder in (coarse, exact))
+    close, expected = (_resampled(Resampled(ladder, counts)) for ladder in (coarse, exact))
     for name, tolerance in {"ROC-AUC": 0.0005, "AP": 0.005, "F1max": 0.01}.items():
         np.testing.assert_allclose(close[name], expected[name], atol=tolerance, err_msg=name)
         assert expected[name].std() > tolerance  # far below the noise of the bootstrap itself

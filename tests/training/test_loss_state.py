@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +12,6 @@ from tiny_models import folder_names, make_dense
 from torch import nn
 
 from moe_fast.losses import InfoNCELoss
-from moe_fast.training import loss_state
 from moe_fast.training.loss_state import (
     LOSS_STATE_NAME,
     load_loss_state,
@@ -90,7 +91,7 @@ def test_an_interrupted_write_leaves_the_old_state(model, tmp_path, monkeypatch)
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(loss_state.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save_loss_state(learned(model, 0.3), tmp_path)
     assert folder_names(tmp_path) == {LOSS_STATE_NAME}
