@@ -11,7 +11,6 @@ a token in a wrong expert shows.
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import os
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .cases import OURS, Candidates, Case, near
-from .moe_mlp import eager_forward
+from .moe_mlp import with_eager_experts
 
 DATA = "MOE_FAST_BENCH_DATA"
 """The variable that names a file of JSON lines, gzipped or not, a question ``a`` and an answer
@@ -86,14 +85,6 @@ def dense_and_mixture(dtype: torch.dtype) -> tuple[Any, Any]:
             parameter.data *= 1 + 0.05 * torch.randn(parameter.shape, generator=generator)
         mlp.router.weight.data.normal_(generator=generator)
     return dense.to(dtype), moe.to(dtype)
-
-
-def with_eager_experts(moe: Any) -> Any:
-    """A copy whose experts are computed as transformers does, padding included."""
-    eager = copy.deepcopy(moe)
-    for mlp in eager.transformers_model.moe_mlps().values():
-        mlp.forward = eager_forward(mlp)
-    return eager
 
 
 def candidates(count: int, dtype: torch.dtype) -> Candidates:

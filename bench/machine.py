@@ -36,6 +36,13 @@ class Machine:
     read_bandwidth: float
     matrix_rate: dict[str, float]
 
+    def __str__(self) -> str:
+        rates = ", ".join(f"{r / 1e9:.0f} GFLOP/s in {d}" for d, r in self.matrix_rate.items())
+        return (
+            f"{rates}; copying {self.copy_bandwidth / 1e9:.1f} GB/s, reading "
+            f"{self.read_bandwidth / 1e9:.1f} GB/s"
+        )
+
     def floor_seconds(self, flop: float, moved: float, dtype: str) -> float | None:
         """The least time for ``flop`` and ``moved`` bytes; None for a dtype not measured."""
         bandwidth = max(self.copy_bandwidth, self.read_bandwidth)
