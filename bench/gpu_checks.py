@@ -97,8 +97,8 @@ def check_experts(settings: dict[str, Any], device: torch.device) -> dict[str, f
     k = experts if settings["k"] == "E" else min(settings["k"], experts)
     case = Shape(**{**settings, "k": k, "hidden": 4 * dim if dim % 2 == 0 else 2 * dim + 1})
     problem = Problem(case, device)
-    expected = problem.results("torch", torch.float64)
-    actual = problem.results("triton", recompute=recompute)
+    expected = problem.outputs("torch", dtype=torch.float64)
+    actual = problem.outputs("triton", recompute=recompute)
     errors = {n: relative_error(actual[n], e) / BOUNDS[case.dtype] for n, e in expected.items()}
     plans = [ops.plan(problem.top_k_index, experts, backend=b) for b in ("torch", "triton")]
     fields = ("expert_offsets", "row_to_token", "row_to_slot", "slot_to_row")
@@ -227,7 +227,7 @@ def check_far_offsets(case: Shape, device: torch.device) -> str:
     alone.tensors = {n: t[last].clone() if n in own else t for n, t in problem.tensors.items()}
     alone.plan = ops.plan(problem.top_k_index[last], case.experts)
     alone.upstream = problem.upstream[last].clone()
-    many, few = problem.results("triton"), alone.results("torch", torch.float64)
+    many, few = problem.outputs("triton"), alone.outputs("torch", dtype=torch.float64)
     errors = {n: relative_error(many[n][last], few[n]) for n in ("y", "x", "top_k_weights")}
     if not max(errors.values()) <= BOUNDS[case.dtype]:
         raise AssertionError(f"{case}: {errors}")

@@ -276,11 +276,11 @@ def _by_descriptors(shape: Shape, plan: tuple[Tensor, ...]) -> None:
             form = dict(act="silu" if gated else "gelu", gated=gated, want_z=True, want_h=True)
             up_projection(x, w, None if gated else w[:, :, 0], *rows[:2], **form, config=found)
     if found := config("linear", s.dim, s.hidden):
-        linear(h, down, bias, weights, *rows, gather=False, scatter=True, config=found)
-        linear(h, down, None, None, *rows, gather=False, scatter=False, config=found)
+        linear(h, down, bias, weights, rows, gather=False, scatter=True, config=found)
+        linear(h, down, None, None, rows, gather=False, scatter=False, config=found)
     if found := config("linear_transposed", s.dim, s.hidden):
         up_proj = _new(s.experts, s.hidden, s.dim, dtype=dtype)
-        linear(h, up_proj.mT, None, None, *rows, gather=False, scatter=True, config=found)
+        linear(h, up_proj.mT, None, None, rows, gather=False, scatter=True, config=found)
 
 
 def _around_grouped_mm(shape: Shape, plan: tuple[Tensor, ...]) -> None:
@@ -291,7 +291,7 @@ def _around_grouped_mm(shape: Shape, plan: tuple[Tensor, ...]) -> None:
     rows, bias = _new(len(plan[1]), s.dim, dtype=dtype), _new(s.experts, s.dim, dtype=dtype)
     weights = _new(len(plan[1]), dtype=torch.float32)
     for b, w, scatter in ((bias, weights, True), (bias, None, False), (None, weights, False)):
-        row_epilogue(rows, b, w, *plan[:3], scatter=scatter)
+        row_epilogue(rows, b, w, plan[:3], scatter=scatter)
     zero_empty(_new(s.experts, s.dim, s.hidden, dtype=dtype), plan[0])
 
 

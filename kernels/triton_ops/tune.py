@@ -126,7 +126,7 @@ def _mlp_products(
     w2, b2 = new(p.experts, p.dim, p.hidden, scale=p.hidden**-0.5), new(p.experts, p.dim)
     form = dict(act="silu" if p.gated else "gelu", gated=p.gated)
     z, h = up_projection(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True)
-    dz, wh, _, _ = grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True)
+    dz, wh, _, _ = grad_hidden(grad, w2, z, weights, rows, **form, want_bias=True)
     one = p.k == 1  # rows are written where their tokens are
 
     yield Product(
@@ -137,23 +137,23 @@ def _mlp_products(
     )  # fmt: skip
     yield Product(
         "down", "linear", p.dim, p.hidden,
-        lambda c: linear(h, w2, b2, weights, *rows, gather=False, scatter=one, config=c),
+        lambda c: linear(h, w2, b2, weights, rows, gather=False, scatter=one, config=c),
     )  # fmt: skip
     yield Product(
         "grad_hidden", "gated_grad_hidden" if p.gated else "grad_hidden", p.hidden, p.dim,
-        lambda c: grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True, config=c)[0],
+        lambda c: grad_hidden(grad, w2, z, weights, rows, **form, want_bias=True, config=c)[0],
     )  # fmt: skip
     yield Product(
         "grad_x", "linear_transposed", p.dim, width,
-        lambda c: linear(dz, w1.mT, None, None, *rows, gather=False, scatter=one, config=c),
+        lambda c: linear(dz, w1.mT, None, None, rows, gather=False, scatter=one, config=c),
     )  # fmt: skip
     yield Product(
         "grad_down", "grad_weight", p.hidden, p.dim,
-        lambda c: grad_weight(grad, wh, None, *rows, gather_a=True, gather_b=False, config=c),
+        lambda c: grad_weight(grad, wh, None, rows, gather_a=True, gather_b=False, config=c),
     )  # fmt: skip
     yield Product(
         "grad_up", "grad_weight", p.dim, width,
-        lambda c: grad_weight(dz, x, None, *rows, gather_a=False, gather_b=True, config=c),
+        lambda c: grad_weight(dz, x, None, rows, gather_a=False, gather_b=True, config=c),
     )  # fmt: skip
 
 
@@ -169,15 +169,15 @@ def _linear_products(
 
     yield Product(
         "linear", "linear", outer, inner,
-        lambda c: linear(x, w, b, row_weights, *rows, gather=True, scatter=one, config=c),
+        lambda c: linear(x, w, b, row_weights, rows, gather=True, scatter=one, config=c),
     )  # fmt: skip
     yield Product(
         "grad_x", "linear_transposed", inner, outer,
-        lambda c: linear(grad, w.mT, None, None, *rows, gather=True, scatter=False, config=c),
+        lambda c: linear(grad, w.mT, None, None, rows, gather=True, scatter=False, config=c),
     )  # fmt: skip
     yield Product(
         "grad_weight", "grad_weight", inner, outer,
-        lambda c: grad_weight(grad, x, weights, *rows, gather_a=True, gather_b=True, config=c),
+        lambda c: grad_weight(grad, x, weights, rows, gather_a=True, gather_b=True, config=c),
     )  # fmt: skip
 
 
