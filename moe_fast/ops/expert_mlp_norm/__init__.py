@@ -6,8 +6,8 @@
 
 On ``torch`` and ``cpp`` it is that composition. ``triton`` sums a token's rows, drops, adds and
 normalises in one pass (``kernels/triton_ops/combine_norm.py``); backward, one pass gives the
-gradients of y and of the residual, and expert_mlp's own backward goes on from there. Beside x and
-z it saves s, two numbers per token and what dropout kept.
+gradients of y and of the residual, and expert_mlp's own backward goes on from there. Beside x, z
+and the residual it saves s, two numbers per token and what dropout kept.
 
 The mask of dropout is drawn by torch before an implementation is chosen: all drop the same
 entries, and they are those that ``torch.nn.functional.dropout`` would drop in its place.
@@ -82,8 +82,8 @@ def expert_mlp_norm(
     return run(
         *tensors,
         top_k_weights,
-        *plan.indices,
         *block,
+        *plan.indices,
         None if dropout == 0 else _kept(tensors[0], dropout),
         1 / (1 - dropout) if dropout < 1 else 0.0,
         eps,
