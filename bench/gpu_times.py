@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_fast import ops
 
-from .cases import OURS, Candidates, Case, WrongResult, measure
+from .cases import OURS, Candidates, Case, measure, near
 from .harness import race
 from .peers import compiled_dense, expert_mlp, transformers_experts
 from .problem import BOUNDS, Problem, Run, Shape, timed
@@ -170,6 +170,11 @@ def compare(
     return measure(case, **settings.timing)
 
 
+def check_alike(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless two 16-bit computations of the same agree: each is within its bound."""
+    near([theirs], 2 * BOUNDS[dtype])({OURS: [ours]})
+
+
 def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
     """Ours, ours with router and plan, and dense, over the per-expert cuBLAS loop."""
     problem = settings.problem(shape)
@@ -182,7 +187,7 @@ def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row
 
     def check(outputs: dict[str, Any]) -> None:
         rows = outputs[CUBLAS][0][problem.plan.slot_to_row].view(shape.tokens, shape.k, shape.dim)
-        _near(outputs[OURS][0], rows.float().sum(1), shape.dtype)
+        check_alike(outputs[OURS][0], rows.float().sum(1), shape.dtype)
 
     return compare("beside cuBLAS", shape, settings, CUBLAS, calls, check)
 
@@ -194,7 +199,7 @@ def against_transformers(shape: Shape, backward: bool, settings: Settings) -> li
     calls = {n: timed(r, problem.tensors, problem.upstream, backward) for n, r in runs.items()}
 
     def check(outputs: dict[str, Any]) -> None:
-        _near(outputs[OURS][0], outputs[GROUPED][0], shape.dtype)
+        check_alike(outputs[OURS][0], outputs[GROUPED][0], shape.dtype)
 
     return compare("beside transformers", shape, settings, OURS, calls, check)
 
@@ -234,10 +239,3 @@ def layers_enforced(shape: Shape, settings: Settings, layers: int = 12) -> list[
         OURS: timed(moe, problem.tensors, problem.upstream, True),
     }
     return compare(f"{layers} layers", shape, settings, DENSE, calls, lambda outputs: None)
-
-
-def _near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless two 16-bit computations of the same agree: each is within its bound."""
-    error = ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
-    if not error <= 2 * BOUNDS[dtype]:
-        raise WrongResult(f"candidates differ by {error:.1e}.")
