@@ -185,7 +185,7 @@ def whole_layer(
 def check_repeats(case: Shape, device: torch.device) -> str:
     """Two runs must agree to the last bit."""
     run, x = whole_layer(case, device)
-    _equal(run(x), run(x), "a second run")
+    check_equal(run(x), run(x), "a second run")
     return "bitwise equal"
 
 
@@ -214,7 +214,7 @@ def check_graph(case: Shape, device: torch.device) -> str:
     replay = captured(lambda: run(x))
     for _ in range(3):
         x.copy_(torch.randn_like(x))
-        _equal(replay(), run(x), "a replayed graph")
+        check_equal(replay(), run(x), "a replayed graph")
     return "bitwise equal on new tokens"
 
 
@@ -277,7 +277,8 @@ def _leaves(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {n: None if t is None else t.clone().requires_grad_() for n, t in tensors.items()}
 
 
-def _equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: str) -> None:
-    for position, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        if not torch.equal(a, e):
-            raise AssertionError(f"output {position} of {what} differs.")
+def check_equal(actual: Any, expected: Any, what: str) -> None:
+    """Raise unless all tensors of two results agree to the last bit."""
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=0, msg=lambda found: f"{what} differs: {found}"
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_fast import ops
 
-from .gpu_checks import no_waiting
+from .gpu_checks import check_equal, no_waiting
 from .gpu_times import Ceilings, Settings
 from .problem import BOUNDS, relative_error
 
@@ -95,9 +95,7 @@ def check_repeats(device: torch.device, dry: bool) -> str:
     first = results(inputs, "triton")
     with nullcontext() if dry else no_waiting():
         second = results(inputs, "triton")
-    for name, value in first.items():
-        if not torch.equal(value, second[name]):
-            raise AssertionError(f"{name} of a second run differs.")
+    check_equal(second, first, "a second run")
     return "bitwise equal"
 
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +88,7 @@ def _products(size: int, dtype: torch.dtype) -> list[Callable[[], Any]]:
 def best_of(run: Callable[[], Any], repeats: int) -> float:
     """The least seconds of ``repeats`` calls, after one that does not count."""
     run()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(run, number=1, repeat=repeats))
 
 
 def processor_share(seconds: float = 0.05) -> float:

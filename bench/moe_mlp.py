@@ -80,18 +80,13 @@ def cases(size: str) -> Iterator[Case]:
     if size == "full":
         tokens = [256, 2048, 8192]
     for t, k, backward in product(tokens, (1, 2), (False, True)):
-        yield case_of(t, dim, k, backward)
-
-
-def case_of(tokens: int, dim: int, k: int, backward: bool) -> Case:
-    """One shape in one direction, in float32."""
-    return Case(
-        f"MoE layer, {'forward + backward' if backward else 'forward'}",
-        {"T": tokens, "D": dim, "H": 4 * dim, "E": EXPERTS, "K": k},
-        "float32",
-        lambda: candidates(tokens, dim, k, backward),
-        work(tokens, dim, k, backward),
-    )
+        yield Case(
+            f"MoE layer, {'forward + backward' if backward else 'forward'}",
+            {"T": t, "D": dim, "H": 4 * dim, "E": EXPERTS, "K": k},
+            "float32",
+            partial(candidates, t, dim, k, backward),
+            work(t, dim, k, backward),
+        )
 
 
 def work(tokens: int, dim: int, k: int, backward: bool, experts: int = EXPERTS) -> Work:

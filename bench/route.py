@@ -8,6 +8,7 @@ weights, sorted, which then agree all the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 import torch
@@ -32,24 +33,15 @@ def cases(size: str) -> Iterator[Case]:
     elif size == "full":
         tokens, dim = [16, 512, 8192, 65536], 768
     for t, k, dtype in product(tokens, (1, 2), dtypes):
-        yield case_of(t, dim, k, dtype)
-
-
-def case_of(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Case:
-    """One shape."""
-    return Case(
-        "route, forward",
-        {"T": tokens, "D": dim, "E": EXPERTS, "K": k},
-        str(dtype).removeprefix("torch."),
-        lambda: candidates(tokens, dim, k, dtype),
-        work(tokens, dim, k, dtype),
-    )
-
-
-def work(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Work:
-    """The product; x and the weight read, logits, K ids and K weights written."""
-    read = (tokens + EXPERTS) * dim * dtype.itemsize
-    return Work(2 * tokens * dim * EXPERTS, read + tokens * (4 * EXPERTS + (8 + 4) * k))
+        read = (t + EXPERTS) * dim * dtype.itemsize
+        yield Case(
+            "route, forward",
+            {"T": t, "D": dim, "E": EXPERTS, "K": k},
+            str(dtype).removeprefix("torch."),
+            partial(candidates, t, dim, k, dtype),
+            # The product; x and the weight read, logits, K ids and K weights written.
+            Work(2 * t * dim * EXPERTS, read + t * (4 * EXPERTS + (8 + 4) * k)),
+        )
 
 
 def candidates(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Candidates:
