@@ -84,10 +84,14 @@ class MoEMLP(nn.Module):
         check_experts_per_tok(routing, num_experts_per_tok, num_experts, "routing")
         if routing == "dense":
             num_experts_per_tok = num_experts
-        _warn_untrained(
-            resolve_weight_mode(routing, weight_mode, num_experts_per_tok, "routing"),
-            num_experts_per_tok,
-        )
+        chosen = resolve_weight_mode(routing, weight_mode, num_experts_per_tok, "routing")
+        if chosen == "renormalize" and num_experts_per_tok == 1:
+            warnings.warn(
+                "weight_mode='renormalize' with num_experts_per_tok=1 is the constant 1: the task "
+                "never trains the router. Use 'straight_through' (what 'auto' chooses) or "
+                "'probability'.",
+                stacklevel=2,
+            )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_experts = num_experts
@@ -131,7 +135,7 @@ class MoEMLP(nn.Module):
         """Initialise every expert as ``nn.Linear`` does, and the router."""
         for name in (self.up_name, "down_proj"):
             weight, bias = self.projection(name)
-            bound = 1 / math.sqrt(weight.shape[-1]) if weight.shape[-1] else 0.0
+            bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
@@ -225,14 +229,4 @@ class MoEMLP(nn.Module):
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"hidden_act={self.hidden_act}, gated={self.gated}, target={self.target}"
-        )
-
-
-def _warn_untrained(weight_mode: str, num_experts_per_tok: int) -> None:
-    if weight_mode == "renormalize" and num_experts_per_tok == 1:
-        warnings.warn(
-            "weight_mode='renormalize' with num_experts_per_tok=1 is the constant 1: the task "
-            "never trains the router. Use 'straight_through' (what 'auto' chooses) or "
-            "'probability'.",
-            stacklevel=3,
         )
