@@ -21,21 +21,14 @@ from .record import Record, Row, read_record
 
 INTRODUCTION = Path(__file__).with_name("introduction.md")
 FILES = {
-    "route": "route",
-    "plan": "plan",
     "gather_rows": "rows",
     "combine_rows": "rows",
-    "expert MLP": "expert_mlp",
     "expert MLP beside dense": "expert_mlp",
     "MoE layer": "moe_mlp",
     "contrastive loss": "info_nce",
-    "training step": "training_step",
-    "embedding": "embedding",
-    "natural step": "natural_step",
-    "cached step": "cached_step",
     "import": "import_time",
 }
-"""The operation file of each operation's name."""
+"""The operation files that are not called as their operations are."""
 APART = ("dense", "dense, compiled", PRODUCTS)
 
 
@@ -80,8 +73,9 @@ def section(name: str, record: Record, images: Path) -> str:
         )
         parts.append(picture("best", sentence, pictures.draw_best, best))
     for number, (title, rows) in enumerate(groups(single).items()):
-        repeat = f"python -m bench {FILES[rows[0].operation.partition(',')[0]]}"
-        parts.append(f"### {title}\n\nRepeat: `{repeat}`\n")
+        operation = rows[0].operation.partition(",")[0]
+        file = FILES.get(operation, operation.lower().replace(" ", "_"))
+        parts.append(f"### {title}\n\nRepeat: `python -m bench {file}`\n")
         if any(row.ratio and row.who != row.baseline for row in rows):
             sentence = f"How long each candidate takes, {rows[0].baseline} being 1: {title}."
             parts.append(picture(str(number), sentence, pictures.draw_ratios, rows, title))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -96,10 +97,8 @@ def candidates(batch: int, length: int, dim: int) -> Candidates:
     else:
         from sentence_transformers.sentence_transformer import losses
 
-        def cached(model: nn.Module) -> nn.Module:
-            return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=CHUNK)
-
         plain = losses.MultipleNegativesRankingLoss
+        cached = partial(losses.CachedMultipleNegativesRankingLoss, mini_batch_size=CHUNK)
         for name, model, loss in (
             ("sentence-transformers' loss", copy.deepcopy(moe), plain),
             ("its cached loss", copy.deepcopy(moe), cached),

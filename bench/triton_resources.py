@@ -349,7 +349,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     compiled = triton.compile(source, target=gpu, options=dict(launch.options))
     if hip:
         code = compiled.asm["amdgcn"]
-        registers, spills = (_amd_count(code, n) for n in ("vgpr_count", "vgpr_spill_count"))
+        registers, spills = _numbers(r"\.vgpr_count:\s+(\d+).*\.vgpr_spill_count:\s+(\d+)", code)
     else:
         code = compiled.asm["ptx"]
         registers, spills = _nvidia_counts(compiled.asm["cubin"])
@@ -358,11 +358,12 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     return Resources(registers, spills, compiled.metadata.shared, cores, copies)
 
 
-def _amd_count(code: str, name: str) -> int:
-    found = re.search(rf"\.{name}:\s+(\d+)", code)
+def _numbers(pattern: str, text: str) -> tuple[int, int]:
+    """The two that a pattern finds in what a tool says of a kernel."""
+    found = re.search(pattern, text, re.DOTALL)
     if found is None:
-        raise RuntimeError(f"no {name} in the compiled code")
-    return int(found[1])
+        raise RuntimeError(f"no registers and spills in: {text[-2000:]}")
+    return int(found[1]), int(found[2])
 
 
 def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
@@ -375,10 +376,7 @@ def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [str(tool), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump gives no registers: {usage.stdout}{usage.stderr}")
-    return int(found[1]), int(found[2])
+    return _numbers(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
 
 
 def faults(launch: Launch, target: str, used: Resources) -> list[str]:
@@ -417,7 +415,7 @@ def launches_of(target: str, names: Sequence[str]) -> dict[str, Launch]:
 
 def measure(
     targets: Sequence[str],
-    names: Sequence[str],
+    problems: Sequence[str],
     only: str = "",
     every: int = 1,
     workers: int = 1,
@@ -426,7 +424,7 @@ def measure(
     """Compile what the problems launch: the table target -> kernel -> resources, and what is wrong.
 
     Args:
-        targets, names: of ``TARGETS`` and ``PROBLEMS``.
+        targets, problems: names of ``TARGETS`` and ``PROBLEMS``.
         only: a regular expression on the kernels' names.
         every: compile one of so many, a sample.
         workers: kernels to compile at a time.
@@ -435,7 +433,7 @@ def measure(
     resources: dict[str, dict[str, dict]] = {}
     wrong: list[str] = []
     for target in targets:
-        named = [(n, one) for n, one in launches_of(target, names).items() if re.search(only, n)]
+        named = [(n, one) for n, one in launches_of(target, problems).items() if re.search(only, n)]
         named = named[::every]
         rows = resources.setdefault(target, {})
         with parsing_in_turn(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -471,23 +469,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--workers", type=int, default=os.cpu_count(), help="compile so many at once"
     )
     parser.add_argument("--write", type=Path, help="write the table to this JSON file")
-    arguments = parser.parse_args(argv)
+    settings = vars(parser.parse_args(argv))
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels are not compiled.")
-    resources, wrong = measure(
-        arguments.targets,
-        arguments.problems,
-        arguments.only,
-        arguments.every,
-        arguments.workers,
-        print,
-    )
+    path = settings.pop("write")
+    resources, wrong = measure(**settings, report=print)
     for line in wrong:
         print(f"PROBLEM {line}", file=sys.stderr)
-    if arguments.write:
+    if path:
         import triton
 
-        arguments.write.write_text(format_table(triton.__version__, resources))
+        path.write_text(format_table(triton.__version__, resources))
     return 1 if wrong else 0
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_fast.layers import MoERouter
 from moe_fast.losses.chunked_encoding import random_state_kept, without_sync
+from moe_fast.losses.global_sum import several_processes
 from moe_fast.losses.text_chunks import Chunk, TextLengths, take_rows
 
 logger = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def most_over_processes(number: int, device: torch.device) -> int:
     """The largest of all processes' numbers; each must call."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not several_processes():
         return number
     most = torch.tensor(number, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)

@@ -15,6 +15,7 @@ from moe_fast.losses.base import (
     TemperatureLoss,
     check_num_columns,
     check_weight,
+    temperature_metric,
 )
 from moe_fast.losses.citations import citation_of
 from moe_fast.losses.functional import distillation
@@ -117,8 +118,7 @@ class DistillationLoss(TemperatureLoss):
         student = scale * (query[:, None] * keys).sum(-1)  # [B, 1 + G]
         divergence = distillation(student, labels / self.teacher_temperature)
         metrics = {"distillation": divergence.detach()}
-        if isinstance(scale, Tensor):
-            metrics["distillation_temperature"] = 1 / scale.detach()
+        metrics |= temperature_metric(scale, "distillation_temperature")
         total = self.coefficient * divergence
         if self.loss is not None:
             total = total + self.loss.from_embeddings(embeddings, columns, labels)
