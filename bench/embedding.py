@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import moe_fast
+
 from .cases import OURS, Candidates, Case, near
 from .moe_mlp import with_eager_experts
 
@@ -68,15 +70,19 @@ def random_pairs(count: int) -> list[tuple[str, str]]:
     return [(" ".join(draw.sample(answer, 3)), " ".join(answer)) for answer in answers]
 
 
-def dense_and_mixture(dtype: torch.dtype) -> tuple[Any, Any]:
-    """The pretrained model, and the upcycled one: experts apart, its router using all of them."""
+def pretrained() -> Any:
+    """all-MiniLM-L6-v2 as a ``SentenceTransformer``, on the CPU."""
     from sentence_transformers import SentenceTransformer
 
-    import moe_fast
     from moe_fast.demo.pretrained import go_offline, pretrained_folder
 
     go_offline()
-    dense = SentenceTransformer(str(pretrained_folder()), device="cpu")
+    return SentenceTransformer(str(pretrained_folder()), device="cpu")
+
+
+def dense_and_mixture(dtype: torch.dtype) -> tuple[Any, Any]:
+    """The pretrained model, and the upcycled one: experts apart, its router using all of them."""
+    dense = pretrained()
     dense.max_seq_length = MAX_TOKENS
     moe = moe_fast.upcycle(dense, num_experts=EXPERTS, num_experts_per_tok=1)
     generator = torch.Generator().manual_seed(0)

@@ -200,9 +200,8 @@ def descend(
     Stops where no neighbour is better, or when ``out_of_time`` says so.
     """
     tried = {start: cost(start)}
-    best, moved = start, True
-    while moved:
-        moved = False
+    best = start
+    while True:
         for candidate in neighbours(best):
             if candidate in tried:
                 continue
@@ -210,9 +209,10 @@ def descend(
                 return tried
             tried[candidate] = cost(candidate)
             if tried[candidate] < _GAIN * tried[best]:
-                best, moved = candidate, True
+                best = candidate
                 break
-    return tried
+        else:
+            return tried
 
 
 def milliseconds(launch: Callable[[Config], object], config: Config) -> float:

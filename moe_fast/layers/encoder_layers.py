@@ -158,8 +158,7 @@ def layer_class(architecture: Architecture) -> type[MoELayer]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        for name, value in zip(extra[: len(args)], args, strict=True):
-            kwargs[name] = value
+        kwargs.update(zip(extra[: len(args)], args, strict=True))
         return self.routed(hidden_states, attention_mask, kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -195,19 +195,12 @@ class MoEMLP(nn.Module):
         routed, plan = self._route(hidden_states, info)
         x = hidden_states.reshape(-1, self.hidden_size)
         experts = (x, up, down, up_bias, down_bias, routed, plan)
+        form: dict[str, Any] = dict(act=self.hidden_act, gated=self.gated)
         if output_block is None:
-            y = ops.expert_mlp(*experts, act=self.hidden_act, gated=self.gated)
-            return y.view(hidden_states.shape)
-        y = ops.expert_mlp_norm(
-            *experts,
-            output_block.residual.reshape(x.shape),
-            output_block.weight,
-            output_block.bias,
-            eps=output_block.eps,
-            dropout=output_block.dropout,
-            act=self.hidden_act,
-            gated=self.gated,
-        )
+            return ops.expert_mlp(*experts, **form).view(hidden_states.shape)
+        residual, weight, bias, eps, dropout = output_block
+        block = (residual.reshape(x.shape), weight, bias)
+        y = ops.expert_mlp_norm(*experts, *block, eps=eps, dropout=dropout, **form)
         return y.view(hidden_states.shape)
 
     def _route(self, x: Tensor, info: RoutingInfo) -> tuple[Tensor, ops.RoutingPlan]:
