@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "moe_fast._native"
 CUDA_LIBRARY = "_native_cuda.so"  # beside it
 OLDEST_TORCH = (2, 11)
+PURE = "no native library, pure Python only"
 METADATA_COMMANDS = {"egg_info", "dist_info"}  # pip runs these before the build itself
 
 
@@ -71,38 +72,25 @@ def why_not_buildable() -> str | None:
         return "cmake was not found"
     if find_program("ninja", "make") is None:
         return "neither ninja nor make was found"
-    compilers = (
-        [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    )
+    compilers = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
     if find_program(*compilers) is None:
         return f"no C++ compiler was found ({', '.join(compilers)})"
     return None
 
 
-def do_without(reason: str, mode: str) -> None:
-    """Say in one line why there is no native library, or stop where one is required."""
-    if mode == "1":
-        raise SystemExit(f"moe_fast: MOE_FAST_NATIVE=1, but {reason}.")
-    if METADATA_COMMANDS.isdisjoint(sys.argv):
-        print(f"moe_fast: no native library, pure Python only: {reason}.", file=sys.stderr)
-
-
-def do_without_cuda(reason: str) -> None:
-    """Say in one line why there is a CPU half alone, or stop where the library is required."""
+def do_without(what: str, reason: str, way_out: str = "") -> None:
+    """Say in one line what is left out and why, or stop where the library is required."""
     if native_mode() == "1":
-        raise SystemExit(
-            f"moe_fast: MOE_FAST_NATIVE=1, but {reason}; "
-            'CMAKE_ARGS="-DMOE_CUDA=OFF" leaves them out.'
-        )
-    print(f"moe_fast: CPU half only: {reason}.", file=sys.stderr)
+        raise SystemExit(f"moe_fast: MOE_FAST_NATIVE=1, but {reason}{way_out}.")
+    if METADATA_COMMANDS.isdisjoint(sys.argv):
+        print(f"moe_fast: {what}: {reason}.", file=sys.stderr)
 
 
 def decide_native() -> bool:
     """Whether to build the library."""
-    mode = native_mode()
-    reason = "MOE_FAST_NATIVE=0" if mode == "0" else why_not_buildable()
+    reason = "MOE_FAST_NATIVE=0" if native_mode() == "0" else why_not_buildable()
     if reason is not None:
-        do_without(reason, mode)
+        do_without(PURE, reason)
     return reason is None
 
 
@@ -162,13 +150,15 @@ class BuildNative(build_ext):
         except (subprocess.CalledProcessError, OSError) as error:
             # An older library must not be packed in the place of the one that failed.
             output.unlink(missing_ok=True)
-            do_without(f"the build failed, see above ({error})", native_mode())
+            do_without(PURE, f"the build failed, see above ({error})")
             return
         try:
             cmake_build(build_dir, "all")  # what is left: the GPU's kernels, where nvcc was found
         except subprocess.CalledProcessError as error:
             cuda.unlink(missing_ok=True)
-            do_without_cuda(f"the GPU's kernels failed to build, see above ({error})")
+            reason = f"the GPU's kernels failed to build, see above ({error})"
+            way_out = '; CMAKE_ARGS="-DMOE_CUDA=OFF" leaves them out'
+            do_without("CPU half only", reason, way_out)
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # without a tag: any Python loads it

@@ -24,7 +24,7 @@ from . import peak_memory
 from .cases import SIZES, show
 from .embedding import DATA
 from .harness import ROOT
-from .machine import Machine, measure_machine
+from .machine import measure_machine
 from .passes import Pass, in_fresh_process, rows_of
 from .record import Recorder
 
@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     start = time.monotonic()
     machine = measure_machine(*((1, 64, 1) if arguments.size == "tiny" else ()))
-    print(describe(machine), end="\n\n", flush=True)
+    multiplies = native.cpu_capability or "torch"
+    print(f"{torch.get_num_threads()} threads; {machine}; moe_fast multiplies with {multiplies}",
+          end="\n\n", flush=True)  # fmt: skip
     recorder = Recorder(
         machine,
         size=arguments.size,
@@ -98,16 +100,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1; got {value}")
     arguments.operations = arguments.operations or [*TIMED, "peak_memory"]
     return arguments
-
-
-def describe(machine: Machine) -> str:
-    """The ceilings in one line."""
-    rates = ", ".join(f"{d} {r / 1e9:.0f} GFLOP/s" for d, r in machine.matrix_rate.items())
-    return (
-        f"{torch.get_num_threads()} threads; copying {machine.copy_bandwidth / 1e9:.1f} GB/s, "
-        f"reading {machine.read_bandwidth / 1e9:.1f} GB/s; products: {rates}; "
-        f"moe_fast multiplies with {native.cpu_capability or 'torch'}"
-    )
 
 
 if __name__ == "__main__":

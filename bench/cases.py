@@ -104,8 +104,8 @@ def measure(
         synchronize=synchronize,
         max_seconds=seconds,
     )
-    base = Row(case.operation, dict(case.shape), case.dtype, OURS, case.baseline, sweep=case.sweep)
-    base = replace(base, work=case.work)
+    base = Row(case.operation, dict(case.shape), case.dtype, OURS, case.baseline,
+               work=case.work, sweep=case.sweep)  # fmt: skip
     ran = [
         _timed(replace(base, work=candidates.works.get(r.name, case.work)), r, machine)
         for r in results

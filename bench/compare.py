@@ -75,10 +75,8 @@ def compare_records(old: Record, new: Record) -> Comparison:
     """Pair the ratios of two runs."""
     then, now = _ratios(old), _ratios(new)
     changes = {
-        key: [
-            Change(peer, then[key][peer], now[key][peer]) for peer in then[key] if peer in now[key]
-        ]
-        for key in then
+        key: [Change(peer, old, now[key][peer]) for peer, old in peers.items() if peer in now[key]]
+        for key, peers in then.items()
         if key in now
     }
     return Comparison(
@@ -117,7 +115,7 @@ def report(comparison: Comparison, least: float) -> str:
         factor = statistics.median(change.factor for change in changes)
         lines.append(f"SLOWER {factor:.2f} times: {_name(key)}")
         lines += [
-            f"    over {c.peer}: {_shown(c.old)} -> {_shown(c.new)}"
+            f"    over {c.peer}: {c.old.shown(3)} -> {c.new.shown(3)}"
             + ("" if c.slower(least) else "  (within the spread)")
             for c in changes
         ]
@@ -132,10 +130,6 @@ def report(comparison: Comparison, least: float) -> str:
 
 def _name(key: Key) -> str:
     return ", ".join(part for part in key if part)
-
-
-def _shown(ratio: Summary) -> str:
-    return f"{ratio.median:.3f} [{ratio.q1:.3f}, {ratio.q3:.3f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

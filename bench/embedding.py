@@ -11,7 +11,6 @@ a token in a wrong expert shows.
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import os
@@ -23,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import moe_fast
+
 from .cases import OURS, Candidates, Case, near
-from .moe_mlp import eager_forward
+from .moe_mlp import with_eager_experts
 
 DATA = "MOE_FAST_BENCH_DATA"
 """The variable that names a file of JSON lines, gzipped or not, a question ``a`` and an answer
@@ -69,15 +70,19 @@ def random_pairs(count: int) -> list[tuple[str, str]]:
     return [(" ".join(draw.sample(answer, 3)), " ".join(answer)) for answer in answers]
 
 
-def dense_and_mixture(dtype: torch.dtype) -> tuple[Any, Any]:
-    """The pretrained model, and the upcycled one: experts apart, its router using all of them."""
+def pretrained() -> Any:
+    """all-MiniLM-L6-v2 as a ``SentenceTransformer``, on the CPU."""
     from sentence_transformers import SentenceTransformer
 
-    import moe_fast
     from moe_fast.demo.pretrained import go_offline, pretrained_folder
 
     go_offline()
-    dense = SentenceTransformer(str(pretrained_folder()), device="cpu")
+    return SentenceTransformer(str(pretrained_folder()), device="cpu")
+
+
+def dense_and_mixture(dtype: torch.dtype) -> tuple[Any, Any]:
+    """The pretrained model, and the upcycled one: experts apart, its router using all of them."""
+    dense = pretrained()
     dense.max_seq_length = MAX_TOKENS
     moe = moe_fast.upcycle(dense, num_experts=EXPERTS, num_experts_per_tok=1)
     generator = torch.Generator().manual_seed(0)
@@ -86,14 +91,6 @@ def dense_and_mixture(dtype: torch.dtype) -> tuple[Any, Any]:
             parameter.data *= 1 + 0.05 * torch.randn(parameter.shape, generator=generator)
         mlp.router.weight.data.normal_(generator=generator)
     return dense.to(dtype), moe.to(dtype)
-
-
-def with_eager_experts(moe: Any) -> Any:
-    """A copy whose experts are computed as transformers does, padding included."""
-    eager = copy.deepcopy(moe)
-    for mlp in eager.transformers_model.moe_mlps().values():
-        mlp.forward = eager_forward(mlp)
-    return eager
 
 
 def candidates(count: int, dtype: torch.dtype) -> Candidates:

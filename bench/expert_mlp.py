@@ -16,6 +16,7 @@ from functools import partial
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from .cases import OURS, Candidates, Case, near
 from .peers import (
@@ -71,11 +72,16 @@ def beside_dense(shape: Shape, backward: bool) -> Case:
             "dense": timed(dense, *problem.dense(), backward),
             OURS: timed(problem.forward, problem.tensors, problem.upstream, backward),
         }
-        return Candidates(runs, near(problem.exact(backward), TOLERANCES[shape.dtype], ["dense"]))
+        return Candidates(runs, near(exact_of(problem, backward), TOLERANCES[shape.dtype], DENSE))
 
     operation = f"expert MLP beside dense, {'forward + backward' if backward else 'forward'}"
     least = work(shape, backward)
     return Case(operation, shape.letters, shape.dtype_name, prepare, least, baseline="dense")
+
+
+def exact_of(problem: Problem, backward: bool) -> list[Tensor]:
+    """The reference in float64: y, or y and all gradients."""
+    return list(problem.outputs("torch", backward, torch.float64).values())
 
 
 def work(shape: Shape, backward: bool) -> Work:
@@ -111,6 +117,6 @@ def candidates(shape: Shape, backward: bool, everyone: bool = True) -> Candidate
     if everyone:
         runs["dense, compiled"] = timed(compiled_dense(), *plain, backward)
     # Peers round each expert's result to the dtype before the sum: twice our own tolerance.
-    check = near(problem.exact(backward), 2 * TOLERANCES[shape.dtype], DENSE)
+    check = near(exact_of(problem, backward), 2 * TOLERANCES[shape.dtype], DENSE)
     one = replace(shape, tokens=shape.tokens * shape.k, k=1, experts=1)
     return Candidates(runs, check, absent, dict.fromkeys(DENSE, work(one, backward)))

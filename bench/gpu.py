@@ -43,21 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.gpu: error: no GPU is there; --dry-run needs none.", file=sys.stderr)
         return 2
     name = "dry-run" if arguments.dry_run else torch.cuda.get_device_name().replace(" ", "_")
-    path = Path(arguments.json or _default_path(name))
+    default = ROOT / "bench" / "results" / f"{name}-{time.strftime('%Y-%m-%d')}.json"
+    path = Path(arguments.json or default)
     os.environ.setdefault("MOE_FAST_TUNING", str(path.parent / f"{path.stem}-tuning"))
     record: dict[str, Any] = {"environment": environment(), "parts": {}}
     failed = []
     for part, run in _parts(arguments).items():
         start = time.monotonic()
-        try:
-            record["parts"][part] = run()
-        except Exception as error:  # what was measured before is worth keeping
-            record["parts"][part] = {GIVEN_UP: "".join(traceback.format_exception(error))}
-            print(record["parts"][part][GIVEN_UP], file=sys.stderr)
-        if _has_failed(record["parts"][part]):
+        found = record["parts"][part] = attempt(run)
+        print(found.get(GIVEN_UP, ""), file=sys.stderr, end="")
+        if _has_failed(found):
             failed.append(part)
-        record["parts"][part]["seconds"] = time.monotonic() - start
-        print(f"== {part}: {record['parts'][part]['seconds']:.0f} s", flush=True)
+        found["seconds"] = time.monotonic() - start
+        print(f"== {part}: {found['seconds']:.0f} s", flush=True)
         write_json(path, record)
     print(f"{path}: {', '.join(failed) + ' FAILED' if failed else 'all parts passed'}")
     return 1 if failed else 0
@@ -74,17 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _default_path(name: str) -> Path:
-    return ROOT / "bench" / "results" / f"{name}-{time.strftime('%Y-%m-%d')}.json"
-
-
 def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "correct": lambda: correct(arguments),
-        "tune": lambda: tune(arguments),
-        "time": lambda: times(arguments),
-    }
-    return {n: run for n, run in parts.items() if arguments.only in (None, n)}
+    parts = {"correct": correct, "tune": tune, "time": times}
+    wanted = [arguments.only] if arguments.only else parts
+    return {name: partial(parts[name], arguments) for name in wanted}
 
 
 def _has_failed(result: Any) -> bool:
@@ -119,41 +110,34 @@ def correct(arguments: argparse.Namespace) -> dict[str, Any]:
     """Errors on the grids, then the properties."""
     from . import gpu_checks as checks
     from . import gpu_info_nce as contrastive
+    from .problem import BOUNDS, covering
 
     dry, device = arguments.dry_run, _device(arguments.dry_run)
-    experts = checks.covering(checks.DRY_GRID if dry else checks.GRID)
-    routes = checks.routes(checks.DRY_ROUTES if dry else checks.ROUTES)
     base = _cases(dry)["K=1"]
-    small = replace(base, tokens=min(base.tokens, 4099))
+    small, far = replace(base, tokens=min(base.tokens, 4099)), replace(base, tokens=720_000)
+
+    def on_grid(cases: list[dict[str, Any]], check: Callable, share: float) -> dict[str, Any]:
+        return checks.check_grid(cases, check, device, share * arguments.check_seconds)
+
+    def check_block(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
+        return checks.check_output_block(replace(small, **settings), device)
+
+    experts, routes = (checks.DRY_GRID, checks.DRY_ROUTES) if dry else (checks.GRID, checks.ROUTES)
+    pairs = contrastive.DRY_GRID if dry else contrastive.GRID
     result: dict[str, Any] = {
-        "experts": checks.check_grid(
-            experts, checks.check_experts, device, 0.55 * arguments.check_seconds
-        ),
-        "route": checks.check_grid(
-            routes, checks.check_route, device, 0.2 * arguments.check_seconds
-        ),
-        "output block": checks.check_grid(
-            [{"k": k, "dtype": dtype} for k in (1, 2) for dtype in checks.BOUNDS],
-            lambda settings, on: checks.check_output_block(replace(small, **settings), on),
-            device,
-            0.1 * arguments.check_seconds,
-        ),
-        "info_nce": checks.check_grid(
-            checks.covering(contrastive.DRY_GRID if dry else contrastive.GRID),
-            contrastive.check,
-            device,
-            0.15 * arguments.check_seconds,
-        ),
-        "info_nce repeats": attempt(lambda: contrastive.check_repeats(device, dry)),
-        "saved bytes": checks.saved_bytes(base, device),
-        "repeats": attempt(lambda: checks.check_repeats(base, device)),
+        "experts": on_grid(covering(experts), checks.check_experts, 0.55),
+        "route": on_grid(checks.routes(routes), checks.check_route, 0.2),
+        "output block": on_grid(covering({"k": (1, 2), "dtype": tuple(BOUNDS)}), check_block, 0.1),
+        "info_nce": on_grid(covering(pairs), contrastive.check, 0.15),
     }
+    result["info_nce repeats"] = attempt(lambda: contrastive.check_repeats(device, dry))
+    result["saved bytes"] = checks.saved_bytes(base, device)
+    result["repeats"] = attempt(lambda: checks.check_repeats(base, device))
     if dry:
         result["left out"] = "synchronisation, CUDA graphs and far offsets need a GPU"
     else:
         result["synchronisation"] = attempt(lambda: checks.check_no_sync(base, device))
         result["graph"] = attempt(lambda: checks.check_graph(base, device))
-        far = replace(base, tokens=720_000)
         result["far offsets"] = attempt(lambda: checks.check_far_offsets(far, device))
     for key, value in result.items():
         print(f"{key}: {value}")
@@ -170,22 +154,20 @@ def attempt(run: Callable[[], Any]) -> Any:
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     """Search tile sizes for every case that is timed; write the GPU's table."""
-    from moe_fast.triton_ops import launch_config, tuning_tables
-    from moe_fast.triton_ops import tune as search
+    from moe_fast.ops import tuning
 
-    device, cases = _device(arguments.dry_run), _cases(arguments.dry_run)
+    cases = _cases(arguments.dry_run)
     record: dict[str, Any] = {}
     for name, case in cases.items():
         share = 0.6 if name == "K=1" else 0.4 / (len(cases) - 1)  # what is quoted first
-        sizes = {n: getattr(case, n) for n in ("tokens", "experts", "k", "dim", "hidden", "dtype")}
-        found = search.search(
-            search.Problem(**sizes), device, seconds=share * arguments.tune_seconds
-        )
-        tuning_tables.add_to_table(
-            launch_config.gpu_name(device), {k: c.after for k, c in found.items()}
-        )
-        record[name] = found
-        for choice in found.values():
+        record[name] = tuning.tune(
+            *(case.dim, case.hidden, case.experts, case.k),
+            tokens=case.tokens,
+            dtype=case.dtype,
+            seconds=share * arguments.tune_seconds,
+            device=_device(arguments.dry_run),
+        ).choices
+        for choice in record[name].values():
             print(f"{name} {choice.product}: {choice.before_ms:.3f} -> {choice.after_ms:.3f} ms, "
                   f"{choice.tried} tried: {choice.after}")  # fmt: skip
     return record
@@ -193,6 +175,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def times(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every comparison, and the share of the floor."""
+    from . import gpu_info_nce as contrastive
     from . import gpu_times as t
     from .cases import show
 
@@ -223,29 +206,16 @@ def times(arguments: argparse.Namespace) -> dict[str, Any]:
     scaled = [replace(base, tokens=n) for n in tokens]
     record["floor"] = {
         str(case): {
-            direction: attempt(partial(_of_floor, case, backward, settings, ceilings))
+            direction: attempt(partial(t.of_floor, case, backward, settings, ceilings))
             for direction, backward in (("forward", False), ("forward + backward", True))
         }
         for case in [*cases.values(), *scaled]
     }
     for name, found in record["floor"].items():
         print(name, found)
-    record["info_nce"] = attempt(lambda: _info_nce(settings, ceilings))
+    record["info_nce"] = attempt(lambda: contrastive.times(settings, ceilings))
     print("info_nce", record["info_nce"])
     return record
-
-
-def _info_nce(settings: Any, ceilings: Any) -> dict[str, Any]:
-    from . import gpu_info_nce as contrastive
-
-    return contrastive.times(settings, ceilings)
-
-
-def _of_floor(case: Any, backward: bool, settings: Any, ceilings: Any) -> dict[str, float]:
-    from . import gpu_times as t
-
-    seconds, least = t.alone(case, backward, settings), t.floor(case, ceilings, backward)
-    return {"seconds": seconds, "floor": least, "share": least / seconds}
 
 
 if __name__ == "__main__":

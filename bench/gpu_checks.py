@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_fast import ops
+from moe_fast.losses.chunk_budget import kept_for_backward
 
+from .gpu_times import captured, with_router
 from .problem import BOUNDS, LOADS, NAMES, Problem, Shape, covering, relative_error, timed
 
 # Section 4 of the kernels' notes, and widths that are no multiple of 16.
@@ -25,17 +29,14 @@ GRID = dict(
     load=LOADS,
     recompute=(None, "up"),
 )
-DRY_GRID = dict(
-    tokens=(0, 1, 37),
-    experts=(1, 3),
-    k=(1, "E"),
-    dim=(13, 16),
-    dtype=(torch.float32, torch.bfloat16),
-    gated=(False, True),
-    bias=(True, False),
-    load=LOADS,
-    recompute=(None, "up"),
-)
+DRY_GRID = {
+    **GRID,
+    "tokens": (0, 1, 37),
+    "experts": (1, 3),
+    "k": (1, "E"),
+    "dim": (13, 16),
+    "dtype": (torch.float32, torch.bfloat16),
+}
 ROUTES = dict(
     tokens=(1, 257, 4099),
     experts=(2, 3, 8, 16),
@@ -96,8 +97,8 @@ def check_experts(settings: dict[str, Any], device: torch.device) -> dict[str, f
     k = experts if settings["k"] == "E" else min(settings["k"], experts)
     case = Shape(**{**settings, "k": k, "hidden": 4 * dim if dim % 2 == 0 else 2 * dim + 1})
     problem = Problem(case, device)
-    expected = problem.results("torch", torch.float64)
-    actual = problem.results("triton", recompute=recompute)
+    expected = problem.outputs("torch", dtype=torch.float64)
+    actual = problem.outputs("triton", recompute=recompute)
     errors = {n: relative_error(actual[n], e) / BOUNDS[case.dtype] for n, e in expected.items()}
     plans = [ops.plan(problem.top_k_index, experts, backend=b) for b in ("torch", "triton")]
     fields = ("expert_offsets", "row_to_token", "row_to_slot", "slot_to_row")
@@ -123,8 +124,22 @@ def check_route(settings: dict[str, Any], device: torch.device) -> dict[str, flo
     if mode == "token_topk" and k < experts:
         top = (x.double() @ weight.double().t()).sort(descending=True).values
         mask &= top[:, k - 1] - top[:, k] > _MARGIN
-    expected, *grads = _routed(x.double(), weight.double(), k, mask, starts, s, "torch")
-    actual, *own = _routed(x, weight, k, mask, starts, s, "triton")
+
+    def routed(x: Tensor, weight: Tensor, backend: str) -> tuple[ops.Routing, Tensor, Tensor]:
+        """The route, and the gradients of x and of the router's weight."""
+        leaves = [t.detach().requires_grad_() for t in (x, weight)]
+        modes = dict(mode=mode, weight_mode=s["weight_mode"])
+        routing = ops.route(
+            *leaves, k, **modes, token_mask=mask, cu_seqlens=starts, backend=backend
+        )
+        torch.manual_seed(1)
+        outputs = [t for t in (routing.top_k_weights, routing.router_logits) if t is not None]
+        upstream = [torch.randn(t.shape, device=t.device).to(t.dtype) for t in outputs]
+        grad_x, grad_weight = torch.autograd.grad(outputs, leaves, upstream)
+        return routing, grad_x, grad_weight
+
+    expected, *grads = routed(x.double(), weight.double(), "torch")
+    actual, *own = routed(x, weight, "triton")
     assert expected.router_logits is not None and actual.router_logits is not None  # learned
     bound, exact = BOUNDS[s["dtype"]], BOUNDS[torch.float32]
     return {
@@ -135,34 +150,6 @@ def check_route(settings: dict[str, Any], device: torch.device) -> dict[str, flo
         "grad of x": relative_error(own[0], grads[0]) / bound,
         "grad of router_weight": relative_error(own[1], grads[1]) / bound,
     }
-
-
-def _routed(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    mask: Tensor,
-    starts: Tensor,
-    settings: dict[str, Any],
-    backend: str,
-) -> tuple[ops.Routing, Tensor, Tensor]:
-    """The route of what learns it, and the gradients of x and of the router's weight."""
-    leaves = [t.detach().requires_grad_() for t in (x, weight)]
-    routing = ops.route(
-        leaves[0],
-        leaves[1],
-        k,
-        mode=settings["mode"],
-        weight_mode=settings["weight_mode"],
-        token_mask=mask,
-        cu_seqlens=starts,
-        backend=backend,
-    )
-    torch.manual_seed(1)
-    outputs = [t for t in (routing.top_k_weights, routing.router_logits) if t is not None]
-    upstream = [torch.randn(t.shape, device=t.device).to(t.dtype) for t in outputs]
-    grad_x, grad_weight = torch.autograd.grad(outputs, leaves, upstream)
-    return routing, grad_x, grad_weight
 
 
 def routes(grid: dict[str, Any]) -> list[dict[str, Any]]:
@@ -179,58 +166,55 @@ def routes(grid: dict[str, Any]) -> list[dict[str, Any]]:
 # --- what is neither an error nor a time ---------------------------------------------------------
 
 
-def whole_layer(case: Shape, device: torch.device) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Route, plan and experts, forward and backward, as a function of x."""
-    problem = Problem(case, device, "triton")
-    leaves = _leaves(problem.tensors)
-    router = torch.randn(case.experts, case.dim, device=device, dtype=case.dtype)
-    router = (router * case.dim**-0.5).requires_grad_()
+def whole_layer(
+    case: Shape, device: torch.device
+) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tensor]:
+    """Route, plan and experts, forward and backward, as a function of x; and some x."""
+    run, tensors, upstream = with_router(Problem(case, device, "triton"))
+    leaves = _leaves(tensors)
 
-    def run(x: Tensor) -> tuple[Tensor, ...]:
-        x = x.detach().requires_grad_()
-        routing = ops.route(x, router, case.k, backend="triton")
-        plan = ops.plan(routing.top_k_index, case.experts, backend="triton")
-        y = problem.forward({**leaves, "x": x, "top_k_weights": routing.top_k_weights}, plan)
-        weights = [leaves[n] for n in NAMES[1:5]]
-        wanted = [x, router, *(w for w in weights if w is not None)]
-        return y.detach(), *torch.autograd.grad(y, wanted, problem.upstream)
+    def both_ways(x: Tensor) -> tuple[Tensor, ...]:
+        given = {**leaves, "x": x.detach().requires_grad_()}
+        y = run(given)
+        wanted = [t for t in given.values() if t is not None]
+        return y.detach(), *torch.autograd.grad(y, wanted, upstream)
 
-    return run
+    return both_ways, torch.randn(case.tokens, case.dim, device=device).to(case.dtype)
 
 
 def check_repeats(case: Shape, device: torch.device) -> str:
     """Two runs must agree to the last bit."""
-    run, x = whole_layer(case, device), _x(case, device)
-    _equal(run(x), run(x), "a second run")
+    run, x = whole_layer(case, device)
+    check_equal(run(x), run(x), "a second run")
     return "bitwise equal"
 
 
-def check_no_sync(case: Shape, device: torch.device) -> str:
-    """Forward and backward must not wait for the GPU; torch raises where something does."""
-    run, x = whole_layer(case, device), _x(case, device)
-    run(x)
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within the block torch raises where something waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(x)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def check_no_sync(case: Shape, device: torch.device) -> str:
+    """Forward and backward must not wait for the GPU."""
+    run, x = whole_layer(case, device)
+    run(x)
+    with no_waiting():
+        run(x)
     return "0 synchronisations"
 
 
 def check_graph(case: Shape, device: torch.device) -> str:
     """A captured CUDA graph must give on new tokens, routed elsewhere, what a plain run gives."""
-    run, x = whole_layer(case, device), _x(case, device)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(x)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(x)
+    run, x = whole_layer(case, device)
+    replay = captured(lambda: run(x))
     for _ in range(3):
         x.copy_(torch.randn_like(x))
-        graph.replay()
-        _equal(captured, run(x), "a replayed graph")
+        check_equal(replay(), run(x), "a replayed graph")
     return "bitwise equal on new tokens"
 
 
@@ -238,12 +222,12 @@ def check_far_offsets(case: Shape, device: torch.device) -> str:
     """More than 2^31 elements of z: the last tokens must come out as they do alone."""
     assert case.tokens * case.k * case.width > 1 << 31, case
     problem, last = Problem(case, device), slice(-64, None)
-    alone = Problem(Shape(**{**vars(case), "tokens": 64}), device)
+    alone = Problem(replace(case, tokens=64), device)
     own = ("x", "top_k_weights")
     alone.tensors = {n: t[last].clone() if n in own else t for n, t in problem.tensors.items()}
     alone.plan = ops.plan(problem.top_k_index[last], case.experts)
     alone.upstream = problem.upstream[last].clone()
-    many, few = problem.results("triton"), alone.results("torch", torch.float64)
+    many, few = problem.outputs("triton"), alone.outputs("torch", dtype=torch.float64)
     errors = {n: relative_error(many[n][last], few[n]) for n in ("y", "x", "top_k_weights")}
     if not max(errors.values()) <= BOUNDS[case.dtype]:
         raise AssertionError(f"{case}: {errors}")
@@ -276,19 +260,8 @@ def saved_bytes(case: Shape, device: torch.device) -> dict[str, int]:
     """Bytes that the forward keeps for the backward, parameters and plan aside."""
     problem = Problem(case, device, "triton")
     leaves = _leaves(problem.tensors)
-    known = [t for n, t in leaves.items() if n not in ("x",) and t is not None]
-    plan = problem.plan
-    known += [plan.expert_offsets, plan.row_to_token, plan.row_to_slot, plan.slot_to_row]
-    ignored = {t.untyped_storage().data_ptr() for t in known}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignored:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    known = [t for n, t in leaves.items() if n != "x" and t is not None]
+    with kept_for_backward([*known, *problem.plan.indices]) as found:
         y = problem.forward(leaves)
     del y
     size = case.dtype.itemsize
@@ -304,11 +277,8 @@ def _leaves(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {n: None if t is None else t.clone().requires_grad_() for n, t in tensors.items()}
 
 
-def _x(case: Shape, device: torch.device) -> Tensor:
-    return torch.randn(case.tokens, case.dim, device=device).to(case.dtype)
-
-
-def _equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: str) -> None:
-    for position, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        if not torch.equal(a, e):
-            raise AssertionError(f"output {position} of {what} differs.")
+def check_equal(actual: Any, expected: Any, what: str) -> None:
+    """Raise unless all tensors of two results agree to the last bit."""
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=0, msg=lambda found: f"{what} differs: {found}"
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from moe_fast import ops
 
+from .gpu_checks import check_equal, no_waiting
 from .gpu_times import Ceilings, Settings
 from .problem import BOUNDS, relative_error
 
@@ -37,28 +39,26 @@ TARGET_SECONDS, TARGET_BYTES = 0.056, 1e9
 _SLACK = 2
 
 
-def inputs_of(batch: int, dim: int, per_row: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """Pairs that belong together somewhat, as in training, and a learned scale."""
+def inputs_of(
+    batch: int, dim: int, per_row: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Pairs that belong together somewhat, as in training, and a scale."""
     a = torch.randn(batch, dim, device=device)
-    b = a + torch.randn(batch, dim, device=device)
-    negatives = torch.randn(batch * per_row, dim, device=device) if per_row else None
-    tensors = dict(a=a, b=b, negatives=negatives)
-    found = {n: None if t is None else t.to(dtype).requires_grad_() for n, t in tensors.items()}
-    return {**found, "scale": torch.tensor(20.0, device=device, requires_grad=True)}
+    tensors = {"a": a, "b": a + torch.randn(batch, dim, device=device)}
+    if per_row:
+        tensors["negatives"] = torch.randn(batch * per_row, dim, device=device)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return {**tensors, "scale": torch.tensor(20.0, device=device)}
 
 
 def results(
-    inputs: dict[str, Any], backend: str, dtype: torch.dtype | None = None, **options: Any
+    inputs: dict[str, Tensor], backend: str, dtype: torch.dtype | None = None, **options: Any
 ) -> dict[str, Tensor]:
     """The loss and the gradient of every tensor."""
-    leaves: dict[str, Any] = {
-        n: None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
-        for n, t in inputs.items()
-    }
-    loss: Any = ops.info_nce(**leaves, **options, backend=backend)
-    wanted = {n: t for n, t in leaves.items() if t is not None}
-    grads = torch.autograd.grad(loss, list(wanted.values()))
-    return {"loss": loss.detach(), **dict(zip(wanted, grads, strict=True))}
+    leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in inputs.items()}
+    loss: Any = ops.info_nce(**leaves, **options, backend=backend)  # type: ignore[arg-type]
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"loss": loss.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
 def check(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
@@ -68,7 +68,7 @@ def check(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
     torch.manual_seed(0)
     inputs = inputs_of(batch, s.pop("dim"), per_row, dtype, device)
     if s["similarity"] == "dot":
-        inputs["scale"] = torch.tensor(0.1, device=device, requires_grad=True)
+        inputs["scale"] = torch.tensor(0.1, device=device)
     if s.pop("texts"):
         s["row_ids"] = torch.randint(2 * batch, (batch,), device=device)
         s["col_ids"] = torch.randint(2 * batch, (batch * (1 + per_row),), device=device)
@@ -83,27 +83,19 @@ def check(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
     return {n: relative_error(actual[n], expected[n]) / bounds[n] for n in shown}
 
 
-def _large(device: torch.device, dry: bool) -> dict[str, Any]:
+def _large(device: torch.device, dry: bool) -> dict[str, Tensor]:
     batch, dim = (70, 16) if dry else (65_536, 768)
     torch.manual_seed(0)
-    inputs = inputs_of(batch, dim, 0, torch.bfloat16, device)
-    return {n: t for n, t in inputs.items() if t is not None}
+    return inputs_of(batch, dim, 0, torch.bfloat16, device)
 
 
 def check_repeats(device: torch.device, dry: bool) -> str:
     """Two runs must agree to the last bit, and none may wait for the GPU."""
     inputs = _large(device, dry)
     first = results(inputs, "triton")
-    if not dry:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nullcontext() if dry else no_waiting():
         second = results(inputs, "triton")
-    finally:
-        if not dry:
-            torch.cuda.set_sync_debug_mode("default")
-    for name, value in first.items():
-        if not torch.equal(value, second[name]):
-            raise AssertionError(f"{name} of a second run differs.")
+    check_equal(second, first, "a second run")
     return "bitwise equal"
 
 
@@ -118,23 +110,15 @@ def times(settings: Settings, ceilings: Ceilings) -> dict[str, Any]:
     batch, dim = inputs["a"].shape
     found: dict[str, Any] = {"floor": 4 * 2 * batch**2 * dim / ceilings.flops}
     for backend in ("triton", "tiled"):
-
-        def run(backend: str = backend) -> dict[str, Tensor]:
-            return results(inputs, backend)
-
-        seconds = settings.seconds(run)
-        found[backend] = {"seconds": seconds, "bytes": _peak_bytes(run, settings)}
+        run = partial(results, inputs, backend)
+        seconds, peak = settings.seconds(run), None
+        if not settings.dry:  # on the CPU nothing counts what is allocated at once
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            peak = torch.cuda.max_memory_allocated()
+        found[backend] = {"seconds": seconds, "bytes": peak}
     ours = found["triton"]
     found["target"] = {"seconds": TARGET_SECONDS, "bytes": TARGET_BYTES}
     if not settings.dry:
         found["met"] = ours["seconds"] <= TARGET_SECONDS and ours["bytes"] <= TARGET_BYTES
     return found
-
-
-def _peak_bytes(run: Callable[[], Any], settings: Settings) -> int | None:
-    """The most that is allocated at once; ``None`` on the CPU, where nothing counts it."""
-    if settings.dry:
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated()

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_fast import ops
 
-from .cases import OURS, Candidates, Case, WrongResult, measure
+from .cases import OURS, Candidates, Case, measure, near
 from .harness import race
 from .peers import compiled_dense, expert_mlp, transformers_experts
 from .problem import BOUNDS, Problem, Run, Shape, timed
 from .record import Row
 
+Outputs = TypeVar("Outputs")
 CUBLAS, DENSE, GROUPED = "cublas", "dense", "grouped_mm"
 
 
@@ -55,6 +57,10 @@ class Settings:
         """The median time of one candidate alone."""
         return race({"": run}, baseline="", **self.timing)[0].seconds.median
 
+    def captured(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        """``run`` as the replay of a CUDA graph; on the CPU itself."""
+        return run if self.dry else captured(run)
+
     def problem(self, shape: Shape) -> Problem:
         """Random tensors on the device, for our kernels."""
         return Problem(shape, self.device, "triton")
@@ -75,11 +81,8 @@ def ceilings(settings: Settings, dtype: torch.dtype) -> Ceilings:
 def floor(shape: Shape, ceilings: Ceilings, backward: bool) -> float:
     """Seconds: over the products, the larger of computing and of moving the least bytes."""
     size, rows = shape.dtype.itemsize, shape.tokens * shape.k
-    a, b, z = size * rows * shape.dim, size * rows * shape.hidden, size * rows * shape.width
-    up, down = (
-        shape.experts * shape.width * shape.dim * size,
-        shape.experts * shape.dim * shape.hidden * size,
-    )
+    a, b, z = (size * rows * columns for columns in (shape.dim, shape.hidden, shape.width))
+    up, down = (size * shape.experts * shape.dim * n for n in (shape.width, shape.hidden))
     wide, narrow = 2 * rows * shape.dim * shape.width, 2 * rows * shape.dim * shape.hidden
     products = [(wide, a + up + z + b), (narrow, b + down + a)]
     if backward:
@@ -95,10 +98,8 @@ def floor(shape: Shape, ceilings: Ceilings, backward: bool) -> float:
 # --- candidates ----------------------------------------------------------------------------------
 
 
-def captured(run: Callable[[], list[Tensor]], settings: Settings) -> Callable[[], list[Tensor]]:
-    """``run`` as the replay of a CUDA graph; on the CPU itself."""
-    if settings.dry:
-        return run
+def captured(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    """``run`` as the replay of a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -108,7 +109,7 @@ def captured(run: Callable[[], list[Tensor]], settings: Settings) -> Callable[[]
     with torch.cuda.graph(graph):
         outputs = run()
 
-    def replay() -> list[Tensor]:
+    def replay() -> Outputs:
         graph.replay()
         return outputs
 
@@ -164,9 +165,14 @@ def compare(
     check: Callable[[dict[str, Any]], None],
 ) -> list[Row]:
     """Rows of the captured candidates."""
-    candidates = Candidates({n: captured(run, settings) for n, run in calls.items()}, check)
+    candidates = Candidates({n: settings.captured(run) for n, run in calls.items()}, check)
     case = Case(title, shape.letters, shape.dtype_name, lambda: candidates, baseline=baseline)
     return measure(case, **settings.timing)
+
+
+def check_alike(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless two 16-bit computations of the same agree: each is within its bound."""
+    near([theirs], 2 * BOUNDS[dtype])({OURS: [ours]})
 
 
 def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
@@ -181,7 +187,7 @@ def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row
 
     def check(outputs: dict[str, Any]) -> None:
         rows = outputs[CUBLAS][0][problem.plan.slot_to_row].view(shape.tokens, shape.k, shape.dim)
-        _near(outputs[OURS][0], rows.float().sum(1), shape.dtype)
+        check_alike(outputs[OURS][0], rows.float().sum(1), shape.dtype)
 
     return compare("beside cuBLAS", shape, settings, CUBLAS, calls, check)
 
@@ -189,25 +195,23 @@ def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row
 def against_transformers(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
     """Ours without biases, and transformers' ``grouped_mm`` experts over it."""
     problem = settings.problem(replace(shape, bias=False))
-    calls = {
-        name: timed(run, problem.tensors, problem.upstream, backward)
-        for name, run in (
-            (OURS, problem.forward),
-            (GROUPED, transformers_experts(problem, GROUPED)),
-        )
-    }
+    runs = {OURS: problem.forward, GROUPED: transformers_experts(problem, GROUPED)}
+    calls = {n: timed(r, problem.tensors, problem.upstream, backward) for n, r in runs.items()}
 
     def check(outputs: dict[str, Any]) -> None:
-        _near(outputs[OURS][0], outputs[GROUPED][0], shape.dtype)
+        check_alike(outputs[OURS][0], outputs[GROUPED][0], shape.dtype)
 
     return compare("beside transformers", shape, settings, OURS, calls, check)
 
 
-def alone(shape: Shape, backward: bool, settings: Settings) -> float:
-    """Seconds of ours."""
+def of_floor(
+    shape: Shape, backward: bool, settings: Settings, ceilings: Ceilings
+) -> dict[str, float]:
+    """Seconds of ours alone, and of the floor."""
     problem = settings.problem(shape)
     run = timed(problem.forward, problem.tensors, problem.upstream, backward)
-    return settings.seconds(captured(run, settings))
+    seconds, least = settings.seconds(settings.captured(run)), floor(shape, ceilings, backward)
+    return {"seconds": seconds, "floor": least, "share": least / seconds}
 
 
 def layers_enforced(shape: Shape, settings: Settings, layers: int = 12) -> list[Row]:
@@ -220,28 +224,18 @@ def layers_enforced(shape: Shape, settings: Settings, layers: int = 12) -> list[
     problem.tensors["top_k_weights"] = torch.ones(shape.tokens, 1, device=settings.device)
     plain, plain_tensors, plain_upstream = dense(problem, settings)
 
+    def stack(layer: Run, t: Mapping[str, Any]) -> Tensor:
+        x = t["x"]
+        for _ in range(layers):
+            x = layer({**t, "x": x})
+        return x
+
     def moe(t: Mapping[str, Any]) -> Tensor:
         plan = ops.plan(ids, shape.experts, backend="triton")
-        x = t["x"]
-        for _ in range(layers):
-            x = problem.forward({**t, "x": x}, plan)
-        return x
-
-    def stack(t: Mapping[str, Any]) -> Tensor:
-        x = t["x"]
-        for _ in range(layers):
-            x = plain({**t, "x": x})
-        return x
+        return stack(partial(problem.forward, plan=plan), t)
 
     calls = {
-        DENSE: timed(stack, plain_tensors, plain_upstream, True),
+        DENSE: timed(partial(stack, plain), plain_tensors, plain_upstream, True),
         OURS: timed(moe, problem.tensors, problem.upstream, True),
     }
     return compare(f"{layers} layers", shape, settings, DENSE, calls, lambda outputs: None)
-
-
-def _near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless two 16-bit computations of the same agree: each is within its bound."""
-    error = ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
-    if not error <= 2 * BOUNDS[dtype]:
-        raise WrongResult(f"candidates differ by {error:.1e}.")

@@ -76,9 +76,7 @@ def curves_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> list
 def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Slope of log(value) over log(size), and its standard error."""
     x, y = np.log(np.asarray(points, dtype=np.float64)).T
-    x = x - x.mean()
-    slope = float((x * y).sum() / (x * x).sum())
     if len(points) < 3:
-        return slope, math.nan
-    residual = y - y.mean() - slope * x
-    return slope, float(np.sqrt((residual**2).sum() / (len(x) - 2) / (x * x).sum()))
+        return float(np.polyfit(x, y, 1)[0]), math.nan
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    return float(slope), math.sqrt(covariance[0, 0])

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -49,6 +50,11 @@ class Summary:
             return cls(values[0], values[0], values[0], 1)
         q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, q1, q3, len(values))
+
+    def shown(self, digits: int, times: float = 1.0) -> str:
+        """Median and spread, for people: ``1.52 [1.50, 1.55]``."""
+        median, q1, q3 = (f"{times * v:.{digits}f}" for v in (self.median, self.q1, self.q3))
+        return f"{median} [{q1}, {q3}]"
 
     @classmethod
     def pooled(cls, processes: Sequence[Summary]) -> Summary:
@@ -192,11 +198,9 @@ def environment(**settings: Any) -> dict[str, Any]:
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*:(.+)", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
@@ -214,29 +218,12 @@ def _commit() -> str | None:
 
 def table(results: Sequence[Result], title: str) -> str:
     """Plain text: ratio to the first result first, then milliseconds, the spread in brackets."""
-    rows = [("", f"x {results[0].name}", "[spread]", "ms", "[spread]")]
-    for result in results:
-        r, s = result.ratio, result.seconds
-        rows.append(
-            (
-                result.name,
-                f"{r.median:.3f}",
-                f"[{r.q1:.3f}, {r.q3:.3f}]",
-                f"{s.median * 1e3:.2f}",
-                f"[{s.q1 * 1e3:.2f}, {s.q3 * 1e3:.2f}]",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([f"{title} (median of {results[0].seconds.count} rounds)", *lines])
+    width = max(len(result.name) for result in results)
+    lines = [f"{title} (median of {results[0].seconds.count} rounds)"]
+    lines.append(f"{'':{width}}  {f'x {results[0].name} [spread]':24}  ms [spread]")
+    for r in results:
+        lines.append(f"{r.name:{width}}  {r.ratio.shown(3):24}  {r.seconds.shown(2, 1e3)}")
+    return "\n".join(lines)
 
 
 def write_json(path: str | Path, record: Mapping[str, Any]) -> None:

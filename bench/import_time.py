@@ -1,7 +1,7 @@
 """What ``import moe_fast`` costs over importing what it builds on, in fresh processes.
 
-The baseline imports torch, transformers' ``AutoModel`` and the four ``modeling_*`` modules that
-moe_fast subclasses. Beyond these, ours may load none of ``FORBIDDEN``.
+The baseline imports torch, transformers' ``AutoModel`` and the ``modeling_*`` modules that moe_fast
+subclasses. Beyond these, ours may load none of ``FORBIDDEN``.
 """
 
 from __future__ import annotations
@@ -12,30 +12,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from moe_fast.architectures import ARCHITECTURES
+
 from .cases import OURS, Candidates, Case, WrongResult
 from .harness import ROOT
 
 BASELINE = "torch + transformers"
+BUILT_ON = dict.fromkeys(a.dense_layer.__module__ for a in ARCHITECTURES)
 IMPORTS = {
-    BASELINE: """
-import torch
-from transformers import AutoModel
-import transformers.models.bert.modeling_bert
-import transformers.models.roberta.modeling_roberta
-import transformers.models.xlm_roberta.modeling_xlm_roberta
-import transformers.models.modernbert.modeling_modernbert
-import transformers.models.camembert.modeling_camembert
-import transformers.models.electra.modeling_electra
-import transformers.models.distilbert.modeling_distilbert
-import transformers.models.mpnet.modeling_mpnet
-import transformers.models.xlm_roberta_xl.modeling_xlm_roberta_xl
-import transformers.models.deberta.modeling_deberta
-import transformers.models.deberta_v2.modeling_deberta_v2
-import transformers.models.esm.modeling_esm
-import transformers.models.nomic_bert.modeling_nomic_bert
-import transformers.models.jina_embeddings_v3.modeling_jina_embeddings_v3
-import transformers.models.eurobert.modeling_eurobert
-""",
+    BASELINE: "\n".join(
+        ["import torch", "from transformers import AutoModel", *(f"import {m}" for m in BUILT_ON)]
+    ),
     OURS: "import moe_fast",
 }
 FORBIDDEN = {"sentence_transformers", "datasets", "accelerate", "triton", "sklearn", "matplotlib"}

@@ -2,7 +2,8 @@
 
 All losses get the same leaves instead of an encoder's output, so that only the loss is compared.
 ``its cached loss`` is sentence-transformers' at the default chunk of 32 rows and at 512. Both
-directions (``symmetric``) cost the cached loss most: it takes the logits of a chunk twice.
+directions (``symmetric``) cost the cached loss most: it takes the logits of a chunk twice. Beside
+them stand the products that our loss makes, alone: the floor that its other work is measured by.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_fast.losses import InfoNCELoss
+from moe_fast.ops.cpu_matmul import add_product, multiply
+from moe_fast.ops.info_nce.tiles import tile_size
 
 from .cases import OURS, Candidates, Case, near
 from .record import Work
@@ -23,15 +26,8 @@ from .record import Work
 DIM, SCALE = 384, 20.0
 TOLERANCE = 1e-5
 THEIRS, CACHED = "sentence-transformers' loss", "its cached loss"
+PRODUCTS = "moe_fast's four products alone"
 SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
-
-
-class Given(nn.Module):
-    """An encoder that finds the embeddings among the features."""
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``features``."""
-        return features
 
 
 def cases(size: str) -> Iterator[Case]:
@@ -61,14 +57,16 @@ def case_of(batch: int, sweep: str | None = None, symmetric: bool = False) -> Ca
 def candidates(batch: int, symmetric: bool) -> Candidates:
     """Ours and sentence-transformers'."""
     leaves = [torch.randn(batch, DIM, requires_grad=True) for _ in range(2)]
-    names = [OURS, THEIRS, *([f"{CACHED}, {rows}" for rows in (32, 512)] if symmetric else [])]
+    theirs = [THEIRS, *([f"{CACHED}, {rows}" for rows in (32, 512)] if symmetric else [])]
     absent = {}
     if find_spec("sentence_transformers") is None:
         reason = "needs sentence-transformers, which is not installed"
-        absent = dict.fromkeys(names[1:], reason)
-    runs = {name: run_of(name, leaves, symmetric) for name in names if name not in absent}
+        absent, theirs = dict.fromkeys(theirs, reason), []
+    names = [OURS, *theirs, *([PRODUCTS] if symmetric else [])]
+    runs = {name: run_of(name, leaves, symmetric) for name in names}
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    return Candidates(runs, near(plain(doubles, symmetric), TOLERANCE), absent)
+    check = near(plain(doubles, symmetric), TOLERANCE, [PRODUCTS])
+    return Candidates(runs, check, absent)
 
 
 def plain(leaves: list[Tensor], symmetric: bool) -> list[Tensor]:
@@ -85,13 +83,15 @@ def run_of(name: str, leaves: list[Tensor], symmetric: bool) -> Callable[[], lis
     """A call that returns the loss and the gradients of both columns."""
     if name.startswith(CACHED):
         return cached(int(name.partition(", ")[2]), leaves)
+    if name == PRODUCTS:
+        return partial(products, *(leaf.detach() for leaf in leaves))
     if name == OURS:
-        loss: Any = InfoNCELoss(Given(), temperature=1 / SCALE, symmetric=symmetric)
+        loss: Any = InfoNCELoss(nn.Identity(), temperature=1 / SCALE, symmetric=symmetric)
     else:
         from sentence_transformers.sentence_transformer import losses
 
         settings: dict[str, Any] = SYMMETRIC if symmetric else {}
-        loss = losses.MultipleNegativesRankingLoss(Given(), scale=SCALE, **settings)
+        loss = losses.MultipleNegativesRankingLoss(nn.Identity(), scale=SCALE, **settings)
     # The ids stand for texts that all differ; a loss may look for duplicates among them.
     ids = torch.arange(len(leaves[0]))[:, None]
 
@@ -121,3 +121,15 @@ def cached(rows: int, leaves: list[Tensor]) -> Callable[[], list[Tensor]]:
         return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     return call
+
+
+def products(a: Tensor, b: Tensor) -> list[Tensor]:
+    """The products of our loss over all tiles, and nothing else: one forward, three backward."""
+    grads, size = [torch.zeros_like(a), torch.zeros_like(b)], tile_size(a.device)
+    for q, grad_q in zip(a.split(size), grads[0].split(size), strict=True):
+        for k, grad_k in zip(b.split(size), grads[1].split(size), strict=True):
+            multiply(q, k.t())  # the forward's
+            logits = multiply(q, k.t())
+            add_product(grad_q, logits, k)
+            add_product(grad_k, logits.t(), q)
+    return grads

@@ -11,6 +11,7 @@ import contextlib
 import os
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,13 @@ class Machine:
     copy_bandwidth: float
     read_bandwidth: float
     matrix_rate: dict[str, float]
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{r / 1e9:.0f} GFLOP/s in {d}" for d, r in self.matrix_rate.items())
+        return (
+            f"{rates}; copying {self.copy_bandwidth / 1e9:.1f} GB/s, reading "
+            f"{self.read_bandwidth / 1e9:.1f} GB/s"
+        )
 
     def floor_seconds(self, flop: float, moved: float, dtype: str) -> float | None:
         """The least time for ``flop`` and ``moved`` bytes; None for a dtype not measured."""
@@ -80,12 +88,7 @@ def _products(size: int, dtype: torch.dtype) -> list[Callable[[], Any]]:
 def best_of(run: Callable[[], Any], repeats: int) -> float:
     """The least seconds of ``repeats`` calls, after one that does not count."""
     run()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(run, number=1, repeat=repeats))
 
 
 def processor_share(seconds: float = 0.05) -> float:

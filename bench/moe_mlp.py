@@ -30,19 +30,6 @@ from .record import Work
 EXPERTS, HIDDEN, TOKENS = 8, 384, 1024
 
 
-class DenseMLP(nn.Module):
-    """The dense MLP: up, GELU, down."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(hidden_size, intermediate_size)
-        self.down = nn.Linear(intermediate_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [rows, D] to [rows, D]."""
-        return self.down(F.gelu(self.up(x)))
-
-
 def eager_loop(moe: MoEMLP, x: Tensor) -> Tensor:
     """``moe(x)`` [T, D] by a loop over the experts that were hit."""
     _, weights, index, _ = moe.router(x, RoutingInfo())
@@ -58,38 +45,31 @@ def eager_loop(moe: MoEMLP, x: Tensor) -> Tensor:
     return out
 
 
-def eager_forward(moe: MoEMLP) -> Callable[..., Tensor]:
-    """A ``forward`` of ``moe`` by :func:`eager_loop`."""
+def with_eager_experts(model: Any) -> Any:
+    """A copy of ``model`` whose experts are computed by :func:`eager_loop`, padding included."""
 
-    def forward(hidden_states: Tensor, **_: Any) -> Tensor:
+    def forward(moe: MoEMLP, hidden_states: Tensor, **_: Any) -> Tensor:
         return eager_loop(moe, hidden_states.flatten(0, -2)).view(hidden_states.shape)
 
-    return forward
+    eager = copy.deepcopy(model)
+    for module in eager.modules():
+        if isinstance(module, MoEMLP):
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
+    return eager
 
 
-def forward(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    """A callable that runs forward alone."""
+def timed(
+    run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad: Tensor | None
+) -> Callable[[], list[Tensor]]:
+    """A call that runs ``run``, and the backward to x and to the parameters where grad is given."""
+    leaves = [x.detach().clone().requires_grad_(), *module.parameters()]
 
-    def call() -> Tensor:
-        with torch.no_grad():
-            return run(x)
-
-    return call
-
-
-def forward_backward(
-    run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad: Tensor
-) -> Callable[[], dict[str, Tensor]]:
-    """A callable that runs forward and backward, and returns the output and all gradients."""
-    leaves = {"x": x.detach().clone().requires_grad_(), **dict(module.named_parameters())}
-
-    def call() -> dict[str, Tensor]:
-        for leaf in leaves.values():
-            leaf.grad = None
-        y = run(leaves["x"])
-        y.backward(grad)
-        grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        return {"y": y.detach(), **grads}
+    def call() -> list[Tensor]:
+        with torch.set_grad_enabled(grad is not None):
+            y = run(leaves[0])
+        if grad is None:
+            return [y]
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
     return call
 
@@ -100,18 +80,13 @@ def cases(size: str) -> Iterator[Case]:
     if size == "full":
         tokens = [256, 2048, 8192]
     for t, k, backward in product(tokens, (1, 2), (False, True)):
-        yield case_of(t, dim, k, backward)
-
-
-def case_of(tokens: int, dim: int, k: int, backward: bool) -> Case:
-    """One shape in one direction, in float32."""
-    return Case(
-        f"MoE layer, {'forward + backward' if backward else 'forward'}",
-        {"T": tokens, "D": dim, "H": 4 * dim, "E": EXPERTS, "K": k},
-        "float32",
-        lambda: candidates(tokens, dim, k, backward),
-        work(tokens, dim, k, backward),
-    )
+        yield Case(
+            f"MoE layer, {'forward + backward' if backward else 'forward'}",
+            {"T": t, "D": dim, "H": 4 * dim, "E": EXPERTS, "K": k},
+            "float32",
+            partial(candidates, t, dim, k, backward),
+            work(t, dim, k, backward),
+        )
 
 
 def work(tokens: int, dim: int, k: int, backward: bool, experts: int = EXPERTS) -> Work:
@@ -129,25 +104,22 @@ def candidates(tokens: int, dim: int, k: int, backward: bool) -> Candidates:
     """MoEMLP, the same parameters through other experts, and dense over as many rows."""
     # "probability" gives weights that differ from 1 at K = 1 too, so that the check sees them.
     moe = MoEMLP(dim, 4 * dim, EXPERTS, k, weight_mode="probability")
-    plain = DenseMLP(dim, 4 * dim)
+    plain = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
     compiled = torch.compile(plain, dynamic=False)
     x = torch.randn(tokens, dim)
     rows = x.repeat_interleave(k, dim=0)
-    grad, grad_rows = torch.randn_like(x), torch.randn_like(rows)
-
-    def run(f: Callable[[Tensor], Tensor], module: nn.Module, t: Tensor, g: Tensor) -> Any:
-        call = forward_backward(f, module, t, g) if backward else forward(f, t)
-        return lambda: _as_list(call())
-
+    grad, grad_rows = (torch.randn_like(t) if backward else None for t in (x, rows))
     others: dict[str, Callable[[Tensor], Tensor]] = {
         OURS: moe,
         "eager loop": partial(eager_loop, moe),
         **_with_our_router(moe),
     }
-    runs = {name: run(f, moe, x, grad) for name, f in others.items()}
-    exact = _exact(moe, x, grad, backward)
-    runs["dense"] = run(plain, plain, rows, grad_rows)
-    runs["dense, compiled"] = run(compiled, plain, rows, grad_rows)
+    runs = {name: timed(f, moe, x, grad) for name, f in others.items()}
+    runs["dense"] = timed(plain, plain, rows, grad_rows)
+    runs["dense, compiled"] = timed(compiled, plain, rows, grad_rows)
+    double = copy.deepcopy(moe).double()
+    with ops.use_backend("torch"):
+        exact = timed(double, double, x.double(), None if grad is None else grad.double())()
     apart = ("dense", "dense, compiled")
     works = dict.fromkeys(apart, work(tokens * k, dim, 1, backward, experts=1))
     return Candidates(runs, near(exact, 1e-5, apart), works=works)
@@ -169,16 +141,3 @@ def _with_our_router(moe: MoEMLP) -> dict[str, Callable[[Tensor], Tensor]]:
         return sorted_products(ops.plan(index, moe.num_experts, backend="torch"))(t)
 
     return {"masked loop": masked, "per-expert products": products}
-
-
-def _exact(moe: MoEMLP, x: Tensor, grad: Tensor, backward: bool) -> list[Tensor]:
-    """The reference in float64: y, or y and the gradients of x and every parameter."""
-    double = copy.deepcopy(moe).double()
-    with ops.use_backend("torch"):
-        if not backward:
-            return _as_list(forward(double, x.double())())
-        return _as_list(forward_backward(double, double, x.double(), grad.double())())
-
-
-def _as_list(outputs: Tensor | dict[str, Tensor]) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else [outputs[n] for n in sorted(outputs)]

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 import moe_fast
+from moe_fast.losses import CachedLoss, InfoNCELoss
+
+from .embedding import pretrained
 
 PACKAGE = f"{Path(moe_fast.__file__).parent}/"
 TEXTS, EXPERTS = 16, 4
@@ -59,15 +62,8 @@ def count_moves(function: Callable[[], Any]) -> Moves:
 
 def jobs(routing: str) -> dict[str, Callable[[], Any]]:
     """Encoding texts, and a step of a cached loss, one chunk a column, both ready to run."""
-    from sentence_transformers import SentenceTransformer
-
-    from moe_fast.demo.pretrained import go_offline, pretrained_folder
-    from moe_fast.losses import CachedLoss, InfoNCELoss
-
-    go_offline()
-    dense = SentenceTransformer(str(pretrained_folder()), device="cpu")
     domains = [f"d{i}" for i in range(EXPERTS)] if routing == "enforced" else None
-    model = moe_fast.upcycle(dense, num_experts=EXPERTS, routing=routing, domains=domains)
+    model = moe_fast.upcycle(pretrained(), num_experts=EXPERTS, routing=routing, domains=domains)
     words = random.Random(0)
     texts = [" ".join(words.choices(["law", "cell", "river"], k=8)) for _ in range(TEXTS)]
     columns = [model.preprocess(half) for half in (texts, texts[::-1])]

@@ -22,7 +22,8 @@ import torch
 from moe_fast.losses import InfoNCELoss
 
 from .cases import OURS, Candidates, Case, near
-from .embedding import dense_and_mixture, read_pairs, with_eager_experts
+from .embedding import dense_and_mixture, read_pairs
+from .moe_mlp import with_eager_experts
 from .training_step import step
 
 TOLERANCE = 1e-3  # in float32, through six layers; a token in another expert gives 1e-2 and more

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -66,12 +67,9 @@ def in_fresh_process(one: Pass) -> Iterator[tuple[list[Row], float]]:
     process.start()
     sender.close()  # the child's copy is then the only one: its end is ours
     try:
-        while True:
-            try:
-                measured = receiver.recv()
-            except EOFError:
-                break
-            yield measured
+        with suppress(EOFError):  # of a child that has ended
+            while True:
+                yield receiver.recv()
         process.join()
     finally:
         process.terminate()

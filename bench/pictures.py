@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
 from moe_fast.files import atomic_write
 
 from .cases import OURS
@@ -59,7 +65,7 @@ def draw_ratios(rows: Sequence[Row], title: str, path: Path) -> None:
     axis.invert_yaxis()
     _ratio_axis(axis, f"time over {ran[0].baseline}'s (log scale); right of 1: slower than it")
     axis.set_title(title, fontsize=11)
-    handles = [_patch(colour(name, names), name) for name in names]
+    handles = [Patch(color=colour(name, names), label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
 
@@ -119,7 +125,9 @@ def draw_roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
     axis.set_title("moe_fast under the limits of this machine (circles float32, squares bfloat16)",
                    fontsize=11)  # fmt: skip
     axis.grid(alpha=0.3)
-    handles = [_patch(OTHERS[i % len(OTHERS)], name) for i, name in enumerate(operations)]
+    handles = [
+        Patch(color=OTHERS[i % len(OTHERS)], label=name) for i, name in enumerate(operations)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     _save(figure, path)
 
@@ -143,7 +151,7 @@ def draw_curves(curves: Sequence[Curve], unit: str, path: Path) -> None:
         axis.set_xticks(members[0].sizes, [f"{n:,}" for n in members[0].sizes], fontsize=7)
         axis.set(yscale="log", xlabel=letter, ylabel=unit)
         axis.grid(alpha=0.3)
-        _plain_log_ticks(axis)
+        _plain_log_ticks(axis.yaxis)
         axis.set_title(f"{operation}, over {letter}", fontsize=9)
         axis.legend(fontsize=7, frameon=False)
     for axis in axes[len(panels) :]:
@@ -158,22 +166,18 @@ def shape_label(row: Row, rows: Sequence[Row]) -> str:
     return label or row.operation
 
 
-def _plain_log_ticks(axis: Any) -> None:
-    """1, 2, 5, 10 ... on a logarithmic y axis: its own labels are powers such as 6 x 10^1."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
+def _plain_log_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10 ... on a logarithmic axis: its own labels are powers such as 6 x 10^1."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _ratio_axis(axis: Any, label: str) -> None:
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.set_xlim(min(low, 0.9), max(high * 1.15, 1.2))
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high * 1.15]
-    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axis.minorticks_off()
+    _plain_log_ticks(axis.xaxis)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlabel(label)
     axis.grid(axis="x", alpha=0.3)
@@ -181,21 +185,11 @@ def _ratio_axis(axis: Any, label: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _patch(fill: str, label: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(color=fill, label=label)
-
-
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> Figure:
     """Without pyplot: no display, no global state."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
+def _save(figure: Figure, path: Path) -> None:
     with atomic_write(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, format="png")

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,30 +114,18 @@ class Problem:
             backend=backend or self.backend,
         )
 
-    def results(
-        self, backend: str | None, dtype: torch.dtype | None = None, recompute: str | None = None
+    def outputs(
+        self,
+        backend: str | None,
+        backward: bool = True,
+        dtype: torch.dtype | None = None,
+        recompute: str | None = None,
     ) -> dict[str, Tensor]:
-        """y and the gradient of every tensor."""
-        run = timed(
-            lambda t: self.forward(t, backend=backend, recompute=recompute),
-            self.tensors,
-            self.upstream,
-            True,
-            dtype,
-        )
-        names = [name for name, tensor in self.tensors.items() if tensor is not None]
-        return dict(zip(["y", *names], run(), strict=True))
-
-    def exact(self, backward: bool) -> list[Tensor]:
-        """The reference in float64: y, or y and all gradients."""
-        run = timed(
-            lambda t: self.forward(t, backend="torch"),
-            self.tensors,
-            self.upstream,
-            backward,
-            torch.float64,
-        )
-        return run()
+        """y, and with ``backward`` the gradient of every tensor, by their names."""
+        run = partial(self.forward, backend=backend, recompute=recompute)
+        found = timed(run, self.tensors, self.upstream, backward, dtype)()
+        names = ["y", *(name for name, tensor in self.tensors.items() if tensor is not None)]
+        return dict(zip(names, found, strict=backward))
 
     def dense(self) -> tuple[dict[str, Any], Tensor]:
         """One expert's tensors with S rows to go through it, and the upstream gradient."""

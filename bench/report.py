@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_fast.files import atomic_write
 
@@ -14,27 +16,20 @@ from . import pictures
 from .cases import OURS
 from .growth import Curve, curves_of
 from .harness import ROOT
-from .machine import Machine
+from .info_nce import PRODUCTS
 from .record import Record, Row, read_record
 
 INTRODUCTION = Path(__file__).with_name("introduction.md")
 FILES = {
-    "route": "route",
-    "plan": "plan",
     "gather_rows": "rows",
     "combine_rows": "rows",
-    "expert MLP": "expert_mlp",
     "expert MLP beside dense": "expert_mlp",
     "MoE layer": "moe_mlp",
     "contrastive loss": "info_nce",
-    "training step": "training_step",
-    "embedding": "embedding",
-    "natural step": "natural_step",
-    "cached step": "cached_step",
     "import": "import_time",
 }
-"""The operation file of each operation's name."""
-DENSE = ("dense", "dense, compiled")
+"""The operation files that are not called as their operations are."""
+APART = ("dense", "dense, compiled", PRODUCTS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,59 +61,50 @@ def section(name: str, record: Record, images: Path) -> str:
     parts = [f"## {name}\n", machine_lines(record)]
     single = [row for row in record.rows if row.sweep is None and row.peak_bytes is None]
 
-    def picture(kind: str, sentence: str) -> str:
+    def picture(kind: str, sentence: str, draw: Callable[..., None], *what: Any) -> str:
+        draw(*what, images / f"bench-{name}-{kind}.png")
         return f"![{sentence}](images/bench-{name}-{kind}.png)\n\n{sentence}\n"
-
-    def path(kind: str) -> Path:
-        return images / f"bench-{name}-{kind}.png"
 
     best = best_of_others(single)
     if best:
-        pictures.draw_best(best, path("best"))
         sentence = (
             "The fastest alternative that computes the same, per operation: the mean over all "
             "shapes, the line from least to most."
         )
-        parts.append(picture("best", sentence))
+        parts.append(picture("best", sentence, pictures.draw_best, best))
     for number, (title, rows) in enumerate(groups(single).items()):
-        repeat = f"python -m bench {FILES[rows[0].operation.partition(',')[0]]}"
-        parts.append(f"### {title}\n\nRepeat: `{repeat}`\n")
+        operation = rows[0].operation.partition(",")[0]
+        file = FILES.get(operation, operation.lower().replace(" ", "_"))
+        parts.append(f"### {title}\n\nRepeat: `python -m bench {file}`\n")
         if any(row.ratio and row.who != row.baseline for row in rows):
-            pictures.draw_ratios(rows, title, path(str(number)))
             sentence = f"How long each candidate takes, {rows[0].baseline} being 1: {title}."
-            parts.append(picture(str(number), sentence))
+            parts.append(picture(str(number), sentence, pictures.draw_ratios, rows, title))
         parts.append(table(rows))
-    parts += growth_parts(record, path, picture)
-    return "\n".join(parts)
+    return "\n".join([*parts, *growth_parts(record, picture)])
 
 
-def growth_parts(
-    record: Record, path: Callable[[str], Path], picture: Callable[[str, str], str]
-) -> list[str]:
+def growth_parts(record: Record, picture: Callable[..., str]) -> list[str]:
     """Roofline, growth and memory, where they were measured."""
     parts = []
     if record.machine and any(r.who == OURS and r.work and r.work.flop for r in record.rows):
-        pictures.draw_roofline(record.rows, record.machine, path("roofline"))
         sentence = "How near moe_fast comes to what this machine could do at best."
-        parts += ["### The limit\n", picture("roofline", sentence)]
-    if curves := curves_of(
-        record.rows, lambda row: row.seconds.median * 1e3 if row.seconds else None
-    ):
-        pictures.draw_curves(curves, "ms", path("growth"))
+        drawn = picture("roofline", sentence, pictures.draw_roofline, record.rows, record.machine)
+        parts += ["### The limit\n", drawn]
+    curves = curves_of(record.rows, lambda row: row.seconds.median * 1e3 if row.seconds else None)
+    if curves:
         sentence = "How time grows with one size, the others fixed; in the legend the exponent."
         parts += [
             "### Growth\n\nRepeat: `python -m bench growth`\n",
-            picture("growth", sentence),
+            picture("growth", sentence, pictures.draw_curves, curves, "ms"),
             growth_table(curves),
         ]
-    mebibytes = curves_of(record.rows, lambda row: row.peak_bytes and row.peak_bytes / 2**20)
-    if mebibytes:
-        pictures.draw_curves(mebibytes, "MiB beyond the inputs", path("memory"))
+    curves = curves_of(record.rows, lambda row: row.peak_bytes and row.peak_bytes / 2**20)
+    if curves:
         sentence = "What one forward and backward takes beyond its inputs, in fresh processes."
         parts += [
             "### Memory\n\nRepeat: `python -m bench peak_memory`\n",
-            picture("memory", sentence),
-            memory_table(mebibytes),
+            picture("memory", sentence, pictures.draw_curves, curves, "MiB beyond the inputs"),
+            memory_table(curves),
         ]
     return parts
 
@@ -132,19 +118,10 @@ def machine_lines(record: Record) -> str:
         f"Python {e.get('python')}; commit {str(e.get('commit'))[:12]}; {e.get('time')}.\n"
     ]
     if record.machine:
-        lines.append(f"{ceilings(record.machine)}\n")
+        lines.append(f"The machine's limits: {record.machine}.\n")
     if record.noisy:
         lines.append(f"**A noisy run**: {'; '.join(record.noisy)}. Its figures deserve doubt.\n")
     return "\n".join(lines)
-
-
-def ceilings(machine: Machine) -> str:
-    """The limits in one sentence."""
-    rates = ", ".join(f"{r / 1e9:.0f} GFLOP/s in {d}" for d, r in machine.matrix_rate.items())
-    return (
-        f"The machine's limits: {rates}; copying {machine.copy_bandwidth / 1e9:.1f} GB/s, reading "
-        f"{machine.read_bandwidth / 1e9:.1f} GB/s."
-    )
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -158,35 +135,30 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]:
     """Per operation and dtype the fastest alternative: geometric mean, least and most of its ratio.
 
-    Dense is none: it computes something else.
+    Dense, and the products that are a part of ours, are none: they compute something else.
     """
     best: dict[str, tuple[float, float, float]] = {}
     for title, members in groups(rows).items():
         cases: dict[tuple[str, str, str], float] = {}
         for row in members:
-            if row.ratio and row.baseline == OURS and row.who not in (OURS, *DENSE):
+            if row.ratio and row.baseline == OURS and row.who not in (OURS, *APART):
                 cases[row.case] = min(cases.get(row.case, math.inf), row.ratio.median)
         if cases:
             ratios = list(cases.values())
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            best[title] = (mean, min(ratios), max(ratios))
+            best[title] = (statistics.geometric_mean(ratios), min(ratios), max(ratios))
     return best
 
 
 def table(rows: Sequence[Row]) -> str:
     """A line per candidate and shape; who could not run, with the reason, once."""
-    lines = [f"| shape | candidate | time over {rows[0].baseline}'s | ms | share of the floor |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = [("shape", "candidate", f"time over {rows[0].baseline}'s", "ms", "share of the floor")]
     reasons: dict[str, list[str]] = {}
     for row in rows:
         shape = " ".join(f"{k}={v}" for k, v in row.shape.items())
         if row.ratio and row.seconds:
-            r, s = row.ratio, row.seconds
             share = f"{row.share_of_floor:.0%}" if row.share_of_floor else ""
-            lines.append(
-                f"| {shape} | {row.who} | {r.median:.2f} [{r.q1:.2f}, {r.q3:.2f}] "
-                f"| {s.median * 1e3:.3g} | {share} |"
-            )
+            milliseconds = f"{row.seconds.median * 1e3:.3g}"
+            lines.append((shape, row.who, row.ratio.shown(2), milliseconds, share))
         elif row.reason:
             reasons.setdefault(f"{row.who}: {row.reason}", []).append(shape)
     count = len({row.case for row in rows})
@@ -194,28 +166,32 @@ def table(rows: Sequence[Row]) -> str:
         f"- {reason}" + ("" if len(shapes) == count else f" ({'; '.join(shapes)})")
         for reason, shapes in reasons.items()
     ]
-    return "\n".join([*lines, *(["", "Not run:", "", *notes] if notes else []), ""])
+    return markdown(lines) + "\n".join(["", "Not run:", "", *notes, ""] if notes else [])
 
 
 def growth_table(curves: Sequence[Curve]) -> str:
     """The fitted exponents."""
-    lines = ["| operation | size | from, to | candidate | exponent |", "|---|---|---|---|---|"]
+    lines = [("operation", "size", "from, to", "candidate", "exponent")]
     for c in curves:
-        span = f"{c.sizes[0]:,} .. {c.sizes[-1]:,}"
         error = "" if math.isnan(c.error) else f" ± {c.error:.2f}"
-        lines.append(f"| {c.operation} | {c.letter} | {span} | {c.who} | {c.exponent:.2f}{error} |")
-    return "\n".join([*lines, ""])
+        span = f"{c.sizes[0]:,} .. {c.sizes[-1]:,}"
+        lines.append((c.operation, c.letter, span, c.who, f"{c.exponent:.2f}{error}"))
+    return markdown(lines)
 
 
 def memory_table(curves: Sequence[Curve]) -> str:
     """Peaks in MiB."""
-    lines = ["| operation | size | candidate | MiB |", "|---|---|---|---|"]
-    lines += [
-        f"| {c.operation} | {c.letter}={size:,} | {c.who} | {value:.0f} |"
-        for c in curves
-        for size, value in zip(c.sizes, c.values, strict=True)
-    ]
-    return "\n".join([*lines, ""])
+    lines = [("operation", "size", "candidate", "MiB")]
+    for c in curves:
+        for size, value in zip(c.sizes, c.values, strict=True):
+            lines.append((c.operation, f"{c.letter}={size:,}", c.who, f"{value:.0f}"))
+    return markdown(lines)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; its first row is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""])
 
 
 if __name__ == "__main__":

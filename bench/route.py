@@ -7,12 +7,13 @@ weights, sorted, which then agree all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_fast import ops
 
@@ -32,24 +33,15 @@ def cases(size: str) -> Iterator[Case]:
     elif size == "full":
         tokens, dim = [16, 512, 8192, 65536], 768
     for t, k, dtype in product(tokens, (1, 2), dtypes):
-        yield case_of(t, dim, k, dtype)
-
-
-def case_of(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Case:
-    """One shape."""
-    return Case(
-        "route, forward",
-        {"T": tokens, "D": dim, "E": EXPERTS, "K": k},
-        str(dtype).removeprefix("torch."),
-        lambda: candidates(tokens, dim, k, dtype),
-        work(tokens, dim, k, dtype),
-    )
-
-
-def work(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Work:
-    """The product; x and the weight read, logits, K ids and K weights written."""
-    read = (tokens + EXPERTS) * dim * dtype.itemsize
-    return Work(2 * tokens * dim * EXPERTS, read + tokens * (4 * EXPERTS + (8 + 4) * k))
+        read = (t + EXPERTS) * dim * dtype.itemsize
+        yield Case(
+            "route, forward",
+            {"T": t, "D": dim, "E": EXPERTS, "K": k},
+            str(dtype).removeprefix("torch."),
+            partial(candidates, t, dim, k, dtype),
+            # The product; x and the weight read, logits, K ids and K weights written.
+            Work(2 * t * dim * EXPERTS, read + t * (4 * EXPERTS + (8 + 4) * k)),
+        )
 
 
 def candidates(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Candidates:
@@ -57,25 +49,25 @@ def candidates(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Candidates:
     x = torch.randn(tokens, dim).to(dtype)
     weight = (torch.randn(EXPERTS, dim) / dim**0.5).to(dtype)
 
-    def ours() -> Tensor:
+    def ours() -> list[Tensor]:
         # At K = 1 renormalised weights are the constant 1: nothing to compare, nothing to compute.
         mode = "probability" if k == 1 else "renormalize"
-        return ops.route(x, weight, k, weight_mode=mode).top_k_weights
+        return [ops.route(x, weight, k, weight_mode=mode).top_k_weights]
 
-    def plain() -> Tensor:
-        weights = torch.softmax(F.linear(x, weight).float(), -1).topk(k).values
-        return weights if k == 1 else weights / weights.sum(-1, keepdim=True)
+    def top_k(logits: Tensor) -> list[Tensor]:
+        weights = torch.softmax(logits, -1).topk(k).values
+        return [weights if k == 1 else weights / weights.sum(-1, keepdim=True)]
 
-    runs = {OURS: ours, "softmax, top-k": plain}
+    runs = {OURS: ours, "softmax, top-k": lambda: top_k(F.linear(x, weight).float())}
     if k > 1:  # at K = 1 its weights are the constant 1
-        runs["transformers' router"] = transformers_router(weight, k)(x)
-    exact = torch.softmax(x.double() @ weight.double().T, -1).topk(k).values
-    exact = exact if k == 1 else exact / exact.sum(-1, keepdim=True)
-    calls = {name: without_gradients(run) for name, run in runs.items()}
-    return Candidates(calls, near([exact], TOLERANCES[dtype]))
+        router = transformers_router(weight, k)
+        runs["transformers' router"] = lambda: [router(x)[1]]
+    exact = top_k(x.double() @ weight.double().T)
+    calls = {name: torch.no_grad()(run) for name, run in runs.items()}
+    return Candidates(calls, near(exact, TOLERANCES[dtype]))
 
 
-def transformers_router(weight: Tensor, k: int) -> Callable[[Tensor], Callable[[], Tensor]]:
+def transformers_router(weight: Tensor, k: int) -> nn.Module:
     """Mixtral's router on ``weight``; it returns logits, weights and ids."""
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -84,15 +76,5 @@ def transformers_router(weight: Tensor, k: int) -> Callable[[Tensor], Callable[[
         hidden_size=weight.shape[1], num_local_experts=weight.shape[0], num_experts_per_tok=k
     )
     router = MixtralTopKRouter(config)
-    router.weight = torch.nn.Parameter(weight)
-    return lambda x: lambda: router(x)[1]
-
-
-def without_gradients(run: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
-    """``run`` under ``torch.no_grad``, its output in a list."""
-
-    def call() -> list[Tensor]:
-        with torch.no_grad():
-            return [run()]
-
-    return call
+    router.weight = nn.Parameter(weight)
+    return router

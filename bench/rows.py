@@ -7,6 +7,8 @@ move the same bytes as ours; what they can be faster by is a pass over [S, D].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -23,21 +25,15 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 def cases(size: str) -> Iterator[Case]:
     """Both operations at S = 2T rows."""
     tokens = {"tiny": 24, "quick": 8192, "default": 8192}.get(size, 65536)
-    for dtype in TOLERANCES:
-        yield case_of("gather_rows", tokens, dtype)
-        yield case_of("combine_rows", tokens, dtype)
-
-
-def case_of(operation: str, tokens: int, dtype: torch.dtype) -> Case:
-    """One operation."""
-    moved = dtype.itemsize * tokens * DIM * (K + 1)  # [S, D] and [T, D], one read, one written
-    return Case(
-        operation,
-        {"T": tokens, "D": DIM, "E": EXPERTS, "K": K},
-        str(dtype).removeprefix("torch."),
-        lambda: candidates(operation, tokens, dtype),
-        Work(0, moved),
-    )
+    for dtype, operation in product(TOLERANCES, ("gather_rows", "combine_rows")):
+        yield Case(
+            operation,
+            {"T": tokens, "D": DIM, "E": EXPERTS, "K": K},
+            str(dtype).removeprefix("torch."),
+            partial(candidates, operation, tokens, dtype),
+            # [S, D] and [T, D], one read, one written.
+            Work(0, dtype.itemsize * tokens * DIM * (K + 1)),
+        )
 
 
 def candidates(operation: str, tokens: int, dtype: torch.dtype) -> Candidates:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,7 +28,7 @@ import moe_fast
 from moe_fast.losses import InfoNCELoss
 
 from .cases import OURS, Candidates, Case, near
-from .moe_mlp import eager_forward
+from .moe_mlp import with_eager_experts
 from .peers import gpu_only
 from .record import Work
 
@@ -87,9 +88,6 @@ def candidates(batch: int, length: int, dim: int) -> Candidates:
     dense = dense_bert(dim)
     moe = moe_fast.upcycle(dense, num_experts=EXPERTS, num_experts_per_tok=1)
     pairs = [_features(batch, length) for _ in range(2)]
-    eager = copy.deepcopy(moe)
-    for mlp in eager.moe_mlps().values():
-        mlp.forward = eager_forward(mlp)
     runs = {OURS: step(Encoder(moe), InfoNCELoss, pairs)}
     absent = gpu_only(attention=True)
     if find_spec("sentence_transformers") is None:
@@ -99,14 +97,12 @@ def candidates(batch: int, length: int, dim: int) -> Candidates:
     else:
         from sentence_transformers.sentence_transformer import losses
 
-        def cached(model: nn.Module) -> nn.Module:
-            return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=CHUNK)
-
         plain = losses.MultipleNegativesRankingLoss
+        cached = partial(losses.CachedMultipleNegativesRankingLoss, mini_batch_size=CHUNK)
         for name, model, loss in (
             ("sentence-transformers' loss", copy.deepcopy(moe), plain),
             ("its cached loss", copy.deepcopy(moe), cached),
-            ("eager loop", eager, plain),
+            ("eager loop", with_eager_experts(moe), plain),
             ("dense", dense, plain),
         ):
             runs[name] = step(Encoder(model), loss, pairs)

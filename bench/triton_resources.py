@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+
+from .problem import Shape
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # How a product on tensor cores shows in the code, for 16-bit operands.
@@ -45,28 +48,18 @@ PRODUCTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What is compiled for: T tokens, E experts, D, H, a dtype, float32 products as TF32 or not."""
-
-    tokens: int
-    experts: int
-    dim: int
-    hidden: int
-    dtype: torch.dtype
-    tf32: bool = False
-
-
 # BERT-base, and an odd shape that takes the masked paths. Left out: float16, which differs from
 # bfloat16 in a type alone, and the odd shape in TF32, which differs from float32 in a flag.
-_BASE, _ODD = (65_536, 8, 768, 3072), (1_001, 3, 389, 1019)
+_BASE = Shape(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
+_ODD = Shape(1_001, experts=3, k=1, dim=389, hidden=1019, dtype=torch.bfloat16)
+TF32 = "tf32"  # the problem whose float32 products are rounded to TF32
 PROBLEMS = {
-    "bfloat16": Problem(*_BASE, torch.bfloat16),
-    "float32": Problem(*_BASE, torch.float32),
-    "tf32": Problem(*_BASE, torch.float32, tf32=True),
-    "bfloat16-odd": Problem(*_ODD, torch.bfloat16),
-    "float32-odd": Problem(*_ODD, torch.float32),
-    "bfloat16-few": Problem(128, *_BASE[1:], torch.bfloat16),  # rows per expert
+    "bfloat16": _BASE,
+    "float32": dataclasses.replace(_BASE, dtype=torch.float32),
+    TF32: dataclasses.replace(_BASE, dtype=torch.float32),
+    "bfloat16-odd": _ODD,
+    "float32-odd": dataclasses.replace(_ODD, dtype=torch.float32),
+    "bfloat16-few": dataclasses.replace(_BASE, tokens=128),  # rows per expert
 }
 
 
@@ -85,7 +78,7 @@ class Launch:
         """The kernel's name and the settings that tell its variants apart."""
         shown = [f"{n}={v}" for n, v in self.constants if n.isupper() and v is not None]
         pointers = sorted(
-            {t for _, t in self.signature if t.startswith("*")} - {"*i64", "*i32", "*i1"}
+            {t for _, t in self.signature if t.startswith("*")} - {"*i64", "*i32", "*u1"}
         )
         options = [f"{n}={v}" for n, v in self.options]
         return " ".join([self.kernel.__name__, *shown, *options, *pointers])
@@ -115,38 +108,24 @@ class Resources:
 
 def as_launch(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
     """What Triton's launcher would make of the arguments."""
+    from triton.runtime.jit import mangle_type
+
     names = [p.name for p in kernel.params]
     given = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        if hasattr(value, "block_shape"):  # a tensor descriptor
-            tile = f"{_pointer(value.base.dtype)[1:]}{list(value.block_shape)}"
-            signature.append((parameter.name, f"tensordesc<{tile}>"))
-        elif isinstance(value, Tensor):
-            signature.append((parameter.name, _pointer(value.dtype)))
-            divisible.append(position)  # torch's allocator aligns to far more than 16 bytes
-        elif parameter.is_constexpr or value is None or value == 1:
+        number = value if isinstance(value, int) else None
+        if parameter.is_constexpr or value is None or number == 1:
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
-        else:
-            signature.append((parameter.name, "i32" if value < 1 << 31 else "i64"))
-            if value % 16 == 0:
-                divisible.append(position)
+            continue
+        signature.append((parameter.name, mangle_type(value)))
+        # torch's allocator aligns to far more than 16 bytes
+        if isinstance(value, Tensor) or (number is not None and number % 16 == 0):
+            divisible.append(position)
     options = tuple((n, v) for n, v in sorted(kwargs.items()) if n not in names)
     return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), options)
-
-
-def _pointer(dtype: torch.dtype) -> str:
-    names = {
-        torch.float32: "fp32",
-        torch.float16: "fp16",
-        torch.bfloat16: "bf16",
-        torch.int32: "i32",
-        torch.int64: "i64",
-        torch.bool: "i1",
-    }
-    return "*" + names[dtype]
 
 
 @contextlib.contextmanager
@@ -156,12 +135,10 @@ def recorded(target: str) -> Iterator[list[Launch]]:
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
-    seen: set[Launch] = set()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = as_launch(self, args, kwargs)
-        if launch not in seen:
-            seen.add(launch)
+        if launch not in launches:
             launches.append(launch)
 
     with (
@@ -197,85 +174,76 @@ def tf32(wanted: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def launch_everything(problem: Problem) -> None:
+def launch_everything(shape: Shape) -> None:
     """Every op's forward and backward, in every form that has kernels of its own."""
+    from moe_fast.triton_ops.plan import plan
+
     for k in (1, 2):
-        plan = _plan(problem, k)
-        for gated, act, bias in ((False, "gelu", True), (True, "gelu", False)):
-            _expert_mlp(problem, k, plan, gated=gated, act=act, bias=bias)
-        _expert_linear(problem, k, plan)
-        _output_block(problem, k, plan[3])
-    _by_descriptors(problem, plan)
-    _around_grouped_mm(problem, plan)
+        routed = dataclasses.replace(shape, k=k)
+        order = plan(_new(shape.tokens, k, dtype=torch.int64), shape.experts)
+        for gated in (False, True):
+            _expert_mlp(dataclasses.replace(routed, gated=gated, bias=not gated), order)
+        _expert_linear(routed, order)
+        _output_block(routed, order[3])
+    _by_descriptors(shape, order)
+    _around_grouped_mm(shape, order)
     for mode, weight_mode, k in (
         ("token_topk", "straight_through", 1),
         ("token_topk", "renormalize", 2),
         ("token_topk", "probability", 2),
         ("sentence_topk", "renormalize", 2),
-        ("dense", "probability", problem.experts),
+        ("dense", "probability", shape.experts),
     ):
-        _route(problem, mode, weight_mode, k)
+        _route(shape, mode, weight_mode, k)
     for form in ("symmetric", "one way", "masks", "everything"):
-        _info_nce(problem, form)
-    if problem == PROBLEMS["bfloat16"]:  # float16's products of the backward are TF32's
-        _info_nce(dataclasses.replace(problem, dtype=torch.float16), "symmetric")
+        _info_nce(shape, form)
+    if shape == PROBLEMS["bfloat16"]:  # float16's products of the backward are TF32's
+        _info_nce(dataclasses.replace(shape, dtype=torch.float16), "symmetric")
 
 
 def _new(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _plan(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from moe_fast.triton_ops.plan import plan
+def _expert_mlp(shape: Shape, plan: tuple[Tensor, ...]) -> None:
+    from moe_fast.ops.expert_mlp.triton import forward, gradients
 
-    return plan(_new(problem.tokens, k, dtype=torch.int64), problem.experts)
-
-
-def _expert_mlp(
-    problem: Problem, k: int, plan: tuple[Tensor, ...], *, gated: bool, act: str, bias: bool
-) -> None:
-    from moe_fast.ops.expert_mlp import triton as expert_mlp_triton
-
-    p, dtype = problem, problem.dtype
-    width = 2 * p.hidden if gated else p.hidden
-    tensors: tuple[Any, ...] = (
-        _new(p.tokens, p.dim, dtype=dtype),
-        _new(p.experts, width, p.dim, dtype=dtype),
-        _new(p.experts, p.dim, p.hidden, dtype=dtype),
-        _new(p.experts, width, dtype=dtype) if bias else None,
-        _new(p.experts, p.dim, dtype=dtype) if bias else None,
-        _new(p.tokens, k, dtype=torch.float32),
+    s, dtype = shape, shape.dtype
+    tensors = (
+        _new(s.tokens, s.dim, dtype=dtype),
+        _new(s.experts, s.width, s.dim, dtype=dtype),
+        _new(s.experts, s.dim, s.hidden, dtype=dtype),
+        _new(s.experts, s.width, dtype=dtype) if s.bias else None,
+        _new(s.experts, s.dim, dtype=dtype) if s.bias else None,
+        _new(s.tokens, s.k, dtype=torch.float32),
         *plan,
     )
-    forward: Callable[..., Any] = expert_mlp_triton.forward
-    gradients: Callable[..., Any] = expert_mlp_triton.gradients
     for save in (True, False):
-        y, z = forward(*tensors, act, gated, save)
-        gradients(y, *tensors, z, act, gated)
+        y, z = forward(*tensors, "gelu", s.gated, save)
+        gradients(y, *tensors, z, "gelu", s.gated)
 
 
-def _expert_linear(problem: Problem, k: int, plan: tuple[Tensor, ...]) -> None:
-    from moe_fast.ops.expert_linear import triton as expert_linear_triton
+def _expert_linear(shape: Shape, plan: tuple[Tensor, ...]) -> None:
+    from moe_fast.ops.expert_linear.triton import forward, gradients
 
-    p, dtype = problem, problem.dtype
-    tensors: tuple[Any, ...] = (
-        _new(p.tokens, p.dim, dtype=dtype),
-        _new(p.experts, p.hidden, p.dim, dtype=dtype),
-        _new(p.experts, p.hidden, dtype=dtype),
-        _new(p.tokens, k, dtype=torch.float32),
+    s, dtype = shape, shape.dtype
+    tensors = (
+        _new(s.tokens, s.dim, dtype=dtype),
+        _new(s.experts, s.hidden, s.dim, dtype=dtype),
+        _new(s.experts, s.hidden, dtype=dtype),
+        _new(s.tokens, s.k, dtype=torch.float32),
         *plan,
     )
-    y = expert_linear_triton.forward(*tensors)
-    expert_linear_triton.gradients(y, *tensors)
+    gradients(forward(*tensors), *tensors)
 
 
-def _output_block(problem: Problem, k: int, slot_to_row: Tensor) -> None:
+def _output_block(shape: Shape, slot_to_row: Tensor) -> None:
     from moe_fast.triton_ops.combine_norm import combine_norm, combine_norm_backward
 
-    p, dtype = problem, problem.dtype
-    rows, residual = _new(p.tokens * k, p.dim, dtype=dtype), _new(p.tokens, p.dim, dtype=dtype)
-    weights, gamma = _new(p.tokens, k, dtype=torch.float32), _new(p.dim, dtype=dtype)
-    for keep in (None, _new(p.tokens, p.dim, dtype=torch.bool)):  # dropout or none
+    s, dtype = shape, shape.dtype
+    rows, residual = _new(s.tokens * s.k, s.dim, dtype=dtype), _new(s.tokens, s.dim, dtype=dtype)
+    weights, gamma = _new(s.tokens, s.k, dtype=torch.float32), _new(s.dim, dtype=dtype)
+    for keep in (None, _new(s.tokens, s.dim, dtype=torch.bool)):  # dropout or none
         block = (residual, keep, gamma, gamma)
         for save in (False, True):
             y, total, moments = combine_norm(
@@ -284,81 +252,79 @@ def _output_block(problem: Problem, k: int, slot_to_row: Tensor) -> None:
         combine_norm_backward(y, total, moments, keep, gamma, scale=1 / 0.9, like=rows)
 
 
-def _by_descriptors(problem: Problem, plan: tuple[Tensor, ...]) -> None:
+def _by_descriptors(shape: Shape, plan: tuple[Tensor, ...]) -> None:
     """The shipped tiles with descriptors instead of pointers, where the target has them."""
     from moe_fast.triton_ops import launch_config
     from moe_fast.triton_ops.config import why_not
     from moe_fast.triton_ops.linear import linear
     from moe_fast.triton_ops.up_projection import up_projection
 
-    p, dtype, target = problem, problem.dtype, launch_config.target_of(None)
-    x = _new(p.tokens, p.dim, dtype=dtype)
-    rows, h = plan[:3], _new(len(plan[1]), p.hidden, dtype=dtype)
-    down = _new(p.experts, p.dim, p.hidden, dtype=dtype)
-    bias, weights = _new(p.experts, p.dim, dtype=dtype), _new(len(plan[1]), dtype=torch.float32)
+    s, dtype, target = shape, shape.dtype, launch_config.target_of(None)
+    x = _new(s.tokens, s.dim, dtype=dtype)
+    rows, h = plan[:3], _new(len(plan[1]), s.hidden, dtype=dtype)
+    down = _new(s.experts, s.dim, s.hidden, dtype=dtype)
+    bias, weights = _new(s.experts, s.dim, dtype=dtype), _new(len(plan[1]), dtype=torch.float32)
 
     def config(kernel: str, n: int, k: int) -> Any:
-        found = launch_config.config_for(kernel, x, n, k, p.tokens // p.experts)
+        found = launch_config.config_for(kernel, x, n, k, s.tokens // s.experts)
         found = dataclasses.replace(found, descriptors=True)
         return None if why_not(found, kernel, dtype, target, n, k) else found
 
     for kernel, gated in (("up", False), ("gated_up", True)):
-        if found := config(kernel, p.hidden, p.dim):
-            w = _new(p.experts, p.hidden * (1 + gated), p.dim, dtype=dtype)
+        if found := config(kernel, s.hidden, s.dim):
+            w = _new(s.experts, s.hidden * (1 + gated), s.dim, dtype=dtype)
             form = dict(act="silu" if gated else "gelu", gated=gated, want_z=True, want_h=True)
             up_projection(x, w, None if gated else w[:, :, 0], *rows[:2], **form, config=found)
-    if found := config("linear", p.dim, p.hidden):
-        linear(h, down, bias, weights, *rows, gather=False, scatter=True, config=found)
-        linear(h, down, None, None, *rows, gather=False, scatter=False, config=found)
-    if found := config("linear_transposed", p.dim, p.hidden):
-        up_proj = _new(p.experts, p.hidden, p.dim, dtype=dtype)
-        linear(h, up_proj.mT, None, None, *rows, gather=False, scatter=True, config=found)
+    if found := config("linear", s.dim, s.hidden):
+        linear(h, down, bias, weights, rows, gather=False, scatter=True, config=found)
+        linear(h, down, None, None, rows, gather=False, scatter=False, config=found)
+    if found := config("linear_transposed", s.dim, s.hidden):
+        up_proj = _new(s.experts, s.hidden, s.dim, dtype=dtype)
+        linear(h, up_proj.mT, None, None, rows, gather=False, scatter=True, config=found)
 
 
-def _around_grouped_mm(problem: Problem, plan: tuple[Tensor, ...]) -> None:
+def _around_grouped_mm(shape: Shape, plan: tuple[Tensor, ...]) -> None:
     from moe_fast.triton_ops.grouped_mm import zero_empty
     from moe_fast.triton_ops.row_epilogue import row_epilogue
 
-    p, dtype = problem, problem.dtype
-    rows, bias = _new(len(plan[1]), p.dim, dtype=dtype), _new(p.experts, p.dim, dtype=dtype)
+    s, dtype = shape, shape.dtype
+    rows, bias = _new(len(plan[1]), s.dim, dtype=dtype), _new(s.experts, s.dim, dtype=dtype)
     weights = _new(len(plan[1]), dtype=torch.float32)
     for b, w, scatter in ((bias, weights, True), (bias, None, False), (None, weights, False)):
-        row_epilogue(rows, b, w, *plan[:3], scatter=scatter)
-    zero_empty(_new(p.experts, p.dim, p.hidden, dtype=dtype), plan[0])
+        row_epilogue(rows, b, w, plan[:3], scatter=scatter)
+    zero_empty(_new(s.experts, s.dim, s.hidden, dtype=dtype), plan[0])
 
 
-def _route(problem: Problem, mode: str, weight_mode: str, k: int) -> None:
+def _route(shape: Shape, mode: str, weight_mode: str, k: int) -> None:
     from moe_fast.triton_ops.route import route
     from moe_fast.triton_ops.route_grad import route_backward
     from moe_fast.triton_ops.top_k import RouteSettings
 
-    x = _new(problem.tokens, problem.dim, dtype=problem.dtype)
-    router_weight = _new(problem.experts, problem.dim, dtype=problem.dtype)
-    mask = _new(problem.tokens, dtype=torch.bool)
+    x = _new(shape.tokens, shape.dim, dtype=shape.dtype)
+    router_weight = _new(shape.experts, shape.dim, dtype=shape.dtype)
+    mask = _new(shape.tokens, dtype=torch.bool)
     starts = _new(129, dtype=torch.int64)
     settings = RouteSettings(k, weight_mode, mode == "sentence_topk", mode == "dense")
     weights, logits, _, _ = route(x, router_weight, settings, mask, starts, torch.float32)
     route_backward(weights, logits, x, router_weight, logits, settings, mask, starts)
 
 
-def _info_nce(problem: Problem, form: str) -> None:
+def _info_nce(shape: Shape, form: str) -> None:
     """A batch of T pairs: dot products one way, or cosines both ways, without ids or with.
 
     ``masks``: texts and domains; ``everything``: hard negatives, groups and smoothing too.
     """
-    from moe_fast.ops.info_nce import triton as info_nce_triton
+    from moe_fast.ops.info_nce.triton import forward, gradients
 
-    size, everything = problem.tokens, form == "everything"
+    size, everything = shape.tokens, form == "everything"
     lengths = (size, 2 * size if everything else size, size, size if everything else None)
     ids = [
         None if n is None or form in ("symmetric", "one way") else _new(n, dtype=torch.int64)
         for n in lengths
     ]
-    x = _new(size, problem.dim, dtype=problem.dtype)
+    x = _new(size, shape.dim, dtype=shape.dtype)
     tensors = (x, x, x if everything else None, _new(dtype=torch.float32), *ids, None)
     settings = (0.1 if everything else 0.0, form != "one way", form != "one way")
-    forward: Callable[..., Any] = info_nce_triton.forward
-    gradients: Callable[..., Any] = info_nce_triton.gradients
     loss, _, _, *sums = forward(*tensors, *settings)
     gradients(loss, *tensors, *sums, *settings)
 
@@ -383,7 +349,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     compiled = triton.compile(source, target=gpu, options=dict(launch.options))
     if hip:
         code = compiled.asm["amdgcn"]
-        registers, spills = (_amd_count(code, n) for n in ("vgpr_count", "vgpr_spill_count"))
+        registers, spills = _numbers(r"\.vgpr_count:\s+(\d+).*\.vgpr_spill_count:\s+(\d+)", code)
     else:
         code = compiled.asm["ptx"]
         registers, spills = _nvidia_counts(compiled.asm["cubin"])
@@ -392,11 +358,12 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     return Resources(registers, spills, compiled.metadata.shared, cores, copies)
 
 
-def _amd_count(code: str, name: str) -> int:
-    found = re.search(rf"\.{name}:\s+(\d+)", code)
+def _numbers(pattern: str, text: str) -> tuple[int, int]:
+    """The two that a pattern finds in what a tool says of a kernel."""
+    found = re.search(pattern, text, re.DOTALL)
     if found is None:
-        raise RuntimeError(f"no {name} in the compiled code")
-    return int(found[1])
+        raise RuntimeError(f"no registers and spills in: {text[-2000:]}")
+    return int(found[1]), int(found[2])
 
 
 def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
@@ -409,10 +376,7 @@ def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [str(tool), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump gives no registers: {usage.stdout}{usage.stderr}")
-    return int(found[1]), int(found[2])
+    return _numbers(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
 
 
 def faults(launch: Launch, target: str, used: Resources) -> list[str]:
@@ -433,20 +397,25 @@ def faults(launch: Launch, target: str, used: Resources) -> list[str]:
 
 
 def launches_of(target: str, names: Sequence[str]) -> dict[str, Launch]:
-    """What the problems launch on ``target``, by a name of its own."""
+    """What the problems launch on ``target``, by a name of its own.
+
+    Launches of one name differ in divisibility and in arguments that are 1: they are numbered.
+    """
     with recorded(target) as launches:
         for name in names:
-            with tf32(PROBLEMS[name].tf32):
+            with tf32(name == TF32):
                 launch_everything(PROBLEMS[name])
-    named: dict[str, Launch] = {}
+    named, seen = {}, Counter[str]()
     for launch in launches:
-        named[_unique(launch, named)] = launch
+        seen[launch.name] += 1
+        number = seen[launch.name]
+        named[launch.name if number == 1 else f"{launch.name} #{number}"] = launch
     return named
 
 
 def measure(
     targets: Sequence[str],
-    names: Sequence[str],
+    problems: Sequence[str],
     only: str = "",
     every: int = 1,
     workers: int = 1,
@@ -455,7 +424,7 @@ def measure(
     """Compile what the problems launch: the table target -> kernel -> resources, and what is wrong.
 
     Args:
-        targets, names: of ``TARGETS`` and ``PROBLEMS``.
+        targets, problems: names of ``TARGETS`` and ``PROBLEMS``.
         only: a regular expression on the kernels' names.
         every: compile one of so many, a sample.
         workers: kernels to compile at a time.
@@ -464,7 +433,7 @@ def measure(
     resources: dict[str, dict[str, dict]] = {}
     wrong: list[str] = []
     for target in targets:
-        named = [(n, one) for n, one in launches_of(target, names).items() if re.search(only, n)]
+        named = [(n, one) for n, one in launches_of(target, problems).items() if re.search(only, n)]
         named = named[::every]
         rows = resources.setdefault(target, {})
         with parsing_in_turn(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -489,15 +458,6 @@ def format_table(version: str, resources: dict[str, dict[str, dict]]) -> str:
     return f'{{\n "triton": "{version}",\n "resources": {{\n{body}\n }}\n}}\n'
 
 
-def _unique(launch: Launch, rows: dict[str, Launch]) -> str:
-    """Launches of one name differ in divisibility and in arguments that are 1: number them."""
-    name, number = launch.name, 2
-    while name in rows:
-        name = f"{launch.name} #{number}"
-        number += 1
-    return name
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, write the table. Exit code 1 if a kernel must not ship."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -509,23 +469,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--workers", type=int, default=os.cpu_count(), help="compile so many at once"
     )
     parser.add_argument("--write", type=Path, help="write the table to this JSON file")
-    arguments = parser.parse_args(argv)
+    settings = vars(parser.parse_args(argv))
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels are not compiled.")
-    resources, wrong = measure(
-        arguments.targets,
-        arguments.problems,
-        arguments.only,
-        arguments.every,
-        arguments.workers,
-        print,
-    )
+    path = settings.pop("write")
+    resources, wrong = measure(**settings, report=print)
     for line in wrong:
         print(f"PROBLEM {line}", file=sys.stderr)
-    if arguments.write:
+    if path:
         import triton
 
-        arguments.write.write_text(format_table(triton.__version__, resources))
+        path.write_text(format_table(triton.__version__, resources))
     return 1 if wrong else 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,10 +77,8 @@ def load(path: Path, settings: Settings) -> tuple[Dataset, Retrieval]:
 
 def retrieval_set(pairs: Dataset, settings: Settings) -> Retrieval:
     """The first different answers, and the first different questions that one of them answers."""
-    corpus: dict[str, str] = {}  # answer -> id
-    for answer in pairs["b"]:
-        if len(corpus) < settings.answers:
-            corpus.setdefault(answer, f"a{len(corpus)}")
+    answers = islice(dict.fromkeys(pairs["b"]), settings.answers)
+    corpus = {answer: f"a{number}" for number, answer in enumerate(answers)}
     qrels: dict[str, dict[str, int]] = {}  # question -> {answer's id: 1}
     domain_of: dict[str, str] = {}
     for question, answer, domain in zip(pairs["a"], pairs["b"], pairs["domain"], strict=True):

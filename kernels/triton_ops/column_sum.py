@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, row_major, triton_dtype
+from .launch import Plan, accumulator, row_major, triton_dtype
 from .split_sum import split_sum
 
 _ROWS, _COLUMNS = 64, 64
@@ -51,19 +51,14 @@ def column_sum_kernel(
     tl.store(out_ptr + (split * E + expert).to(tl.int64) * N + n, total, mask=n < N)
 
 
-def column_sum(
-    a: Tensor,
-    row_weights: Tensor,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
-) -> Tensor:
+def column_sum(a: Tensor, row_weights: Tensor, plan: Plan) -> Tensor:
     """[E, N] in a's dtype; zeros for experts without rows.
 
     Args:
         a: [T, N], gathered by token.
         row_weights: [S] by slot, float32 or float64.
     """
+    expert_offsets, row_to_token, _ = plan
     num_experts, n = expert_offsets.shape[0] - 1, a.shape[1]
     out = a.new_empty(num_experts, n)
     if not out.numel():
@@ -76,9 +71,7 @@ def column_sum(
         a,
         row_weights,
         partial,
-        expert_offsets,
-        row_to_token,
-        row_to_slot,
+        *plan,
         num_experts,
         n,
         splits,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config
-from .launch import COLUMNS, accumulator, expert_block, precision, row_major, triton_dtype
+from .launch import COLUMNS, Plan, accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for
 from .numerics import activate, cast, dot, halves
 from .tiles import find_tile, swizzle, tile_bound
@@ -194,9 +194,7 @@ def grad_hidden(
     weight: Tensor,
     z: Tensor,
     row_weights: Tensor,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
+    plan: Plan,
     *,
     act: str,
     gated: bool,
@@ -217,6 +215,7 @@ def grad_hidden(
         dz, as z; w * h [S, H]; partial dots [column tiles, S] in the accumulator's dtype;
         db1 [E, H], gated [E, 2H], or [E, 0].
     """
+    expert_offsets, row_to_token, _ = plan
     num_rows, (num_experts, k, hidden) = row_to_token.shape[0], weight.shape
     kernel = "gated_grad_hidden" if gated else "grad_hidden"
     config = config or config_for(kernel, grad, hidden, k, num_rows // num_experts)
@@ -239,9 +238,7 @@ def grad_hidden(
             weighted_h,
             dots,
             partial_sums,
-            expert_offsets,
-            row_to_token,
-            row_to_slot,
+            *plan,
             num_rows,
             num_experts,
             hidden,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import Config
 from .grouped_mm import grouped_weight
-from .launch import accumulator, precision, row_major, triton_dtype
+from .launch import Plan, accumulator, precision, row_major, triton_dtype
 from .launch_config import config_for
 from .numerics import cast, dot
 from .split_sum import split_sum
@@ -105,9 +105,7 @@ def grad_weight(
     a: Tensor,
     b: Tensor,
     row_weights: Tensor | None,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
+    plan: Plan,
     *,
     gather_a: bool,
     gather_b: bool,
@@ -125,6 +123,7 @@ def grad_weight(
     Returns:
         [E, M, N] in a's dtype.
     """
+    expert_offsets, row_to_token, _ = plan
     num_rows, num_experts = row_to_token.shape[0], expert_offsets.shape[0] - 1
     m, n = a.shape[1], b.shape[1]
     out = a.new_empty(num_experts, m, n)
@@ -132,8 +131,7 @@ def grad_weight(
         return out
     config = config or config_for("grad_weight", a, n, m, num_rows // num_experts)
     if config.implementation == "grouped_mm":
-        plan = (expert_offsets, row_to_token, row_to_slot)
-        return grouped_weight(a, b, row_weights, *plan, gather_a=gather_a, gather_b=gather_b)
+        return grouped_weight(a, b, row_weights, plan, gather_a=gather_a, gather_b=gather_b)
     splits = splits or splits_for(num_experts, m, n, num_rows, config)
     acc = accumulator(a.dtype)
     target = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=acc)
@@ -144,9 +142,7 @@ def grad_weight(
         b,
         row_weights,
         target,
-        expert_offsets,
-        row_to_token,
-        row_to_slot,
+        *plan,
         num_experts,
         m,
         n,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import aligned
+from .launch import Plan, aligned
 from .row_epilogue import row_epilogue
 
 _BLOCK = 1024
@@ -27,42 +27,38 @@ def grouped_linear(
     weight: Tensor,
     bias: Tensor | None,
     row_weights: Tensor | None,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
+    plan: Plan,
     *,
     gather: bool,
     scatter: bool,
 ) -> Tensor:
     """As :func:`.linear.linear`."""
+    expert_offsets, row_to_token, _ = plan
     a = aligned(a.index_select(0, row_to_token) if gather else a)
     ends = expert_offsets[1:].to(torch.int32)
     rows = F.grouped_mm(a, aligned(weight).mT, offs=ends)
     if bias is None and row_weights is None and not scatter:
         return rows
-    plan = (expert_offsets, row_to_token, row_to_slot)
-    return row_epilogue(rows, bias, row_weights, *plan, scatter=scatter)
+    return row_epilogue(rows, bias, row_weights, plan, scatter=scatter)
 
 
 def grouped_weight(
     a: Tensor,
     b: Tensor,
     row_weights: Tensor | None,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
+    plan: Plan,
     *,
     gather_a: bool,
     gather_b: bool,
 ) -> Tensor:
     """As :func:`.grad_weight.grad_weight`."""
+    expert_offsets, row_to_token, _ = plan
     if not row_to_token.shape[0]:  # grouped_mm refuses zero rows
         return a.new_zeros(expert_offsets.shape[0] - 1, a.shape[1], b.shape[1])
     a = aligned(a.index_select(0, row_to_token) if gather_a else a)
     b = aligned(b.index_select(0, row_to_token) if gather_b else b)
     if row_weights is not None:
-        plan = (expert_offsets, row_to_token, row_to_slot)
-        a = row_epilogue(a, None, row_weights, *plan, scatter=False)
+        a = row_epilogue(a, None, row_weights, plan, scatter=False)
     out = F.grouped_mm(a.mT, b, offs=expert_offsets[1:].to(torch.int32))
     return zero_empty(out, expert_offsets)
 

@@ -27,10 +27,12 @@ from .logits import (
     Masks,
     Side,
     config_of,
+    operands,
     parts_of,
     product,
     product_meta,
     scaled,
+    sizes,
     take_part,
 )
 from .numerics import columns_of
@@ -226,11 +228,7 @@ def own_logits(rows: Side, pairs: Side, scale: Tensor) -> Tensor:
     config, size = config_of(rows.x, Masks(own=True), False), len(rows.x)
     out = rows.x.new_empty(size, dtype=accumulator(rows.x.dtype))
     own_logits_kernel[(triton.cdiv(size, config.block_m),)](
-        rows.x,
-        pairs.x,
-        scale,
-        rows.inverse_norm,
-        pairs.inverse_norm,
+        *operands(rows, pairs, scale),
         out,
         size,
         rows.x.shape[1],
@@ -281,11 +279,7 @@ def info_nce_sums(
     col_sums = like.new_empty(row_tiles, stats, width) if want_columns else None
     rank = row_sums.new_empty(col_tiles * parts, height, dtype=torch.int32)
     info_nce_kernel[(row_tiles * col_tiles,)](
-        rows.x,
-        columns.x,
-        scale,
-        rows.inverse_norm,
-        columns.inverse_norm,
+        *operands(rows, columns, scale),
         rows.ids,
         columns.ids,
         own,
@@ -293,11 +287,7 @@ def info_nce_sums(
         col_sums,
         rank,
         *area,
-        len(rows.x),
-        len(columns.x),
-        rows.x.shape[1],
-        rows.x.stride(0),
-        columns.x.stride(0),
+        *sizes(rows, columns),
         **product_meta(rows, config),
         **masks.meta(),
         SMOOTH=smooth,

@@ -22,17 +22,18 @@ from .logits import (
     Side,
     config_of,
     lengths,
+    operands,
     parts_of,
     product,
     product_meta,
     scaled,
+    sizes,
     take_part,
 )
 from .numerics import cast, columns_of
 from .tiles import swizzle
 
 # The terms of each row, or column, in the gradient, [5, n]; see ``info_nce_grad``.
-TERMS = 5
 _LOG_TOTAL, _POSITIVE, _EVERY, _OWN, _ALONE = (tl.constexpr(i) for i in range(5))
 
 
@@ -231,11 +232,7 @@ def info_nce_grad(
     row_tiles, col_tiles = triton.cdiv(height, config.block_m), triton.cdiv(width, config.block_n)
     total = rows.x.new_empty(col_tiles * parts, height, dtype=accumulator(rows.x.dtype))
     info_nce_grad_kernel[(row_tiles * col_tiles,)](
-        rows.x,
-        columns.x,
-        scale,
-        rows.inverse_norm,
-        columns.inverse_norm,
+        *operands(rows, columns, scale),
         rows.ids,
         columns.ids,
         row_terms,
@@ -243,11 +240,7 @@ def info_nce_grad(
         out,
         total,
         *area,
-        len(rows.x),
-        len(columns.x),
-        rows.x.shape[1],
-        rows.x.stride(0),
-        columns.x.stride(0),
+        *sizes(rows, columns),
         out.stride(0),
         **product_meta(rows, config),
         **masks.meta(),

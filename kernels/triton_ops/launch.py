@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# The order in which experts see their rows, as launchers take it: expert_offsets [E + 1],
+# row_to_token [S] and row_to_slot [S], int64.
+Plan = Sequence[Tensor]
 # Rows and columns of the kernels that only copy, sum or scale.
 ROWS, COLUMNS = 16, 128
 

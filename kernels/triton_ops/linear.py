@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import Config
 from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
 from .grouped_mm import grouped_linear
-from .launch import accumulator, expert_block, precision, row_major, triton_dtype
+from .launch import Plan, accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for
 from .numerics import cast, dot
 from .tiles import find_tile, swizzle, tile_bound
@@ -102,9 +102,7 @@ def linear(
     weight: Tensor,
     bias: Tensor | None,
     row_weights: Tensor | None,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
+    plan: Plan,
     *,
     gather: bool,
     scatter: bool,
@@ -117,7 +115,7 @@ def linear(
         weight: [E, N, K] in a's dtype, any strides.
         bias: [E, N] or ``None``.
         row_weights: [S] by slot, float32 or float64, or ``None`` for 1.
-        expert_offsets, row_to_token, row_to_slot: [E + 1], [S], [S] int64.
+        plan: see :data:`.launch.Plan`.
         scatter: write row r at its token, and zeros at the tokens of skipped rows. Every token
             must have exactly one row.
         config: tile sizes; ``None``: the table's or the heuristic's.
@@ -125,6 +123,7 @@ def linear(
     Returns:
         [S, N] in a's dtype; with ``scatter`` [S, N] by token.
     """
+    expert_offsets, row_to_token, _ = plan
     num_rows, (num_experts, n, k) = row_to_token.shape[0], weight.shape
     out = a.new_empty(num_rows, n)
     if not out.numel():
@@ -132,8 +131,7 @@ def linear(
     kernel = "linear" if weight.stride(-1) == 1 else "linear_transposed"
     config = config or config_for(kernel, a, n, k, num_rows // num_experts)
     if config.implementation == "grouped_mm":
-        plan = (expert_offsets, row_to_token, row_to_slot)
-        return grouped_linear(a, weight, bias, row_weights, *plan, gather=gather, scatter=scatter)
+        return grouped_linear(a, weight, bias, row_weights, plan, gather=gather, scatter=scatter)
     a, bias = row_major(a), None if bias is None else bias.contiguous()
     a_rows, w_tiles = a, weight
     if config.descriptors:
@@ -146,9 +144,7 @@ def linear(
         bias,
         row_weights,
         out,
-        expert_offsets,
-        row_to_token,
-        row_to_slot,
+        *plan,
         num_experts,
         n,
         k,

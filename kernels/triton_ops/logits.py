@@ -98,6 +98,16 @@ def parts_of(config: Config, x: Tensor, masks: Masks) -> int:
     return max(1, config.block_n // (16 if narrow else 32))
 
 
+def operands(rows: Side, columns: Side, scale: Tensor) -> tuple[Tensor | None, ...]:
+    """The arguments that a kernel of two sides begins with."""
+    return rows.x, columns.x, scale, rows.inverse_norm, columns.inverse_norm
+
+
+def sizes(rows: Side, columns: Side) -> tuple[int, ...]:
+    """M, N, D and the strides of both sides' rows, as such a kernel takes them."""
+    return len(rows.x), len(columns.x), rows.x.shape[1], rows.x.stride(0), columns.x.stride(0)
+
+
 def product_meta(rows: Side, config: Config) -> dict[str, Any]:
     """The constexpr arguments of :func:`product` and :func:`scaled`."""
     return dict(

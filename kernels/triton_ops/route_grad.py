@@ -189,31 +189,6 @@ def weight_grad_kernel(
     tl.store(out, total, mask=(column < E)[:, None] & (d < D)[None, :])
 
 
-def logits_grad(
-    grad_weights: Tensor,
-    grad_logits: Tensor,
-    logits: Tensor,
-    settings: RouteSettings,
-    mask: Tensor | None,
-    starts: Tensor | None,
-) -> Tensor:
-    """[T, E] the gradient of the logits; 0 for padding. Arguments as in :func:`route_backward`."""
-    num_tokens, num_experts = logits.shape
-    out = torch.empty_like(logits)
-    common = dict(**settings.meta(num_experts), HAS_MASK=mask is not None, ROWS=TOKENS)
-    tensors = (grad_weights.contiguous(), grad_logits.contiguous(), logits, mask)
-    if settings.sentences:
-        assert starts is not None
-        sentences = starts.shape[0] - 1
-        sentence_grad_kernel[(sentences,)](
-            *tensors, starts, out, num_tokens, sentences, num_experts, **common
-        )
-    else:
-        grid = (triton.cdiv(num_tokens, TOKENS),)
-        token_grad_kernel[grid](*tensors, out, num_tokens, num_experts, **common)
-    return out
-
-
 def route_backward(
     grad_weights: Tensor,
     grad_logits: Tensor,
@@ -236,14 +211,20 @@ def route_backward(
     grad_weight = router_weight.new_zeros(num_experts, dim)
     if not num_tokens or not dim:
         return grad_x, grad_weight
-    grad = logits_grad(grad_weights, grad_logits, logits, settings, mask, starts)
-    x, router_weight = row_major(x), row_major(router_weight)
     blocks, columns = triton.cdiv(num_tokens, TOKENS), triton.cdiv(dim, DIM)
-    tile = dict(
-        E_BLOCK=settings.meta(num_experts)["E_BLOCK"],
-        ROWS=TOKENS,
-        DIM=DIM,
-    )
+    common = dict(**settings.meta(num_experts), HAS_MASK=mask is not None, ROWS=TOKENS)
+    grad = torch.empty_like(logits)  # 0 for padding
+    tensors = (grad_weights.contiguous(), grad_logits.contiguous(), logits, mask)
+    if settings.sentences:
+        assert starts is not None
+        sentences = starts.shape[0] - 1
+        sentence_grad_kernel[(sentences,)](
+            *tensors, starts, grad, num_tokens, sentences, num_experts, **common
+        )
+    else:
+        token_grad_kernel[(blocks,)](*tensors, grad, num_tokens, num_experts, **common)
+    x, router_weight = row_major(x), row_major(router_weight)
+    tile = dict(E_BLOCK=common["E_BLOCK"], ROWS=TOKENS, DIM=DIM)
     input_grad_kernel[(blocks, columns)](
         grad,
         router_weight,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import COLUMNS, accumulator, expert_block, row_major, triton_dtype
+from .launch import COLUMNS, Plan, accumulator, expert_block, row_major, triton_dtype
 from .tiles import find_tile, tile_bound
 
 _BLOCK = 16  # rows per program
@@ -86,9 +86,7 @@ def router_grad(
     grad: Tensor,
     bias: Tensor | None,
     top_k_weights: Tensor,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
+    plan: Plan,
 ) -> Tensor:
     """The gradient of ``top_k_weights``.
 
@@ -100,6 +98,7 @@ def router_grad(
     Returns:
         [T, K] in the dtype of ``top_k_weights``.
     """
+    expert_offsets, row_to_token, _ = plan
     num_rows, num_experts = row_to_token.shape[0], expert_offsets.shape[0] - 1
     out = top_k_weights.new_empty(top_k_weights.shape)
     if not num_rows:
@@ -115,9 +114,7 @@ def router_grad(
         grad,
         None if bias is None else bias.contiguous(),
         out,
-        expert_offsets,
-        row_to_token,
-        row_to_slot,
+        *plan,
         num_rows,
         num_experts,
         0 if u is None else u.shape[1],

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import COLUMNS, ROWS, accumulator, expert_block, triton_dtype
+from .launch import COLUMNS, ROWS, Plan, accumulator, expert_block, triton_dtype
 from .numerics import cast
 from .zero_tail import zero_tail
 
@@ -58,9 +58,7 @@ def row_epilogue(
     rows: Tensor,
     bias: Tensor | None,
     row_weights: Tensor | None,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
+    plan: Plan,
     *,
     scatter: bool,
 ) -> Tensor:
@@ -74,15 +72,14 @@ def row_epilogue(
     out = rows.new_empty(num_rows, n)
     if not out.numel():
         return out
+    expert_offsets, row_to_token, _ = plan
     num_experts = expert_offsets.shape[0] - 1
     row_epilogue_kernel[(triton.cdiv(num_rows, ROWS), triton.cdiv(n, COLUMNS))](
         rows,
         None if bias is None else bias.contiguous(),
         row_weights,
         out,
-        expert_offsets,
-        row_to_token,
-        row_to_slot,
+        *plan,
         num_experts,
         n,
         E_BLOCK=expert_block(num_experts),

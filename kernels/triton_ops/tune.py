@@ -9,6 +9,7 @@ the GPU, or gives other results, is never chosen.
 from __future__ import annotations
 
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -126,7 +127,7 @@ def _mlp_products(
     w2, b2 = new(p.experts, p.dim, p.hidden, scale=p.hidden**-0.5), new(p.experts, p.dim)
     form = dict(act="silu" if p.gated else "gelu", gated=p.gated)
     z, h = up_projection(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True)
-    dz, wh, _, _ = grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True)
+    dz, wh, _, _ = grad_hidden(grad, w2, z, weights, rows, **form, want_bias=True)
     one = p.k == 1  # rows are written in token order
 
     yield Product(
@@ -137,23 +138,23 @@ def _mlp_products(
     )  # fmt: skip
     yield Product(
         "down", "linear", p.dim, p.hidden,
-        lambda c: linear(h, w2, b2, weights, *rows, gather=False, scatter=one, config=c),
+        lambda c: linear(h, w2, b2, weights, rows, gather=False, scatter=one, config=c),
     )  # fmt: skip
     yield Product(
         "grad_hidden", "gated_grad_hidden" if p.gated else "grad_hidden", p.hidden, p.dim,
-        lambda c: grad_hidden(grad, w2, z, weights, *rows, **form, want_bias=True, config=c)[0],
+        lambda c: grad_hidden(grad, w2, z, weights, rows, **form, want_bias=True, config=c)[0],
     )  # fmt: skip
     yield Product(
         "grad_x", "linear_transposed", p.dim, width,
-        lambda c: linear(dz, w1.mT, None, None, *rows, gather=False, scatter=one, config=c),
+        lambda c: linear(dz, w1.mT, None, None, rows, gather=False, scatter=one, config=c),
     )  # fmt: skip
     yield Product(
         "grad_down", "grad_weight", p.hidden, p.dim,
-        lambda c: grad_weight(grad, wh, None, *rows, gather_a=True, gather_b=False, config=c),
+        lambda c: grad_weight(grad, wh, None, rows, gather_a=True, gather_b=False, config=c),
     )  # fmt: skip
     yield Product(
         "grad_up", "grad_weight", p.dim, width,
-        lambda c: grad_weight(dz, x, None, *rows, gather_a=False, gather_b=True, config=c),
+        lambda c: grad_weight(dz, x, None, rows, gather_a=False, gather_b=True, config=c),
     )  # fmt: skip
 
 
@@ -169,15 +170,15 @@ def _linear_products(
 
     yield Product(
         "linear", "linear", outer, inner,
-        lambda c: linear(x, w, b, row_weights, *rows, gather=True, scatter=one, config=c),
+        lambda c: linear(x, w, b, row_weights, rows, gather=True, scatter=one, config=c),
     )  # fmt: skip
     yield Product(
         "grad_x", "linear_transposed", inner, outer,
-        lambda c: linear(grad, w.mT, None, None, *rows, gather=True, scatter=False, config=c),
+        lambda c: linear(grad, w.mT, None, None, rows, gather=True, scatter=False, config=c),
     )  # fmt: skip
     yield Product(
         "grad_weight", "grad_weight", inner, outer,
-        lambda c: grad_weight(grad, x, weights, *rows, gather_a=True, gather_b=True, config=c),
+        lambda c: grad_weight(grad, x, weights, rows, gather_a=True, gather_b=True, config=c),
     )  # fmt: skip
 
 
@@ -199,9 +200,8 @@ def descend(
     It stops when no neighbour is better, or when ``out_of_time`` returns True.
     """
     tried = {start: cost(start)}
-    best, moved = start, True
-    while moved:
-        moved = False
+    best = start
+    while True:
         for candidate in neighbours(best):
             if candidate in tried:
                 continue
@@ -209,17 +209,16 @@ def descend(
                 return tried
             tried[candidate] = cost(candidate)
             if tried[candidate] < _GAIN * tried[best]:
-                best, moved = candidate, True
+                best = candidate
                 break
-    return tried
+        else:
+            return tried
 
 
 def milliseconds(launch: Callable[[Config], object], config: Config) -> float:
     """The median time of a launch; in the interpreter, the time of one launch."""
     if INTERPRETED:
-        start = time.perf_counter()
-        launch(config)
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * timeit.timeit(lambda: launch(config), number=1)
     return triton.testing.do_bench(lambda: launch(config), warmup=10, rep=50, return_mode="median")
 
 

@@ -21,6 +21,13 @@ from moe_fast.layers.routing_info import RoutingInfo
 
 # Fields of the configuration that a mixture's layers need and dense layers do not.
 _NEEDED = ("num_experts", "num_experts_per_tok", "routing", "weight_mode", "target")
+# What a dense layer may have and these do not: what the configuration must say instead, and why.
+_UNSUPPORTED = {
+    "is_decoder": "False: moe_fast layers are encoders",
+    "add_cross_attention": "False: moe_fast layers have no cross-attention",
+    "chunk_size_feed_forward": "0: routing needs the whole batch at once",
+    "mlp_dropout": "0: experts have no dropout between their projections",
+}
 # The fields of an entry that name modules of a dense layer.
 _PARTS = (
     *("up", "down", "mlp", "norm", "dropout"),
@@ -41,25 +48,10 @@ def _check_config(config: PreTrainedConfig) -> None:
             f"moe_fast.models.{own}(num_experts=4, ...) and the settings of yours, or a mixture "
             "of a trained model with moe_fast.upcycle(model, num_experts=4)."
         )
-    if getattr(config, "is_decoder", False):
-        raise ValueError("config.is_decoder must be False: moe_fast layers are encoders; got True.")
-    if getattr(config, "add_cross_attention", False):
-        raise ValueError(
-            "config.add_cross_attention must be False: moe_fast layers have no cross-attention; "
-            "got True."
-        )
-    chunk = getattr(config, "chunk_size_feed_forward", 0)
-    if chunk:
-        raise ValueError(
-            "config.chunk_size_feed_forward must be 0: routing needs the whole batch at once; "
-            f"got {chunk}."
-        )
-    dropout = getattr(config, "mlp_dropout", 0.0)
-    if dropout:
-        raise ValueError(
-            "config.mlp_dropout must be 0: experts have no dropout between their projections; "
-            f"got {dropout}."
-        )
+    for field, allowed in _UNSUPPORTED.items():
+        value = getattr(config, field, None)
+        if value:
+            raise ValueError(f"config.{field} must be {allowed}; got {value}.")
 
 
 def _check_parts(layer: nn.Module, parts: Architecture) -> None:
@@ -166,8 +158,7 @@ def layer_class(architecture: Architecture) -> type[MoELayer]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        for name, value in zip(extra[: len(args)], args, strict=True):
-            kwargs[name] = value
+        kwargs.update(zip(extra[: len(args)], args, strict=True))
         return self.routed(hidden_states, attention_mask, kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,10 +85,14 @@ class MoEMLP(nn.Module):
         check_experts_per_tok(routing, num_experts_per_tok, num_experts, "routing")
         if routing == "dense":
             num_experts_per_tok = num_experts
-        _warn_untrained(
-            resolve_weight_mode(routing, weight_mode, num_experts_per_tok, "routing"),
-            num_experts_per_tok,
-        )
+        chosen = resolve_weight_mode(routing, weight_mode, num_experts_per_tok, "routing")
+        if chosen == "renormalize" and num_experts_per_tok == 1:
+            warnings.warn(
+                "weight_mode='renormalize' with num_experts_per_tok=1 is the constant 1: the task "
+                "never trains the router. Use 'straight_through' (what 'auto' chooses) or "
+                "'probability'.",
+                stacklevel=2,
+            )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_experts = num_experts
@@ -132,7 +136,7 @@ class MoEMLP(nn.Module):
         """Initialise every expert and the router as ``nn.Linear`` does."""
         for name in (self.up_name, "down_proj"):
             weight, bias = self.projection(name)
-            bound = 1 / math.sqrt(weight.shape[-1]) if weight.shape[-1] else 0.0
+            bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
@@ -192,19 +196,12 @@ class MoEMLP(nn.Module):
         routed, plan = self._route(hidden_states, info)
         x = hidden_states.reshape(-1, self.hidden_size)
         experts = (x, up, down, up_bias, down_bias, routed, plan)
+        form: dict[str, Any] = dict(act=self.hidden_act, gated=self.gated)
         if output_block is None:
-            y = ops.expert_mlp(*experts, act=self.hidden_act, gated=self.gated)
-            return y.view(hidden_states.shape)
-        y = ops.expert_mlp_norm(
-            *experts,
-            output_block.residual.reshape(x.shape),
-            output_block.weight,
-            output_block.bias,
-            eps=output_block.eps,
-            dropout=output_block.dropout,
-            act=self.hidden_act,
-            gated=self.gated,
-        )
+            return ops.expert_mlp(*experts, **form).view(hidden_states.shape)
+        residual, weight, bias, eps, dropout = output_block
+        block = (residual.reshape(x.shape), weight, bias)
+        y = ops.expert_mlp_norm(*experts, *block, eps=eps, dropout=dropout, **form)
         return y.view(hidden_states.shape)
 
     def _route(self, x: Tensor, info: RoutingInfo) -> tuple[Tensor, ops.RoutingPlan]:
@@ -226,14 +223,4 @@ class MoEMLP(nn.Module):
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"hidden_act={self.hidden_act}, gated={self.gated}, target={self.target}"
-        )
-
-
-def _warn_untrained(weight_mode: str, num_experts_per_tok: int) -> None:
-    if weight_mode == "renormalize" and num_experts_per_tok == 1:
-        warnings.warn(
-            "weight_mode='renormalize' with num_experts_per_tok=1 is the constant 1: the task "
-            "never trains the router. Use 'straight_through' (what 'auto' chooses) or "
-            "'probability'.",
-            stacklevel=3,
         )

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_fast import ops
 from moe_fast.layers.routing_info import RoutingInfo
 
 
@@ -71,16 +70,12 @@ class MoERouter(nn.Module):
         if info.enforced is not None:
             routing = info.enforced[0]
         else:
-            x, mask = info.packed(hidden_states)
-            routing = ops.route(
-                x,
+            routing = info.route(
+                hidden_states,
                 self.weight,
                 self.num_experts_per_tok,
                 mode=self.mode,
                 weight_mode=self.weight_mode,
-                expert_ids=info.expert_ids,
-                token_mask=mask,
-                cu_seqlens=info.cu_seqlens,
                 num_experts=self.num_experts,
             )
         return RouterOutput(

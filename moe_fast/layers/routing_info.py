@@ -67,26 +67,27 @@ class RoutingInfo:
             num_experts: E.
             like: hidden states [B, L, D], of which only shape, dtype and device are used.
         """
-        hidden, mask = self.packed(like)
-        route = ops.route(
-            hidden,
-            None,
-            1,
-            mode="enforced",
-            expert_ids=self.expert_ids,
-            token_mask=mask,
-            cu_seqlens=self.cu_seqlens,
-            num_experts=num_experts,
-        )
+        route = self.route(like, None, 1, mode="enforced", num_experts=num_experts)
         plan = ops.plan(route.top_k_index, num_experts)
         return RoutingInfo(self.expert_ids, self.token_mask, self.cu_seqlens, (route, plan))
 
-    def packed(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Hidden states and mask in the shapes of ``ops.route``: [T, D] and [T] if packed."""
-        if self.cu_seqlens is None:
-            return hidden_states, self.token_mask
-        mask = None if self.token_mask is None else self.token_mask.reshape(-1)
-        return hidden_states.reshape(-1, hidden_states.shape[-1]), mask
+    def route(
+        self, hidden_states: Tensor, weight: Tensor | None, num_experts_per_tok: int, **modes: Any
+    ) -> ops.Routing:
+        """:func:`moe_fast.ops.route` of this batch's hidden states [B, L, D] or, packed, [T, D]."""
+        mask = self.token_mask
+        if self.cu_seqlens is not None:
+            hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+            mask = None if mask is None else mask.reshape(-1)
+        return ops.route(
+            hidden_states,
+            weight,
+            num_experts_per_tok,
+            expert_ids=self.expert_ids,
+            token_mask=mask,
+            cu_seqlens=self.cu_seqlens,
+            **modes,
+        )
 
 
 def token_mask_of(attention_mask: Any) -> Tensor | None:

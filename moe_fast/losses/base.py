@@ -154,9 +154,9 @@ class TemperatureLoss(EmbeddingLoss):
         return settings
 
 
-def temperature_metric(scale: float | Tensor) -> dict[str, Tensor]:
+def temperature_metric(scale: float | Tensor, name: str = "temperature") -> dict[str, Tensor]:
     """``{"temperature": []}`` where it is learned, for ``last_metrics``."""
-    return {"temperature": 1 / scale.detach()} if isinstance(scale, Tensor) else {}
+    return {name: 1 / scale.detach()} if isinstance(scale, Tensor) else {}
 
 
 def warn_of_lone_pair() -> None:

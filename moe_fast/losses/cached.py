@@ -154,7 +154,7 @@ class CachedLoss(nn.Module):
                 "every column must hold at least one text; got "
                 f"{[len(of.tokens) for of in lengths]}."
             )
-        device = _device(columns[0])
+        device = next(v.device for v in columns[0].values() if isinstance(v, Tensor))
         size = self._size(columns, lengths, device)
         longest = max(int(of.widths.max()) for of in lengths)
         if longest > size and not self._checked:
@@ -202,10 +202,6 @@ class CachedLoss(nn.Module):
 def _described(loss: Any) -> str:
     name = type(loss).__name__
     return f"{name} around {type(loss.loss).__name__}" if isinstance(loss, RouterLoss) else name
-
-
-def _device(features: Mapping[str, Any]) -> torch.device:
-    return next(value.device for value in features.values() if isinstance(value, Tensor))
 
 
 def _padding_avoided(lengths: Sequence[TextLengths], chunks: Sequence[Chunk]) -> dict[str, Tensor]:

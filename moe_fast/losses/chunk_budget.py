@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_fast.layers import MoERouter
 from moe_fast.losses.chunked_encoding import random_state_kept, without_sync
+from moe_fast.losses.global_sum import several_processes
 from moe_fast.losses.text_chunks import Chunk, TextLengths, take_rows
 
 logger = logging.getLogger(__name__)
@@ -79,18 +80,9 @@ class ChunkProbe:
     def bytes_per_token(self, num_tokens: int) -> float:
         """What a forward of about so many tokens keeps for its backward pass."""
         features, size = self._block(num_tokens)
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        keeping = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
         aside = without_side_effects(self.model, self.device)
-        with torch.enable_grad(), aside, without_sync(self.model), keeping:
+        keeping = kept_for_backward(self.model.parameters())
+        with torch.enable_grad(), aside, without_sync(self.model), keeping as kept:
             self.encode(features)
         return sum(kept.values()) / size
 
@@ -176,11 +168,31 @@ def free_bytes(device: torch.device) -> int | None:
 
 def most_over_processes(number: int, device: torch.device) -> int:
     """The largest of all processes' numbers; each must call."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not several_processes():
         return number
     most = torch.tensor(number, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)
+
+
+@contextmanager
+def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Collects the bytes of what the block saves for a backward pass, by place in memory.
+
+    Args:
+        known: tensors that do not count: parameters, which are there anyway.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in known}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield kept
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def encode_in_chunks(
     encoding = _Encoding(loss, router_loss, columns, chunks)
     trains = any(p.requires_grad for p in loss.model.parameters())
     if torch.is_grad_enabled() and trains:
-        encoding.keep_replay()
+        encoding.keeps_replay = True
         handle = torch.zeros((), requires_grad=True)  # what makes autograd ask for the backward
         outputs = _Encode.apply(handle, encoding)
     else:
@@ -86,12 +86,9 @@ class _Encoding:
         self.sum_names: list[str] = []
         self._device = chunks[0].rows.device
         self._autocast = _autocast_state(self._device)
-        self._random: list[_RandomState] | None = None
+        self.keeps_replay = False  # whether `values` keeps what `backward` needs
+        self._random: list[tuple[Tensor, tuple[Any, Any]]] = []  # the CPU's, and the device's
         self._choices: list[RoutingChoices] = []
-
-    def keep_replay(self) -> None:
-        """Have :meth:`values` keep what :meth:`backward` needs."""
-        self._random = []
 
     def values(self) -> tuple[Tensor, ...]:
         """The embeddings of each column, then the sums in the order of ``sum_names``."""
@@ -110,13 +107,14 @@ class _Encoding:
 
     def backward(self, grads: Sequence[Tensor]) -> None:
         """Adds the gradient to the parameters', given that of the outputs of :meth:`values`."""
-        assert self._random is not None  # keep_replay
         of_columns, of_sums = grads[: len(self.columns)], grads[len(self.columns) :]
         with torch.enable_grad(), random_state_kept(self._device):
             for number, chunk in enumerate(self.chunks):
                 last = number == len(self.chunks) - 1
                 with nullcontext() if last else without_sync(self.loss.model):
-                    self._random[number].restore()
+                    cpu, devices = self._random[number]
+                    torch.set_rng_state(cpu)
+                    set_device_states(*devices)
                     with self._choices[number].replaying():
                         with self._autocast_as_before():
                             embedding, sums = self._encode(chunk)
@@ -140,10 +138,10 @@ class _Encoding:
     @contextmanager
     def _remembered(self, chunk: Chunk) -> Iterator[None]:
         """Keeps the random state before the block and the routers' choices in it, if asked to."""
-        if self._random is None:
+        if not self.keeps_replay:
             yield
             return
-        self._random.append(_RandomState(chunk.rows))
+        self._random.append((torch.get_rng_state(), get_device_states(chunk.rows)))
         choices = RoutingChoices(self.loss.model)
         self._choices.append(choices)
         with choices.capturing():
@@ -155,18 +153,6 @@ class _Encoding:
             for state in self._autocast:
                 stack.enter_context(torch.autocast(**state))
             yield
-
-
-class _RandomState:
-    """The random state of the CPU and of the device of ``like``."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices, self._states = get_device_states(like)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        set_device_states(self._devices, self._states)
 
 
 def random_state_kept(device: torch.device) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from moe_fast.losses.base import (
     TemperatureLoss,
     check_num_columns,
     check_weight,
+    temperature_metric,
 )
 from moe_fast.losses.citations import citation_of
 from moe_fast.losses.functional import distillation
@@ -109,12 +110,15 @@ class DistillationLoss(TemperatureLoss):
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
         """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
         scale = self.current_scale()
+        dtype = compute_dtype(embeddings[0].dtype)
         candidates = embeddings[1 : 2 + self.num_negatives(len(embeddings))]
-        student = scale * own_similarities(embeddings[0], candidates, self.similarity)
+        query, keys = embeddings[0].to(dtype), torch.stack(candidates, dim=1).to(dtype)
+        if self.similarity == "cosine":
+            query, keys = F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
+        student = scale * (query[:, None] * keys).sum(-1)  # [B, 1 + G]
         divergence = distillation(student, labels / self.teacher_temperature)
         metrics = {"distillation": divergence.detach()}
-        if isinstance(scale, Tensor):
-            metrics["distillation_temperature"] = 1 / scale.detach()
+        metrics |= temperature_metric(scale, "distillation_temperature")
         total = self.coefficient * divergence
         if self.loss is not None:
             total = total + self.loss.from_embeddings(embeddings, columns, labels)
@@ -126,12 +130,3 @@ class DistillationLoss(TemperatureLoss):
         """The settings, for the model card; the wrapped loss by its class."""
         wrapped = None if self.loss is None else type(self.loss).__name__
         return super().get_config_dict() | {"loss": wrapped}
-
-
-def own_similarities(anchors: Tensor, candidates: list[Tensor], similarity: str) -> Tensor:
-    """[B, C] similarities of each anchor [B, d] with its own row of every candidate column."""
-    dtype = compute_dtype(anchors.dtype)
-    query, keys = anchors.to(dtype), torch.stack(candidates, dim=1).to(dtype)
-    if similarity == "cosine":
-        query, keys = F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
-    return (query[:, None] * keys).sum(-1)

@@ -50,7 +50,12 @@ class MatryoshkaLoss(EmbeddingLoss):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        check_embedding_loss(loss)
+        if not isinstance(loss, EmbeddingLoss):
+            raise TypeError(
+                "loss must be a loss of moe_fast over embeddings (InfoNCELoss, SigmoidLoss, ...), "
+                f"whose second half can be called alone; got {type(loss).__name__}. Around a loss "
+                "of sentence-transformers use the wrapper of sentence-transformers."
+            )
         dims = list(dims)
         if not dims or len(set(dims)) < len(dims):
             raise ValueError(f"dims must name at least one length, and none twice; got {dims}.")
@@ -114,13 +119,3 @@ class MatryoshkaLoss(EmbeddingLoss):
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
         return {"loss": type(self.loss).__name__, "dims": self.dims, "weights": self.weights}
-
-
-def check_embedding_loss(loss: Any) -> None:
-    """Raise ``TypeError`` unless ``loss`` comes in the two halves of an ``EmbeddingLoss``."""
-    if not isinstance(loss, EmbeddingLoss):
-        raise TypeError(
-            "loss must be a loss of moe_fast over embeddings (InfoNCELoss, SigmoidLoss, ...), "
-            f"whose second half can be called alone; got {type(loss).__name__}. Around a loss of "
-            "sentence-transformers use the wrapper of sentence-transformers."
-        )

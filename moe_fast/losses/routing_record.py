@@ -23,24 +23,6 @@ from moe_fast.ops.route.reference import sentence_of_token
 
 
 @dataclass(frozen=True)
-class RouterCall:
-    """One router's decisions for one batch of texts; padding has ids >= E.
-
-    Attributes:
-        logits: [T, E], with their graph.
-        top_k_index: [T, K] int64.
-        num_sentences: of the batch, by its shape; ``None`` where it has no sentences (a bare layer
-            given [T, D]).
-        sentence_ids: [T] int64 in [0, num_sentences), or ``None``.
-    """
-
-    logits: Tensor
-    top_k_index: Tensor
-    num_sentences: int | None
-    sentence_ids: Tensor | None
-
-
-@dataclass(frozen=True)
 class RoutingRecord:
     """Everything that was routed in one forward of a loss: L layers, T tokens of S sentences.
 
@@ -63,7 +45,8 @@ class Recorder:
     """Collects the calls of some routers; see :func:`record_routing`."""
 
     def __init__(self, routers: list[MoERouter]) -> None:
-        self._calls: dict[MoERouter, list[RouterCall]] = {router: [] for router in routers}
+        # What each router returned for each batch of texts, and where the texts start.
+        self._calls: dict[MoERouter, list[tuple[Any, Tensor | None]]] = {r: [] for r in routers}
         self._with_grad = torch.is_grad_enabled()
 
     def add(self, router: MoERouter, inputs: tuple[Any, ...], output: Any) -> None:
@@ -77,18 +60,7 @@ class Recorder:
                 "and gradient checkpointing with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        starts = sentence_starts(*inputs)
-        sentences = None
-        if starts is not None:
-            sentences = sentence_of_token(starts, output.top_k_index.shape[0])
-        self._calls[router].append(
-            RouterCall(
-                output.router_logits,
-                output.top_k_index,
-                None if starts is None else starts.shape[0] - 1,
-                sentences,
-            )
-        )
+        self._calls[router].append((output, sentence_starts(*inputs)))
 
     def result(self) -> RoutingRecord:
         """All calls as one batch, in the order of encoding.
@@ -104,8 +76,10 @@ class Recorder:
                 "first run under torch.compile; nn.DataParallel is not supported "
                 "(DistributedDataParallel is)."
             )
-        index = torch.stack([torch.cat([c.top_k_index for c in calls]) for calls in layers])
-        logits = torch.stack([torch.cat([c.logits for c in calls]) for calls in layers])
+        index = torch.stack([torch.cat([out.top_k_index for out, _ in calls]) for calls in layers])
+        logits = torch.stack(
+            [torch.cat([out.router_logits for out, _ in calls]) for calls in layers]
+        )
         num_sentences, sentence_ids = _join_sentences(layers[0])
         token_mask = index[0, :, 0] < logits.shape[-1]
         return RoutingRecord(logits, index, token_mask, num_sentences, sentence_ids)
@@ -121,14 +95,16 @@ def sentence_starts(hidden_states: Tensor, info: RoutingInfo) -> Tensor | None:
     return torch.arange(batch + 1, device=hidden_states.device) * length
 
 
-def _join_sentences(calls: list[RouterCall]) -> tuple[int | None, Tensor | None]:
-    """The sentences of all calls, numbered through."""
+def _join_sentences(
+    calls: list[tuple[Any, Tensor | None]],
+) -> tuple[int | None, Tensor | None]:
+    """The sentences of all calls, numbered through; ``None`` where a batch had none."""
     total, parts = 0, []
-    for call in calls:
-        if call.num_sentences is None or call.sentence_ids is None:
+    for output, starts in calls:
+        if starts is None:
             return None, None
-        parts.append(call.sentence_ids + total)
-        total += call.num_sentences
+        parts.append(sentence_of_token(starts, len(output.top_k_index)) + total)
+        total += len(starts) - 1
     return total, torch.cat(parts)
 
 

@@ -12,7 +12,7 @@ checkpointing runs a layer again in a thread of the backward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,24 +36,20 @@ class RoutingChoices:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._routers = hook_choices(model)
+        self.routers = hook_choices(model)
         self._chosen: dict[MoERouter, Tensor] = {}  # [T, K] each
 
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
+    def capturing(self) -> AbstractContextManager[None]:
         """Within the block the routers choose, each once, and their choices are kept.
 
         Raises:
             RuntimeError: a router ran twice: which of its choices to make again is not known.
         """
-        with _active(_CAPTURING, self._routers, self):
-            yield
+        return _active(_CAPTURING, self)
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self) -> AbstractContextManager[None]:
         """Within the block the routers make the captured choices, as often as they run."""
-        with _active(_REPLAYING, self._routers, self):
-            yield
+        return _active(_REPLAYING, self)
 
     def capture(self, router: MoERouter, output: Any) -> None:
         """Keeps one router's choices, in two bytes each where the experts' number allows it."""
@@ -102,16 +98,14 @@ def hook_choices(model: nn.Module) -> list[MoERouter]:
 
 @contextmanager
 def _active(
-    where: WeakKeyDictionary[MoERouter, RoutingChoices],
-    routers: list[MoERouter],
-    choices: RoutingChoices,
+    where: WeakKeyDictionary[MoERouter, RoutingChoices], choices: RoutingChoices
 ) -> Iterator[None]:
-    for router in routers:
+    for router in choices.routers:
         where[router] = choices
     try:
         yield
     finally:
-        for router in routers:
+        for router in choices.routers:
             del where[router]
 
 

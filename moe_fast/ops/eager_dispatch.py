@@ -30,10 +30,10 @@ def nobody_looks() -> bool:
 class Operation:
     """What all implementations of an op share: its schema, its results' shapes, its gradient.
 
-    An op's tensors come first among its arguments, then its settings. Unless ``save`` and
-    ``gradients`` say otherwise, its backward op takes the gradient of the first result, the
-    tensors, the results ``saved`` and the first ``settings``, and gives the gradients of the first
-    tensors, read by nobody where the tensor is absent; the other results have no gradient.
+    An op's tensors come first among its arguments, then its settings. Its backward op takes the
+    gradient of the first result, the tensors, the results ``saved`` and the first ``settings``, and
+    gives the gradients of the first tensors, read by nobody where the tensor is absent; the other
+    results have no gradient. An op of another form is registered by :func:`register_op`.
 
     Attributes:
         signature: an implementation whose annotations are the op's schema. The other
@@ -43,10 +43,6 @@ class Operation:
         differentiable: how many tensors have a gradient.
         saved: which results are kept for the backward.
         settings: how many of the settings the backward takes; ``None``: all.
-        backward_signature: as ``signature``, where ``save`` and ``gradients`` are an op's own.
-        save: keeps what the gradient needs, see ``torch.library.register_autograd``.
-        gradients: ``gradients(backward, ctx, *grads)``: the gradients of all arguments, computed
-            by an implementation's backward op.
     """
 
     signature: Callable
@@ -55,9 +51,6 @@ class Operation:
     differentiable: int = 0
     saved: tuple[int, ...] = ()
     settings: int | None = None
-    backward_signature: Callable | None = None
-    save: Callable | None = None
-    gradients: Callable | None = None
 
     def implement(self, name: str, forward: Callable, backward: Callable | None = None) -> Callable:
         """Register ``forward`` as ``moe_fast::{name}``, ``backward`` as ``{name}_backward``.
@@ -72,14 +65,10 @@ class Operation:
         run_backward = register_op(
             f"{name}_backward", self._backward_schema(schema), backward, self.fake_backward
         )
-        gradients = functools.partial(self.gradients or _gradients, run_backward)
-        return register_op(
-            name, schema, forward, self.fake, self.save or self._keep_for_backward, gradients
-        )
+        gradients = functools.partial(_gradients, run_backward)
+        return register_op(name, schema, forward, self.fake, self._keep_for_backward, gradients)
 
     def _backward_schema(self, schema: str) -> str:
-        if self.backward_signature is not None:
-            return schema_of(self.backward_signature)
         arguments = schema[1 : schema.index(")")].split(", ")
         tensors = [argument for argument in arguments if argument.startswith("Tensor")]
         settings = arguments[len(tensors) :][: self.settings]

@@ -1,6 +1,8 @@
-"""Between tokens and expert-sorted rows: checks of a plan, and the weighted sum over K slots."""
+"""Between tokens and expert-sorted rows: checks of a plan, walks over it, sums over K slots."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,32 +26,28 @@ def check_plan(x: Tensor, top_k_weights: Tensor, plan: RoutingPlan, num_experts:
     check_like("x", x, dtype=False, top_k_weights=top_k_weights, expert_offsets=plan.expert_offsets)
 
 
-def new_rows(like: Tensor, num_rows: int, dim: int) -> Tensor:
-    """[S + 1, D] for the results of S rows, uninitialised but for the last one, which is 0.
-
-    ``slot_to_row`` marks a skipped slot with -1, and -1 reads that last row.
-    """
-    rows = like.new_empty(num_rows + 1, dim)
-    rows[-1] = 0
-    return rows
+def experts_with_rows(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and where they are."""
+    offsets = expert_offsets.tolist()
+    for expert, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if first < last:
+            yield expert, slice(first, last)
 
 
 def combine(rows: Tensor, slot_to_row: Tensor, weights: Tensor) -> Tensor:
     """``y[t] = sum_k weights[t, k] * rows[slot_to_row[t, k]]``, skipped slots contributing 0.
 
     Args:
-        rows: [S + 1, D] from :func:`new_rows`; rows that no slot points to are not read.
+        rows: [S, D]; what is in rows that no slot points to is of no account.
         slot_to_row: [S]; -1 = skipped.
-        weights: [T, K]; the sum runs in their dtype. Those of skipped slots are not used.
+        weights: [T, K]; the sum runs in the wider dtype. Those of skipped slots are not used.
 
     Returns:
         [T, D] in the dtype of ``rows``. Slots are summed in their order: deterministic.
     """
     row = slot_to_row.view(weights.shape)
-    weights = torch.where(row >= 0, weights, 0)
-    y = rows[row].to(weights.dtype) * weights[..., None]  # [T, K, D]
-    y = y.squeeze(1) if weights.shape[1] == 1 else y.sum(1)
-    return y.to(rows.dtype)
+    terms = rows[row] * weights[..., None]  # [T, K, D]
+    return torch.where(row[..., None] >= 0, terms, 0).sum(1).to(rows.dtype)
 
 
 def slot_values(row_values: Tensor, slot_to_row: Tensor, shape: torch.Size) -> Tensor:

@@ -32,7 +32,6 @@ from moe_fast.ops.info_nce.arguments import (
     check_weights,
 )
 from moe_fast.ops.info_nce.tiled import (
-    Settings,
     add_gradients,
     add_logits,
     both_directions,
@@ -173,11 +172,10 @@ class _GlobalInfoNCE(torch.autograd.Function):
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         *ids, weights, setup = rest
-        make_exchange, sizes, label_smoothing, symmetric, cosine = setup
+        make_exchange, sizes, smoothing, symmetric, cosine = setup
         each = _global_weights(weights, a)
         hard = b[:0] if negatives is None else negatives
         exchange = make_exchange(Shard(b, hard, each, *ids), sizes)
-        settings = Settings(scale, label_smoothing)
         rows = pair_side(a, ids, cosine)
         row_sums = new_sums(len(a), scale)
         own_logit = torch.empty_like(each)
@@ -186,16 +184,16 @@ class _GlobalInfoNCE(torch.autograd.Function):
         def add(shard: Shard, column_sums: Tensor, own: bool) -> None:
             pairs, hard = shard.sides(cosine)
             both = (row_sums, column_sums if symmetric else None)
-            add_logits(rows, pairs, settings, *both, own_logit, rank, own)
+            add_logits(rows, pairs, scale, smoothing, *both, own_logit, rank, own)
             if hard is not None:
-                add_logits(rows, hard, settings, row_sums, None, own_logit, rank, False)
+                add_logits(rows, hard, scale, smoothing, row_sums, None, own_logit, rank, False)
 
         column_sums = exchange.add_sums(add, scale)
-        row_loss = both_directions(row_sums, column_sums if symmetric else None, label_smoothing)
+        row_loss = both_directions(row_sums, column_sums if symmetric else None, smoothing)
         loss = (each * row_loss).sum()
         dist.all_reduce(loss)
         ctx.save_for_backward(a, scale, row_sums, column_sums, *ids)
-        ctx.rest = (exchange, settings, symmetric, cosine, each, negatives is not None)
+        ctx.rest = (exchange, smoothing, symmetric, cosine, each, negatives is not None)
         ctx.mark_non_differentiable(row_loss, rank)
         return loss, row_loss, rank
 
@@ -203,18 +201,17 @@ class _GlobalInfoNCE(torch.autograd.Function):
     @torch.no_grad()
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         a, scale, row_sums, column_sums, *ids = ctx.saved_tensors
-        exchange, settings, symmetric, cosine, each, has_negatives = ctx.rest
+        exchange, smoothing, symmetric, cosine, each, has_negatives = ctx.rest
         rows = pair_side(a, ids, cosine)
-        smoothing = settings.label_smoothing
         by_row = gradient_terms(row_sums, each, smoothing)
         grad_a = torch.zeros_like(a, dtype=scale.dtype)
 
         def add(shard: Shard, sums: Tensor, grad_b: Tensor, grad_hard: Tensor, own: bool) -> None:
             pairs, hard = shard.sides(cosine)
             by_column = gradient_terms(sums, shard.weights, smoothing) if symmetric else None
-            add_gradients(rows, pairs, settings, by_row, by_column, grad_a, grad_b, own)
+            add_gradients(rows, pairs, scale, smoothing, by_row, by_column, grad_a, grad_b, own)
             if hard is not None:
-                add_gradients(rows, hard, settings, by_row, None, grad_a, grad_hard, False)
+                add_gradients(rows, hard, scale, smoothing, by_row, None, grad_a, grad_hard, False)
 
         grad_b, grad_hard = exchange.add_gradients(add, column_sums, scale.dtype)
         factor = grad_loss * dist.get_world_size() / (2 if symmetric else 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.ops.checks import checks_values
-from moe_fast.ops.info_nce.arguments import as_scale
+from moe_fast.ops.info_nce.arguments import as_scale, check_scale
 
 
 def checked_scale(scale: float | Tensor, like: Tensor) -> Tensor:
@@ -18,8 +18,8 @@ def checked_scale(scale: float | Tensor, like: Tensor) -> Tensor:
         ValueError: more than one element or, where values are checked, not above 0 and finite.
     """
     scale = as_scale(scale, like.device, like.dtype)
-    if _is_checked(scale) and not (scale > 0 and scale.isfinite()):
-        raise ValueError(f"scale must be greater than 0 and finite; got {scale.item()}.")
+    if not torch.compiler.is_compiling():  # a graph cannot branch on a value
+        check_scale(scale)
     return scale
 
 
@@ -36,11 +36,6 @@ def checked_bias(bias: float | Tensor, like: Tensor) -> Tensor:
     if bias.numel() != 1:
         raise ValueError(f"bias must have one element; got shape {list(bias.shape)}.")
     bias = bias.reshape(()).to(device=like.device, dtype=like.dtype)
-    if _is_checked(bias) and not bias.isfinite():
+    if not torch.compiler.is_compiling() and checks_values(bias.device) and not bias.isfinite():
         raise ValueError(f"bias must be finite; got {bias.item()}.")
     return bias
-
-
-def _is_checked(value: Tensor) -> bool:
-    """Not while compiling: a graph cannot branch on a value."""
-    return checks_values(value.device) and not torch.compiler.is_compiling()

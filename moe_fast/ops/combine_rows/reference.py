@@ -7,14 +7,13 @@ from torch import Tensor
 
 from moe_fast.ops import backends
 from moe_fast.ops.eager_dispatch import Operation
+from moe_fast.ops.plan_checks import combine
 
 
 def _combine_rows(
     rows: Tensor, top_k_weights: Tensor, expert_offsets: Tensor, slot_to_row: Tensor
 ) -> Tensor:
-    row = slot_to_row.view(top_k_weights.shape)[..., None]
-    terms = rows[row.squeeze(-1)] * top_k_weights[..., None]  # [T, K, D]
-    return torch.where(row >= 0, terms, 0).sum(1).to(rows.dtype)
+    return combine(rows, slot_to_row, top_k_weights)
 
 
 def _fake(rows, top_k_weights, expert_offsets, slot_to_row):

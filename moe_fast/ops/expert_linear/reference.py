@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_fast.ops import backends
 from moe_fast.ops.checks import without_autocast
 from moe_fast.ops.eager_dispatch import Operation
-from moe_fast.ops.plan_checks import combine, new_rows, slot_values
+from moe_fast.ops.plan_checks import combine, experts_with_rows, slot_values
 
 
 @without_autocast
@@ -22,12 +22,10 @@ def _expert_linear(
     row_to_slot: Tensor,
     slot_to_row: Tensor,
 ) -> Tensor:
-    rows = new_rows(x, row_to_token.shape[0], weight.shape[1])
-    offsets = expert_offsets.tolist()
-    for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        if first < last:
-            row_bias = None if bias is None else bias[e]
-            rows[first:last] = F.linear(x[row_to_token[first:last]], weight[e], row_bias)
+    rows = x.new_empty(row_to_token.shape[0], weight.shape[1])
+    for e, here in experts_with_rows(expert_offsets):
+        row_bias = None if bias is None else bias[e]
+        rows[here] = F.linear(x[row_to_token[here]], weight[e], row_bias)
     return combine(rows, slot_to_row, top_k_weights)
 
 
@@ -36,13 +34,9 @@ def _expert_linear_backward(grad_y, x, weight, bias, top_k_weights, *plan):
     expert_offsets, row_to_token, row_to_slot, slot_to_row = plan
     # Experts without rows keep the zeros; an absent bias gets a gradient nobody reads.
     grad_weight, grad_bias = weight.new_zeros(weight.shape), x.new_zeros(weight.shape[:2])
-    grad_rows = new_rows(x, row_to_token.shape[0], x.shape[1])
+    grad_rows = x.new_empty(row_to_token.shape[0], x.shape[1])
     grad_row_weights = top_k_weights.new_empty(row_to_token.shape[0])
-    offsets = expert_offsets.tolist()
-    for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        if first == last:
-            continue
-        here = slice(first, last)
+    for e, here in experts_with_rows(expert_offsets):
         rows_x, grad_out = x[row_to_token[here]], grad_y[row_to_token[here]]
         grad_rows[here] = grad_out @ weight[e]
         row_weight = top_k_weights.reshape(-1)[row_to_slot[here]]

@@ -21,8 +21,8 @@ def forward(*inputs: Any) -> Tensor:
     x, weight, bias, w, *plan, slot_to_row = inputs
     w = w.contiguous()
     if w.shape[1] == 1:  # one row per token: written where it belongs
-        return linear(x, weight, bias, w, *plan, gather=True, scatter=True)
-    rows = linear(x, weight, bias, None, *plan, gather=True, scatter=False)
+        return linear(x, weight, bias, w, plan, gather=True, scatter=True)
+    rows = linear(x, weight, bias, None, plan, gather=True, scatter=False)
     return combine(rows, slot_to_row, w, w.shape[1])
 
 
@@ -36,12 +36,12 @@ def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Ten
 
     x, weight, bias, w, *plan, slot_to_row = inputs
     w = w.contiguous()
-    rows = linear(grad_y, weight.mT, None, None, *plan, gather=True, scatter=False)
+    rows = linear(grad_y, weight.mT, None, None, plan, gather=True, scatter=False)
     grad_x = combine(rows, slot_to_row, w, w.shape[1])
-    grad_w = router_grad(None, (rows, x), grad_y, bias, w, *plan)
-    grad_weights = grad_weight(grad_y, x, w, *plan, gather_a=True, gather_b=True)
+    grad_w = router_grad(None, (rows, x), grad_y, bias, w, plan)
+    grad_weights = grad_weight(grad_y, x, w, plan, gather_a=True, gather_b=True)
     absent = x.new_zeros(weight.shape[:2]) if bias is None else None
-    grad_bias = column_sum(grad_y, w, *plan) if absent is None else absent
+    grad_bias = column_sum(grad_y, w, plan) if absent is None else absent
     return grad_x, grad_weights, grad_bias, grad_w
 
 

@@ -19,6 +19,7 @@ Source: the expert of Hallee et al., arXiv 2401.15713; saving x and z as in Soni
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,30 +86,16 @@ def expert_mlp(
 
 
 @once_per_signature
-def _prepare(
-    x: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    up_proj_bias: Tensor | None,
-    down_proj_bias: Tensor | None,
-    top_k_weights: Tensor,
-    plan: RoutingPlan,
-    act: str,
-    gated: bool,
-    recompute: str | None,
-    backend: str | None,
-) -> tuple[Callable, bool]:
+def _prepare(x: Tensor, *arguments: Any) -> tuple[Callable, bool]:
     """The implementation for such a call, and whether it has gradients."""
-    weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
-    check_expert_mlp(x, *weights, top_k_weights, plan, act, gated, recompute)
-    needs_grad = wants_gradients(x, *weights, top_k_weights)
-    computed_in = torch.promote_types(autocast_dtype(x), top_k_weights.dtype)
-    act = ACTIVATIONS[act].name
-    run = backends.select("expert_mlp", backend, x.device, computed_in, act, needs_grad)
-    return run, needs_grad
+    *tensors_and_settings, backend = arguments
+    return choose("expert_mlp", backend, (), x, *tensors_and_settings)
 
 
-def check_expert_mlp(
+def choose(
+    op: str,
+    backend: str | None,
+    block: tuple[Tensor, ...],
     x: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
@@ -119,8 +106,15 @@ def check_expert_mlp(
     act: str,
     gated: bool,
     recompute: str | None,
-) -> None:
-    """Raise unless the tensors of an expert MLP fit each other, naming the argument."""
+) -> tuple[Callable, bool]:
+    """The implementation of ``op`` for an expert MLP, and whether it has gradients.
+
+    Args:
+        block: what else has gradients, in an op that computes more than the MLP.
+
+    Raises:
+        ValueError, TypeError: for tensors that do not fit each other, naming the argument.
+    """
     check_choice("act", act, ACTIVATIONS)
     check_choice("recompute", recompute, (None, "up"))
     check_shape("x", x, (None, None), "[T, D]")
@@ -145,3 +139,9 @@ def check_expert_mlp(
         down_proj_bias=down_proj_bias,
     )
     check_plan(x, top_k_weights, plan, num_experts)
+    needs_grad = wants_gradients(
+        x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *block
+    )
+    computed_in = torch.promote_types(autocast_dtype(x), top_k_weights.dtype)
+    act = ACTIVATIONS[act].name
+    return backends.select(op, backend, x.device, computed_in, act, needs_grad), needs_grad

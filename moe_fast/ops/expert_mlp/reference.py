@@ -10,7 +10,7 @@ from moe_fast.ops import backends
 from moe_fast.ops.activations import activate, activate_backward
 from moe_fast.ops.checks import without_autocast
 from moe_fast.ops.eager_dispatch import Operation
-from moe_fast.ops.plan_checks import combine, new_rows, slot_values
+from moe_fast.ops.plan_checks import combine, experts_with_rows, slot_values
 
 
 @without_autocast
@@ -29,17 +29,14 @@ def _expert_mlp(
     gated: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = new_rows(x, row_to_token.shape[0], x.shape[1])
+    rows = x.new_empty(row_to_token.shape[0], x.shape[1])
     saved = x.new_empty(row_to_token.shape[0] if save else 0, up_proj.shape[1])
-    offsets = expert_offsets.tolist()
-    for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        if first == last:
-            continue
-        z = F.linear(x[row_to_token[first:last]], up_proj[e], _of(up_proj_bias, e))
-        rows[first:last] = F.linear(activate(z, act, gated), down_proj[e], _of(down_proj_bias, e))
+    for e, here in experts_with_rows(expert_offsets):
+        z = F.linear(x[row_to_token[here]], up_proj[e], _of(up_proj_bias, e))
+        rows[here] = F.linear(activate(z, act, gated), down_proj[e], _of(down_proj_bias, e))
         if save:
-            saved[first:last] = z
-    saved[offsets[-1] :] = 0  # skipped slots: an op must not return uninitialised memory
+            saved[here] = z
+    saved[expert_offsets[-1] :] = 0  # skipped slots: an op must not return uninitialised memory
     return combine(rows, slot_to_row, top_k_weights), saved
 
 
@@ -55,14 +52,10 @@ def _expert_mlp_backward(grad_y, x, up_proj, down_proj, *rest):
     grad_up, grad_down = up_proj.new_zeros(up_proj.shape), down_proj.new_zeros(down_proj.shape)
     grad_up_bias = x.new_zeros(up_proj.shape[:2])
     grad_down_bias = x.new_zeros(down_proj.shape[:2])
-    grad_rows = new_rows(x, row_to_token.shape[0], x.shape[1])
+    grad_rows = x.new_empty(row_to_token.shape[0], x.shape[1])
     grad_row_weights = top_k_weights.new_empty(row_to_token.shape[0])
     row_weights = top_k_weights.reshape(-1)[row_to_slot]
-    offsets = expert_offsets.tolist()
-    for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        if first == last:
-            continue
-        here = slice(first, last)
+    for e, here in experts_with_rows(expert_offsets):
         rows_x, grad_out = x[row_to_token[here]], grad_y[row_to_token[here]]
         z = saved[here] if saved.shape[0] else F.linear(rows_x, up_proj[e], _of(up_proj_bias, e))
         h = activate(z, act, gated)

@@ -51,7 +51,7 @@ def expert_rows(
     form = dict(act=act, gated=gated, want_z=save, want_h=True)
     z, h = up_projection(x, up_proj, up_bias, *plan[:2], **form)
     scatter = by_token is not None
-    return linear(h, down_proj, down_bias, by_token, *plan, gather=False, scatter=scatter), z
+    return linear(h, down_proj, down_bias, by_token, plan, gather=False, scatter=scatter), z
 
 
 def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -70,7 +70,7 @@ def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     if z.shape[0] != plan[1].shape[0]:
         z, _ = up_projection(x, up_proj, up_bias, *plan[:2], **form, want_z=True, want_h=False)
     grad_z, weighted_h, dots, grad_up_bias = grad_hidden(
-        grad_y, down_proj, z, w, *plan, **form, want_bias=up_bias is not None
+        grad_y, down_proj, z, w, plan, **form, want_bias=up_bias is not None
     )
     # Absent biases get a gradient nobody reads.
     if up_bias is None:
@@ -78,13 +78,13 @@ def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     if down_bias is None:
         grad_down_bias = x.new_zeros(down_proj.shape[:2])
     else:
-        grad_down_bias = column_sum(grad_y, w, *plan)
-    grad_w = router_grad(dots, None, grad_y, down_bias, w, *plan)
-    grad_down = grad_weight(grad_y, weighted_h, None, *plan, gather_a=True, gather_b=False)
-    grad_up = grad_weight(grad_z, x, None, *plan, gather_a=False, gather_b=True)
+        grad_down_bias = column_sum(grad_y, w, plan)
+    grad_w = router_grad(dots, None, grad_y, down_bias, w, plan)
+    grad_down = grad_weight(grad_y, weighted_h, None, plan, gather_a=True, gather_b=False)
+    grad_up = grad_weight(grad_z, x, None, plan, gather_a=False, gather_b=True)
     # The routing weight is in dz already.
     k = w.shape[1]
-    grad_x = linear(grad_z, up_proj.mT, None, None, *plan, gather=False, scatter=k == 1)
+    grad_x = linear(grad_z, up_proj.mT, None, None, plan, gather=False, scatter=k == 1)
     if k > 1:
         grad_x = combine(grad_x, slot_to_row, None, k)
     return grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_w

@@ -6,8 +6,8 @@
 
 On ``torch`` and ``cpp`` it is that composition. ``triton`` sums a token's rows, drops, adds and
 normalises in one pass (``kernels/triton_ops/combine_norm.py``); backward, one pass gives the
-gradients of y and of the residual, and expert_mlp's own backward goes on from there. Beside x and
-z it saves s, two numbers per token and what dropout kept.
+gradients of y and of the residual, and expert_mlp's own backward goes on from there. Beside x, z
+and the residual it saves s, two numbers per token and what dropout kept.
 
 The mask of dropout is drawn by torch before an implementation is chosen: all drop the same
 entries, and they are those that ``torch.nn.functional.dropout`` would drop in its place.
@@ -16,23 +16,21 @@ entries, and they are those that ``torch.nn.functional.dropout`` would drop in i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_fast.ops import backends
 from moe_fast.ops.activations import ACTIVATIONS
 from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import (
     FLOAT_DTYPES,
-    autocast_dtype,
     autocast_to,
     check_dtype,
     check_like,
     check_shape,
-    wants_gradients,
 )
-from moe_fast.ops.expert_mlp import check_expert_mlp
+from moe_fast.ops.expert_mlp import choose
 from moe_fast.ops.expert_mlp_norm import reference, triton  # noqa: F401 - each registers itself
 from moe_fast.ops.plan import RoutingPlan
 
@@ -76,16 +74,16 @@ def expert_mlp_norm(
     """
     tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias)
     block: tuple[Tensor, ...] = (residual, norm_weight, norm_bias)
-    settings = (act, gated, recompute, dropout, backend)
-    run, needs_grad = _prepare(*tensors, top_k_weights, plan, *block, *settings)
+    mlp = (*tensors, top_k_weights, plan, act, gated, recompute)
+    run, needs_grad = _prepare(*mlp, *block, dropout, backend)
     if torch.is_autocast_enabled(x.device.type):
         # As a product would be cast, and what follows as LayerNorm.
         tensors, block = autocast_to(*tensors), _as_layer_norm(*block)
     return run(
         *tensors,
         top_k_weights,
-        *plan.indices,
         *block,
+        *plan.indices,
         None if dropout == 0 else _kept(tensors[0], dropout),
         1 / (1 - dropout) if dropout < 1 else 0.0,
         eps,
@@ -97,33 +95,13 @@ def expert_mlp_norm(
 
 
 @once_per_signature
-def _prepare(
-    x: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    up_proj_bias: Tensor | None,
-    down_proj_bias: Tensor | None,
-    top_k_weights: Tensor,
-    plan: RoutingPlan,
-    residual: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    act: str,
-    gated: bool,
-    recompute: str | None,
-    dropout: float,
-    backend: str | None,
-) -> tuple[Callable, bool]:
+def _prepare(x: Tensor, *arguments: Any) -> tuple[Callable, bool]:
     """The implementation for such a call, and whether it has gradients."""
-    weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
-    check_expert_mlp(x, *weights, top_k_weights, plan, act, gated, recompute)
+    *mlp, residual, norm_weight, norm_bias, dropout, backend = arguments
     block = (residual, norm_weight, norm_bias)
+    chosen = choose("expert_mlp_norm", backend, block, x, *mlp)
     _check_block(x, *block, dropout)
-    needs_grad = wants_gradients(x, *weights, top_k_weights, *block)
-    computed_in = torch.promote_types(autocast_dtype(x), top_k_weights.dtype)
-    act = ACTIVATIONS[act].name
-    run = backends.select("expert_mlp_norm", backend, x.device, computed_in, act, needs_grad)
-    return run, needs_grad
+    return chosen
 
 
 def _check_block(

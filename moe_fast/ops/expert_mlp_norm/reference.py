@@ -14,11 +14,12 @@ from moe_fast.ops.checks import COMPILED_DTYPES
 
 
 def _composition(backend: str, *arguments: Any) -> tuple[Tensor]:
-    *tensors, residual, norm_weight, norm_bias, keep, scale, eps, act, gated, _, save = arguments
+    tensors, (residual, norm_weight, norm_bias) = arguments[:6], arguments[6:9]
+    *plan, keep, scale, eps, act, gated, _, save = arguments[9:]
     x, top_k_weights = tensors[0], tensors[5]
     computed_in = torch.promote_types(x.dtype, top_k_weights.dtype)
     run = backends.select("expert_mlp", backend, x.device, computed_in, act)
-    y, _ = run(*tensors, act, gated, save)
+    y, _ = run(*tensors, *plan, act, gated, save)
     if keep is not None:
         y = y * (keep.to(y.dtype) * scale)
     return (F.layer_norm(y + residual, norm_weight.shape, norm_weight, norm_bias, eps),)

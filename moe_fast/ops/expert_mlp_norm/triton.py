@@ -6,6 +6,8 @@ needs neither a store in token order nor zeros at skipped tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,13 @@ def forward(
     up_proj_bias: Tensor | None,
     down_proj_bias: Tensor | None,
     top_k_weights: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
     expert_offsets: Tensor,
     row_to_token: Tensor,
     row_to_slot: Tensor,
     slot_to_row: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
     keep: Tensor | None,
     scale: float,
     eps: float,
@@ -50,41 +52,21 @@ def forward(
     return out, total, moments, z
 
 
-def gradients(
-    grad_out: Tensor,
-    x: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    up_proj_bias: Tensor | None,
-    down_proj_bias: Tensor | None,
-    top_k_weights: Tensor,
-    expert_offsets: Tensor,
-    row_to_token: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    norm_weight: Tensor,
-    keep: Tensor | None,
-    total: Tensor,
-    moments: Tensor,
-    z: Tensor,
-    scale: float,
-    act: str,
-    gated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def gradients(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The gradients of expert_mlp's six tensors, of residual, norm_weight and norm_bias."""
     from moe_fast.triton_ops.combine_norm import combine_norm_backward
 
+    *mlp, _, norm_weight, _ = inputs[:9]
+    *plan, keep, total, moments, z, scale, _, act, gated = inputs[9:]
     grad_y, grad_residual, grad_norm_weight, grad_norm_bias = combine_norm_backward(
-        grad_out, total, moments, keep, norm_weight.contiguous(), scale=scale, like=x
+        grad_out, total, moments, keep, norm_weight.contiguous(), scale=scale, like=mlp[0]
     )
-    weights = (up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights)
-    plan = (expert_offsets, row_to_token, row_to_slot, slot_to_row)
-    grads = expert_mlp.gradients(grad_y, x, *weights, *plan, z, act, gated)
+    grads = expert_mlp.gradients(grad_y, *mlp, *plan, z, act, gated)
     return *grads, grad_residual, grad_norm_weight.clone(), grad_norm_bias.clone()
 
 
 def _fake(x, up_proj, *rest):
-    row_to_token, residual = rest[5], rest[8]
+    residual, row_to_token = rest[4], rest[8]
     save, save_z = rest[-2:]
     tokens = x.shape[0] if save else 0
     moments_in = torch.promote_types(x.dtype, torch.float32)
@@ -96,42 +78,16 @@ def _fake(x, up_proj, *rest):
     )
 
 
-def _fake_backward(
-    grad_out, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *rest
-):
-    norm_weight = rest[4]
-    like = (x, up_proj, down_proj, x, x, top_k_weights, grad_out, norm_weight, norm_weight)
+def _fake_backward(grad_out, x, up_proj, down_proj, up_bias, down_bias, top_k_weights, *rest):
+    residual, norm_weight, norm_bias = rest[:3]
+    like = (x, up_proj, down_proj, x, x, top_k_weights, residual, norm_weight, norm_bias)
     shapes = [t.shape for t in like]
     shapes[3:5] = up_proj.shape[:2], down_proj.shape[:2]
     return tuple(t.new_empty(shape) for t, shape in zip(like, shapes, strict=True))
 
 
-def _save_for_backward(ctx, inputs, output):
-    *tensors, residual, norm_weight, norm_bias, keep, scale, _, act, gated, _, _ = inputs
-    ctx.save_for_backward(*tensors, norm_weight, keep, *output[1:])
-    ctx.settings = (scale, act, gated)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or autograd makes zeros as large as z for its gradient
-
-
-def _gradients(backward, ctx, grad_out, *_):
-    if grad_out is None:
-        return (None,) * 20
-    tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
-    grads = list(backward(grad_out, *tensors, *ctx.settings))
-    for bias in (3, 4):
-        if tensors[bias] is None:
-            grads[bias] = None
-    return *grads[:6], *[None] * 4, *grads[6:], *[None] * 7
-
-
 _OPERATION = Operation(
-    forward,
-    _fake,
-    _fake_backward,
-    backward_signature=gradients,
-    save=_save_for_backward,
-    gradients=_gradients,
+    forward, _fake, _fake_backward, differentiable=9, saved=(1, 2, 3), settings=4
 )
 run = _OPERATION.implement(
     "expert_mlp_norm_triton",

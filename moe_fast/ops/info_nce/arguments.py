@@ -137,11 +137,10 @@ def check_pairs(
     for name, values in row_values.items():
         if values is not None:
             check_shape(name, values, (batch,), "[B]")
+            check_dtype(name, values, INTEGER_DTYPES)
     if col_ids is not None:
         check_shape("col_ids", col_ids, (num_candidates,), "[B + B * G]")
-    for name, values in {**row_values, "col_ids": col_ids}.items():
-        if values is not None:
-            check_dtype(name, values, INTEGER_DTYPES)
+        check_dtype("col_ids", col_ids, INTEGER_DTYPES)
     if weights is not None:
         check_shape("weights", weights, (batch,), "[B]")
         check_dtype("weights", weights, FLOAT_DTYPES)

@@ -46,20 +46,6 @@ def positives_and_candidates(
     return positive, positive | ~masked
 
 
-def _targets(positive: Tensor, candidate: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """[B, N] target distribution of each row; rows sum to 1."""
-    target = positive.to(dtype) / positive.sum(1, keepdim=True)
-    if eps:
-        target = (1 - eps) * target + eps * candidate.to(dtype) / candidate.sum(1, keepdim=True)
-    return target
-
-
-def _cross_entropy(logits: Tensor, candidate: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Row-wise cross entropy [B] and softmax [B, N] over the candidates."""
-    log_p = logits.masked_fill(~candidate, -torch.inf).log_softmax(1)
-    return -torch.where(target > 0, target * log_p, 0).sum(1), log_p.exp()
-
-
 def _directions(
     q: Tensor,
     k: Tensor,
@@ -76,10 +62,14 @@ def _directions(
     if symmetric:
         views.append((logits[:, :batch].t(), positive[:, :batch].t(), candidate[:, :batch].t()))
     result = []
-    for view in views:
-        target = _targets(view[1], view[2], label_smoothing, q.dtype)
-        loss, p = _cross_entropy(view[0], view[2], target)
-        result.append((*view, p - target, loss))
+    for s, positives, candidates in views:
+        target = positives.to(q.dtype) / positives.sum(1, keepdim=True)
+        if label_smoothing:
+            evenly = candidates.to(q.dtype) / candidates.sum(1, keepdim=True)
+            target = (1 - label_smoothing) * target + label_smoothing * evenly
+        log_p = s.masked_fill(~candidates, -torch.inf).log_softmax(1)
+        loss = -torch.where(target > 0, target * log_p, 0).sum(1)
+        result.append((s, positives, candidates, log_p.exp() - target, loss))
     return result
 
 

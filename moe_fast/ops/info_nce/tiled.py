@@ -54,19 +54,6 @@ NEG, POS = 0, 1  # log2 sum exp2 over negatives, and over positives
 POS_SUM, POS_COUNT, ALL_SUM, ALL_COUNT = 2, 3, 4, 5  # sums; the last two for label smoothing only
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the tiles are computed with.
-
-    Attributes:
-        scale: [] in the dtype of the logits.
-        label_smoothing: in [0, 1).
-    """
-
-    scale: Tensor
-    label_smoothing: float
-
-
 def new_sums(count: int, like: Tensor) -> Tensor:
     """[6, count] sums over nothing."""
     sums = like.new_zeros((6, count))
@@ -106,7 +93,8 @@ def both_directions(row_sums: Tensor, column_sums: Tensor | None, label_smoothin
 def add_logits(
     rows: Side,
     columns: Side,
-    settings: Settings,
+    scale: Tensor,
+    label_smoothing: float,
     row_sums: Tensor,
     column_sums: Tensor | None,
     own_logit: Tensor,
@@ -116,6 +104,8 @@ def add_logits(
     """Adds the logits of all rows against some columns to the sums.
 
     Args:
+        scale: [] in the dtype of the logits.
+        label_smoothing: in [0, 1).
         row_sums: [6, m], added to.
         column_sums: [6, n], added to; ``None`` for columns without a loss.
         own_logit: [m], each row's logit with its own positive: written where ``own``, else read.
@@ -124,12 +114,14 @@ def add_logits(
     """
     device = rows.x.device
     rows, columns = comparable(rows, columns)
-    space = Workspace(len(rows), len(columns), settings.scale)
+    space = Workspace(len(rows), len(columns), scale)
     for first, last in blocks(len(rows), device):
         block = rows.block(first, last)
-        scaled_q = scaled_rows(block, settings.scale)
+        scaled_q = scaled_rows(block, scale)
         here = own_logit[first:last]
-        for low, high in diagonal_first(blocks(len(columns), device), first, own):
+        # The rows' own positives come first: ranks need their logits.
+        column_blocks = blocks(len(columns), device)
+        for low, high in sorted(column_blocks, key=lambda block: own and block[0] != first):
             tile, diagonal = columns.block(low, high), own and low == first
             s = logits_tile(scaled_q, tile, space)
             if diagonal:
@@ -138,17 +130,10 @@ def add_logits(
             if column_sums is not None:
                 directions.append((column_sums[:, low:high], 0))
             masks = tile_masks(block, tile, diagonal, space)
-            add_tile(s, *masks, diagonal, settings.label_smoothing, directions, space)
+            add_tile(s, *masks, diagonal, label_smoothing, directions, space)
             smaller = torch.lt(s, here[:, None], out=space.tile("scratch", *s.shape))
             # "not smaller", so that NaN counts against the row as a tie does
             rank[first:last] += s.shape[1] - smaller.sum(1).to(torch.int64)
-
-
-def diagonal_first(
-    column_blocks: list[tuple[int, int]], first: int, own: bool
-) -> list[tuple[int, int]]:
-    """The blocks of columns, the one with the rows' own positives in front: ranks need these."""
-    return sorted(column_blocks, key=lambda block: own and block[0] != first)
 
 
 def add_tile(
@@ -235,7 +220,8 @@ def gradient_terms(sums: Tensor, weights: Tensor, label_smoothing: float) -> Ter
 def add_gradients(
     rows: Side,
     columns: Side,
-    settings: Settings,
+    scale: Tensor,
+    label_smoothing: float,
     row_terms: Terms,
     column_terms: Terms | None,
     grad_rows: Tensor,
@@ -249,18 +235,16 @@ def add_gradients(
     """
     device = rows.x.device
     rows, columns = comparable(rows, columns)
-    space = Workspace(len(rows), len(columns), settings.scale)
+    space = Workspace(len(rows), len(columns), scale)
     for first, last in blocks(len(rows), device):
         block, by_row = rows.block(first, last), row_terms.block(first, last)
-        scaled_q = scaled_rows(block, settings.scale)
+        scaled_q = scaled_rows(block, scale)
         for low, high in blocks(len(columns), device):
             tile, diagonal = columns.block(low, high), own and low == first
             by_column = None if column_terms is None else column_terms.block(low, high)
             s = logits_tile(scaled_q, tile, space)
             masks = tile_masks(block, tile, diagonal, space)
-            grad = tile_gradient(
-                s, *masks, diagonal, settings.label_smoothing, by_row, by_column, space
-            )
+            grad = tile_gradient(s, *masks, diagonal, label_smoothing, by_row, by_column, space)
             add_products(grad, scaled_q, tile, grad_rows[first:last], grad_columns[low:high])
 
 
@@ -351,15 +335,14 @@ def _info_nce_tiled(
     each = row_weights(weights, a)
     ids = (row_ids, col_ids, domain_ids, group_ids)
     rows, pairs, hard = sides(a, b, negatives, ids, cosine)
-    settings = Settings(scale, label_smoothing)
     row_sums = new_sums(len(rows), scale)
     column_sums = new_sums(len(pairs) if symmetric else 0, scale)
     own_logit = torch.empty_like(row_sums[0])
     rank = torch.ones(len(rows), dtype=torch.int64, device=a.device)
     both = (row_sums, column_sums if symmetric else None)
-    add_logits(rows, pairs, settings, *both, own_logit, rank, own=True)
+    add_logits(rows, pairs, scale, label_smoothing, *both, own_logit, rank, own=True)
     if hard is not None:
-        add_logits(rows, hard, settings, row_sums, None, own_logit, rank, own=False)
+        add_logits(rows, hard, scale, label_smoothing, row_sums, None, own_logit, rank, own=False)
     row_loss = both_directions(row_sums, both[1], label_smoothing)
     return (each * row_loss).sum(), row_loss, rank, row_sums, column_sums
 
@@ -380,15 +363,16 @@ def _info_nce_tiled_backward(grad_loss, a, b, negatives, scale, *rest):
     *ids, weights, row_sums, column_sums, label_smoothing, symmetric, cosine = rest
     each = row_weights(weights, a)
     rows, pairs, hard = sides(a, b, negatives, ids, cosine)
-    settings = Settings(scale, label_smoothing)
     by_row = gradient_terms(row_sums, each, label_smoothing)
     by_column = gradient_terms(column_sums, each, label_smoothing) if symmetric else None
     grad_a, grad_b = (torch.zeros_like(x, dtype=scale.dtype) for x in (a, b))
     grad_hard = scale.new_zeros((0 if hard is None else len(hard), a.shape[1]))
-    add_gradients(rows, pairs, settings, by_row, by_column, grad_a, grad_b, own=True)
+    add_gradients(rows, pairs, scale, label_smoothing, by_row, by_column, grad_a, grad_b, own=True)
     factor = grad_loss / 2 if symmetric else grad_loss
     if hard is not None:
-        add_gradients(rows, hard, settings, by_row, None, grad_a, grad_hard, own=False)
+        add_gradients(
+            rows, hard, scale, label_smoothing, by_row, None, grad_a, grad_hard, own=False
+        )
         finish_columns(hard, grad_hard, factor)
     finish_columns(pairs, grad_b, factor)
     grad_scale = row_epilogue(rows, grad_a, scale, factor)

@@ -167,12 +167,9 @@ def row_epilogue(rows: Side, grad: Tensor, scale: Tensor, factor: Tensor) -> Ten
 
     ``dq = scale * sum G . k``, and ``dL/dscale = sum_ij G_ij <q_i, k_j> = sum_i <q_i, sum G . k>``.
     """
-    total = scale.new_zeros(())
-    for first, last in blocks(len(rows), grad.device):
-        block, part = rows.block(first, last), grad[first:last]
-        total += _project(block, part)
-        if block.inverse_norm is not None:
-            part.mul_(block.inverse_norm[:, None])
+    total = project_to_tangent(rows, grad)
+    if rows.inverse_norm is not None:
+        grad.mul_(rows.inverse_norm[:, None])
     grad.mul_(scale * factor)
     return total * factor
 
@@ -186,28 +183,25 @@ def finish_columns(columns: Side, grad: Tensor, factor: Tensor) -> None:
     grad.mul_(factor * math.log(2))
 
 
-def project_to_tangent(side: Side, grad: Tensor) -> None:
+def project_to_tangent(side: Side, grad: Tensor) -> Tensor:
     """Projects ``grad`` [n, d] onto the tangent space of the unit sphere, in place.
 
     The gradient of a dot product, which sees lengths, stays as it is.
+
+    Returns:
+        [] the sum of ``<u, grad>``, u being x at unit length; for dot products x itself.
     """
-    if side.inverse_norm is not None:
-        for first, last in blocks(len(side), grad.device):
-            _project(side.block(first, last), grad[first:last])
-
-
-def _project(side: Side, grad: Tensor) -> Tensor:
-    """``grad - u <u, grad>`` in place, u being x at unit length; returns the sum of ``<u, grad>``.
-
-    For dot products u is x, and the gradient stays as it is.
-    """
-    u = side.x.to(grad.dtype)
-    if side.inverse_norm is None:
-        return torch.linalg.vecdot(u, grad).sum()
-    u = u * side.inverse_norm[:, None]
-    along = torch.linalg.vecdot(u, grad)
-    grad.addcmul_(u, along[:, None], value=-1)
-    return along.sum()
+    total = grad.new_zeros(())
+    for first, last in blocks(len(side), grad.device):
+        rows, part = side.block(first, last), grad[first:last]
+        u = rows.x.to(grad.dtype)
+        if rows.inverse_norm is not None:
+            u = u * rows.inverse_norm[:, None]
+        along = torch.linalg.vecdot(u, part)
+        if rows.inverse_norm is not None:
+            part.addcmul_(u, along[:, None], value=-1)
+        total += along.sum()
+    return total
 
 
 def comparable(rows: Side, columns: Side) -> tuple[Side, Side]:

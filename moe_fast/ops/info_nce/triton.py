@@ -10,8 +10,9 @@ the logits again for every part of d: 5 products in all at d = 256, 9 at d = 768
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -49,14 +50,12 @@ class _Against:
         rows, columns: the kernels' sides, ids comparable.
         masks: the kernels' masks.
         side: the columns once more.
-        own: whether they are the rows' own positives.
     """
 
     rows: Any
     columns: Any
     masks: Any
     side: Side
-    own: bool
 
 
 def spans(count: int, itemsize: int) -> list[tuple[int, int]]:
@@ -93,7 +92,7 @@ def _against(rows: Side, columns: Side, own: bool) -> _Against:
     compared = any(masks[1:])
     both = with_small_ids(rows, columns) if compared else (rows, columns)
     left, right = (logits.Side(s.x, s.inverse_norm, _ids(s) if compared else None) for s in both)
-    return _Against(left, right, masks, columns, own)
+    return _Against(left, right, masks, columns)
 
 
 def _ids(side: Side) -> Tensor:
@@ -123,7 +122,7 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     column_sums = new_sums(len(rows) if symmetric else 0, scale)
     rank = torch.ones(len(rows), dtype=torch.int64, device=a.device)
     for some in against:
-        wanted = column_sums if symmetric and some.own else None
+        wanted = column_sums if symmetric and some.masks.own else None
         _add_logits(some, scale, own, bool(label_smoothing), row_sums, wanted, rank)
     if ids[3] is None:
         for sums in (row_sums, column_sums) if symmetric else (row_sums,):
@@ -145,7 +144,9 @@ def _add_logits(
     from moe_fast.triton_ops.info_nce import info_nce_sums
     from moe_fast.triton_ops.logits import Area
 
-    for (first, last), (low, high) in _rectangles(some):
+    size = some.side.x.dtype.itemsize
+    rectangles = product(spans(len(some.rows.x), size), spans(len(some.side), size))
+    for (first, last), (low, high) in rectangles:
         from_rows, from_columns, ranks = info_nce_sums(
             *(some.rows, some.columns, scale, own, Area(first, last, low, high), some.masks),
             smooth=smooth,
@@ -155,14 +156,6 @@ def _add_logits(
         if column_sums is not None:
             _join(column_sums[:, low:high], from_columns, some.masks.groups, smooth)
         rank[first:last] += ranks.sum(0)
-
-
-def _rectangles(some: _Against) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """The spans of rows, and of columns, of each."""
-    size = some.side.x.dtype.itemsize
-    for rows in spans(len(some.rows.x), size):
-        for columns in spans(len(some.side), size):
-            yield rows, columns
 
 
 def _join(sums: Tensor, tiles: Tensor, groups: bool, smooth: bool) -> None:
@@ -205,7 +198,7 @@ def gradients(grad_loss: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, 
             total += _add_gradients(
                 some,
                 scale,
-                (by_row, by_column if some.own else None),
+                (by_row, by_column if some.masks.own else None),
                 (first, last),
                 smooth,
                 grad_rows,

@@ -8,7 +8,7 @@ import torch
 
 from moe_fast.ops import backends, native
 from moe_fast.ops.checks import COMPILED_DTYPES
-from moe_fast.ops.route.reference import OPERATION, NonFiniteLogitsError
+from moe_fast.ops.route.reference import NonFiniteLogitsError, implement
 
 
 def _route(*args: Any) -> Any:
@@ -20,5 +20,5 @@ def _route(*args: Any) -> Any:
         raise
 
 
-run = OPERATION.implement("route_cpp", _route, native.kernel("route_backward"))
+run = implement("route_cpp", _route, native.kernel("route_backward"))
 backends.register("route", "cpp", run, native.why_not_on_cpu, dtypes=COMPILED_DTYPES)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
 from moe_fast.ops.checks import check_starts, checks_values, compute_dtype, without_autocast
-from moe_fast.ops.eager_dispatch import Operation
+from moe_fast.ops.eager_dispatch import Operation, register_op, schema_of
 from moe_fast.ops.route.modes import SENTENCE_MODES
 
 
@@ -85,11 +88,6 @@ def _real_rows(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x if mask is None else torch.where(mask[:, None], x, 0)
 
 
-def _router_logits(x: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
-    dtype = compute_dtype(torch.promote_types(x.dtype, weight.dtype))
-    return _real_rows(x, mask, dtype) @ weight.to(dtype).t()
-
-
 def _chosen(logits: Tensor, k: int, mode: str) -> Tensor:
     if mode == "dense":
         return torch.arange(logits.shape[1], device=logits.device).repeat(logits.shape[0], 1)
@@ -142,7 +140,8 @@ def _route(
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_starts(starts, x.shape[0])
-    logits = _router_logits(x, router_weight, token_mask)
+    dtype = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
+    logits = _real_rows(x, token_mask, dtype) @ router_weight.to(dtype).t()
     check_logits(logits)
     choice = Choice(logits, mode, token_mask, starts)
     index = _chosen(choice.logits, num_experts_per_tok, mode)
@@ -249,15 +248,17 @@ def _fake_enforced(expert_ids, num_tokens, starts, token_mask, num_experts, dtyp
     )
 
 
-OPERATION = Operation(
-    _route,
-    _fake,
-    _fake_backward,
-    backward_signature=_route_backward,
-    save=_save_for_backward,
-    gradients=_gradients,
-)
-backends.register("route", "torch", OPERATION.implement("route", _route, _route_backward))
+def implement(name: str, forward: Callable, backward: Callable) -> Callable:
+    """Register an implementation: two of its results have a gradient, unlike other ops'."""
+    run_backward = register_op(
+        f"moe_fast::{name}_backward", schema_of(_route_backward), backward, _fake_backward
+    )
+    gradients = functools.partial(_gradients, run_backward)
+    schema = schema_of(_route)
+    return register_op(f"moe_fast::{name}", schema, forward, _fake, _save_for_backward, gradients)
+
+
+backends.register("route", "torch", implement("route", _route, _route_backward))
 route_enforced = Operation(_route_enforced, _fake_enforced).implement(
     "route_enforced", _route_enforced
 )

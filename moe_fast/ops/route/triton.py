@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_fast.ops import triton_backend
 from moe_fast.ops.checks import check_starts, compute_dtype
 from moe_fast.ops.route.modes import SENTENCE_MODES
-from moe_fast.ops.route.reference import OPERATION, check_logits
+from moe_fast.ops.route.reference import check_logits, implement
 
 
 def _settings(mode: str, weight_mode: str, k: int, num_experts: int) -> Any:
@@ -49,4 +49,4 @@ def _route_backward(*inputs: Any) -> tuple[Tensor, Tensor]:
     return route_grad.route_backward(*tensors, settings, token_mask, starts)
 
 
-triton_backend.offer("route", OPERATION.implement("route_triton", _route, _route_backward))
+triton_backend.offer("route", implement("route_triton", _route, _route_backward))

@@ -39,7 +39,11 @@ def _attention(
         assert isinstance(y, Tensor)
         return y
     if kernel == "xformers":
-        return _xformers(query, key, value, cu_seqlens, scale, dropout)
+        from xformers.ops import fmha, memory_efficient_attention
+
+        mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(cu_seqlens.diff().tolist())
+        batched = (t[None] for t in (query, key, value))
+        return memory_efficient_attention(*batched, attn_bias=mask, p=dropout, scale=scale)[0]
     return _by_runs(query, key, value, cu_seqlens, scale, window, dropout)
 
 
@@ -88,16 +92,6 @@ def _has(module: str) -> bool:
 
 
 # --- how ---------------------------------------------------------------------------------
-
-
-def _xformers(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, dropout: float
-) -> Tensor:
-    from xformers.ops import fmha, memory_efficient_attention
-
-    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(cu_seqlens.diff().tolist())
-    batched = (t[None] for t in (query, key, value))
-    return memory_efficient_attention(*batched, attn_bias=mask, p=dropout, scale=scale)[0]
 
 
 @torch.compiler.disable  # it reads the lengths: a graph would hold for one batch only

@@ -183,7 +183,7 @@ def check_linear(case, gather: bool, scatter: bool, transposed: bool, out: int) 
         w = guarded(w.mT.contiguous()).mT
     b = new(experts, out, dtype=dtype) if bias else None
     weights = poison(guarded(torch.rand(size)), rows, by_token=True) if weighted else None
-    y = linear(a, w, b, weights, *rows.plan, gather=gather, scatter=scatter, config=config)
+    y = linear(a, w, b, weights, rows.plan, gather=gather, scatter=scatter, config=config)
     expected = []
     for r, e in enumerate(rows.expert):
         token = rows.row_to_token[r]
@@ -207,7 +207,7 @@ def test_grad_hidden(case):
     z = poison(new(size, width, dtype=dtype), rows, by_token=False)
     weights = guarded(torch.rand(size))
     grad_z, weighted_h, dots, grad_bias = grad_hidden(
-        grad, w, z, weights, *rows.plan, act="gelu", gated=gated, want_bias=bias, config=config
+        grad, w, z, weights, rows.plan, act="gelu", gated=gated, want_bias=bias, config=config
     )
     sums = torch.zeros(experts, width, dtype=F64)
     wanted_z, wanted_h, wanted_dots = [], [], []
@@ -259,7 +259,7 @@ def test_grad_weight_by_grouped_mm(case, gather_a, gather_b):
 def test_grad_weight_by_grouped_mm_without_rows():
     rows = sorted_rows([0, 0], skipped=0, k=1)
     a, b = torch.zeros(0, 8), torch.zeros(0, 16)
-    grad = grad_weight(a, b, None, *rows.plan, gather_a=False, gather_b=False, config=GROUPED)
+    grad = grad_weight(a, b, None, rows.plan, gather_a=False, gather_b=False, config=GROUPED)
     assert torch.equal(grad, torch.zeros(2, 8, 16))
 
 
@@ -270,7 +270,7 @@ def check_grad_weight(case, gather_a: bool, gather_b: bool, splits: int | None, 
     b = poison(new(size, dim, dtype=dtype), rows, by_token=gather_b)
     weights = guarded(torch.rand(size)) if weighted else None
     form = dict(gather_a=gather_a, gather_b=gather_b, config=config, splits=splits)
-    actual = grad_weight(a, b, weights, *rows.plan, **form)
+    actual = grad_weight(a, b, weights, rows.plan, **form)
     expected = torch.zeros(experts, m, dim, dtype=F64)
     for r, e in enumerate(rows.expert):
         token = rows.row_to_token[r]
@@ -279,4 +279,4 @@ def check_grad_weight(case, gather_a: bool, gather_b: bool, splits: int | None, 
         expected[e] += weight * left[:, None] * right[None, :]
     assert_close(actual, expected, TOLERANCES[dtype], "dW")
     assert all((actual[e] == 0).all() for e in range(experts) if e not in rows.expert)
-    assert torch.equal(actual, grad_weight(a, b, weights, *rows.plan, **form))
+    assert torch.equal(actual, grad_weight(a, b, weights, rows.plan, **form))

@@ -99,7 +99,7 @@ def test_column_sum(dtype):
     for r, e in enumerate(rows.expert):
         weight = weights[rows.row_to_slot[r]].double()
         expected[e] += weight * a[rows.row_to_token[r]].double()
-    assert_close(column_sum(a, weights, *rows.plan), expected, TOLERANCES[dtype])
+    assert_close(column_sum(a, weights, rows.plan), expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_router_grad(dtype, parts, dot, bias):
     grad, b = new(size // 2, 19, dtype=dtype), new(len(COUNTS), 19, dtype=dtype)
     top_k_weights = torch.rand(size // 2, 2)
     actual = router_grad(
-        partial, (u, v) if dot else None, grad, b if bias else None, top_k_weights, *rows.plan
+        partial, (u, v) if dot else None, grad, b if bias else None, top_k_weights, rows.plan
     )
     expected = torch.zeros(size, dtype=torch.float64)
     for r, e in enumerate(rows.expert):
