@@ -109,7 +109,7 @@ def run_command(
     settings, and ends with the same bytes.
     """
     from moe_fast.inference.embed import embed_file
-    from moe_fast.inference.encoder import EncoderSettings
+    from moe_fast.inference.text_encoder import EncoderSettings
 
     reading = text_reading(columns, text_column, domain_column, skip_invalid)
     source, domain, reading = file_and_reading(texts, domain, reading, delimiter)

@@ -128,7 +128,7 @@ def delimiter_for(path: str, delimiter: str | None) -> str | None:
     Raises:
         typer.BadParameter: a delimiter that is no single character.
     """
-    from moe_fast.data.rows import CSV_FORMATS
+    from moe_fast.data.file_formats import CSV_FORMATS
 
     if delimiter in ("tab", "\\t"):
         delimiter = "\t"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_fast.data.citation_graph import Ints, cocited, unlinked, without_surveys
+from moe_fast.data.file_formats import Row
 from moe_fast.data.papers import Papers, read_papers
-from moe_fast.data.rows import Row
 from moe_fast.data.sources import AnySource
 from moe_fast.data.splits import assign_groups, check_fractions
 from moe_fast.data.tables import dataset_from_rows

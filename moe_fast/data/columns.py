@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from moe_fast.data import checks
-from moe_fast.data.rows import Row
+from moe_fast.data.file_formats import Row
 from moe_fast.messages import SHOWN_NAMES, listed, nearest, shown, simplified
 
 Value = Callable[[Any, str, str], Any]  # (value, column, place) -> the value, checked

@@ -29,8 +29,8 @@ from typing import Any
 
 from moe_fast.data import checks
 from moe_fast.data.columns import match_columns, numbered
+from moe_fast.data.file_formats import Row
 from moe_fast.data.mining_search import Found, search_vectors, search_words
-from moe_fast.data.rows import Row
 from moe_fast.data.sources import DatasetSource
 from moe_fast.encoding.domains import domains_of
 from moe_fast.encoding.options import EncodeOptions

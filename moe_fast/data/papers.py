@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moe_fast.data import checks
 from moe_fast.data.columns import Columns, Value
-from moe_fast.data.rows import Row
+from moe_fast.data.file_formats import Row
 from moe_fast.data.sources import AnySource, FileSource, first_row, open_source
 from moe_fast.data.tables import placed_rows
 from moe_fast.messages import reason, shown

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_fast.data import checks
+from moe_fast.data.file_formats import read_rows, unique_keys
 from moe_fast.data.lines import open_binary, read_lines
-from moe_fast.data.rows import read_rows, unique_keys
 from moe_fast.messages import reason, shown
 
 logger = logging.getLogger(__name__)

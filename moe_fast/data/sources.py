@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from moe_fast.data.lines import Refuse, check_file, refuse
-from moe_fast.data.rows import (
+from moe_fast.data.file_formats import (
     FORMATS,
     Row,
     file_format,
@@ -17,6 +16,7 @@ from moe_fast.data.rows import (
     read_rows,
     resolve_delimiter,
 )
+from moe_fast.data.lines import Refuse, check_file, refuse
 from moe_fast.extras import require
 from moe_fast.messages import reason
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from moe_fast.data import checks
 from moe_fast.data.columns import Columns
 from moe_fast.data.csv_rows import read_cells
+from moe_fast.data.file_formats import Row
 from moe_fast.data.lines import Refuse, refuse
-from moe_fast.data.rows import Row
 from moe_fast.data.sources import AnySource, FileSource, Source, open_source
 from moe_fast.data.tables import build_dataset
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe_fast.data.columns import Columns, ignored_note
+from moe_fast.data.file_formats import Row
 from moe_fast.data.lines import Refuse, refuse
-from moe_fast.data.rows import Row
 from moe_fast.data.sources import Source, first_row, require_datasets
 from moe_fast.messages import listed
 

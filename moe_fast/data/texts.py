@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.data import checks
+from moe_fast.data.file_formats import FORMATS, Row, file_format, read_rows
 from moe_fast.data.lines import Refuse, check_file, read_lines, refuse
-from moe_fast.data.rows import FORMATS, Row, file_format, read_rows
 
 ID_COLUMNS = ("id", "_id")
 TEXT_FORMATS = (".txt", ".txt.gz", *FORMATS)

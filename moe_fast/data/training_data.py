@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from moe_fast.data import flag_rows
 from moe_fast.data.columns import SPELLINGS, match_columns, match_negatives
+from moe_fast.data.file_formats import Row
 from moe_fast.data.flag_rows import read_flag_rows
 from moe_fast.data.pairs import read_pairs
-from moe_fast.data.rows import Row
 from moe_fast.data.sources import AnySource, first_row, open_source
 from moe_fast.data.triplets import read_triplets
 from moe_fast.messages import listed, simplified

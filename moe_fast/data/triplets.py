@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_fast.data import checks
 from moe_fast.data.columns import Columns, match_negatives, numbered
-from moe_fast.data.rows import Row
+from moe_fast.data.file_formats import Row
 from moe_fast.data.sources import AnySource, first_row, open_source
 from moe_fast.data.tables import build_dataset
 from moe_fast.messages import listed, shown

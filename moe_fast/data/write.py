@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from moe_fast.data import flag_rows, pairs
 from moe_fast.data.columns import Columns
-from moe_fast.data.rows import FORMATS, Row, file_format
+from moe_fast.data.file_formats import FORMATS, Row, file_format
 from moe_fast.data.sources import DatasetSource
 from moe_fast.data.tables import BATCH_ROWS, checked_rows, features_of
 from moe_fast.files import atomic_write

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_fast.data.rows import read_lines
+from moe_fast.data.file_formats import read_lines
 from moe_fast.data.write import open_text
 from moe_fast.files import atomic_write
 

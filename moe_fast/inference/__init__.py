@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from moe_fast.encoding.loading import load_model
 from moe_fast.inference.embed import EmbeddedFile, embed_file
-from moe_fast.inference.encoder import EncoderSettings
 from moe_fast.inference.index import build_index, load_index, save_index, search_index
+from moe_fast.inference.text_encoder import EncoderSettings
 from moe_fast.inference.vectors import open_vectors
 
 __all__ = [

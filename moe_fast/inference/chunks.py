@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from moe_fast.data.texts import TextRow
 from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
-from moe_fast.inference.encoder import TextEncoder
 from moe_fast.inference.parts import Parts
+from moe_fast.inference.text_encoder import TextEncoder
 
 
 @dataclass(frozen=True)

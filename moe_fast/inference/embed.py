@@ -29,8 +29,8 @@ from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
 from moe_fast.encoding.model_paths import file_sha256, model_fingerprint
 from moe_fast.files import check_output, exclusive
 from moe_fast.inference.chunks import Chunk, EmbeddedChunk, domains_of_rows, embed_chunk
-from moe_fast.inference.encoder import EncoderSettings, TextEncoder, torch_threads
 from moe_fast.inference.parts import Parts, has_parts, open_parts
+from moe_fast.inference.text_encoder import EncoderSettings, TextEncoder, torch_threads
 from moe_fast.inference.threads import check_threads
 from moe_fast.inference.vectors import check_vector_format, write_vectors
 from moe_fast.inference.workers import embed_in_workers

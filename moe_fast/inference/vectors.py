@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_fast.data.rows import read_lines
+from moe_fast.data.file_formats import read_lines
 from moe_fast.files import atomic_write
 
 SUFFIXES = (".npy", ".parquet")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from moe_fast.inference.chunks import Chunk, EmbeddedChunk, embed_chunk
-from moe_fast.inference.encoder import EncoderSettings, TextEncoder
 from moe_fast.inference.parts import Parts
+from moe_fast.inference.text_encoder import EncoderSettings, TextEncoder
 
 _state: dict[str, Any] = {}  # a worker's model and parts, for all the chunks it gets
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fast.data.csv_rows import DELIMITERS, guess_delimiter, read_cells
-from moe_fast.data.rows import read_rows
+from moe_fast.data.file_formats import read_rows
 from tests.data.files import write
 
 CELL = st.text(

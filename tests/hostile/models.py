@@ -19,7 +19,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 def embed(path: Path) -> None:
     """Load a SentenceTransformer and embed a text, as ``moe-fast embed`` does."""
     from moe_fast.inference import EncoderSettings
-    from moe_fast.inference.encoder import TextEncoder
+    from moe_fast.inference.text_encoder import TextEncoder
 
     encoder = TextEncoder(EncoderSettings(str(path), device="cpu"))
     known = getattr(encoder.model.transformers_model.config, "domains", None)

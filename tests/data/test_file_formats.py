@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("pyarrow", reason="needs the extra moe-fast[train]")
 
-from moe_fast.data.rows import read_rows
+from moe_fast.data.file_formats import read_rows
 from tests.data.files import write, write_parquet
 
 ROWS = [{"a": "one, and", "b": 'ei\nns "x"'}, {"a": "two\u2028", "b": "zwei “ü”"}]
