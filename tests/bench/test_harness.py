@@ -68,7 +68,7 @@ def test_race_and_table():
     lines = table(results, "a title").splitlines()
     assert lines[0] == "a title (median of 3 rounds)"
     assert "x old" in lines[1]
-    assert lines[2].startswith("old  1.000  [1.000, 1.000]")
+    assert lines[2].startswith("old  1.000 [1.000, 1.000]")
     assert lines[3].startswith("new ")
 
 
