@@ -112,7 +112,7 @@ def route(
         ValueError, TypeError: for shapes, dtypes, devices or names that do not fit. On the CPU
             (elsewhere with ``MOE_FAST_CHECK=1``) also for ids out of range and NaN logits.
     """
-    num_experts, weight_mode, run = _prepare(
+    num_experts, weight_mode, dtype, run = _prepare(
         x,
         router_weight,
         num_experts_per_tok,
@@ -131,7 +131,7 @@ def route(
         if mode not in ("token_topk", "dense"):
             starts = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
     if expert_ids is not None:
-        ids, dtype = expert_ids.reshape(-1).to(torch.int64), compute_dtype(x.dtype)
+        ids = expert_ids.reshape(-1).to(torch.int64)
         index, weights, counts = run(ids, tokens.shape[0], starts, mask, num_experts, dtype)
         return Routing(index, weights, None, counts)
     weights, logits, index, counts = run(
@@ -155,15 +155,15 @@ def _prepare(
     cu_seqlens: Tensor | None,
     num_experts: int | None,
     backend: str | None,
-) -> tuple[int, str, Callable]:
-    """E, the concrete weight mode, and the implementation for such a call."""
+) -> tuple[int, str, torch.dtype, Callable]:
+    """E, the concrete weight mode, the dtype of enforced weights, and the implementation."""
     num_experts = _check_experts(mode, router_weight, num_experts)
     weight_mode = resolve_weight_mode(mode, weight_mode, num_experts_per_tok)
     check_experts_per_tok(mode, num_experts_per_tok, num_experts)
     _check_tokens(x, token_mask, cu_seqlens)
     if mode == "enforced":
         _check_expert_ids(expert_ids, x, cu_seqlens)
-        return num_experts, weight_mode, route_enforced
+        return num_experts, weight_mode, compute_dtype(x.dtype), route_enforced
     if expert_ids is not None:
         raise ValueError(f"expert_ids go with mode='enforced'; got them with mode={mode!r}.")
     assert router_weight is not None  # _check_experts
@@ -178,7 +178,7 @@ def _prepare(
     computed_in = compute_dtype(torch.promote_types(x.dtype, router_weight.dtype))
     needs_grad = wants_gradients(x, router_weight)
     run = backends.select("route", backend, x.device, computed_in, gradients=needs_grad)
-    return num_experts, weight_mode, run
+    return num_experts, weight_mode, computed_in, run
 
 
 def _check_experts(mode: str, router_weight: Tensor | None, num_experts: int | None) -> int:
