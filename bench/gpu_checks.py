@@ -127,15 +127,15 @@ def check_route(settings: dict[str, Any], device: torch.device) -> dict[str, flo
 
     def routed(x: Tensor, weight: Tensor, backend: str) -> tuple[ops.Routing, Tensor, Tensor]:
         """The route, and the gradients of x and of the router's weight."""
-        leaves = [t.detach().requires_grad_() for t in (x, weight)]
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
         modes = dict(mode=mode, weight_mode=s["weight_mode"])
         routing = ops.route(
-            *leaves, k, **modes, token_mask=mask, cu_seqlens=starts, backend=backend
+            x, weight, k, **modes, token_mask=mask, cu_seqlens=starts, backend=backend
         )
         torch.manual_seed(1)
         outputs = [t for t in (routing.top_k_weights, routing.router_logits) if t is not None]
         upstream = [torch.randn(t.shape, device=t.device).to(t.dtype) for t in outputs]
-        grad_x, grad_weight = torch.autograd.grad(outputs, leaves, upstream)
+        grad_x, grad_weight = torch.autograd.grad(outputs, (x, weight), upstream)
         return routing, grad_x, grad_weight
 
     expected, *grads = routed(x.double(), weight.double(), "torch")

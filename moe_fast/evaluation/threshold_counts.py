@@ -74,9 +74,13 @@ def labelled_ladder(
     places = (np.arange(len(rows)), level)
     positives = csr((positive.astype(np.float32), places), shape=shape)
     negatives = csr(((~positive).astype(np.float32), places), shape=shape)
-    counts = [np.bincount(level, side, len(thresholds)) for side in (positive, ~positive)]
+    totals = Totals(
+        thresholds,
+        positives=np.bincount(level, positive.astype(np.float64), len(thresholds)),
+        negatives=np.bincount(level, (~positive).astype(np.float64), len(thresholds)),
+    )
     means = float(scores[positive].mean()), float(scores[~positive].mean())
-    return Ladder(rows, Totals(thresholds, *counts), thresholds, positives, negatives, *means)
+    return Ladder(rows, totals, thresholds, positives, negatives, *means)
 
 
 def off_diagonal_ladder(

@@ -30,7 +30,7 @@ def once_per_signature(find_out: Callable[..., T]) -> Callable[..., T]:
     call: autocast, whether gradients are recorded, the default backend. ``find_out`` must depend
     on nothing else: not on the values of tensors. What it raises is not remembered.
     """
-    known: dict[tuple, T] = {}
+    known: dict[tuple, Any] = {}
 
     @functools.wraps(find_out)
     def run(first: Tensor, *args: Any) -> T:
