@@ -76,8 +76,8 @@ def labelled_ladder(
     negatives = csr(((~positive).astype(np.float32), places), shape=shape)
     totals = Totals(
         thresholds,
-        positives=np.bincount(level, positive.astype(np.float64), len(thresholds)),
-        negatives=np.bincount(level, (~positive).astype(np.float64), len(thresholds)),
+        positives=np.bincount(level, positive, len(thresholds)).astype(np.float64),
+        negatives=np.bincount(level, ~positive, len(thresholds)).astype(np.float64),
     )
     means = float(scores[positive].mean()), float(scores[~positive].mean())
     return Ladder(rows, totals, thresholds, positives, negatives, *means)
