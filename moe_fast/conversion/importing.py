@@ -183,7 +183,7 @@ def import_checkpoint(
         check_choice("style (or a sequence of KeyRule)", style, IMPORT_STYLES)
     rules = IMPORT_STYLES[style] if isinstance(style, str) else style
     _check_rules(rules)
-    state = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    state = checkpoint if isinstance(checkpoint, Mapping) else read_weights(Path(checkpoint))
     weights = _assemble(state, like.state_dict(), rules)
     if style == "hallee_bert":
         logger.warning(
@@ -213,8 +213,13 @@ def _check_rules(rules: Sequence[KeyRule]) -> None:
             )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file or of a folder with one or its shards."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file or of a folder with one or its shards.
+
+    Raises:
+        FileNotFoundError: where there are none.
+        ValueError: for a damaged file, a pickle, and a tensor that two shards hold.
+    """
     if path.is_file():
         check_safetensors(path)
         return load_file(path)
@@ -223,8 +228,14 @@ def _read(path: Path) -> dict[str, Tensor]:
     check_checkpoint(path)
     index = path / SAFE_WEIGHTS_INDEX_NAME
     if index.exists():
-        shards = [load_file(path / name) for name in sorted(set(read_index(index).values()))]
-        return {name: tensor for shard in shards for name, tensor in shard.items()}
+        weights: dict[str, Tensor] = {}
+        for name in sorted(set(read_index(index).values())):
+            shard = load_file(path / name)
+            twice = sorted(shard.keys() & weights.keys())
+            if twice:
+                raise ValueError(f"{path / name} gives weights a second time: {shortened(twice)}.")
+            weights |= shard
+        return weights
     if (path / SAFE_WEIGHTS_NAME).exists():
         return load_file(path / SAFE_WEIGHTS_NAME)
     if (path / WEIGHTS_NAME).exists():
