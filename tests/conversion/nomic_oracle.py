@@ -215,7 +215,7 @@ def _attention(x, weights, name, config):
 
 
 def _rotated(x, config):
-    """Places i and i + size/2 of [L, size] are a plane; position p turns it by p base^(-2i/size)."""
+    """Position p turns the plane of places i and i + size/2 of [L, size] by p base^(-2i/size)."""
     half = x.shape[-1] // 2
     frequency = float(config["rotary_emb_base"]) ** (-torch.arange(half).double() / half)
     angle = torch.arange(len(x)).double()[:, None] * frequency
