@@ -345,6 +345,5 @@ def _around_a_stand_in(folder: Path, place: Path, config: Any) -> Given:
     with tempfile.TemporaryDirectory() as temporary:
         copied = Path(temporary, "model")
         shutil.copytree(folder, copied, ignore=weights)
-        stand_in = _model_class()(small, add_pooling_layer=False)
-        stand_in.save_pretrained(copied / place.relative_to(folder))
+        _model_class()(small).save_pretrained(copied / place.relative_to(folder))
         return loaded(str(copied))
