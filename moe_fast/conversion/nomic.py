@@ -272,8 +272,10 @@ def _their_config(encoder: MoEModelMixin) -> dict[str, Any]:
 def _their_names(config: Any) -> dict[str, tuple[str, ...]]:
     """Each of their weights, and ours that it is made of, one below the other."""
     words = ("word_embeddings", "token_type_embeddings")
-    names = {f"embeddings.{w}.weight": (f"embeddings.{w}.weight",) for w in words}
-    modules = {"emb_ln": ("embeddings.LayerNorm",)}
+    names: dict[str, tuple[str, ...]] = {
+        f"embeddings.{word}.weight": (f"embeddings.{word}.weight",) for word in words
+    }
+    modules: dict[str, tuple[str, ...]] = {"emb_ln": ("embeddings.LayerNorm",)}
     for i in range(config.num_hidden_layers):
         parts = _LAYER if i in config.moe_layers else _LAYER | _DENSE_MLP
         for name, ours in parts.items():

@@ -63,6 +63,8 @@ class MoEMLP(nn.Module):
         ValueError: for settings that do not go together, naming the argument.
     """
 
+    output_bias: nn.Parameter | None
+
     def __init__(
         self,
         hidden_size: int,
