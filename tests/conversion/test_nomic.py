@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe_fast
+from moe_fast.conversion import nomic
 from tests.conversion.nomic_oracle import (
     CONFIG,
     PROMPTS,
@@ -20,6 +21,8 @@ from tests.models.tiny import build, relative_error, same_weights
 
 pytest.importorskip("transformers.models.jina_embeddings_v3")
 pytest.importorskip("sentence_transformers")
+
+from moe_fast.models.modeling import MoEJinaEmbeddingsV3Model
 
 TEXTS = ["w0 w1 w2 w3 w4 w5 w6", "w7", "w8 w9 w0 w8", "w40 w41 w42 w42 w43 w44 w45 w46 w47 w48 w49"]
 
@@ -68,6 +71,33 @@ def test_in_float64_to_rounding(tmp_path):
         with torch.no_grad():
             got = moe(ids[None]).last_hidden_state[0]
         assert relative_error(got, hidden_states(weights, ids)) <= 1e-6  # positions: float32
+
+
+@pytest.mark.parametrize("mistake", ["renormalized", "bias weighted", "bias left out"])
+def test_the_oracle_tells_the_likely_mistakes(model, mistake):
+    for mlp in model.transformers_model.moe_mlps().values():
+        if mistake == "renormalized":
+            mlp.router.weight_mode = "renormalize"
+        else:  # the two largest shares sum to about 0.6
+            mlp.output_bias.data *= 0.6 if mistake == "bias weighted" else 0.0
+    got = torch.tensor(model.encode(TEXTS, prompt_name="query"))
+    want = torch.stack([theirs(text) for text in TEXTS])
+    assert (got - want).abs().max() > 1e-3
+
+
+def test_the_published_sizes_have_the_published_names_and_numbers():
+    """148 tensors of 475,292,928 numbers, by those who have read the file (tt-metal)."""
+    sizes = {"n_embd": 768, "n_head": 12, "n_inner": 3072, "n_layer": 12, "n_positions": 2048}
+    settings = nomic._settings({**CONFIG, **sizes, "num_experts": 8, "vocab_size": 250048})
+    with torch.device("meta"):
+        mixture = MoEJinaEmbeddingsV3Model(
+            MoEJinaEmbeddingsV3Model.config_class(**settings), add_pooling_layer=False
+        )
+    state, names = mixture.state_dict(), nomic._their_names(mixture.config)
+    joined = {name: nomic._joined(name, [state[p] for p in ours]) for name, ours in names.items()}
+    assert len(joined) == 148 and sum(t.numel() for t in joined.values()) == 475_292_928
+    assert joined["encoder.layers.11.mlp.experts.mlp.w2"].shape == (24576, 768)
+    assert joined["encoder.layers.10.attn.Wqkv.bias"].shape == (2304,)
 
 
 def test_what_is_read(model):
