@@ -19,9 +19,11 @@ if (_root / "kernels" / "triton_ops").is_dir():  # a checkout: kernels/triton_op
 from moe_fast import losses, ops  # noqa: E402
 from moe_fast.conversion import (  # noqa: E402
     add_expert,
+    export_nomic,
     extract_expert,
     from_experts,
     import_checkpoint,
+    import_nomic,
     remove_expert,
     upcycle,
 )
@@ -40,9 +42,11 @@ __all__ = [
     "__version__",
     "add_expert",
     "available_backends",
+    "export_nomic",
     "extract_expert",
     "from_experts",
     "import_checkpoint",
+    "import_nomic",
     "losses",
     "ops",
     "remove_expert",

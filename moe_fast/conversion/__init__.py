@@ -4,6 +4,7 @@ from moe_fast.conversion.extract import extract_expert
 from moe_fast.conversion.grow import add_expert, remove_expert
 from moe_fast.conversion.importing import IMPORT_STYLES, KeyRule, import_checkpoint
 from moe_fast.conversion.join import from_experts
+from moe_fast.conversion.nomic import export_nomic, import_nomic
 from moe_fast.conversion.trainable import set_trainable
 from moe_fast.conversion.upcycle import upcycle
 
@@ -11,9 +12,11 @@ __all__ = [
     "IMPORT_STYLES",
     "KeyRule",
     "add_expert",
+    "export_nomic",
     "extract_expert",
     "from_experts",
     "import_checkpoint",
+    "import_nomic",
     "remove_expert",
     "set_trainable",
     "upcycle",

@@ -34,11 +34,17 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
     Raises:
         TypeError: for a model that is no mixture.
         ValueError: for an expert that is out of range or unknown; the message lists the allowed
-            ones. For a model with PEFT adapters: merge them first.
+            ones. For a model with PEFT adapters: merge them first. For a model with a
+            ``shared_bias``, because the bias belongs to all experts together.
     """
     source = given(model)
     model = mixture_of(source)
     index = expert_index(model.config, expert)
+    if model.config.shared_bias:
+        raise ValueError(
+            "model must have biases in its experts, if any; with shared_bias=True they share one "
+            "behind their sum, and a dense MLP has no such place."
+        )
     weights = _dense_state(model, index)
     config = _dense_config(model, keep_domain_tokens)
     if not keep_domain_tokens:

@@ -184,7 +184,7 @@ def import_checkpoint(
         check_choice("style (or a sequence of KeyRule)", style, IMPORT_STYLES)
     rules = IMPORT_STYLES[style] if isinstance(style, str) else style
     _check_rules(rules)
-    state = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    state = checkpoint if isinstance(checkpoint, Mapping) else read_weights(Path(checkpoint))
     weights = _assemble(state, like.state_dict(), rules)
     if style == "hallee_bert":
         logger.warning(
@@ -214,16 +214,27 @@ def _check_rules(rules: Sequence[KeyRule]) -> None:
             )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file or of a folder with one or its shards."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file or of a folder with one or its shards.
+
+    Raises:
+        FileNotFoundError: where there are none.
+        ValueError: for a damaged file, a pickle, and a tensor that two shards hold.
+    """
     if path.is_file():
         check_safetensors(path)
         return load_file(path)
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint must be a file or a folder; there is no {path}.")
     check_checkpoint(path)
-    if files := weight_files(path):
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        shard = load_file(file)
+        if twice := sorted(shard.keys() & weights.keys()):
+            raise ValueError(f"{file} gives weights a second time: {shortened(twice)}.")
+        weights |= shard
+    if weights:
+        return weights
     if (path / WEIGHTS_NAME).exists():
         check_safetensors(path / WEIGHTS_NAME)  # says why a pickle is refused
     raise FileNotFoundError(f"{path} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}.")

@@ -9,7 +9,13 @@ from typing import Any
 from moe_fast import compat
 from moe_fast.encoding.adapters import adapter_folder, load_with_adapter
 from moe_fast.encoding.encoder import check_one_encoder
-from moe_fast.encoding.model_paths import check_model_path, has_modules, is_mixture, model_file
+from moe_fast.encoding.model_paths import (
+    check_model_path,
+    has_modules,
+    is_mixture,
+    model_file,
+    refuse_nomic,
+)
 from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.json_files import read_modules
 from moe_fast.models.loading import load_encoder, naming
@@ -39,6 +45,7 @@ def load_model(path: str, *, device: str | None = None) -> Any:
     if adapter is not None:
         return load_with_adapter(path, adapter, partial(load_model, device=device))
     check_checkpoint(path)
+    refuse_nomic(path)
     from moe_fast.encoding.sentence_transformer import MoESentenceTransformer, SentenceTransformer
 
     with naming(path):
@@ -55,7 +62,10 @@ def load_as_saved(path: str) -> Any:
     adapter = adapter_folder(path)
     if adapter is not None:
         return load_with_adapter(path, adapter, load_as_saved)
-    return load_model(path, device="cpu") if has_modules(path) else load_encoder(path)
+    if has_modules(path):
+        return load_model(path, device="cpu")
+    refuse_nomic(path)
+    return load_encoder(path)
 
 
 def _check_weights(model: Any, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from moe_fast.architectures import ARCHITECTURES
 from moe_fast.compat import file_of
@@ -34,13 +35,25 @@ def has_modules(path: str) -> bool:
 
 def is_mixture(path: str) -> bool:
     """Whether the model at `path` is one of moe_fast's, by its configuration alone."""
+    kind = _encoder_config(path).get("model_type")
+    return kind in [a.model_type for a in ARCHITECTURES]  # a list: `kind` may be unhashable
+
+
+def refuse_nomic(path: str) -> None:
+    """Raise for a mixture in nomic's format, which transformers would read as a dense model."""
+    config = _encoder_config(path)
+    if config.get("model_type") == "nomic_bert" and config.get("num_experts"):
+        raise ValueError(
+            f"model {path!r} is a mixture in the format of nomic-embed-text-v2-moe: read its "
+            "folder with moe_fast.import_nomic, and save that."
+        )
+
+
+def _encoder_config(path: str) -> dict[str, Any]:
     modules = model_file(path, "modules.json")
     first = read_modules(modules)[0][0] if modules else ""
     config = model_file(path, f"{first}/config.json" if first else "config.json")
-    if config is None:
-        return False
-    kind = read_object(config).get("model_type")
-    return kind in [a.model_type for a in ARCHITECTURES]  # a list: `kind` may be unhashable
+    return {} if config is None else read_object(config)
 
 
 def model_fingerprint(path: str) -> str:

@@ -95,6 +95,7 @@ class MoELayer(GradientCheckpointingLayer):
             hidden_act=setting(config, parts.activation),
             gated=parts.gated,
             bias=setting(config, parts.bias),
+            shared_bias=config.shared_bias,
             routing=config.routing,
             weight_mode=config.weight_mode,
             target=config.target,

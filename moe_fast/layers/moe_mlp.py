@@ -46,6 +46,8 @@ class MoEMLP(nn.Module):
         hidden_act: a name of :data:`moe_fast.ops.activations.ACTIVATIONS`.
         gated: ``down(act(z1) * z2)`` with ``[z1, z2] = gate_up(x)``, not ``down(act(up(x)))``.
         bias: whether the projections have biases.
+        shared_bias: whether one bias is added behind the experts' weighted sum, and none in them.
+            It does not grow or shrink with the weights; target "mlp" alone.
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
         target: the weights that every expert has of its own: "mlp" (both projections), or one
             projection only: "intermediate" (the experts are summed before the activation) or
@@ -54,12 +56,15 @@ class MoEMLP(nn.Module):
 
     Parameters (with transformers' names, stacked over experts; a shared projection has no dimension
     E): ``up_proj`` [E, H, D] or gated ``gate_up_proj`` [E, 2H, D] (the activated half first),
-    ``down_proj`` [E, D, H], their ``_bias`` [E, H], [E, 2H], [E, D] or ``None``, and
-    ``router.weight`` [E, D] ([E, H] for target "output"; none with enforced routing).
+    ``down_proj`` [E, D, H], their ``_bias`` [E, H], [E, 2H], [E, D] or ``None``, the shared
+    ``output_bias`` [D] or ``None``, and ``router.weight`` [E, D] ([E, H] for target "output"; none
+    with enforced routing).
 
     Raises:
         ValueError: for settings that do not go together, naming the argument.
     """
+
+    output_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class MoEMLP(nn.Module):
         hidden_act: str = "gelu",
         gated: bool = False,
         bias: bool = True,
+        shared_bias: bool = False,
         routing: str = "token_topk",
         weight_mode: str = "auto",
         target: str = "mlp",
@@ -80,6 +86,11 @@ class MoEMLP(nn.Module):
         super().__init__()
         check_choice("hidden_act", hidden_act, ACTIVATIONS)
         check_choice("target", target, TARGETS)
+        if shared_bias and target != "mlp":
+            raise ValueError(
+                "shared_bias must be False unless the experts are whole MLPs (target='mlp'); got "
+                f"True with target={target!r}."
+            )
         check_count("hidden_size", hidden_size)
         check_count("intermediate_size", intermediate_size)
         check_experts_per_tok(routing, num_experts_per_tok, num_experts, "routing")
@@ -105,12 +116,15 @@ class MoEMLP(nn.Module):
             self.up_name: (up_rows, hidden_size),
             "down_proj": (hidden_size, intermediate_size),
         }
+        own_bias = bias and not shared_bias
         for name, shape in shapes.items():
             stack = (num_experts,) if self.is_expert(name) else ()
             weight = torch.empty(*stack, *shape, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(weight))
             bias_value = torch.empty(*stack, shape[0], device=device, dtype=dtype)
-            self.register_parameter(f"{name}_bias", nn.Parameter(bias_value) if bias else None)
+            self.register_parameter(f"{name}_bias", nn.Parameter(bias_value) if own_bias else None)
+        shared = torch.empty(hidden_size, device=device, dtype=dtype)
+        self.register_parameter("output_bias", nn.Parameter(shared) if shared_bias else None)
         router_dim = intermediate_size if target == "output" else hidden_size
         self.router = MoERouter(
             router_dim, num_experts, num_experts_per_tok, routing, weight_mode, device, dtype
@@ -124,7 +138,9 @@ class MoEMLP(nn.Module):
 
     def is_expert(self, name: str) -> bool:
         """Whether every expert has its own parameter ``name``, a weight or a bias."""
-        return self.target == "mlp" or (self.target == "output") == name.startswith("down_proj")
+        if self.target == "mlp":
+            return name.startswith((self.up_name, "down_proj"))
+        return (self.target == "output") == name.startswith("down_proj")
 
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The names and values of the parameters that are stacked over experts ([E, ...])."""
@@ -140,6 +156,8 @@ class MoEMLP(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
+        if self.output_bias is not None:
+            nn.init.zeros_(self.output_bias)
         self.router.reset_parameters()
 
     def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
@@ -166,14 +184,19 @@ class MoEMLP(nn.Module):
                 (:func:`moe_fast.ops.expert_mlp_norm`); only for target "mlp".
 
         Returns:
-            A tensor in the shape and dtype of ``hidden_states``. Padding gives 0 for target "mlp",
-            and the output of the shared projection for the other targets. With ``output_block``,
-            the output of these operations, for padding too.
+            A tensor in the shape and dtype of ``hidden_states``. Padding gives 0 for target "mlp"
+            (or the shared bias), and the output of the shared projection for the other targets.
+            With ``output_block``, the output of these operations, for padding too.
         """
         if output_block is not None and self.target != "mlp":
             raise ValueError(
                 f"output_block must be None with target={self.target!r}: only a mixture of whole "
                 "MLPs is fused with it; got a value."
+            )
+        if output_block is not None and self.output_bias is not None:
+            raise ValueError(
+                "output_block must be None with shared_bias=True: that bias stands between the "
+                "experts and what is fused with them; got a value."
             )
         if hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -198,7 +221,10 @@ class MoEMLP(nn.Module):
         experts = (x, up, down, up_bias, down_bias, routed, plan)
         form: dict[str, Any] = dict(act=self.hidden_act, gated=self.gated)
         if output_block is None:
-            return ops.expert_mlp(*experts, **form).view(hidden_states.shape)
+            y = ops.expert_mlp(*experts, **form)
+            if self.output_bias is not None:
+                y = y + self.output_bias.to(y.dtype)
+            return y.view(hidden_states.shape)
         residual, weight, bias, eps, dropout = output_block
         block = (residual.reshape(x.shape), weight, bias)
         y = ops.expert_mlp_norm(*experts, *block, eps=eps, dropout=dropout, **form)

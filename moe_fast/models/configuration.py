@@ -27,6 +27,7 @@ class MoEConfigFields(AttentionOfTheCall):
         num_experts, num_experts_per_tok: E and K (K is E with ``routing="dense"``).
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
         target: "mlp", "intermediate" or "output", as in :class:`moe_fast.MoEMLP`.
+        shared_bias: as in :class:`moe_fast.MoEMLP`.
         moe_layers: indices of the layers with experts; ``None``: all of them.
         domains: names of the domains, in the order of their ids; with enforced routing a
             domain's id is its expert's.
@@ -49,6 +50,7 @@ class MoEConfigFields(AttentionOfTheCall):
     routing: str = "token_topk"
     weight_mode: str = "auto"
     target: str = "mlp"
+    shared_bias: bool = False
     moe_layers: list[int] | None = None
     domains: list[str] = field(default_factory=list)
     default_domain: str | None = None
@@ -89,6 +91,11 @@ class MoEConfigFields(AttentionOfTheCall):
             raise ValueError(
                 "fused_output needs target='mlp' (only a mixture of whole MLPs is fused with what "
                 f"follows it); got target={self.target!r}."
+            )
+        if self.fused_output and self.shared_bias:
+            raise ValueError(
+                "fused_output must be False with shared_bias=True, whose bias stands between the "
+                "experts and what is fused with them; got True."
             )
         reason = self.architecture.not_fused
         if self.fused_output and reason is not None:
@@ -204,7 +211,7 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (
         lambda v: isinstance(v, bool),
         "true or false",
-        ("fused_output", "output_router_logits", "route_by_token_type"),
+        ("shared_bias", "fused_output", "output_router_logits", "route_by_token_type"),
     ),
     (lambda v: v is None or _are_ints(v), "a list of whole numbers", ("moe_layers",)),
     (_are_ints, "a list of whole numbers", ("domain_token_ids",)),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from moe_fast import MoEMLP
 from moe_fast.layers import RoutingInfo
+from moe_fast.layers.moe_mlp import OutputBlock
 
 D, H, E = 6, 10, 3
 
@@ -63,6 +64,37 @@ def test_forward_is_the_weighted_sum_over_experts(target, gated):
             y = F.linear(activate(y), *weight("down_proj", 0))
         want.append(y)
     torch.testing.assert_close(mlp(x), torch.stack(want), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_shared_bias_stands_behind_the_sum(gated):
+    mlp = _mlp(shared_bias=True, gated=gated, weight_mode="probability")
+    plain = _mlp(bias=False, gated=gated, weight_mode="probability")
+    assert set(mlp.state_dict()) == {*plain.state_dict(), "output_bias"}
+    assert not mlp.output_bias.any()
+    with torch.no_grad():
+        mlp.output_bias += torch.arange(1.0, D + 1)
+    plain.load_state_dict(mlp.state_dict(), strict=False)
+    x = torch.randn(2, 3, D, dtype=torch.float64)
+    mask = torch.tensor([[True] * 3, [True, False, False]])
+    got = mlp(x, token_mask=mask)
+    assert torch.equal(got, plain(x, token_mask=mask) + mlp.output_bias)
+    assert torch.equal(got[1, 2], mlp.output_bias)
+    got.sum().backward()
+    assert torch.equal(mlp.output_bias.grad, torch.full((D,), 6.0, dtype=torch.float64))
+    assert {name for name, _ in mlp.expert_parameters()} == {mlp.up_name, "down_proj"}
+    half = mlp.to(torch.bfloat16)
+    half.output_bias.data = half.output_bias.float()  # as under autocast
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_shared_bias_refuses_what_it_cannot_go_with():
+    with pytest.raises(ValueError, match="shared_bias must be False unless .*target='output'"):
+        _mlp(shared_bias=True, target="output")
+    x = torch.randn(2, D, dtype=torch.float64)
+    block = OutputBlock(x, x[0], x[0], 1e-5, 0.0)
+    with pytest.raises(ValueError, match="output_block must be None with shared_bias=True"):
+        _mlp(shared_bias=True)(x, output_block=block)
 
 
 def test_padded_batch_equals_packed_batch():

@@ -85,6 +85,8 @@ def test_other_architecture_is_refused(model_type, message):
         ),
         ({"moe_fast_version": "abc"}, "moe_fast_version must be a version such as .*; got 'abc'"),
         ({"fused_output": True, "target": "output"}, "fused_output needs .*'output'"),
+        ({"fused_output": True, "shared_bias": True}, "fused_output must be False with"),
+        ({"shared_bias": 1}, "shared_bias must be true or false; got 1"),
         ({"route_by_token_type": True}, "route_by_token_type needs routing='enforced'"),
     ],
 )
