@@ -91,6 +91,7 @@ def _dense_config(model: MoEModelMixin, keep_domain_tokens: bool) -> Any:
         config.pop(name, None)
     for field in fields(MoEConfigFields):
         config.pop(field.name, None)
+    config.pop("auto_map", None)  # of a portable mixture
     if not keep_domain_tokens:
         config["vocab_size"] -= len(model.config.domain_token_ids)
     config["attn_implementation"] = attention_of(model.config)

@@ -29,6 +29,7 @@ SHARED = ("first", "mean")
 # Differences in these do not change what a model computes, or only while it trains.
 _BOOKKEEPING = {
     "architectures",
+    "auto_map",
     "dtype",
     "torch_dtype",
     "transformers_version",

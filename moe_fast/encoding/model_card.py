@@ -6,14 +6,20 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moe_fast.files import atomic_write
-from moe_fast.models.model_card import describe_mixture
+from moe_fast.models.model_card import describe_mixture, describe_portable
 from moe_fast.version import install_command
 
 _HEADING = "\n## Mixture of experts\n"
+_LOAD = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/folder", trust_remote_code=True)
+vectors = model.encode(["a text"]{domain})"""
 # The domain of calls of ``encode`` that name none, within a thread.
 _domain: ContextVar[str | None] = ContextVar("moe_fast_card_domain", default=None)
 
@@ -36,10 +42,14 @@ def use_domain(domain: Any) -> Any:
 def describe_use(encoder: Any, card: Path) -> None:
     """Complete the card that sentence-transformers wrote: how to load, and what the mixture is."""
     text = card.read_text(encoding="utf-8") if card.exists() else ""
-    text = _with_usage(text.split(_HEADING)[0].rstrip(), _example_domain(encoder.config))
+    domain = _example_domain(encoder.config)
+    text = _with_usage(text.split(_HEADING)[0].rstrip(), domain)
     text += "\n\n" + describe_mixture(
         encoder.config, encoder.num_parameters(), encoder.num_parameters(only_active=True)
     )
+    example = _LOAD.format(domain="" if domain is None else f", domain={domain!r}")
+    package = f"sentence-transformers=={version('sentence-transformers')}"
+    text += describe_portable(encoder.config, example, package, extra="train")
     with atomic_write(card) as partial:
         partial.write_text(text, encoding="utf-8")
 
