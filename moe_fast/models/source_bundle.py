@@ -6,7 +6,9 @@ import ast
 import functools
 import importlib
 import inspect
+import itertools
 from collections import defaultdict
+from operator import itemgetter
 from typing import NamedTuple
 
 _PACKAGE = __name__.partition(".")[0]
@@ -75,13 +77,16 @@ class SourceBundle:
     def __init__(self, stand_in: str) -> None:
         self._stand_in = stand_in
         self._imports: dict[str, set[str]] = defaultdict(set)  # names, by how their line begins
-        self._parts: list[str] = []
-        self._homes: dict[str, str] = {}  # the modules of what was taken
+        self._parts: list[tuple[str, str]] = []  # modules and sources, in order
+        self._homes: dict[str, str] = {}  # the modules of what was taken, by name
 
     def text(self) -> str:
-        """The imports, then the definitions, each part under the name of its file."""
+        """The imports, then the definitions, each under the name of its module."""
         imports = [start + ", ".join(sorted(names)) for start, names in self._imports.items()]
-        return "\n".join([*sorted(imports), *self._parts])
+        text = "\n".join(sorted(imports))
+        for home, parts in itertools.groupby(self._parts, key=itemgetter(0)):
+            text += f"\n\n\n# {home}\n\n" + "\n\n\n".join(source for _, source in parts)
+        return text
 
     def add(self, module: str, name: str) -> None:
         """Take what ``module`` calls ``name``; nothing for a local name or one of Python's.
@@ -105,7 +110,7 @@ class SourceBundle:
                     self.add(home, node.id)
                 elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     self._add_of_module(home, node.value.id, node.attr)
-            self._parts.append(f"\n\n# {home.replace('.', '/')}.py\n{found.source}")
+            self._parts.append((home, found.source))
 
     def add_import(self, module: str, name: str) -> None:
         """Import a name of another library; without a module, ``name`` is one."""
@@ -115,8 +120,10 @@ class SourceBundle:
             self._imports[f"import {name}"].update()
 
     def _find(self, module: str, name: str) -> tuple[str, _Definition | None]:
-        home = self._stand_in if name in _definitions(self._stand_in) else module
-        return home, _definitions(home).get(name)
+        instead = _definitions(self._stand_in).get(name)
+        if instead is not None and instead.statement is not None:
+            return self._stand_in, instead
+        return module, _definitions(module).get(name)
 
     def _add_of_module(self, user: str, name: str, attribute: str) -> None:
         """Take ``name.attribute`` of a module of this package, for which a namespace stands."""
@@ -129,4 +136,4 @@ class SourceBundle:
         for target, value in ((name, "SimpleNamespace()"), (f"{name}.{attribute}", attribute)):
             if target not in self._homes:
                 self._homes[target] = module
-                self._parts.append(f"{target} = {value}")
+                self._parts.append((module, f"{target} = {value}"))
