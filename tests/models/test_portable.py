@@ -1,6 +1,5 @@
-"""Folders that load where moe_fast is not installed: the same vectors, from the code beside them."""
+"""Folders that load where moe_fast is not installed: the same vectors by the code in them."""
 
-import ast
 import builtins
 import dis
 import importlib.util
@@ -8,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import symtable
 import sys
 import types
 from pathlib import Path
