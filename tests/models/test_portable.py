@@ -222,6 +222,7 @@ def test_two_definitions_of_one_name_are_an_error():
 # --- where moe_fast is not installed -------------------------------------------------------------
 
 
+@pytest.mark.slow  # another process loads the libraries
 def test_transformers_alone(batch, tmp_path):
     wanted = {}
     for name, settings, how in (
@@ -258,6 +259,7 @@ assert not any(module.partition(".")[0] == "moe_fast" for module in sys.modules)
         assert relative_error(got[real], want[real]) <= 1e-5
 
 
+@pytest.mark.slow  # another process loads the libraries
 def test_the_pages_example(tmp_path, monkeypatch):
     pytest.importorskip("sentence_transformers", reason="needs the extra moe-fast[train]")
     here, there = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
