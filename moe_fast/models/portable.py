@@ -19,6 +19,7 @@ from moe_fast.version import __version__
 
 _TEMPLATE = "moe_fast.models.portable_template"
 _FILE = '''\
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts made of {dense}, in PyTorch and transformers alone.
 
 Copied by moe_fast {version} from its own sources, whose names stand above the parts. This is the

@@ -148,10 +148,14 @@ class MoEModelMixin(PreTrainedModel):
         like = input_ids if input_ids is not None else dense_inputs["inputs_embeds"]
         if like is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds; got neither.")
-        token_type_ids = dense_inputs.get("token_type_ids")
-        given = {"expert_ids": expert_ids, "domain": domain, "domain_ids": domain_ids}
         expert_ids, domain_ids = resolve_ids(
-            self.config, like, like.shape[0], **given, token_type_ids=token_type_ids
+            self.config,
+            like,
+            like.shape[0],
+            expert_ids=expert_ids,
+            domain=domain,
+            domain_ids=domain_ids,
+            token_type_ids=dense_inputs.get("token_type_ids"),
         )
         dense_inputs["input_ids"] = place_domain_tokens(
             self.config, input_ids, domain_ids, attention_mask, None
