@@ -95,6 +95,7 @@ def _dense_config(model: MoEModelMixin, keep_domain_tokens: bool) -> Any:
     config = config_settings(model.config)
     for field in fields(MoEConfigFields):
         config.pop(field.name, None)
+    config.pop("auto_map", None)  # of a portable mixture
     if not keep_domain_tokens:
         config["vocab_size"] -= len(model.config.domain_token_ids)
     return model.architecture.dense_config.from_dict(config)

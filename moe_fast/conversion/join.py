@@ -30,6 +30,7 @@ SHARED = ("first", "mean")
 # Models may differ in these settings, which affect outputs in training at most.
 _BOOKKEEPING = {
     "architectures",
+    "auto_map",
     "dtype",
     "torch_dtype",
     "transformers_version",

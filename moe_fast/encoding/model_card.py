@@ -9,14 +9,20 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moe_fast.files import write_text
-from moe_fast.models.model_card import describe_mixture
+from moe_fast.models.model_card import describe_mixture, describe_portable
 from moe_fast.version import install_command
 
 _HEADING = "\n## Mixture of experts\n"
+_LOAD = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/folder", trust_remote_code=True)
+vectors = model.encode(["a text"]{domain})"""
 # Per thread, the domain for calls of ``encode`` that name none.
 _domain: ContextVar[str | None] = ContextVar("moe_fast_card_domain", default=None)
 
@@ -39,11 +45,14 @@ def use_domain(domain: Any) -> Any:
 def describe_use(encoder: Any, card: Path) -> None:
     """Add to sentence-transformers' card how to load the mixture, and its settings."""
     text = card.read_text(encoding="utf-8") if card.exists() else ""
-    text = _with_usage(text.split(_HEADING)[0].rstrip(), _example_domain(encoder.config))
+    domain = _example_domain(encoder.config)
+    text = _with_usage(text.split(_HEADING)[0].rstrip(), domain)
     text += "\n\n" + describe_mixture(
         encoder.config, encoder.num_parameters(), encoder.num_parameters(only_active=True)
     )
-    write_text(card, text)
+    example = _LOAD.format(domain="" if domain is None else f", domain={domain!r}")
+    package = f"sentence-transformers=={version('sentence-transformers')}"
+    write_text(card, text + describe_portable(encoder.config, example, package, extra="train"))
 
 
 def _example_domain(config: Any) -> str | None:

@@ -41,6 +41,7 @@ from moe_fast.encoding.prompts import prompt_of
 from moe_fast.files import atomic_folder
 from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.portable import set_portable
 from moe_fast.models.saving import replaced_files
 from moe_fast.ops.route.reference import NonFiniteLogitsError
 from moe_fast.ops.varlen_attention.maintained import attention_kernel
@@ -251,20 +252,34 @@ class MoESentenceTransformer(SentenceTransformer):
         model_name: str | None = None,
         create_model_card: bool = True,
         *args: Any,
+        portable: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """As ``SentenceTransformer.save``, but atomic.
 
         An old model in ``path`` stays until the new one replaces it in one step; other files are
         kept, as in :func:`moe_fast.files.atomic_folder`.
+
+        Args:
+            portable: whether ``SentenceTransformer(path, trust_remote_code=True)`` shall load it
+                where moe_fast is not installed, as in ``save_pretrained`` of the encoder.
+
+        Raises:
+            ValueError: for an encoder that cannot be portable.
         """
         if path is None:  # nothing to do, as for the stock class
             return
+        set_portable(self.transformers_model, portable)
         with atomic_folder(path, replaces=replaced_files(self.transformers_model)) as temporary:
             super().save(str(temporary), model_name, create_model_card, *args, **kwargs)
             if not create_model_card:  # the encoder, which is in the same folder, has written one
                 Path(temporary, "README.md").unlink(missing_ok=True)
         self.model_card_data.save_dir = str(path)
+
+    @compat.overrides
+    def save_pretrained(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """The same as :meth:`save`."""
+        self.save(path, *args, **kwargs)
 
     @compat.overrides
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:

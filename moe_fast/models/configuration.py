@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from packaging.version import InvalidVersion, Version
@@ -11,6 +12,7 @@ from packaging.version import InvalidVersion, Version
 from moe_fast.architectures import ARCHITECTURES, Architecture, make_class
 from moe_fast.layers.attention import AttentionOfTheCall
 from moe_fast.layers.moe_mlp import TARGETS
+from moe_fast.models.portable import auto_map, code_file, is_portable, portable_code
 from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.ops.route.modes import check_experts_per_tok, resolve_weight_mode
 from moe_fast.version import __version__
@@ -188,7 +190,16 @@ class MoEConfigFields(AttentionOfTheCall):
                 f"{cls.__name__} reads checkpoints with model_type {cls.model_type!r}; "
                 f"got {given!r}." + ("" if given.startswith("moe_") else hint)
             )
+        if config_dict.get("auto_map") not in (None, auto_map(cls)):  # the dense model's code
+            config_dict = {k: v for k, v in config_dict.items() if k != "auto_map"}
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers'; that of a portable mixture with its code beside it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if is_portable(self):
+            code = portable_code(self.architecture)
+            Path(save_directory, code_file(self)).write_text(code, encoding="utf-8")
 
 
 def _is_int(value: Any) -> bool:

@@ -6,7 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
+
 from moe_fast.files import write_text
+from moe_fast.models.portable import code_file, is_portable
+from moe_fast.version import install_command
 
 if TYPE_CHECKING:
     from moe_fast.models.modeling import MoEModelMixin
@@ -35,6 +39,23 @@ from transformers import AutoModel
 
 model = AutoModel.from_pretrained("path/to/this/folder")
 ```
+"""
+_LOAD = """\
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)"""
+_PORTABLE = """
+## Without moe_fast
+
+The example above needs moe_fast: {moe_fast}.
+Where it is not installed, `pip install {packages}` is enough:
+
+```python
+{example}
+```
+
+`trust_remote_code=True` runs the file `{file}` of this folder: read it first. It computes what
+moe_fast computes, but in plain PyTorch, which is slower.
 """
 
 
@@ -71,6 +92,27 @@ def describe_mixture(config: Any, total: int, active: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_portable(
+    config: Any, example: str, package: str = "torch", extra: str | None = None
+) -> str:
+    """A section on loading without moe_fast; empty for a folder that has no code in it.
+
+    Args:
+        config: a moe_fast configuration.
+        example: lines of Python that load the model.
+        package: what pip installs for them beside transformers.
+        extra: the extra of moe_fast that does the same.
+    """
+    if not is_portable(config):
+        return ""
+    return _PORTABLE.format(
+        moe_fast=install_command(extra),
+        packages=f"{package} transformers=={transformers.__version__}",
+        example=example,
+        file=code_file(config),
+    )
+
+
 def inline(text: Any) -> str:
     """Somebody's text as a piece of code in Markdown, in which nothing of it has a meaning."""
     escaped = repr(str(text))[1:-1].replace("`", "'")
@@ -91,4 +133,4 @@ def write_model_card(model: MoEModelMixin, folder: str | os.PathLike) -> None:
     text = _FRONT_MATTER.format(title=type(model).__name__) + describe_mixture(
         model.config, model.num_parameters(), model.num_parameters(only_active=True)
     )
-    write_text(path, text + _USE)
+    write_text(path, text + _USE + describe_portable(model.config, _LOAD))

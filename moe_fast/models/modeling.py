@@ -26,6 +26,7 @@ from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.loading import naming
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
+from moe_fast.models.portable import set_portable
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
 from moe_fast.models.saving import check_no_adapter, replaced_files
 from moe_fast.models.strict import check_loading_info
@@ -149,7 +150,12 @@ class MoEModelMixin(PreTrainedModel):
 
     @compat.overrides
     def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        *,
+        portable: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         """As transformers', but whole or not at all, and with a model card.
 
@@ -158,12 +164,19 @@ class MoEModelMixin(PreTrainedModel):
         :func:`moe_fast.files.atomic_folder`. With ``distributed_checkpoint=True``, where every
         process writes files of its own, the files are written in place.
 
+        Args:
+            portable: ``True``: write a file of code, too, with which ``trust_remote_code=True``
+                loads the folder where moe_fast is not installed; this save and the next ones do,
+                also of the model that is loaded from there. ``False``: no longer.
+
         Raises:
             ValueError: for adapters that ``peft.get_peft_model`` put in, which its ``PeftModel``
-                saves: a folder with their wrapped weights could not be loaded.
+                saves: a folder with their wrapped weights could not be loaded. For what cannot be
+                portable: encoders that are not transformers', and adapters alone.
         """
         if not compat.saves_adapter_alone(self):
             check_no_adapter(self)
+        set_portable(self, portable)
         self.config.moe_fast_version = __version__
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from moe_fast import compat
+from moe_fast.models.portable import code_file
 
 
 def replaced_files(model: PreTrainedModel, variant: str | None = None) -> tuple[str, ...]:
-    """Patterns of the weight files of an earlier save, which must not outlive a new one.
+    """Patterns of an earlier save's files of weights and code, which must not outlive a new one.
 
     There are none for a model with an adapter, which is saved alone, beside whatever is there.
     """
@@ -19,6 +20,7 @@ def replaced_files(model: PreTrainedModel, variant: str | None = None) -> tuple[
         f"model{part}.safetensors",
         f"model{part}-?????-of-?????.safetensors",
         f"model.safetensors.index{part}.json",
+        code_file(model.config),
     )
 
 
