@@ -156,7 +156,7 @@ def check_route(settings: dict[str, Any], device: torch.device) -> dict[str, flo
 
 
 def routes(grid: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the combinations that exist: renormalize, for example, needs more than one expert."""
+    """Return the combinations that exist; renormalize, for example, is combined with K > 1 only."""
     return [
         s
         for s in covering(grid)

@@ -132,7 +132,7 @@ class TemperatureLoss(EmbeddingLoss):
         """Return 1 / temperature; for a learned temperature a [] tensor that has a gradient.
 
         A learned temperature is clamped in place, outside the graph. A clamp inside the graph would
-        give a temperature at its bound a gradient of 0, so that it could never leave the bound.
+        give a temperature beyond its bound a gradient of 0, so that it could never return.
         """
         if not self.learn_temperature:
             return 1.0 / self._temperature

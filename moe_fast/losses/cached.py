@@ -61,9 +61,9 @@ class CachedLoss(nn.Module):
     Args:
         loss: any loss of this package over embeddings, or :class:`moe_fast.losses.RouterLoss`
             around one.
-        tokens_per_chunk: how many tokens, padding included, are encoded at once; the memory
-            depends on this setting alone. A longer text is a chunk of its own. ``None``: the size
-            is measured and chosen on the first training batch, logged, and saved with the trainer's
+        tokens_per_chunk: how many tokens, padding included, are encoded at once; the only setting
+            for memory. A longer text is a chunk of its own. ``None``: the size is chosen on the
+            first training batch, by measuring. It is then logged, and saved with the trainer's
             checkpoints. If a given size turns out to be slow, a warning is logged.
 
     Attributes:
@@ -125,7 +125,8 @@ class CachedLoss(nn.Module):
 
         Raises:
             ValueError: the wrapped loss refuses the columns or labels (checked before anything is
-                encoded), a column's features are not texts, or a column is empty.
+                encoded), a column's features are not texts, a column is empty, or the model is
+                fully sharded and ``tokens_per_chunk`` is not given.
         """
         columns = list(sentence_features)
         loss, router_loss = self._parts()

@@ -37,7 +37,7 @@ _ENOUGH_CHUNKS = 16  # with as many in a batch, the check of a given size costs 
 
 
 class ChunkProbe:
-    """Measures a model on the texts of one batch; leaves random state and routers' counts as is.
+    """Measures a model on one batch's texts, without changing random states or routers' counts.
 
     Args:
         model: the model that ``encode`` runs.
@@ -139,7 +139,7 @@ def choose_tokens_per_chunk(probe: ChunkProbe) -> int:
 def warn_if_slow(probe: ChunkProbe, tokens_per_chunk: int) -> None:
     """Log a warning if chunks four times as large take at least a fifth less time per token.
 
-    Nothing is measured if the batch has fewer than 16 chunks: measuring would then cost too much.
+    Nothing is measured if the largest column has fewer than 16 chunks; it would cost too much.
     """
     if probe.tokens() < _ENOUGH_CHUNKS * tokens_per_chunk:
         return

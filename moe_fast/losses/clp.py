@@ -88,8 +88,8 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
     def num_negatives(self, num_columns: int) -> int:
         """The number of hard negatives per row, G, from the number of columns.
 
-        A row has an anchor, a positive, G negatives, and M queries for each negative: 2 + G * (1 +
-        M) columns. :meth:`check_columns` refuses other counts.
+        A row has an anchor, a positive, G negatives, and M queries for each negative:
+        2 + G * (1 + M) columns. :meth:`check_columns` refuses other counts.
         """
         return (num_columns - 2) // (1 + (self.queries_per_negative or 0))
 

@@ -126,7 +126,7 @@ def split_into(chunks: Sequence[Chunk], number: int) -> list[Chunk]:
 
 
 def take_rows(features: Features, chunk: Chunk) -> dict[str, Any]:
-    """Return the chunk's part of its column's features; other than tensors are passed on.
+    """Return the chunk's part of its column's features; values without rows are passed on.
 
     Raises:
         ValueError: a tensor has neither one entry per text nor one per token.

@@ -10,9 +10,10 @@ from torch import Tensor
 def in_batch_accuracy(
     logits: Tensor, positive: Tensor, candidate: Tensor, first: int = 0
 ) -> Tensor:
-    """Return the share of rows, [] float, whose own positive has the largest logit of all.
+    """Return the share of rows, [] float, whose own positive has the largest logit.
 
-    Other positives of the row are not compared. A tie counts as an error.
+    It is compared with candidates that are not positives; masked ones do not count. A tie is an
+    error.
 
     Args:
         logits: [R, N], R rows against N candidates; row i's own positive is in column

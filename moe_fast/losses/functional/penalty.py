@@ -7,9 +7,9 @@ contrastive loss pushes h' away from the query whose negative it is, and thereby
 queries that it answers; the penalty pulls it back. It has no temperature; both h' and h* get
 gradients.
 
-Source: Yu, arXiv 2412.17364. The paper and its code give the penalty opposite signs; the code's
-sign, which is used here, does what the paper says. That code pairs h' and h* by broadcasting, which
-is right for one query per batch only; here they are paired row by row.
+Source: Yu, arXiv 2412.17364. The paper and its code give the penalty opposite signs. The code's
+sign is used here, because it pulls h' and h* together. That code pairs h' and h* by broadcasting,
+which is right for one query per batch only; here they are paired row by row.
 """
 
 from __future__ import annotations
