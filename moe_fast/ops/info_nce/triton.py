@@ -2,8 +2,9 @@
 
 The logits are processed in rectangles. The forward pass needs one product: a kernel reduces each
 tile along both axes, and the sums of a rectangle are joined to those of the batch. The backward
-pass needs three: a kernel computes the logits of a rectangle again and writes H, the gradient of
-the products of its embeddings, up to the scale; ``H k`` and ``H^T q`` are then added to both sides.
+pass needs three: a kernel computes the logits s_ij of a rectangle again and writes
+H_ij = dL/ds_ij / (|q_i| |k_j|) (for dot products dL/ds_ij). ``H k`` and ``H^T q`` are then added to
+the gradients of rows q and columns k, which are not normalised here.
 A kernel that accumulated ``H k`` instead of writing H would need [rows, d] float32 in registers, or
 compute the logits again for every part of d: 5 products in all at d = 256, 9 at d = 768.
 """

@@ -96,8 +96,8 @@ def route(
         x: [T, D], or [B, L, D] with T = B * L; the input of the experts.
         router_weight: [E, D]; ``None`` with ``mode="enforced"``, which has no router.
         num_experts_per_tok: K, 1 <= K <= E. ``mode="dense"`` always visits all E experts.
-        mode, weight_mode: see the module's docstring. "auto" is "straight_through" for K = 1, else
-            "renormalize".
+        mode, weight_mode: see the module's docstring. "auto" is "one" for enforced, "probability"
+            for dense routing, else "straight_through" for K = 1 and "renormalize" for K >= 2.
         expert_ids: with ``mode="enforced"`` only, int64 or int32, in [0, E). For an input
             [B, L, D]: [B] (one per sentence) or [B, L]. For an input [T, D]: [T], or [B] together
             with ``cu_seqlens``. Ids of padding are ignored.

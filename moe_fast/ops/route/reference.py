@@ -51,7 +51,7 @@ def check_logits(logits: Tensor) -> None:
 class Choice:
     """The logits by which experts are chosen: of tokens, or means of sentences.
 
-    Its methods convert between these (tokens or sentences) and tokens.
+    Its methods convert values of these (tokens or sentences) to values of tokens, and back.
     """
 
     def __init__(self, logits: Tensor, mode: str, mask: Tensor | None, starts: Tensor | None):
