@@ -129,7 +129,7 @@ def check_route(settings: dict[str, Any], device: torch.device) -> dict[str, flo
         mask &= top[:, k - 1] - top[:, k] > _MARGIN
 
     def routed(x: Tensor, weight: Tensor, backend: str) -> tuple[ops.Routing, Tensor, Tensor]:
-        """Return the route, and the gradients of x and of the router's weight."""
+        """The route, and the gradients of x and of the router's weight."""
         leaves = [t.detach().requires_grad_() for t in (x, weight)]
         modes = dict(mode=mode, weight_mode=s["weight_mode"])
         routing = ops.route(

@@ -160,7 +160,7 @@ def _prepare(
     num_experts: int | None,
     backend: str | None,
 ) -> tuple[int, str, Callable]:
-    """Check the arguments; return E, the concrete weight mode, and the implementation to run."""
+    """E, the concrete weight mode, and the implementation for such a call."""
     num_experts = _check_experts(mode, router_weight, num_experts)
     weight_mode = resolve_weight_mode(mode, weight_mode, num_experts_per_tok)
     check_experts_per_tok(mode, num_experts_per_tok, num_experts)
