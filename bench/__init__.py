@@ -1,4 +1,5 @@
-"""Measurements, run from the repository root: ``python -m bench``; installed, ``moe-fast bench``.
+"""Benchmarks, run from the repository root by ``python -m bench``, installed by ``moe-fast bench``.
 
-A wheel holds this folder as ``moe_fast.bench``: hence imports from here are relative.
+A wheel contains this folder as ``moe_fast.bench``; therefore imports between its files are
+relative.
 """

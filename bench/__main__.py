@@ -1,9 +1,9 @@
-"""Measure moe_fast beside what would be used instead: ``python -m bench``, ``moe-fast bench``.
+"""Measure moe_fast beside its alternatives: ``python -m bench``, or ``moe-fast bench``.
 
-Every operation on random data, candidates in turn, outputs checked before anything is timed; all of
-that in several fresh processes one after the other. Writes one JSON file, whole after every case;
-``python -m bench.report`` makes a page of such files, ``python -m bench.compare`` holds one
-against another.
+Every operation runs on random data. Its candidates run in turn, and their outputs are checked
+before anything is timed. All of this is repeated in several fresh processes, one after the other.
+The result is one JSON file, which is complete after every case. ``python -m bench.report`` makes a
+page from such files, ``python -m bench.compare`` compares two of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OPERATIONS = (*TIMED, "peak_memory", *JOBS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print the results and write them to a file."""
     arguments = parse(argv)
     if arguments.data:
         os.environ[DATA] = str(arguments.data.resolve(strict=True))
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The settings of a run."""
+    """Parse the settings of a run."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     allowed = ", ".join(OPERATIONS)
     parser.add_argument("operations", nargs="*", help=f"of {allowed} (default: before {JOBS[0]})")

@@ -1,14 +1,16 @@
-"""A training step in chunks (CachedLoss) against the plain step of the same batch, where both fit.
+"""A training step in chunks (CachedLoss) against the plain step of the same batch, if both fit.
 
-The second forward alone costs a third: the plain step is one forward and about two forwards' worth
-of backward. 4/3 of its time is the floor, but for the padding that sorting by length avoids.
+A plain step costs one forward pass, and a backward pass that costs about two. The second forward
+pass of the chunks therefore adds a third: the least is 4/3 of the plain step's time, apart from
+padding, which sorting by length avoids. There are three kinds of batches:
 
-- ``equal``: all texts of one length; what the chunks cost.
-- ``natural``: lengths as of questions and answers, padded to each column's longest; what they save.
-- ``router``: as ``equal``, with all four router losses.
+- ``equal``: all texts have one length; this shows what the chunks cost.
+- ``natural``: questions and answers of natural lengths, padded to each column's longest; this shows
+  what the chunks save.
+- ``router``: like ``equal``, with all four router losses.
 
-Beside it stands sentence-transformers' cached loss, at its default of 32 texts per chunk and with
-our budget of tokens.
+sentence-transformers' cached loss is measured too, with its default of 32 texts per chunk, and with
+our number of tokens per chunk.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from .training_step import EXPERTS, Encoder, dense_bert, step
 
 PLAIN = "plain"
 CHUNK_TOKENS = 2048
-# Float32 through six layers of random weights amplifies what batches of another shape round
-# otherwise: up to 4e-5; in float64 the same comparison gives 4e-15.
+# Batches of another shape round differently, which six layers of random weights amplify: up to
+# 4e-5 in float32; in float64 the same comparison gives 4e-15.
 TOLERANCE = 2e-4
 DOMAINS = 4
 ROUTER: dict[str, Any] = dict(
@@ -39,7 +41,7 @@ ROUTER: dict[str, Any] = dict(
 
 
 def cases(size: str) -> Iterator[Case]:
-    """Each kind of batch."""
+    """Yield a case for each kind of batch."""
     rows, dim = (6, 32) if size == "tiny" else (64, 384)
     for kind in ("equal", "natural", "router"):
         yield Case(
@@ -52,7 +54,7 @@ def cases(size: str) -> Iterator[Case]:
 
 
 def columns_of(rows: int, natural: bool) -> list[dict[str, Tensor]]:
-    """Two columns: all of 64 tokens, or short questions and answers of 8 to 128."""
+    """Make two columns: of 64 tokens each, or natural: short questions, answers of 8 to 128."""
     columns = []
     for mean in (16.0, 64.0):
         lengths = torch.full((rows,), 64)
@@ -66,10 +68,10 @@ def columns_of(rows: int, natural: bool) -> list[dict[str, Tensor]]:
 
 
 def candidates(kind: str, rows: int, dim: int) -> Candidates:
-    """Every candidate steps a model of its own."""
+    """Make the candidates; each steps a model of its own."""
     from sentence_transformers.sentence_transformer import losses as theirs
 
-    # Texts of larger weights differ from each other, as those of a trained model do.
+    # Larger weights make the embeddings of texts differ, like those of a trained model.
     dense = dense_bert(dim, initializer_range=0.1)
     model = moe_fast.upcycle(dense, num_experts=EXPERTS, num_experts_per_tok=1)
     columns = columns_of(rows, kind == "natural")
@@ -82,7 +84,7 @@ def candidates(kind: str, rows: int, dim: int) -> Candidates:
         PLAIN: plain,
         "CachedLoss": lambda e: CachedLoss(plain(e), tokens_per_chunk=CHUNK_TOKENS),
     }
-    if kind != "router":  # which it cannot have
+    if kind != "router":  # which theirs does not support
         peer = theirs.CachedMultipleNegativesRankingLoss
         losses["sentence-transformers, 32 texts"] = peer
         losses["sentence-transformers, tokens"] = partial(peer, mini_batch_num_tokens=CHUNK_TOKENS)

@@ -1,7 +1,8 @@
-"""A case: candidates that compute the same, how they are checked, and what it takes at least.
+"""Cases: candidates that compute the same, how they are checked, and the least work they need.
 
-Operation files (``bench/route.py``, ``bench/expert_mlp.py`` ...) yield cases; this one times them.
-:func:`measure` alternates between the candidates, as everything in :mod:`bench.harness` does.
+Each operation has a file (``bench/route.py``, ``bench/expert_mlp.py`` ...) that yields cases; this
+file checks and times them. :func:`measure` lets the candidates run in turn, like everything in
+:mod:`bench.harness`.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, ImportEr
 
 
 class WrongResult(AssertionError):
-    """A candidate computes something else than the reference."""
+    """A candidate computes something different from the reference."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a case compares.
+    """The candidates of a case.
 
     Attributes:
-        runs: by name; each does the work once and returns its outputs.
-        check: gets the outputs by name, raises :class:`WrongResult` where they are wrong.
-        absent: peers that cannot run here, with the reason.
-        works: of candidates that have less or more to do than the case says.
+        runs: functions by name; each does the work once and returns its outputs.
+        check: takes the outputs by name, and raises :class:`WrongResult` if they are wrong.
+        absent: candidates that cannot run here, with the reason.
+        works: the work of candidates that must do less or more than the case says.
     """
 
     runs: dict[str, Callable[[], Any]]
@@ -50,7 +51,7 @@ class Case:
 
     Attributes:
         operation, shape, dtype, work, sweep: as in :class:`bench.record.Row`.
-        prepare: makes the candidates; the random state is seeded before.
+        prepare: makes the candidates; :func:`measure` seeds the random state before.
         baseline: the candidate that ratios refer to.
     """
 
@@ -79,22 +80,23 @@ def measure(
 ) -> list[Row]:
     """Check the candidates of ``case``, then time them; the baseline's row comes first.
 
-    A peer that raises when it is first called becomes a row with that as its reason. The baseline
-    has no such excuse.
+    If another candidate than the baseline raises at its first call, its row holds the error as its
+    reason. An error of the baseline is raised.
 
     Args:
-        seconds: no round begins later, once five are done.
+        machine: the ceilings for the rows' floors; None leaves out floors.
+        seconds: no round begins later than this, once ``bench.harness.FEWEST_ROUNDS`` are done.
         rounds, warmup, min_sample_seconds, synchronize: as in :func:`bench.harness.race`.
 
     Raises:
-        WrongResult: before anything is timed.
+        WrongResult: outputs are wrong; raised before anything is timed.
     """
     torch.manual_seed(0)
     candidates = case.prepare()
     outputs, absent = _outputs(candidates, case.baseline)
     candidates.check(outputs)
     runs = {name: candidates.runs[name] for name in outputs}
-    del outputs  # not to be held while others are measured
+    del outputs  # free their memory before others are measured
     results = race(
         runs,
         baseline=case.baseline,
@@ -114,7 +116,7 @@ def measure(
 
 
 def _outputs(candidates: Candidates, baseline: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the candidates return that survive a first call, and why the others did not."""
+    """Call every candidate once; return the outputs, and why the others failed, by name."""
     outputs, absent = {}, dict(candidates.absent)
     for name, run in candidates.runs.items():
         try:
@@ -142,7 +144,7 @@ def _timed(row: Row, result: Result, machine: Machine | None) -> Row:
 
 
 def show(rows: Sequence[Row]) -> str:
-    """The rows of one case as text: ratios first, the share of the floor, who could not run."""
+    """Format the rows of one case: ratios, shares of the floor, and who could not run."""
     ran = [Result(row.who, row.ratio, row.seconds) for row in rows if row.ratio and row.seconds]
     lines = [table(ran, ", ".join(part for part in rows[0].case if part))]
     shares = [f"{row.who} {row.share_of_floor:.0%}" for row in rows if row.share_of_floor]
@@ -155,12 +157,12 @@ def show(rows: Sequence[Row]) -> str:
 def near(
     exact: Sequence[Any], tolerance: float, apart: Iterable[str] = ()
 ) -> Callable[[dict[str, Any]], None]:
-    """A check that the outputs of every candidate are those of ``exact``.
+    """Make a check that every candidate's outputs are close to ``exact``.
 
     Args:
         exact: the reference's outputs, in order; a list among them is compared as one vector.
-        tolerance: of the norm of the difference over the norm of the exact one.
-        apart: candidates with other inputs, whose outputs are looked at for NaN alone.
+        tolerance: the largest norm of the difference, relative to the norm of the exact output.
+        apart: candidates with other inputs, whose outputs are checked for NaN only.
     """
     apart = set(apart)
 

@@ -1,9 +1,9 @@
-"""Hold one run against another: ``python -m bench.compare OLD NEW``; exit code 1 if slower.
+"""Compare two runs: ``python -m bench.compare OLD NEW``; exit code 1 if a case became slower.
 
-What is held against each other are not times but ratios to the peers of the same run, so that the
-two machines may differ. Relative to a peer a case is slower if the spread of ours over that peer
-lies wholly above the old one and the medians differ by ``--least``; as a peer can change, too, the
-case counts as slower only if more than half of its peers say so.
+It does not compare times, but ratios to the other candidates (peers) of the same run, so the two
+machines may differ. A case is slower relative to a peer if the spread of the new ratio, ours over
+the peer, lies completely above the old one, and the medians differ by a factor of ``--least``.
+Because peers can change too, a case counts as slower only if more than half of its peers agree.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Change:
-    """Ours over one peer, then and now."""
+    """The ratio of ours to one peer, in the old run and in the new one."""
 
     peer: str
     old: Summary
@@ -31,26 +31,26 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """How many times slower ours is than it was."""
+        """The new ratio over the old one: how many times slower ours became."""
         return self.new.median / self.old.median
 
     @property
     def agrees(self) -> bool:
-        """Whether the spreads overlap."""
+        """Whether the spreads of both ratios overlap."""
         return self.new.q1 <= self.old.q3 and self.old.q1 <= self.new.q3
 
     def slower(self, least: float) -> bool:
-        """Whether ours became slower, beyond the spread and by ``least``."""
+        """Whether ours became slower, beyond the spread and by a factor of ``least``."""
         return self.new.q1 > self.old.q3 and self.factor >= least
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs.
+    """The comparison of two runs.
 
     Attributes:
         changes: by case, for the cases and peers that both runs have.
-        only_old, only_new: cases that one of them lacks.
+        only_old, only_new: cases that only one of the runs has.
     """
 
     changes: dict[Key, list[Change]]
@@ -58,7 +58,7 @@ class Comparison:
     only_new: list[Key]
 
     def slower(self, least: float) -> dict[Key, list[Change]]:
-        """The cases that became slower."""
+        """Return the cases that became slower relative to more than half of their peers."""
         return {
             key: changes
             for key, changes in self.changes.items()
@@ -66,13 +66,13 @@ class Comparison:
         }
 
     def agreement(self) -> tuple[int, int]:
-        """How many ratios agree within their combined spread, and of how many."""
+        """Return how many ratios agree within their combined spread, and how many there are."""
         agrees = [change.agrees for changes in self.changes.values() for change in changes]
         return sum(agrees), len(agrees)
 
 
 def compare_records(old: Record, new: Record) -> Comparison:
-    """Pair the ratios of two runs."""
+    """Pair the ratios of two runs by case and peer."""
     then, now = _ratios(old), _ratios(new)
     changes = {
         key: [Change(peer, old, now[key][peer]) for peer, old in peers.items() if peer in now[key]]
@@ -87,7 +87,7 @@ def compare_records(old: Record, new: Record) -> Comparison:
 
 
 def _ratios(record: Record) -> dict[Key, dict[str, Summary]]:
-    """Ours over each peer, by case."""
+    """Return the ratios of ours to each peer, by case."""
     found: dict[Key, dict[str, Summary]] = {}
     for row in record.rows:
         for peer, ratio in _ours_over_peer(row):
@@ -97,7 +97,7 @@ def _ratios(record: Record) -> dict[Key, dict[str, Summary]]:
 
 def _ours_over_peer(row: Row) -> Iterator[tuple[str, Summary]]:
     r = row.ratio
-    if row.instructions is not None:  # of an earlier build, which is the peer
+    if row.instructions is not None:  # the peer is an earlier build
         yield "instructions", Summary(row.instructions, row.instructions, row.instructions, 1)
     if r is None or row.who == row.baseline:
         return
@@ -108,7 +108,7 @@ def _ours_over_peer(row: Row) -> Iterator[tuple[str, Summary]]:
 
 
 def report(comparison: Comparison, least: float) -> str:
-    """What a person wants to know, in lines."""
+    """Format a comparison as lines of text."""
     slower = comparison.slower(least)
     lines = []
     for key, changes in slower.items():
@@ -133,7 +133,7 @@ def _name(key: Key) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare two files."""
+    """Compare two files and print the result."""
     parser = argparse.ArgumentParser(prog="bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("old", help="the record to hold against, such as a committed one")
     parser.add_argument("new", help="the record of the new run")

@@ -1,12 +1,12 @@
-"""Embedding texts with a mixture (E=8, K=1, learned router) made of all-MiniLM-L6-v2.
+"""Embedding texts with a mixture (E=8, K=1, learned router) made from all-MiniLM-L6-v2.
 
-- ``moe_fast``: ``MoESentenceTransformer.encode``: sorted by length, packed, our experts.
-- ``eager, padded``: the same weights, transformers' eager loop over experts, batches of 32 in the
-  order of the texts, padding computed like any token.
+- ``moe_fast``: ``MoESentenceTransformer.encode``: texts sorted by length and packed, our experts.
+- ``eager, padded``: the same weights with transformers' eager loop over experts, in batches of 32
+  in the order of the texts; padding is computed like any token.
 - ``dense``: the model that was upcycled, ``SentenceTransformer.encode`` (sorted by length, padded).
 
-Texts are cut to 256 tokens, and tokenizing is part of what is timed. Experts differ by 5 %, so that
-a token in a wrong expert shows.
+Texts are cut to 256 tokens, and tokenizing is timed too. The experts' weights differ by 5 %, so
+that a token in a wrong expert is noticed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ DATA = "MOE_FAST_BENCH_DATA"
 ``b`` in each, such as MedQuAD's; without it words are drawn at random, as many per text."""
 EXPERTS, BATCH, MAX_TOKENS = 8, 32, 256
 EAGER, DENSE = "eager, padded", "dense"
-# In bf16 the two round differently, and a token whose two best logits lie within that goes to
-# another expert, which changes its embedding by up to 5 %.
+# In bf16 the two round differently. A token whose two best logits are that close may go to another
+# expert, which changes its embedding by up to 5 %.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def cases(size: str) -> Iterator[Case]:
-    """One number of texts in both dtypes."""
+    """Yield one number of texts in both dtypes."""
     count = {"tiny": 4, "quick": 64, "default": 64}.get(size, 1000)
     for dtype in TOLERANCES:
         name = str(dtype).removeprefix("torch.")
@@ -46,7 +46,10 @@ def cases(size: str) -> Iterator[Case]:
 
 
 def read_pairs(count: int) -> list[tuple[str, str]]:
-    """``count`` questions with different answers, from the file in ``DATA`` or random ones."""
+    """Return ``count`` questions with different answers, from the file in ``DATA``, or random.
+
+    Raises ``ValueError`` if the file has fewer different answers.
+    """
     path = os.environ.get(DATA)
     if path is None:
         return random_pairs(count)
@@ -61,7 +64,7 @@ def read_pairs(count: int) -> list[tuple[str, str]]:
 
 
 def random_pairs(count: int) -> list[tuple[str, str]]:
-    """Words of six letters, as many per answer as MedQuAD's have: 200 on average."""
+    """Make pairs of random words of six letters; about 200 per answer, as in MedQuAD."""
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(draw.choices(letters, k=6)) for _ in range(5000)]
@@ -71,7 +74,7 @@ def random_pairs(count: int) -> list[tuple[str, str]]:
 
 
 def pretrained() -> Any:
-    """all-MiniLM-L6-v2 as a ``SentenceTransformer``, on the CPU."""
+    """Load all-MiniLM-L6-v2 as a ``SentenceTransformer`` on the CPU."""
     from sentence_transformers import SentenceTransformer
 
     from moe_fast.demo.pretrained import go_offline, pretrained_folder
@@ -81,7 +84,7 @@ def pretrained() -> Any:
 
 
 def dense_and_mixture(dtype: torch.dtype) -> tuple[Any, Any]:
-    """The pretrained model, and the upcycled one: experts apart, its router using all of them."""
+    """Return the pretrained model, and the upcycled one with different experts, all in use."""
     dense = pretrained()
     dense.max_seq_length = MAX_TOKENS
     moe = moe_fast.upcycle(dense, num_experts=EXPERTS, num_experts_per_tok=1)
@@ -94,7 +97,7 @@ def dense_and_mixture(dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def candidates(count: int, dtype: torch.dtype) -> Candidates:
-    """All three, in one dtype; ours must give the vectors of the eager loop."""
+    """Make the three candidates in one dtype; ours must give the vectors of the eager loop."""
     texts = [text for _, text in read_pairs(count)]
     dense, moe = (model.eval() for model in dense_and_mixture(dtype))
     eager = with_eager_experts(moe)
@@ -103,7 +106,7 @@ def candidates(count: int, dtype: torch.dtype) -> Candidates:
         def run() -> list[Tensor]:
             from moe_fast.encoding.lengths import counted_truncation
 
-            with counted_truncation():  # or every call says how many texts were cut
+            with counted_truncation():  # else every call warns how many texts were cut
                 return [model.encode(texts, batch_size=BATCH, convert_to_tensor=True, **options)]
 
         return run

@@ -1,11 +1,12 @@
-"""ops.expert_mlp against transformers' experts, other loops, and one dense MLP over as many rows.
+"""ops.expert_mlp against transformers' experts, other loops, and a dense MLP over as many rows.
 
-``expert MLP``: no biases, which transformers' ungated experts lack; the candidates of
-:mod:`bench.peers`. ``batched_mm`` copies the weights for every row and is left out where that takes
-more than a gigabyte. ``expert MLP beside dense``: with biases, over the MLP that was upcycled. Few
-rows cannot reach dense, since E experts' weights must be read where dense reads one.
+``expert MLP`` has no biases, because transformers' ungated experts have none; its candidates are
+those of :mod:`bench.peers`. ``batched_mm`` copies the weights for every row, and is left out if
+that takes more than a gigabyte. ``expert MLP beside dense`` has biases and is compared with the MLP
+that was upcycled. With few rows the mixture cannot be as fast: the weights of E experts must be
+read instead of one's.
 
-The plan is made beforehand, as one plan serves all layers where routing is enforced.
+The plan is made beforehand, because one plan serves all layers if routing is enforced.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ DENSE = ("dense", "dense, compiled")
 
 
 def cases(size: str) -> Iterator[Case]:
-    """Every shape beside all peers, then beside dense."""
+    """Yield every shape beside all peers, then beside dense."""
     dims, ks, dtypes = [384], [1, 2], list(TOLERANCES)
     tokens, backward_tokens = [32, 512, 2048], [1024]
     if size == "tiny":
@@ -52,7 +53,7 @@ def cases(size: str) -> Iterator[Case]:
 
 
 def case_of(shape: Shape, backward: bool, sweep: str | None = None) -> Case:
-    """One shape in one direction; a sweep leaves the slow and the compiled candidates out."""
+    """Make the case of one shape and direction; a sweep leaves out slow and compiled candidates."""
     return Case(
         f"expert MLP, {'forward + backward' if backward else 'forward'}",
         shape.letters,
@@ -64,7 +65,7 @@ def case_of(shape: Shape, backward: bool, sweep: str | None = None) -> Case:
 
 
 def beside_dense(shape: Shape, backward: bool) -> Case:
-    """One shape in one direction, ratios to dense."""
+    """Make the case of one shape and direction with ratios to dense."""
 
     def prepare() -> Candidates:
         problem = Problem(shape)
@@ -80,23 +81,23 @@ def beside_dense(shape: Shape, backward: bool) -> Case:
 
 
 def exact_of(problem: Problem, backward: bool) -> list[Tensor]:
-    """The reference in float64: y, or y and all gradients."""
+    """Return the float64 reference: y, or y and all gradients."""
     return list(problem.outputs("torch", backward, torch.float64).values())
 
 
 def work(shape: Shape, backward: bool) -> Work:
-    """FLOP of the two products (six with their gradients); bytes of x, y and the experts hit."""
+    """Count the FLOP of two products (six with gradients), and bytes of x, y and used experts."""
     rows = shape.tokens * shape.k
     flop = 2 * rows * 2 * shape.dim * shape.hidden
     io = 2 * shape.tokens * shape.dim
     weights = min(shape.experts, rows) * 2 * shape.dim * shape.hidden
-    if backward:  # read x, y's gradient; write x's. Read the weights again; write theirs.
+    if backward:  # also reads x, grad y and the weights; writes grad x and the weights' gradients
         return Work(3 * flop, shape.dtype.itemsize * (2.5 * io + 3 * weights))
     return Work(flop, shape.dtype.itemsize * (io + weights))
 
 
 def candidates(shape: Shape, backward: bool, everyone: bool = True) -> Candidates:
-    """Ours and every peer on one problem, checked against the reference in float64."""
+    """Make ours and every peer on one problem, checked against the reference in float64."""
     problem = Problem(shape)
     absent = gpu_only() if everyone else {}
     same: dict[str, Run] = {OURS: problem.forward}

@@ -3,15 +3,17 @@
     python -m bench.gpu              checks, tunes, times; writes bench/results/<gpu>-<date>.json
     python -m bench.gpu --dry-run    the same on the CPU, interpreted, at tiny shapes
 
-1. ``correct``: errors against float64 on a grid of shapes, as far as its time goes; no
-   synchronisation, CUDA-graph capture, bitwise repeats, offsets beyond 2^31, bytes saved.
-   The contrastive loss too: errors, repeats, no synchronisation.
-2. ``tune``: tile sizes for the shapes that are timed; the table is written beside the record.
-3. ``time``: against per-expert cuBLAS, a compiled dense MLP and transformers' experts, and
-   against the floor that this GPU's own ceilings set; the contrastive loss at B = 65,536, its
-   time and its memory against the targets.
+1. ``correct`` checks errors against float64 on a grid of shapes, until its time is over. It checks
+   that nothing synchronises, that CUDA graphs capture, that repeats agree bitwise and that offsets
+   beyond 2^31 work; it counts the bytes saved for the backward pass. For the contrastive loss it
+   checks errors, repeats and synchronisation.
+2. ``tune`` searches tile sizes for the shapes that are timed; the table is written beside the
+   record.
+3. ``time`` compares with per-expert cuBLAS, a compiled dense MLP and transformers' experts, and
+   with the floor that this GPU's own ceilings give. It measures time and memory of the contrastive
+   loss at B = 65,536 against their targets.
 
-The record is written after every part: what was measured is kept, whatever happens later.
+The record is written after every part, so results are kept if a later part fails.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ GIVEN_UP = "error"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run every part; exit code 1 if one fails."""
+    """Run every part; return 1 if one fails, 2 without a GPU."""
     arguments = _parser().parse_args(argv)
     if arguments.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, below
@@ -87,7 +89,7 @@ def _has_failed(result: Any) -> bool:
 
 
 def _cases(dry: bool) -> dict[str, Any]:
-    """BERT-base, 64k tokens, K = 1 and 2; other widths; other loads."""
+    """Return the shapes: BERT-base with 64k tokens, K = 1 and 2; two other widths."""
     from .problem import Shape
 
     if dry:
@@ -107,7 +109,7 @@ def _device(dry: bool) -> torch.device:
 
 
 def correct(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Errors on the grids, then the properties."""
+    """Check the errors on the grids, then the properties."""
     from . import gpu_checks as checks
     from . import gpu_info_nce as contrastive
     from .problem import BOUNDS, covering
@@ -145,7 +147,7 @@ def correct(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def attempt(run: Callable[[], Any]) -> Any:
-    """What ``run`` returns, or the error it raises: the checks behind it still run."""
+    """Return the result of ``run``, or the error it raises, so that later checks still run."""
     try:
         return run()
     except Exception as error:
@@ -159,7 +161,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     cases = _cases(arguments.dry_run)
     record: dict[str, Any] = {}
     for name, case in cases.items():
-        share = 0.6 if name == "K=1" else 0.4 / (len(cases) - 1)  # what is quoted first
+        share = 0.6 if name == "K=1" else 0.4 / (len(cases) - 1)  # the most important case
         record[name] = tuning.tune(
             *(case.dim, case.hidden, case.experts, case.k),
             tokens=case.tokens,
@@ -174,7 +176,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def times(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every comparison, and the share of the floor."""
+    """Time every comparison, and the share of the floor."""
     from . import gpu_info_nce as contrastive
     from . import gpu_times as t
     from .cases import show
@@ -188,7 +190,7 @@ def times(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def compared(title: str, run: Callable[[], list]) -> None:
         record[title] = attempt(run)
-        torch.cuda.empty_cache()  # of the graphs' memory
+        torch.cuda.empty_cache()  # frees the graphs' memory
         found = record[title]
         print(f"{title}: {found[GIVEN_UP] if GIVEN_UP in found else show(found)}", end="\n\n")
 

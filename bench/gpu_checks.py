@@ -1,4 +1,4 @@
-"""The correctness half of ``bench/gpu.py``: errors against float64, and what only a GPU shows."""
+"""The checks of ``bench/gpu.py``: errors against float64, and properties that only a GPU shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_fast.losses.chunk_budget import kept_for_backward
 from .gpu_times import captured, with_router
 from .problem import BOUNDS, LOADS, NAMES, Problem, Shape, covering, relative_error, timed
 
-# Section 4 of the kernels' notes, and widths that are no multiple of 16.
+# Shapes of real models, edge cases, and widths that are not multiples of 16.
 GRID = dict(
     tokens=(0, 1, 257, 4099),
     experts=(1, 2, 3, 5, 6, 7, 8, 16),
@@ -47,12 +47,12 @@ ROUTES = dict(
     weight_mode=("renormalize", "probability", "straight_through"),
 )
 DRY_ROUTES = {**ROUTES, "tokens": (1, 37), "experts": (2, 5), "dim": (13,)}
-# Logits are float32 sums: choices closer than this may differ from float64's.
+# Logits are sums in float32: if two are closer than this, the choice may differ from float64's.
 _MARGIN = 1e-4
 
 
 def poison(device: torch.device) -> None:
-    """Leave NaN in the memory that the allocator hands out next."""
+    """Fill the memory that the allocator hands out next with NaN."""
     if device.type == "cuda":
         torch.full((1 << 28,), float("nan"), device=device)
 
@@ -63,11 +63,11 @@ def check_grid(
     device: torch.device,
     seconds: float,
 ) -> dict[str, Any]:
-    """Check cases until the time is up.
+    """Check cases until the time is over.
 
     Returns:
-        How many of how many were checked, the largest error of each tensor over its bound, and
-        the failures.
+        How many cases were checked, how many there are, the largest error of each tensor divided by
+        its bound, and the failures.
     """
     grid, start, count = list(grid), time.monotonic(), 0
     worst: dict[str, float] = {}
@@ -90,7 +90,7 @@ def check_grid(
 
 
 def check_experts(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """Errors of y and of every gradient over their bound."""
+    """Return the errors of y and of every gradient, each divided by its bound."""
     settings = dict(settings)
     recompute = settings.pop("recompute")
     experts, dim = settings["experts"], settings["dim"]
@@ -107,12 +107,15 @@ def check_experts(settings: dict[str, Any], device: torch.device) -> dict[str, f
 
 
 def _differ(actual: Tensor, expected: Tensor) -> float:
-    """0, or more than the bound allows."""
+    """Return 0 if the tensors are equal, else infinity, which exceeds any bound."""
     return 0.0 if torch.equal(actual, expected) else float("inf")
 
 
 def check_route(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """Errors of weights, logits and gradients over their bound; ids and counts must be equal."""
+    """Return the errors of weights, logits and gradients, each divided by its bound.
+
+    Ids and counts must be equal.
+    """
     s = settings
     experts, mode = s["experts"], s["mode"]
     k = experts if s["k"] == "E" or mode == "dense" else s["k"]
@@ -153,7 +156,7 @@ def check_route(settings: dict[str, Any], device: torch.device) -> dict[str, flo
 
 
 def routes(grid: dict[str, Any]) -> list[dict[str, Any]]:
-    """The combinations that exist: renormalize alone needs more than one expert."""
+    """Return the combinations that exist; renormalize, for example, is combined with K > 1 only."""
     return [
         s
         for s in covering(grid)
@@ -163,13 +166,13 @@ def routes(grid: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-# --- what is neither an error nor a time ---------------------------------------------------------
+# --- other properties ----------------------------------------------------------------------------
 
 
 def whole_layer(
     case: Shape, device: torch.device
 ) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tensor]:
-    """Route, plan and experts, forward and backward, as a function of x; and some x."""
+    """Return a function of x that runs route, plan and experts in both directions; and an x."""
     run, tensors, upstream = with_router(Problem(case, device, "triton"))
     leaves = _leaves(tensors)
 
@@ -183,7 +186,7 @@ def whole_layer(
 
 
 def check_repeats(case: Shape, device: torch.device) -> str:
-    """Two runs must agree to the last bit."""
+    """Check that two runs agree to the last bit."""
     run, x = whole_layer(case, device)
     check_equal(run(x), run(x), "a second run")
     return "bitwise equal"
@@ -191,7 +194,7 @@ def check_repeats(case: Shape, device: torch.device) -> str:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Within the block torch raises where something waits for the GPU."""
+    """Within the block, raise an error if something waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -200,7 +203,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def check_no_sync(case: Shape, device: torch.device) -> str:
-    """Forward and backward must not wait for the GPU."""
+    """Check that forward and backward do not wait for the GPU."""
     run, x = whole_layer(case, device)
     run(x)
     with no_waiting():
@@ -209,7 +212,10 @@ def check_no_sync(case: Shape, device: torch.device) -> str:
 
 
 def check_graph(case: Shape, device: torch.device) -> str:
-    """A captured CUDA graph must give on new tokens, routed elsewhere, what a plain run gives."""
+    """Check that a captured CUDA graph gives the results of a plain run on new tokens.
+
+    The new tokens are routed to other experts.
+    """
     run, x = whole_layer(case, device)
     replay = captured(lambda: run(x))
     for _ in range(3):
@@ -219,7 +225,7 @@ def check_graph(case: Shape, device: torch.device) -> str:
 
 
 def check_far_offsets(case: Shape, device: torch.device) -> str:
-    """More than 2^31 elements of z: the last tokens must come out as they do alone."""
+    """Check that with more than 2^31 elements of z the last tokens are the same as alone."""
     assert case.tokens * case.k * case.width > 1 << 31, case
     problem, last = Problem(case, device), slice(-64, None)
     alone = Problem(replace(case, tokens=64), device)
@@ -235,7 +241,7 @@ def check_far_offsets(case: Shape, device: torch.device) -> str:
 
 
 def check_output_block(case: Shape, device: torch.device) -> dict[str, float]:
-    """Errors over their bound of experts, dropout, residual and LayerNorm in one op."""
+    """Return the errors of experts with the output block, each divided by its bound."""
     problem = Problem(case, device)
     size = (case.tokens, case.dim)
     made = [torch.randn(s, device=device).to(case.dtype) for s in (size, size[1:], size[1:])]
@@ -243,7 +249,7 @@ def check_output_block(case: Shape, device: torch.device) -> dict[str, float]:
 
     def results(backend: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
         def run(t: Mapping[str, Any]) -> Tensor:
-            torch.manual_seed(1)  # of the dropped entries
+            torch.manual_seed(1)  # seeds the dropped entries
             given: dict[str, Any] = {name: t[name] for name in (*NAMES, *block)}
             return ops.expert_mlp_norm(**given, plan=problem.plan, dropout=0.1, backend=backend)
 
@@ -257,7 +263,7 @@ def check_output_block(case: Shape, device: torch.device) -> dict[str, float]:
 
 
 def saved_bytes(case: Shape, device: torch.device) -> dict[str, int]:
-    """Bytes that the forward keeps for the backward, parameters and plan aside."""
+    """Count the bytes that the forward keeps for the backward, without parameters and plan."""
     problem = Problem(case, device, "triton")
     leaves = _leaves(problem.tensors)
     known = [t for n, t in leaves.items() if n != "x" and t is not None]
@@ -273,7 +279,7 @@ def saved_bytes(case: Shape, device: torch.device) -> dict[str, int]:
 
 
 def _leaves(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The tensors once more, wanting gradients."""
+    """Copy the tensors, with ``requires_grad``."""
     return {n: None if t is None else t.clone().requires_grad_() for n, t in tensors.items()}
 
 

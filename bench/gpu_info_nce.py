@@ -1,4 +1,4 @@
-"""The contrastive loss in ``bench/gpu.py``: errors against float64, and its time and memory."""
+"""The contrastive loss in ``bench/gpu.py``: errors against float64, time and memory."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ DRY_GRID = {
     "dim": (13, 16),
     "dtype": (torch.float32, torch.bfloat16),
 }
-# What issue and notes ask for on an H200, at B = 65,536, d = 768, bfloat16, symmetric.
+# The targets on an H200, at B = 65,536, d = 768, bfloat16, symmetric.
 TARGET_SECONDS, TARGET_BYTES = 0.056, 1e9
-# The gradient of the logits is rounded before its products: two roundings more than a product has.
+# The gradient of the logits is rounded before its products: two more roundings than in a product.
 _SLACK = 2
 
 
 def inputs_of(
     batch: int, dim: int, per_row: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Pairs that belong together somewhat, as in training, and a scale."""
+    """Make pairs that are similar, as in training, and a scale."""
     a = torch.randn(batch, dim, device=device)
     tensors = {"a": a, "b": a + torch.randn(batch, dim, device=device)}
     if per_row:
@@ -54,7 +54,7 @@ def inputs_of(
 def results(
     inputs: dict[str, Tensor], backend: str, dtype: torch.dtype | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """The loss and the gradient of every tensor."""
+    """Return the loss and the gradient of every tensor, by name."""
     leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in inputs.items()}
     loss: Any = ops.info_nce(**leaves, **options, backend=backend)  # type: ignore[arg-type]
     grads = torch.autograd.grad(loss, list(leaves.values()))
@@ -62,7 +62,7 @@ def results(
 
 
 def check(settings: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """Errors of the loss and of every gradient over their bound."""
+    """Return the errors of the loss and of every gradient, each divided by its bound."""
     s = dict(settings)
     batch, per_row, dtype = s.pop("batch"), s.pop("per_row"), s.pop("dtype")
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def _large(device: torch.device, dry: bool) -> dict[str, Tensor]:
 
 
 def check_repeats(device: torch.device, dry: bool) -> str:
-    """Two runs must agree to the last bit, and none may wait for the GPU."""
+    """Check that two runs agree to the last bit, and that the second does not wait for the GPU."""
     inputs = _large(device, dry)
     first = results(inputs, "triton")
     with nullcontext() if dry else no_waiting():
@@ -100,11 +100,11 @@ def check_repeats(device: torch.device, dry: bool) -> str:
 
 
 def times(settings: Settings, ceilings: Ceilings) -> dict[str, Any]:
-    """Forward and backward at B = 65,536, d = 768, bfloat16, symmetric.
+    """Time forward and backward at B = 65,536, d = 768, bfloat16, symmetric.
 
     Returns:
-        Seconds and peak bytes, inputs included, of ours and of the tiled form in PyTorch; the
-        floor of four products; and whether the targets are met.
+        Seconds and peak bytes, including the inputs, of ours and of the tiled form in PyTorch; the
+        floor, four products; and whether the targets are met.
     """
     inputs = _large(settings.device, settings.dry)
     batch, dim = inputs["a"].shape
@@ -112,7 +112,7 @@ def times(settings: Settings, ceilings: Ceilings) -> dict[str, Any]:
     for backend in ("triton", "tiled"):
         run = partial(results, inputs, backend)
         seconds, peak = settings.seconds(run), None
-        if not settings.dry:  # on the CPU nothing counts what is allocated at once
+        if not settings.dry:  # on the CPU nothing counts allocated memory
             torch.cuda.reset_peak_memory_stats()
             run()
             peak = torch.cuda.max_memory_allocated()

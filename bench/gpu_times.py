@@ -1,8 +1,8 @@
-"""The timing half of ``bench/gpu.py``: our expert MLP beside what else could compute it.
+"""The timing of ``bench/gpu.py``: our expert MLP beside alternatives.
 
-All candidates of a comparison run in turn, each as a replayed CUDA graph where it can be captured:
-what is compared is the GPU's time. ``cublas`` is the line that must hold: a loop of one dense MLP
-per expert over rows that were sorted beforehand, offsets on the host, eager GELU.
+All candidates of a comparison run in turn, each as a replayed CUDA graph if it can be captured, so
+that the GPU's time is compared. ``cublas`` is the baseline that ours must beat: a loop of one dense
+MLP per expert over rows that were sorted beforehand, with offsets on the host and eager GELU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CUBLAS, DENSE, GROUPED = "cublas", "dense", "grouped_mm"
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this GPU reaches: FLOP/s of an 8192^3 product, bytes/s of a copy, read plus written."""
+    """The limits of this GPU: FLOP/s of an 8192^3 product, bytes/s (read and written) of a copy."""
 
     flops: float
     bandwidth: float
@@ -37,7 +37,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to time: on which device, for how many rounds, and as what it dry-runs."""
+    """How to time: the device, the number of rounds, and whether it is a dry run on the CPU."""
 
     device: torch.device
     rounds: int
@@ -45,7 +45,7 @@ class Settings:
 
     @property
     def timing(self) -> dict[str, Any]:
-        """Arguments of :func:`bench.harness.race` and :func:`bench.cases.measure`."""
+        """The arguments of :func:`bench.harness.race` and :func:`bench.cases.measure`."""
         return dict(
             rounds=self.rounds,
             warmup=0 if self.dry else 2,
@@ -54,20 +54,20 @@ class Settings:
         )
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        """The median time of one candidate alone."""
+        """Return the median time of one candidate alone."""
         return race({"": run}, baseline="", **self.timing)[0].seconds.median
 
     def captured(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
-        """``run`` as the replay of a CUDA graph; on the CPU itself."""
+        """Return ``run`` as the replay of a CUDA graph; ``run`` itself in a dry run."""
         return run if self.dry else captured(run)
 
     def problem(self, shape: Shape) -> Problem:
-        """Random tensors on the device, for our kernels."""
+        """Make random tensors on the device, for our kernels."""
         return Problem(shape, self.device, "triton")
 
 
 def ceilings(settings: Settings, dtype: torch.dtype) -> Ceilings:
-    """Measured here, on random data."""
+    """Measure the limits of this GPU, on random data."""
     n = 64 if settings.dry else 8192
     a, b = (torch.randn(n, n, device=settings.device).to(dtype) for _ in range(2))
     source = torch.randn(n * n, device=settings.device)
@@ -79,7 +79,7 @@ def ceilings(settings: Settings, dtype: torch.dtype) -> Ceilings:
 
 
 def floor(shape: Shape, ceilings: Ceilings, backward: bool) -> float:
-    """Seconds: over the products, the larger of computing and of moving the least bytes."""
+    """Return the least seconds: the sum over products of the larger of computing and moving."""
     size, rows = shape.dtype.itemsize, shape.tokens * shape.k
     a, b, z = (size * rows * columns for columns in (shape.dim, shape.hidden, shape.width))
     up, down = (size * shape.experts * shape.dim * n for n in (shape.width, shape.hidden))
@@ -99,7 +99,7 @@ def floor(shape: Shape, ceilings: Ceilings, backward: bool) -> float:
 
 
 def captured(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
-    """``run`` as the replay of a CUDA graph."""
+    """Return ``run`` as the replay of a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -117,7 +117,7 @@ def captured(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
 
 
 def cublas(problem: Problem) -> tuple[Run, dict[str, Tensor | None], Tensor]:
-    """Per-expert products over rows in the plan's order; y and upstream by row."""
+    """Return per-expert products over sorted rows, their tensors, and upstream gradients by row."""
     plan, tokens = problem.plan, problem.plan.row_to_token
     counts = plan.expert_offsets.diff().tolist()
     tensors = {**problem.tensors}
@@ -133,12 +133,12 @@ def cublas(problem: Problem) -> tuple[Run, dict[str, Tensor | None], Tensor]:
 
 
 def dense(problem: Problem, settings: Settings) -> tuple[Run, dict[str, Any], Tensor]:
-    """The dense MLP over as many rows under torch.compile."""
+    """Return the compiled dense MLP over as many rows, its tensors, and the upstream gradient."""
     return compiled_dense("eager" if settings.dry else "inductor"), *problem.dense()
 
 
 def with_router(problem: Problem) -> tuple[Run, dict[str, Any], Tensor]:
-    """Router and plan too, as in a layer that learns its routing."""
+    """Return our experts with router and plan, as in a layer that learns its routing."""
     shape = problem.shape
     x = problem.tensors["x"]
     router = torch.randn(shape.experts, shape.dim, device=x.device).to(x.dtype)
@@ -164,19 +164,19 @@ def compare(
     calls: Mapping[str, Callable[[], list[Tensor]]],
     check: Callable[[dict[str, Any]], None],
 ) -> list[Row]:
-    """Rows of the captured candidates."""
+    """Measure the candidates as CUDA graphs; return their rows."""
     candidates = Candidates({n: settings.captured(run) for n, run in calls.items()}, check)
     case = Case(title, shape.letters, shape.dtype_name, lambda: candidates, baseline=baseline)
     return measure(case, **settings.timing)
 
 
 def check_alike(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless two 16-bit computations of the same agree: each is within its bound."""
+    """Raise unless two 16-bit results agree, each within its bound of the exact one."""
     near([theirs], 2 * BOUNDS[dtype])({OURS: [ours]})
 
 
 def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
-    """Ours, ours with router and plan, and dense, over the per-expert cuBLAS loop."""
+    """Measure ours, ours with router and plan, and dense, relative to the cuBLAS loop."""
     problem = settings.problem(shape)
     calls = {
         CUBLAS: timed(*cublas(problem), backward),
@@ -193,7 +193,7 @@ def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row
 
 
 def against_transformers(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
-    """Ours without biases, and transformers' ``grouped_mm`` experts over it."""
+    """Measure transformers' ``grouped_mm`` experts relative to ours, without biases."""
     problem = settings.problem(replace(shape, bias=False))
     runs = {OURS: problem.forward, GROUPED: transformers_experts(problem, GROUPED)}
     calls = {n: timed(r, problem.tensors, problem.upstream, backward) for n, r in runs.items()}
@@ -207,7 +207,7 @@ def against_transformers(shape: Shape, backward: bool, settings: Settings) -> li
 def of_floor(
     shape: Shape, backward: bool, settings: Settings, ceilings: Ceilings
 ) -> dict[str, float]:
-    """Seconds of ours alone, and of the floor."""
+    """Return the seconds of ours alone, the floor, and their ratio."""
     problem = settings.problem(shape)
     run = timed(problem.forward, problem.tensors, problem.upstream, backward)
     seconds, least = settings.seconds(settings.captured(run)), floor(shape, ceilings, backward)
@@ -215,7 +215,7 @@ def of_floor(
 
 
 def layers_enforced(shape: Shape, settings: Settings, layers: int = 12) -> list[Row]:
-    """``layers`` MLPs in turn, routed by sentence with one plan for all, over as many dense."""
+    """Measure ``layers`` MLPs routed by sentence with one plan, relative to as many dense MLPs."""
     problem = settings.problem(shape)
     sentences = torch.arange(shape.experts, device=settings.device)
     counts = torch.full_like(sentences, shape.tokens // shape.experts)

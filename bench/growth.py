@@ -1,7 +1,7 @@
 """How time grows with one size at a time: tokens, experts, K, width, batch.
 
-Every point is a case like any other, alternating and checked; :func:`curves_of` fits
-``value = c * size^p`` to each candidate's curve by least squares in the logarithms.
+Every point is an ordinary case with alternating, checked candidates. :func:`curves_of` fits
+``value = c * size^p`` to each candidate's curve, by least squares of the logarithms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .record import Row
 
 
 def cases(size: str) -> Iterator[Case]:
-    """The sweeps."""
+    """Yield the cases of all sweeps."""
     sizes = dict(tokens=1024, dim=384, k=1, experts=8)
     if size == "tiny":
         sizes |= dict(tokens=32, dim=16)
@@ -42,12 +42,13 @@ def cases(size: str) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Curve:
-    """One candidate's seconds, or bytes, over one size.
+    """The seconds, or bytes, of one candidate as a function of one size.
 
     Attributes:
-        operation, who, letter: what, whose, over which size.
+        operation, who, letter: the operation, the candidate and the letter of the size.
         sizes, values: the points, rising.
-        exponent: p of the fit; error: its standard error, NaN for fewer than three points.
+        exponent: p of the fit.
+        error: the standard error of p, NaN for fewer than three points.
     """
 
     operation: str
@@ -60,7 +61,7 @@ class Curve:
 
 
 def curves_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> list[Curve]:
-    """The curves of ``value`` among ``rows``; those of one point are left out."""
+    """Return the curves of ``value`` in ``rows`` that have more than one point."""
     groups: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for row in rows:
         if row.sweep and (found := value(row)):
@@ -74,7 +75,7 @@ def curves_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> list
 
 
 def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Slope of log(value) over log(size), and its standard error."""
+    """Return the slope of log(value) over log(size), and its standard error."""
     x, y = np.log(np.asarray(points, dtype=np.float64)).T
     if len(points) < 3:
         return float(np.polyfit(x, y, 1)[0]), math.nan

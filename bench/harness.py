@@ -1,9 +1,9 @@
-"""How everything here is measured.
+"""How all benchmarks measure.
 
-Candidates run in turn, round after round, in one process: a machine that slows down or speeds up
-does so for all of them. Each round gives one ratio to the baseline, and the median of those ratios
-is the figure to quote; seconds stand beside it. Nothing is timed before a check has passed on the
-candidates' outputs.
+The candidates run in turn, in many rounds, in one process; if the machine slows down or speeds up,
+it does so for all of them. Each round gives one ratio to the baseline. The figure to quote is the
+median of these ratios; seconds are recorded too. The functions here do not check outputs: callers
+do that first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
-FEWEST_ROUNDS = 5  # quartiles of fewer say nothing
+FEWEST_ROUNDS = 5  # quartiles of fewer values mean nothing
 PACKAGES = ("moe-fast", "torch", "transformers", "numpy", "triton", "sentence-transformers")
 
 
@@ -34,8 +34,8 @@ PACKAGES = ("moe-fast", "torch", "transformers", "numpy", "triton", "sentence-tr
 class Summary:
     """Median and spread of ``count`` values.
 
-    The spread is their quartiles; of several processes, from the least first quartile of any to
-    the greatest third one.
+    The spread is given by the quartiles. For several processes, it goes from the smallest first
+    quartile to the largest third quartile.
     """
 
     median: float
@@ -45,20 +45,20 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
-        """Summarize at least one value."""
+        """Summarize one or more values."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0], 1)
         q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, q1, q3, len(values))
 
     def shown(self, digits: int, times: float = 1.0) -> str:
-        """Median and spread, for people: ``1.52 [1.50, 1.55]``."""
+        """Format median and spread: ``1.52 [1.50, 1.55]``."""
         median, q1, q3 = (f"{times * v:.{digits}f}" for v in (self.median, self.q1, self.q3))
         return f"{median} [{q1}, {q3}]"
 
     @classmethod
     def pooled(cls, processes: Sequence[Summary]) -> Summary:
-        """Of one or more processes' summaries: the median of their medians, the whole spread."""
+        """Join one or more processes' summaries: the median of their medians, the whole spread."""
         return cls(
             statistics.median(summary.median for summary in processes),
             min(summary.q1 for summary in processes),
@@ -69,7 +69,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Result:
-    """One candidate: its time, and its time over the baseline's in the same round."""
+    """The time of one candidate, and its ratio to the baseline's time in the same round."""
 
     name: str
     ratio: Summary
@@ -83,12 +83,12 @@ def alternate(
     warmup: int,
     max_seconds: float = math.inf,
 ) -> dict[str, list[T]]:
-    """Call every sampler once per round, in an order that rotates, and keep what they return.
+    """Call every sampler once per round, in a rotating order; return what they returned.
 
     Args:
-        samplers: by name; each does its work once and returns its measurement.
-        rounds: rounds that are kept.
-        warmup: rounds before them that are not.
+        samplers: functions by name; each does its work once and returns its measurement.
+        rounds: the number of rounds that are kept.
+        warmup: the number of rounds before, which are not kept.
         max_seconds: no round begins later than this, once ``FEWEST_ROUNDS`` are kept.
     """
     names = list(samplers)
@@ -106,10 +106,10 @@ def alternate(
 
 
 def summarize(samples: Mapping[str, Sequence[float]], baseline: str) -> list[Result]:
-    """Results from equally many samples per name, the baseline's first.
+    """Compute results from equally many samples per name; the baseline's comes first.
 
     Raises:
-        ValueError: if ``baseline`` is no name of ``samples``, or the counts differ or are zero.
+        ValueError: ``baseline`` is not a name in ``samples``, or the counts differ or are zero.
     """
     if baseline not in samples:
         raise ValueError(f"baseline must be one of {list(samples)}; got {baseline!r}.")
@@ -141,11 +141,11 @@ def race(
     """Time candidates whose outputs have been checked.
 
     Args:
-        candidates: callables without arguments, by name.
+        candidates: functions without arguments, by name.
         baseline: the name that ratios refer to.
-        rounds, warmup, max_seconds: as in :func:`alternate`, after one more call that does not
-            count and says how long one takes.
-        min_sample_seconds: a candidate faster than this is called several times per sample.
+        rounds, warmup, max_seconds: as in :func:`alternate`. Each candidate is called once before,
+            to estimate how long a call takes.
+        min_sample_seconds: a candidate that is faster than this is called several times per sample.
         synchronize: waits for the device, such as ``torch.cuda.synchronize``.
     """
     samplers = {
@@ -158,7 +158,7 @@ def race(
 def _sampler(
     run: Callable[[], Any], min_sample_seconds: float, synchronize: Callable[[], None]
 ) -> Callable[[], float]:
-    """A function that returns the seconds of one ``run``, the mean of several if it is short."""
+    """Return a function that times ``run``; a short ``run`` is averaged over several calls."""
 
     def seconds(calls: int) -> float:
         synchronize()
@@ -173,7 +173,7 @@ def _sampler(
 
 
 def environment(**settings: Any) -> dict[str, Any]:
-    """What a figure depends on: versions, machine, load, commit; ``settings`` are added to it."""
+    """Return what figures depend on: versions, machine, load, commit; and ``settings``."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -204,7 +204,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit measured, with ``+changes`` if the checkout differs from it; None outside git."""
+    """The commit, with ``+changes`` if the checkout differs from it; None outside of git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -217,7 +217,7 @@ def _commit() -> str | None:
 
 
 def table(results: Sequence[Result], title: str) -> str:
-    """Plain text: ratio to the first result first, then milliseconds, the spread in brackets."""
+    """Format results as text: ratios to the first one, then milliseconds, spreads in brackets."""
     width = max(len(result.name) for result in results)
     lines = [f"{title} (median of {results[0].seconds.count} rounds)"]
     lines.append(f"{'':{width}}  {f'x {results[0].name} [spread]':24}  ms [spread]")
@@ -227,11 +227,11 @@ def table(results: Sequence[Result], title: str) -> str:
 
 
 def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Write ``record`` so that ``path`` holds either its old content or all of the new.
+    """Write ``record`` such that ``path`` holds either its old content or all of the new.
 
-    Dataclasses within are written as objects; missing folders are made.
+    Dataclasses in it are written as objects. Missing folders are created.
     """
-    # Here: bench.gpu chooses Triton's interpreter before moe_fast is imported.
+    # Imported here because bench.gpu chooses Triton's interpreter before it imports moe_fast.
     from moe_fast.files import atomic_write
 
     text = json.dumps(record, indent=2, default=asdict) + "\n"

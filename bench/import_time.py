@@ -1,7 +1,7 @@
-"""What ``import moe_fast`` costs over importing what it builds on, in fresh processes.
+"""The time of ``import moe_fast`` over that of the libraries it builds on, in fresh processes.
 
-The baseline imports torch, transformers' ``AutoModel`` and the ``modeling_*`` modules that moe_fast
-subclasses. Beyond these, ours may load none of ``FORBIDDEN``.
+The baseline imports torch, transformers' ``AutoModel`` and the ``modeling_*`` modules whose classes
+moe_fast subclasses. Ours must not load any of ``FORBIDDEN`` in addition.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORBIDDEN |= {"typer", "click"}
 
 
 def cases(size: str) -> Iterator[Case]:
-    """One case, whatever the size."""
+    """Yield the only case; it does not depend on ``size``."""
     runs: dict[str, Callable[[], Any]] = {
         name: partial(loaded_modules, code) for name, code in IMPORTS.items()
     }
@@ -38,7 +38,10 @@ def cases(size: str) -> Iterator[Case]:
 
 
 def loaded_modules(imports: str) -> set[str]:
-    """The top-level modules that a fresh process has after ``imports``."""
+    """Return the top-level modules that a fresh process has after ``imports``.
+
+    Raises ``RuntimeError`` if the process fails.
+    """
     code = f"{imports}\nimport sys\nprint(*sys.modules)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -48,6 +51,6 @@ def loaded_modules(imports: str) -> set[str]:
 
 
 def check(outputs: dict[str, Any]) -> None:
-    """Raise if ours loads an extra, Triton or a library of commands of its own accord."""
+    """Raise ``WrongResult`` if ours loads a forbidden module that the baseline does not load."""
     if extra := sorted(outputs[OURS] & FORBIDDEN - outputs[BASELINE]):
         raise WrongResult(f"import moe_fast must load none of {sorted(FORBIDDEN)}; loads {extra}.")

@@ -1,9 +1,9 @@
-"""The contrastive loss alone, forward and backward to embeddings that are given.
+"""The contrastive loss alone, forward and backward, from given embeddings.
 
-All losses get the same leaves instead of an encoder's output, so that only the loss is compared.
-``its cached loss`` is sentence-transformers' at the default chunk of 32 rows and at 512. Both
-directions (``symmetric``) cost the cached loss most: it takes the logits of a chunk twice. Beside
-them stand the products that our loss makes, alone: the floor that its other work is measured by.
+All losses get the same leaves instead of an encoder's output, so only the loss is compared. ``its
+cached loss`` is sentence-transformers', with its default chunk of 32 rows and with 512. In both
+directions (``symmetric``) the cached loss costs most: it computes the logits of a chunk twice. The
+matrix products of our loss are also timed alone: they are the floor for the rest of its work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "
 
 
 def cases(size: str) -> Iterator[Case]:
-    """B pairs, cosine, scale 20: one direction, both libraries' default, then both."""
+    """Yield B pairs, cosine, scale 20: one direction (both libraries' default), then both."""
     batches = {"tiny": [8], "quick": [512], "default": [16, 512, 2048]}.get(
         size, [16, 128, 512, 2048, 8192]
     )
@@ -41,8 +41,8 @@ def cases(size: str) -> Iterator[Case]:
 
 
 def case_of(batch: int, sweep: str | None = None, symmetric: bool = False) -> Case:
-    """One batch size."""
-    # S = a . b^T, and the products of its gradient with both; two inputs and two gradients.
+    """Make the case of one batch size."""
+    # FLOP: S = a . b^T, and its gradient times a and b. Bytes: two inputs and two gradients.
     flop, moved = 3.0 * 2 * batch**2 * DIM, 4.0 * 4 * batch * DIM
     return Case(
         f"contrastive loss, {'symmetric, ' if symmetric else ''}forward + backward",
@@ -55,7 +55,7 @@ def case_of(batch: int, sweep: str | None = None, symmetric: bool = False) -> Ca
 
 
 def candidates(batch: int, symmetric: bool) -> Candidates:
-    """Ours and sentence-transformers'."""
+    """Make ours and sentence-transformers' losses."""
     leaves = [torch.randn(batch, DIM, requires_grad=True) for _ in range(2)]
     theirs = [THEIRS, *([f"{CACHED}, {rows}" for rows in (32, 512)] if symmetric else [])]
     absent = {}
@@ -70,7 +70,7 @@ def candidates(batch: int, symmetric: bool) -> Candidates:
 
 
 def plain(leaves: list[Tensor], symmetric: bool) -> list[Tensor]:
-    """The loss as it is defined, [B, B] at once, and its gradients."""
+    """Compute the loss by its definition, with all [B, B] logits, and its gradients."""
     a, b = (leaf / leaf.norm(dim=1, keepdim=True) for leaf in leaves)
     scores, labels = SCALE * a @ b.T, torch.arange(len(a))
     loss = nn.functional.cross_entropy(scores, labels)
@@ -80,7 +80,7 @@ def plain(leaves: list[Tensor], symmetric: bool) -> list[Tensor]:
 
 
 def run_of(name: str, leaves: list[Tensor], symmetric: bool) -> Callable[[], list[Tensor]]:
-    """A call that returns the loss and the gradients of both columns."""
+    """Return a function that returns the loss, and the gradients of both columns."""
     if name.startswith(CACHED):
         return cached(int(name.partition(", ")[2]), leaves)
     if name == PRODUCTS:
@@ -92,7 +92,7 @@ def run_of(name: str, leaves: list[Tensor], symmetric: bool) -> Callable[[], lis
 
         settings: dict[str, Any] = SYMMETRIC if symmetric else {}
         loss = losses.MultipleNegativesRankingLoss(nn.Identity(), scale=SCALE, **settings)
-    # The ids stand for texts that all differ; a loss may look for duplicates among them.
+    # The ids stand for different texts; a loss may search them for duplicates.
     ids = torch.arange(len(leaves[0]))[:, None]
 
     def call() -> list[Tensor]:
@@ -107,7 +107,7 @@ def run_of(name: str, leaves: list[Tensor], symmetric: bool) -> Callable[[], lis
 
 
 def cached(rows: int, leaves: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """The loss half of sentence-transformers' cached loss, ``rows`` of logits at a time."""
+    """Return the loss part of sentence-transformers' cached loss, in chunks of ``rows`` rows."""
     from sentence_transformers.sentence_transformer import losses
 
     loss = losses.CachedMultipleNegativesRankingLoss(
@@ -124,7 +124,7 @@ def cached(rows: int, leaves: list[Tensor]) -> Callable[[], list[Tensor]]:
 
 
 def products(a: Tensor, b: Tensor) -> list[Tensor]:
-    """The products of our loss over all tiles, and nothing else: one forward, three backward."""
+    """Compute only the products of our loss over all tiles: one forward, three backward."""
     grads, size = [torch.zeros_like(a), torch.zeros_like(b)], tile_size(a.device)
     for q, grad_q in zip(a.split(size), grads[0].split(size), strict=True):
         for k, grad_k in zip(b.split(size), grads[1].split(size), strict=True):

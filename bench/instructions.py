@@ -1,11 +1,11 @@
-"""Instructions of the compiled library on a fixed input, counted by valgrind: no noise, no clock.
+"""Counts the compiled library's instructions on a fixed input by valgrind; free of timing noise.
 
-    python -m bench.instructions          takes minutes: torch starts under valgrind, thrice
+    python -m bench.instructions          takes minutes: torch starts under valgrind, three times
 
-Each operation runs once on one thread, in a process of its own, and only what happens within it
-counts; oneDNN's making of its kernels does, too. Valgrind runs AVX2 at most, so the counts say
-nothing about AVX-512. Peers have no counts: a count is held against that of an earlier build
-(``python -m bench.compare OLD NEW``).
+Each operation runs once on one thread, in its own process. Only instructions within it count,
+including those by which oneDNN generates its kernels. Valgrind supports AVX2 at most, so the counts
+say nothing about AVX-512. Other libraries have no counts; counts are compared with those of an
+earlier build (``python -m bench.compare OLD NEW``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .record import Recorder, Row
 
 SHAPE = {"T": 512, "D": 128, "H": 512, "E": 8, "K": 2}
 FUNCTIONS = ("plan", "expert_mlp", "expert_mlp_backward")
-# torch alone: what else moe_fast imports would take minutes more. Sizes as in SHAPE.
+# torch alone, because moe_fast's other imports would take minutes more. Sizes as in SHAPE.
 PROGRAM = """
 import sys, torch
 torch.set_num_threads(1)
@@ -51,10 +51,10 @@ ops.expert_mlp_backward(
 
 
 def count(name: str) -> int:
-    """Instructions of one of ``FUNCTIONS``.
+    """Return the number of instructions of one of ``FUNCTIONS``.
 
     Raises:
-        RuntimeError: without valgrind or the compiled library, or where the run fails.
+        RuntimeError: valgrind or the compiled library is missing, or the run fails.
     """
     if shutil.which("valgrind") is None:
         raise RuntimeError("valgrind is not installed (Debian: apt-get install valgrind)")
@@ -75,10 +75,10 @@ def count(name: str) -> int:
 
 
 def instructions(dump: str) -> int:
-    """The total of a callgrind file.
+    """Return the total of a callgrind file.
 
     Raises:
-        RuntimeError: if it holds none, or nothing was counted.
+        RuntimeError: the file has no total, or nothing was counted.
     """
     found = re.search(r"^(?:summary|totals): (\d+)", dump, re.MULTILINE)
     if found is None or int(found[1]) == 0:
@@ -87,7 +87,7 @@ def instructions(dump: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count, print, write."""
+    """Count, print and write the record; return 1 if counting fails."""
     parser = argparse.ArgumentParser(prog="bench.instructions", description=__doc__.split("\n")[0])
     parser.add_argument("--json", help="write the record to this file")
     arguments = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""What this machine can do, measured in the run whose figures stand beside it, and its noise.
+"""The limits of this machine, measured in the same run as the figures, and its noise.
 
-The floor of a row is the larger of its FLOP over the matrix rate and its bytes over the bandwidth.
-The matrix rate is the best of ``torch.mm`` and oneDNN's linear layer: on AMD processors the BLAS
-behind ``mm`` reaches half of the float32 peak, and a floor must not be beaten by a better library.
+The floor of a row is the larger of its FLOP over the matrix rate, and its bytes over the bandwidth.
+The matrix rate is the better one of ``torch.mm`` and oneDNN's linear layer: on AMD processors the
+BLAS behind ``mm`` reaches half of the float32 peak, and no library should be able to beat a floor.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MEBIBYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Machine:
-    """The ceilings of this machine, on the threads that torch was given.
+    """The limits of this machine, with the threads that torch may use.
 
     Attributes:
-        copy_bandwidth: bytes per second of a copy, read plus written.
+        copy_bandwidth: bytes per second of a copy, read and written.
         read_bandwidth: bytes per second of a sum.
         matrix_rate: FLOP per second of a product of two square matrices, by dtype.
     """
@@ -45,7 +45,7 @@ class Machine:
         )
 
     def floor_seconds(self, flop: float, moved: float, dtype: str) -> float | None:
-        """The least time for ``flop`` and ``moved`` bytes; None for a dtype not measured."""
+        """Return the least time for ``flop`` and ``moved`` bytes; None for a dtype not measured."""
         bandwidth = max(self.copy_bandwidth, self.read_bandwidth)
         if flop and dtype not in self.matrix_rate:
             return None
@@ -53,11 +53,11 @@ class Machine:
 
 
 def measure_machine(mebibytes: int = 256, size: int = 1536, repeats: int = 7) -> Machine:
-    """Measure the ceilings; the best of ``repeats``, since a ceiling is what nothing disturbs.
+    """Measure the limits; each is the best of ``repeats``, which other processes disturbed least.
 
     Args:
-        mebibytes: of the buffer that is copied and read; several times the last cache.
-        size: rows and columns of the matrices.
+        mebibytes: the size of the buffer that is copied and read; several times the last cache.
+        size: the numbers of rows and of columns of the matrices.
     """
     source = torch.ones(mebibytes * MEBIBYTE // 4)
     target = torch.empty_like(source)
@@ -73,12 +73,12 @@ def measure_machine(mebibytes: int = 256, size: int = 1536, repeats: int = 7) ->
 
 
 def _products(size: int, dtype: torch.dtype) -> list[Callable[[], Any]]:
-    """The ways to multiply two matrices [size, size] that are tried."""
+    """Return the ways that are tried to multiply two matrices [size, size]."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     ways: list[Callable[[], Any]] = [lambda: a @ b]
     if torch.backends.mkldnn.is_available():
         packed, weight = a.to_mkldnn(), b.to_mkldnn()
-        with contextlib.suppress(RuntimeError):  # bfloat16, on a processor without AVX-512
+        with contextlib.suppress(RuntimeError):  # bfloat16 on a processor without AVX-512
             F.linear(packed, weight)
             ways.append(lambda: F.linear(packed, weight))
     return ways
@@ -86,13 +86,13 @@ def _products(size: int, dtype: torch.dtype) -> list[Callable[[], Any]]:
 
 @torch.inference_mode()
 def best_of(run: Callable[[], Any], repeats: int) -> float:
-    """The least seconds of ``repeats`` calls, after one that does not count."""
+    """Return the least seconds of ``repeats`` calls, after one that does not count."""
     run()
     return min(timeit.repeat(run, number=1, repeat=repeats))
 
 
 def processor_share(seconds: float = 0.05) -> float:
-    """The share of ``seconds`` that a busy thread of ours really runs: 1 on an idle machine."""
+    """Return the share of ``seconds`` that a busy thread of ours runs: 1 on an idle machine."""
     wall, cpu = time.perf_counter(), time.thread_time()
     while time.perf_counter() - wall < seconds:
         pass
@@ -100,20 +100,20 @@ def processor_share(seconds: float = 0.05) -> float:
 
 
 def load_average() -> float | None:
-    """Of the last minute; None where the system has none."""
+    """Return the load average of the last minute; None if the system has none."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def noise(
     before: float | None, after: float | None, shares: list[float], threads: int
 ) -> list[str]:
-    """Why a run's figures deserve doubt; empty for a quiet machine.
+    """Return the reasons why a run's figures are doubtful; empty for a quiet machine.
 
     Args:
-        before, after: :func:`load_average` then. Beforehand half a processor's work is taken for
-            rest; afterwards our own threads are in it.
-        shares: :func:`processor_share`, several times over the run; their mean counts.
-        threads: of this run.
+        before, after: :func:`load_average` before and after the run. Up to 0.5 counts as quiet
+            before; after the run, our own ``threads`` are allowed in addition.
+        shares: :func:`processor_share`, several times during the run; their mean counts.
+        threads: the number of threads of this run.
     """
     reasons = []
     if before is not None and before > 0.5:

@@ -1,10 +1,11 @@
-"""The whole layer, router included, against other experts behind its router, and a dense MLP.
+"""The whole layer with its router, against other experts behind the same router, and a dense MLP.
 
-- ``dense``: the MLP that was upcycled, over T*K rows: the same products, no routing.
-- ``eager loop``: what transformers does where no grouped product is at hand: a one-hot mask, and
-  for each expert that was hit a gather, its MLP and an ``index_add_``; same routing, same weights.
+- ``dense``: the MLP that was upcycled, over T*K rows: the same products, without routing.
+- ``eager loop``: what transformers does without a grouped product. It makes a one-hot mask, and for
+  each expert that has tokens it gathers them, computes the MLP and adds by ``index_add_``; routing
+  and weights are the same.
 
-Both directions: forward alone without gradients, and forward with backward to the input and to
+Two directions are measured: forward without gradients, and forward with backward to the input and
 every parameter.
 """
 
@@ -31,7 +32,7 @@ EXPERTS, HIDDEN, TOKENS = 8, 384, 1024
 
 
 def eager_loop(moe: MoEMLP, x: Tensor) -> Tensor:
-    """``moe(x)`` [T, D] by a loop over the experts that were hit."""
+    """Compute ``moe(x)`` [T, D] by a loop over the experts that have tokens."""
     _, weights, index, _ = moe.router(x, RoutingInfo())
     (up, up_bias), (down, down_bias) = moe.projection("up_proj"), moe.projection("down_proj")
     assert up_bias is not None and down_bias is not None
@@ -46,7 +47,7 @@ def eager_loop(moe: MoEMLP, x: Tensor) -> Tensor:
 
 
 def with_eager_experts(model: Any) -> Any:
-    """A copy of ``model`` whose experts are computed by :func:`eager_loop`, padding included."""
+    """Copy ``model``; :func:`eager_loop` computes the copy's experts, padding included."""
 
     def forward(moe: MoEMLP, hidden_states: Tensor, **_: Any) -> Tensor:
         return eager_loop(moe, hidden_states.flatten(0, -2)).view(hidden_states.shape)
@@ -61,7 +62,7 @@ def with_eager_experts(model: Any) -> Any:
 def timed(
     run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad: Tensor | None
 ) -> Callable[[], list[Tensor]]:
-    """A call that runs ``run``, and the backward to x and to the parameters where grad is given."""
+    """Return a function that runs ``run``; with ``grad`` also backward to x and the parameters."""
     leaves = [x.detach().clone().requires_grad_(), *module.parameters()]
 
     def call() -> list[Tensor]:
@@ -75,7 +76,7 @@ def timed(
 
 
 def cases(size: str) -> Iterator[Case]:
-    """The whole layer, router and plan included, in both directions."""
+    """Yield the whole layer, router and plan included, in both directions."""
     dim, tokens = (32, [24]) if size == "tiny" else (HIDDEN, [TOKENS])
     if size == "full":
         tokens = [256, 2048, 8192]
@@ -90,19 +91,19 @@ def cases(size: str) -> Iterator[Case]:
 
 
 def work(tokens: int, dim: int, k: int, backward: bool, experts: int = EXPERTS) -> Work:
-    """The experts' products and the router's, none where there is but one expert; biases too."""
+    """Count the work of the experts and of the router (none for one expert), biases included."""
     router = experts * dim if experts > 1 else 0
     flop = 2 * tokens * k * 2 * dim * 4 * dim + 2 * tokens * router
     weights = experts * (2 * 4 * dim**2 + 5 * dim) + router
     io = 2 * tokens * dim
-    if backward:  # read x, y's gradient; write x's. Read the weights again; write theirs.
+    if backward:  # also reads x, grad y and the weights; writes grad x and the weights' gradients
         return Work(3 * flop, 4 * (2.5 * io + 3 * weights))
     return Work(flop, 4 * (io + weights))
 
 
 def candidates(tokens: int, dim: int, k: int, backward: bool) -> Candidates:
-    """MoEMLP, the same parameters through other experts, and dense over as many rows."""
-    # "probability" gives weights that differ from 1 at K = 1 too, so that the check sees them.
+    """Make MoEMLP, its parameters in other experts, and dense over as many rows."""
+    # "probability" gives weights other than 1 even for K = 1, so that the check covers them.
     moe = MoEMLP(dim, 4 * dim, EXPERTS, k, weight_mode="probability")
     plain = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
     compiled = torch.compile(plain, dynamic=False)
@@ -126,7 +127,7 @@ def candidates(tokens: int, dim: int, k: int, backward: bool) -> Candidates:
 
 
 def _with_our_router(moe: MoEMLP) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Peers' experts behind the layer's own router."""
+    """Return peers' experts behind the layer's own router."""
 
     def tensors(x: Tensor) -> tuple[dict[str, Any], Tensor]:
         _, weights, index, _ = moe.router(x, RoutingInfo())

@@ -1,9 +1,9 @@
-"""How often encoding and a training step with a gradient cache go from file to file of moe_fast.
+"""Counts how often encoding, and a training step with a gradient cache, move between files.
 
-A move is a call from a function of one file of moe_fast to a function of another one, whatever
-other libraries lie between them. What a reader has to follow, and a part of what a call costs
-beside its work. A mixture made of all-MiniLM-L6-v2 (six layers, E = 4), 16 short texts; nothing is
-timed, and the numbers are the same on every machine with the compiled library:
+A move is a call from a function in one file of moe_fast to a function in another one, regardless of
+other libraries in between. Moves are what a reader has to follow, and a part of a call's overhead.
+The model is a mixture made from all-MiniLM-L6-v2 (six layers, E = 4), with 16 short texts. Nothing
+is timed; the numbers are the same on every machine with the compiled library:
 
     python -m bench.moves
 """
@@ -30,7 +30,7 @@ TEXTS, EXPERTS = 16, 4
 
 
 class Moves(NamedTuple):
-    """What was seen: the files that ran, and how often one called another."""
+    """The files that ran, and how often a function in one called a function in another."""
 
     files: set[str]
     calls: Counter[tuple[str, str]]
@@ -61,7 +61,7 @@ def count_moves(function: Callable[[], Any]) -> Moves:
 
 
 def jobs(routing: str) -> dict[str, Callable[[], Any]]:
-    """Encoding texts, and a step of a cached loss, one chunk a column, both ready to run."""
+    """Prepare the jobs: encoding texts, and a step of a cached loss with one chunk per column."""
     domains = [f"d{i}" for i in range(EXPERTS)] if routing == "enforced" else None
     model = moe_fast.upcycle(pretrained(), num_experts=EXPERTS, routing=routing, domains=domains)
     words = random.Random(0)
@@ -80,7 +80,7 @@ def main() -> None:
     """Print the counts, and the ten most frequent moves of each job."""
     for routing in ("token_topk", "enforced"):
         for name, job in jobs(routing).items():
-            job()  # what is found out once is not counted
+            job()  # work that is done only once is not counted
             moves = count_moves(job)
             print(f"{name}, {routing}: {len(moves.files)} files, {moves.calls.total()} moves")
             for (start, end), times in moves.calls.most_common(10):

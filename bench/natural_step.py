@@ -1,14 +1,14 @@
 """A training step on texts of natural lengths: packed against padded.
 
-The mixture of :mod:`bench.embedding`, one batch of questions and answers cut to 256 tokens,
-forward, loss, backward and AdamW, no gradient cache.
+The mixture of :mod:`bench.embedding` trains on one batch of questions and answers, cut to 256
+tokens: forward, loss, backward and AdamW, without a gradient cache.
 
 - ``moe_fast``: ``attn_implementation="moe_fast"``, which packs, our experts, ``InfoNCELoss``.
 - ``padded, ours``: the same without packing.
-- ``padded, eager``: the same weights, transformers' eager loop over experts, and
-  sentence-transformers' ``MultipleNegativesRankingLoss``, which holds the logits of the batch.
+- ``padded, eager``: the same weights with transformers' eager loop over experts, and
+  sentence-transformers' ``MultipleNegativesRankingLoss``, which holds all logits of the batch.
 
-Without dropout, so that loss and gradients can be compared.
+There is no dropout, so that loss and gradients can be compared.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TOLERANCE = 1e-3  # in float32, through six layers; a token in another expert gi
 
 
 def cases(size: str) -> Iterator[Case]:
-    """One batch of pairs."""
+    """Yield one batch of pairs."""
     batch = {"tiny": 4, "quick": 16, "default": 16}.get(size, 128)
     yield Case("natural step", {"B": batch}, "float32", partial(candidates, batch))
 
 
 def candidates(batch: int) -> Candidates:
-    """Every candidate steps a model of its own, of equal weights."""
+    """Make the candidates; each steps a model of its own, with equal weights."""
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     _, padded = dense_and_mixture(torch.float32)

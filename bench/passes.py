@@ -1,7 +1,7 @@
-"""One pass over the cases of some operations, here or in a fresh process.
+"""One pass over the cases of some operations, in this process or in a fresh one.
 
-Where a process's memory lies, and how its libraries warmed up, changes ratios by more than the
-rounds within it differ. Only further processes show by how much.
+Ratios depend on a process's memory layout and on how its libraries warmed up, more than they vary
+between the rounds of one process. Only further processes show by how much.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .record import Row
 
 @dataclass(frozen=True)
 class Pass:
-    """What to measure once.
+    """What one pass measures.
 
     Attributes:
-        operations: operation files by name, in order.
-        size: of :data:`bench.cases.SIZES`.
+        operations: names of operation files, in order.
+        size: one of :data:`bench.cases.SIZES`.
         seconds: for each case, as in :func:`bench.cases.measure`.
-        threads: of torch.
-        machine: the ceilings.
+        threads: the number of torch's threads.
+        machine: the limits of the machine.
     """
 
     operations: tuple[str, ...]
@@ -40,7 +40,7 @@ class Pass:
 
 
 def rows_of(one: Pass) -> Iterator[tuple[list[Row], float]]:
-    """One case after another: rows measured in this process, and its processor_share() after."""
+    """Measure case by case in this process; yield the rows, and processor_share() after them."""
     torch.set_num_threads(one.threads)
     tiny = one.size == "tiny"
     for name in one.operations:
@@ -56,18 +56,18 @@ def rows_of(one: Pass) -> Iterator[tuple[list[Row], float]]:
 
 
 def in_fresh_process(one: Pass) -> Iterator[tuple[list[Row], float]]:
-    """The same, measured in a process of its own, each case as soon as it is there.
+    """Yield what :func:`rows_of` yields, measured in a new process, case by case.
 
     Raises:
-        RuntimeError: the process failed; what it raised stands on its standard error.
+        RuntimeError: the process failed; its standard error shows why.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_rows, args=(one, sender), daemon=True)
     process.start()
-    sender.close()  # the child's copy is then the only one: its end is ours
+    sender.close()  # only the child's copy remains, so the pipe ends with the child
     try:
-        with suppress(EOFError):  # of a child that has ended
+        with suppress(EOFError):  # when the child has ended
             while True:
                 yield receiver.recv()
         process.join()

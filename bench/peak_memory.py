@@ -2,11 +2,11 @@
 
     python -m bench.peak_memory "expert MLP" moe_fast 4096
 
-Each figure is from a fresh process. It runs once on a tiny problem so that libraries load, makes
-the tensors, resets the kernel's high-water mark, runs once, and reports how far the mark rose above
-what was in use: what the candidate itself takes, outputs and gradients included. Linux alone has
-that mark. malloc is told to map whatever exceeds 64 KiB on its own: memory that was freed is then
-in use no longer.
+Each figure is measured in a fresh process. The process runs once on a tiny problem to load the
+libraries, makes the tensors, resets the kernel's high-water mark and runs once. It reports how far
+the mark rose above the memory in use: this is what the candidate takes, including outputs and
+gradients. Only Linux has this mark. malloc is told to map every block above 64 KiB separately, so
+that freed memory is no longer in use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SUFFIX = ", forward + backward, peak memory"
 
 
 def rows(size: str) -> list[Row]:
-    """A row per candidate and number of tokens, or of pairs; the baseline is ours."""
+    """Measure every candidate and number of tokens (or pairs); the baseline is ours."""
     counts = {"tiny": [64], "quick": [4096], "default": [1024, 4096, 16384]}.get(
         size, [1024, 4096, 16384, 65536]
     )
@@ -52,7 +52,7 @@ def rows(size: str) -> list[Row]:
 
 
 def row(what: str, who: str, count: int) -> Row:
-    """One process."""
+    """Measure one candidate in a process of its own."""
     shape = {"B": count, "d": DIM}
     if what == MLP:
         shape = bert(count, DIM, 1, torch.float32).letters
@@ -63,10 +63,10 @@ def row(what: str, who: str, count: int) -> Row:
 
 
 def in_fresh_process(what: str, who: str, count: int) -> int:
-    """The bytes that a process of its own reports.
+    """Return the bytes that a new process reports.
 
     Raises:
-        RuntimeError: with its words, if it fails.
+        RuntimeError: the process failed; the message holds its standard error.
     """
     command = [sys.executable, "-m", __name__, what, who, str(count)]
     path = os.pathsep.join(sys.path)  # this package, wherever it was found
@@ -78,7 +78,7 @@ def in_fresh_process(what: str, who: str, count: int) -> int:
 
 
 def call_of(what: str, who: str, count: int) -> Callable[[], Any]:
-    """Forward and backward of one candidate."""
+    """Return a function that runs forward and backward of one candidate."""
     if what == LOSS:
         leaves = [torch.randn(count, DIM, requires_grad=True) for _ in range(2)]
         return info_nce.run_of(who, leaves, symmetric=True)
@@ -92,9 +92,9 @@ def call_of(what: str, who: str, count: int) -> Callable[[], Any]:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """How far memory in use rises while ``run`` runs."""
+    """Return how far the memory in use rises while ``run`` runs."""
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     outputs = run()
     peak = _status("VmHWM")
     del outputs
@@ -102,7 +102,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return a value of /proc/self/status in bytes; ``RuntimeError`` if it is missing."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

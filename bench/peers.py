@@ -1,7 +1,7 @@
-"""What people would use instead, on the same tensors: [T, D] tokens routed to E stacked experts.
+"""Alternatives to our experts on the same tensors: [T, D] tokens routed to E stacked experts.
 
-Every experts peer here has the signature ``run(tensors) -> y``, ``tensors`` being those of
-``ops.expert_mlp``, and routes by ids that are given, so that only the experts are compared.
+Every alternative has the signature ``run(tensors) -> y``, with the tensors of ``ops.expert_mlp``.
+It routes by given ids, so only the experts are compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ATTENTION_GPU_ONLY = {"xformers": "xformers"}
 
 
 def gpu_only(*, attention: bool = False) -> dict[str, str]:
-    """Why each of the GPU libraries cannot take part on a CPU."""
+    """Return why each of the GPU libraries cannot take part on a CPU."""
     return {
         name: "needs a CUDA GPU" + ("" if find_spec(module) else ", and is not installed")
         for name, module in (GPU_ONLY | (ATTENTION_GPU_ONLY if attention else {})).items()
@@ -38,7 +38,7 @@ def gpu_only(*, attention: bool = False) -> dict[str, str]:
 
 
 def sorted_products(plan: RoutingPlan) -> Run:
-    """One product per expert and projection over rows in the plan's order, then ``index_add_``."""
+    """Return one product per expert and projection over sorted rows, followed by ``index_add_``."""
     tokens, slots = plan.row_to_token, plan.row_to_slot
     counts = plan.expert_offsets.diff().tolist()
     valid = sum(counts)
@@ -55,10 +55,10 @@ def sorted_products(plan: RoutingPlan) -> Run:
 
 
 def masked_loop(top_k_index: Tensor, num_experts: int) -> Run:
-    """The plain loop of research code.
+    """Return the simple loop of much research code.
 
-    For every expert and slot: a boolean mask over all tokens, the expert's MLP on what it selects,
-    and an addition over all tokens.
+    For every expert and slot it makes a boolean mask over all tokens, computes the expert's MLP on
+    the tokens in the mask, and adds over all tokens.
     """
 
     def run(t: Mapping[str, Any]) -> Tensor:
@@ -79,7 +79,7 @@ def masked_loop(top_k_index: Tensor, num_experts: int) -> Run:
 
 
 def transformers_experts(problem: Problem, implementation: str) -> Run:
-    """transformers' ungated experts (NemotronHExperts) on ``problem``; they have no biases."""
+    """Return transformers' ungated experts (NemotronHExperts), which have no biases."""
     from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
@@ -96,24 +96,24 @@ def transformers_experts(problem: Problem, implementation: str) -> Run:
 
     def run(t: Mapping[str, Any]) -> Tensor:
         for name in ("up_proj", "down_proj"):
-            experts._parameters[name] = t[name]  # functional_call would cost its own time
+            experts._parameters[name] = t[name]  # functional_call would cost time
         return experts(t["x"], problem.top_k_index, t["top_k_weights"])
 
     return run
 
 
 def dense(t: Mapping[str, Any]) -> Tensor:
-    """The MLP that was upcycled; ``t`` holds one expert's tensors."""
+    """Compute the MLP that was upcycled; ``t`` holds one expert's tensors."""
     return mlp(t["x"], t["up_proj"], t["up_proj_bias"], t["down_proj"], t["down_proj_bias"])
 
 
 def mlp(x: Tensor, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any) -> Tensor:
-    """Up, GELU, down."""
+    """Compute the up projection, GELU and the down projection."""
     return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
 
 
 def compiled_dense(backend: str = "inductor") -> Run:
-    """:func:`dense` under ``torch.compile``; compiled when it is first called."""
+    """Return :func:`dense` under ``torch.compile``, which compiles at the first call."""
     compiled = torch.compile(mlp, dynamic=False, backend=backend)
     return lambda t: compiled(
         t["x"], t["up_proj"], t["up_proj_bias"], t["down_proj"], t["down_proj_bias"]
@@ -121,6 +121,6 @@ def compiled_dense(backend: str = "inductor") -> Run:
 
 
 def expert_mlp(t: Mapping[str, Any], expert: int, rows: Tensor) -> Tensor:
-    """One expert of the stacked ones in ``t`` on ``rows``."""
+    """Compute one of the stacked experts in ``t`` on ``rows``."""
     weights = {n: None if t[n] is None else t[n][expert] for n in NAMES[1:-1]}
     return dense({"x": rows, **weights})

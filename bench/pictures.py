@@ -1,4 +1,4 @@
-"""The pictures of a run: one message each, drawn with matplotlib."""
+"""Draws the pictures of a run with matplotlib; each shows one thing."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
 
 def colour(who: str, seen: Sequence[str]) -> str:
-    """The colour of a candidate, the same in all pictures where it has one of its own."""
+    """Return a candidate's colour; those in ``COLOURS`` are the same in all pictures."""
     if who in COLOURS:
         return COLOURS[who]
     return OTHERS[[name for name in seen if name not in COLOURS].index(who) % len(OTHERS)]
 
 
 def draw_ratios(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Bars from 1 (ours) to each peer's ratio, a group per shape, the spread as a line."""
+    """Draw bars from 1 (the baseline) to each ratio, grouped by shape, with spreads as lines."""
     ran = [row for row in rows if row.ratio and row.who != row.baseline]
     groups: dict[str, list[Row]] = {}
     for row in ran:
@@ -71,7 +71,7 @@ def draw_ratios(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def draw_best(best: Mapping[str, tuple[float, float, float]], path: Path) -> None:
-    """Per operation how long the fastest alternative takes: geometric mean, least and most."""
+    """Draw the ratio of the fastest alternative per operation: geometric mean, least and most."""
     figure = _figure(8.0, 1.6 + 0.42 * len(best))
     axis = figure.subplots()
     for place, (mean, least, most) in enumerate(best.values()):
@@ -86,7 +86,7 @@ def draw_best(best: Mapping[str, tuple[float, float, float]], path: Path) -> Non
 def _bar(
     axis: Any, place: float, value: float, spread: tuple[float, float], fill: str, fontsize: int = 7
 ) -> None:
-    """From 1 to a ratio, its spread as a line, its value behind that."""
+    """Draw a bar from 1 to a ratio, its spread as a line, and its value behind them."""
     axis.barh(place, value - 1, left=1, height=0.8, color=fill)
     axis.hlines(place, *spread, color="black", linewidth=1.3)
     end = max(spread[1], value, 1.0)
@@ -95,7 +95,7 @@ def _bar(
 
 
 def draw_roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
-    """What ours reaches, under what this machine could."""
+    """Draw the rate of ours below the limits of this machine."""
     figure = _figure(8.0, 5.2)
     axis = figure.subplots()
     ours = [row for row in rows if row.who == OURS and row.work and row.work.flop and row.seconds]
@@ -133,7 +133,7 @@ def draw_roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
 
 
 def draw_curves(curves: Sequence[Curve], unit: str, path: Path) -> None:
-    """A panel per operation and size, every candidate a line, its exponent in the legend."""
+    """Draw a panel per operation and size, with a line per candidate and its exponent."""
     panels = list(dict.fromkeys((curve.operation, curve.letter) for curve in curves))
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -160,14 +160,14 @@ def draw_curves(curves: Sequence[Curve], unit: str, path: Path) -> None:
 
 
 def shape_label(row: Row, rows: Sequence[Row]) -> str:
-    """The sizes of ``row`` that differ among ``rows``; all of them where none does."""
+    """Return the sizes of ``row`` that differ among ``rows``; all of them if none differs."""
     varying = [k for k in row.shape if len({other.shape.get(k) for other in rows}) > 1]
     label = " ".join(f"{k}={row.shape[k]:,}" for k in varying or row.shape)
     return label or row.operation
 
 
 def _plain_log_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10 ... on a logarithmic axis: its own labels are powers such as 6 x 10^1."""
+    """Label a logarithmic axis 1, 2, 5, 10 ...; its default labels are such as 6 x 10^1."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
@@ -186,7 +186,7 @@ def _ratio_axis(axis: Any, label: str) -> None:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Without pyplot: no display, no global state."""
+    """Make a figure without pyplot, which needs a display and has global state."""
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 

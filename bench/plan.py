@@ -1,9 +1,11 @@
-"""ops.plan against other ways to bring rows into the order of their experts.
+"""ops.plan against other ways to sort rows by expert.
 
-- ``stable sort``: argsort and bincount, with the way back: what our reference does.
-- ``transformers' sort``: an unstable sort and a histogram, as before its grouped products; it gives
-  no way back, which its sum over slots finds another way.
-- ``mask per expert``: ``nonzero`` of every expert's mask, as loops over experts do; no way back.
+- ``stable sort``: argsort and bincount, and the inverse permutation; the algorithm of our
+  reference.
+- ``transformers' sort``: an unstable sort and a histogram, as before transformers' grouped
+  products. It makes no inverse permutation; transformers' sum over slots finds another way.
+- ``mask per expert``: ``nonzero`` of every expert's mask, as in loops over experts; it makes no
+  inverse permutation either.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ EXPERTS = 8
 
 
 def cases(size: str) -> Iterator[Case]:
-    """Random ids of K different experts per token."""
+    """Yield random ids of K different experts per token."""
     tokens = {"tiny": [24], "quick": [8192], "default": [8192, 65536]}.get(
         size, [512, 8192, 65536, 524288]
     )
@@ -33,7 +35,7 @@ def cases(size: str) -> Iterator[Case]:
 
 
 def case_of(tokens: int, experts: int, k: int, sweep: str | None = None) -> Case:
-    """One shape."""
+    """Make the case of one shape."""
     return Case(
         "plan",
         {"T": tokens, "E": experts, "K": k},
@@ -46,7 +48,7 @@ def case_of(tokens: int, experts: int, k: int, sweep: str | None = None) -> Case
 
 
 def candidates(tokens: int, experts: int, k: int) -> Candidates:
-    """Every candidate returns (offsets [E + 1], tokens of the rows in order [S])."""
+    """Make the candidates; each returns (offsets [E + 1], tokens of the sorted rows [S])."""
     index = torch.rand(tokens, experts).topk(k).indices
 
     def ours(backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -63,20 +65,20 @@ def candidates(tokens: int, experts: int, k: int) -> Candidates:
 
 
 def unstable_sort(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Sorted ids, their permutation and a histogram over floats (there is none over integers)."""
+    """Sort ids; count them by a histogram of floats (torch has none of integers)."""
     ids, order = torch.sort(index.reshape(-1))
     counts = torch.histc(ids.float(), bins=experts, min=0, max=experts - 1)
     return torch.cumsum(counts, 0, dtype=torch.int32), order // index.shape[1]
 
 
 def masks(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The tokens of each expert in turn."""
+    """List the tokens of each expert in turn."""
     found = [torch.where(index == expert)[0] for expert in range(experts)]
     return torch.tensor([len(tokens) for tokens in found]).cumsum(0), torch.cat(found)
 
 
 def check(outputs: dict[str, Any], index: Tensor, experts: int) -> None:
-    """Raise unless the rows of each expert, in whatever order among themselves, are its tokens."""
+    """Raise unless the rows of each expert are its tokens, in any order."""
     rows = index.tolist()
     expected = [[t for t, ids in enumerate(rows) if e in ids] for e in range(experts)]
     for name, (offsets, tokens) in outputs.items():

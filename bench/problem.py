@@ -1,4 +1,4 @@
-"""Expert MLPs of many shapes on random data: what the benchmarks time and ``bench.gpu`` checks."""
+"""Expert MLPs of many shapes on random data, for the benchmarks and the checks of ``bench.gpu``."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from moe_fast import ops
 
 EXPERTS = 8
 NAMES = ("x", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias", "top_k_weights")
-# Largest error over largest entry, against float64 on the same rounded inputs: a few roundings of
-# the result and of the activations between the products, 6e-8, 3.9e-3 and 4.9e-4 each.
+# Bounds of the largest error over the largest entry, against float64 on the same rounded inputs.
+# They allow a few roundings, of 6e-8, 3.9e-3 and 4.9e-4 each, of the result and of the activations.
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# Where tokens go: to any experts; to one and the same; to any but the first; a third is skipped.
+# Where tokens go: to any experts; all to one; to any but the first; a third of them is skipped.
 LOADS = ("any", "one", "empty", "skip")
 Run = Callable[[Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One expert MLP and its load."""
+    """The shape of one expert MLP, and its load."""
 
     tokens: int
     experts: int
@@ -46,33 +46,33 @@ class Shape:
 
     @property
     def letters(self) -> dict[str, int]:
-        """The sizes by the letters of the specification."""
+        """The sizes by letters: T tokens, D and H the widths, E experts, K experts per token."""
         sizes = self.tokens, self.dim, self.hidden, self.experts, self.k
         return dict(zip("TDHEK", sizes, strict=True))
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as records name it."""
+        """The name of the dtype in records."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def width(self) -> int:
-        """Columns of z."""
+        """The number of columns of z, the output of the up projection."""
         return 2 * self.hidden if self.gated else self.hidden
 
 
 def bert(tokens: int, dim: int, k: int, dtype: torch.dtype, **more: Any) -> Shape:
-    """The experts of an upcycled BERT: H = 4D, 8 of them unless told otherwise."""
+    """Return the experts of an upcycled BERT: H = 4D, and E = 8 unless given."""
     return Shape(tokens, more.pop("experts", EXPERTS), k, dim, 4 * dim, dtype, **more)
 
 
 class Problem:
-    """Tensors of one case: activations of unit scale, and a route without a router.
+    """The tensors of one case: activations of unit scale, and a route without a router.
 
     Args:
-        shape: of the experts.
-        device: where the tensors are.
-        backend: what :meth:`forward` runs on unless it is told otherwise.
+        shape: the experts' shape.
+        device: the device of the tensors.
+        backend: the backend that :meth:`forward` runs on by default.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Problem:
         backend: str | None = None,
         recompute: str | None = None,
     ) -> Tensor:
-        """expert_mlp of ``tensors``, by the problem's plan if no other is given."""
+        """Compute expert_mlp of ``tensors``, by the problem's plan unless another one is given."""
         return ops.expert_mlp(
             **{name: tensors[name] for name in NAMES},
             plan=self.plan if plan is None else plan,
@@ -121,14 +121,14 @@ class Problem:
         dtype: torch.dtype | None = None,
         recompute: str | None = None,
     ) -> dict[str, Tensor]:
-        """y, and with ``backward`` the gradient of every tensor, by their names."""
+        """Return y and, with ``backward``, the gradient of every tensor, by name."""
         run = partial(self.forward, backend=backend, recompute=recompute)
         found = timed(run, self.tensors, self.upstream, backward, dtype)()
         names = ["y", *(name for name, tensor in self.tensors.items() if tensor is not None)]
         return dict(zip(names, found, strict=backward))
 
     def dense(self) -> tuple[dict[str, Any], Tensor]:
-        """One expert's tensors with S rows to go through it, and the upstream gradient."""
+        """Return one expert's tensors with S = T * K input rows, and the upstream gradient."""
         tensors: dict[str, Any] = {n: self.tensors[n] for n in NAMES[1:-1]}
         tensors = {n: None if t is None else t[0].clone() for n, t in tensors.items()}
         rows = self.shape.tokens * self.shape.k
@@ -144,7 +144,7 @@ def timed(
     backward: bool,
     dtype: torch.dtype | None = None,
 ) -> Callable[[], list[Tensor]]:
-    """A call that runs forward without gradients, or forward and backward to every tensor."""
+    """Return a function that runs forward without gradients, or forward and backward."""
     leaves = {
         n: None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_(backward)
         for n, t in tensors.items()
@@ -162,7 +162,7 @@ def timed(
 
 
 def _top_k_index(shape: Shape, device: torch.device | str) -> Tensor:
-    """[T, K]: K different experts per token, as a route would give; ids >= E are skipped."""
+    """Draw [T, K] different experts per token; ids >= E are skipped."""
     scores = torch.rand(shape.tokens, shape.experts, device=device)
     if shape.load == "one":
         scores[:, -1] = 2
@@ -179,7 +179,7 @@ def _top_k_index(shape: Shape, device: torch.device | str) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max|actual - expected| / max|expected|; NaN and inf are matched by nothing."""
+    """Return max|actual - expected| / max|expected|; infinity if a value is NaN or infinite."""
     if expected.numel() == 0:
         return 0.0
     difference = (actual.double() - expected.double()).abs().max().item()
@@ -190,7 +190,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def covering(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """All combinations of values, those first that together hold every pair of them.
+    """Return all combinations of values; those that together contain every pair come first.
 
     The order is the same in every run.
     """

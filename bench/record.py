@@ -1,11 +1,11 @@
-"""The form of every measurement: rows, one per candidate and case, in one JSON file per run.
+"""The file format of measurements: rows, one per candidate and case, in one JSON file per run.
 
     {"schema": 1, "environment": {...}, "machine": {...} | null, "load_after": ..., "noisy": [...],
      "rows": [{"operation": "expert_mlp, forward", "shape": {"T": 2048, ...}, "dtype": "float32",
                "who": "grouped_mm", "baseline": "moe_fast", "ratio": {...}, "seconds": {...}, ...}]}
 
-Ratios are times over the baseline's in the same round, those of several processes pooled. A
-candidate that cannot run has a reason instead of figures.
+A ratio is the time over that of the baseline in the same round; those of several processes are
+pooled. A candidate that cannot run has a reason instead of figures.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Work:
-    """The least that an operation does.
+    """The least work of an operation.
 
     Attributes:
-        flop: of its matrix products.
-        moved: bytes, each input read once and each output written once.
+        flop: the FLOP of its matrix products.
+        moved: the bytes moved if each input is read once and each output is written once.
     """
 
     flop: float
@@ -44,18 +44,18 @@ class Row:
 
     Attributes:
         operation: what is computed, and in which direction.
-        shape: by the letters of the specification.
+        shape: the sizes by letter, as in :attr:`bench.problem.Shape.letters`.
         dtype: of the tensors.
         who: the candidate.
         baseline: the candidate that ``ratio`` refers to.
-        ratio: its time over the baseline's, None if it did not run.
+        ratio: its time over the baseline's; None if it did not run.
         seconds: its time.
-        work: the least that the operation does.
-        floor_seconds: the least time for that on this machine.
-        share_of_floor: floor over time. More than 1 where the data stay in a cache.
+        work: the least work of the operation.
+        floor_seconds: the least time for that work on this machine.
+        share_of_floor: floor over time. It is more than 1 if the data stay in a cache.
         sweep: the letter of ``shape`` that a series of cases varies.
-        peak_bytes: memory of its own at its highest, where that is what was measured.
-        instructions: that it executes, where that is what was measured.
+        peak_bytes: its peak memory, if that was measured.
+        instructions: the number of its instructions, if that was measured.
         reason: why it did not run.
     """
 
@@ -76,12 +76,12 @@ class Row:
 
     @property
     def case(self) -> tuple[str, str, str]:
-        """What is the same for all candidates of one comparison: operation, shape, dtype."""
+        """Operation, shape and dtype, which are the same for all candidates of a comparison."""
         return self.operation, " ".join(f"{k}={v}" for k, v in self.shape.items()), self.dtype
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Row:
-        """A row from its JSON object. Raises TypeError for one of another form."""
+        """Make a row from its JSON object; ``TypeError`` if the fields do not fit."""
         plain = dict(values)
         for name in ("ratio", "seconds"):
             plain[name] = Summary(**plain[name]) if plain.get(name) else None
@@ -102,7 +102,7 @@ class Record:
 
 
 def pooled(rows: Sequence[Row]) -> Row:
-    """One row of several processes' rows of the same candidate in the same case."""
+    """Join several processes' rows of the same candidate and case to one row."""
     ran = [row for row in rows if row.ratio and row.seconds]
     if len(ran) < 2:
         return ran[0] if ran else rows[0]
@@ -116,10 +116,10 @@ def pooled(rows: Sequence[Row]) -> Row:
 
 
 class Recorder:
-    """Collects the rows of a run; every :meth:`write` leaves a whole file.
+    """Collects the rows of a run; every :meth:`write` writes a complete file.
 
     Args:
-        machine: the ceilings; None leaves out floors.
+        machine: the limits of the machine; None leaves out floors.
         settings: added to the environment.
     """
 
@@ -130,14 +130,14 @@ class Recorder:
         self.record = Record(environment(**settings), machine)
 
     def add(self, rows: Sequence[Row], share: float | None = None) -> list[Row]:
-        """Keep ``rows``, pooled with those that other processes measured of the same.
+        """Add ``rows``; pool them with other processes' rows of the same candidates and cases.
 
         Args:
-            share: :func:`~bench.machine.processor_share` right after them, of the process that
-                measured them; None: it is this one, and measured now.
+            share: :func:`~bench.machine.processor_share` in the process that measured, right after;
+                None measures it now, in this process.
 
         Returns:
-            what is now known of them.
+            The pooled rows, in the order of ``rows``.
         """
         self._shares.append(processor_share() if share is None else share)
         keys = [(row.case, row.sweep, row.who) for row in rows]
@@ -148,7 +148,7 @@ class Recorder:
         return [pools[key] for key in keys]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write what there is, with the load as it is now."""
+        """Write all rows, and the current load."""
         self.record.load_after = load_average()
         self.record.noisy = noise(
             self._before, self.record.load_after, self._shares, torch.get_num_threads()
@@ -157,10 +157,10 @@ class Recorder:
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
-    """The record in ``path``.
+    """Read the record in ``path``.
 
     Raises:
-        ValueError: if it is no record, or one of another schema; it names the file.
+        ValueError: the file is not a record, or has another schema; the message names it.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""``bench/results/*.json`` to ``docs/benchmarks.md``, with pictures: ``python -m bench.report``."""
+"""Makes ``docs/benchmarks.md`` and its pictures from the results: ``python -m bench.report``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def section(name: str, record: Record, images: Path) -> str:
-    """The part of the page about one run; draws its pictures into ``images``."""
+    """Return the part of the page about one run; draws its pictures into ``images``."""
     parts = [f"## {name}\n", machine_lines(record)]
     single = [row for row in record.rows if row.sweep is None and row.peak_bytes is None]
 
@@ -84,7 +84,7 @@ def section(name: str, record: Record, images: Path) -> str:
 
 
 def growth_parts(record: Record, picture: Callable[..., str]) -> list[str]:
-    """Roofline, growth and memory, where they were measured."""
+    """Return roofline, growth and memory, if they were measured."""
     parts = []
     if record.machine and any(r.who == OURS and r.work and r.work.flop for r in record.rows):
         sentence = "How near moe_fast comes to what this machine could do at best."
@@ -110,7 +110,7 @@ def growth_parts(record: Record, picture: Callable[..., str]) -> list[str]:
 
 
 def machine_lines(record: Record) -> str:
-    """On what, with what, and how quiet it was."""
+    """Describe machine, versions and noise of a run."""
     e = record.environment
     versions = ", ".join(f"{name} {v}" for name, v in e.get("versions", {}).items() if v)
     lines = [
@@ -125,7 +125,7 @@ def machine_lines(record: Record) -> str:
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by operation and dtype."""
+    """Group rows by operation and dtype."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(f"{row.operation}, {row.dtype}".removesuffix(", "), []).append(row)
@@ -133,9 +133,10 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]:
-    """Per operation and dtype the fastest alternative: geometric mean, least and most of its ratio.
+    """Return the ratios of the fastest alternative, by operation and dtype.
 
-    Dense, and the products that are a part of ours, are none: they compute something else.
+    They are the geometric mean, least and most over shapes. Dense, and the products of ours alone,
+    are left out, because they compute something else.
     """
     best: dict[str, tuple[float, float, float]] = {}
     for title, members in groups(rows).items():
@@ -150,7 +151,7 @@ def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line per candidate and shape; who could not run, with the reason, once."""
+    """Return a table with a line per candidate and shape, and why some did not run."""
     lines = [("shape", "candidate", f"time over {rows[0].baseline}'s", "ms", "share of the floor")]
     reasons: dict[str, list[str]] = {}
     for row in rows:
@@ -170,7 +171,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def growth_table(curves: Sequence[Curve]) -> str:
-    """The fitted exponents."""
+    """Return a table of the fitted exponents."""
     lines = [("operation", "size", "from, to", "candidate", "exponent")]
     for c in curves:
         error = "" if math.isnan(c.error) else f" ± {c.error:.2f}"
@@ -180,7 +181,7 @@ def growth_table(curves: Sequence[Curve]) -> str:
 
 
 def memory_table(curves: Sequence[Curve]) -> str:
-    """Peaks in MiB."""
+    """Return a table of the peaks in MiB."""
     lines = [("operation", "size", "candidate", "MiB")]
     for c in curves:
         for size, value in zip(c.sizes, c.values, strict=True):
@@ -189,7 +190,7 @@ def memory_table(curves: Sequence[Curve]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table; its first row is its head."""
+    """Format a table; its first row is the header."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""])
 

@@ -1,8 +1,8 @@
-"""ops.route against the router that transformers' models use, and a plain softmax with top-K.
+"""ops.route against the router of transformers' models, and a plain softmax with top-K.
 
-Both peers take the softmax over all experts before they choose, and renormalise; ours is asked for
-the same weights. Where logits tie within rounding the choice may differ: the check compares the
-weights, sorted, which then agree all the same.
+Both compute the softmax over all experts before they choose, and renormalise; ours is set to give
+the same weights. If logits are equal up to rounding, choices may differ; therefore the check
+compares sorted weights, which agree nevertheless.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .cases import OURS, Candidates, Case, near
 from .record import Work
 
 EXPERTS = 8
-# Logits of unit scale: in float32 rounding alone, in bf16 that of a peer's product as well.
+# Logits have unit scale. float32 allows for rounding, bf16 also for that of a peer's product.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def cases(size: str) -> Iterator[Case]:
-    """Token routing, forward."""
+    """Yield token routing, forward."""
     tokens, dim, dtypes = [16, 512, 8192], 384, list(TOLERANCES)
     if size == "tiny":
         tokens, dim = [16], 8
@@ -39,18 +39,18 @@ def cases(size: str) -> Iterator[Case]:
             {"T": t, "D": dim, "E": EXPERTS, "K": k},
             str(dtype).removeprefix("torch."),
             partial(candidates, t, dim, k, dtype),
-            # The product; x and the weight read, logits, K ids and K weights written.
+            # The product; reads x and the weight, writes logits, K ids and K weights.
             Work(2 * t * dim * EXPERTS, read + t * (4 * EXPERTS + (8 + 4) * k)),
         )
 
 
 def candidates(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Candidates:
-    """Ours and two peers on random tokens; each returns its weights [T, K]."""
+    """Make ours and two peers on random tokens; each returns its weights [T, K]."""
     x = torch.randn(tokens, dim).to(dtype)
     weight = (torch.randn(EXPERTS, dim) / dim**0.5).to(dtype)
 
     def ours() -> list[Tensor]:
-        # At K = 1 renormalised weights are the constant 1: nothing to compare, nothing to compute.
+        # For K = 1 renormalised weights are always 1, so there would be nothing to compare.
         mode = "probability" if k == 1 else "renormalize"
         return [ops.route(x, weight, k, weight_mode=mode).top_k_weights]
 
@@ -59,7 +59,7 @@ def candidates(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Candidates:
         return [weights if k == 1 else weights / weights.sum(-1, keepdim=True)]
 
     runs = {OURS: ours, "softmax, top-k": lambda: top_k(F.linear(x, weight).float())}
-    if k > 1:  # at K = 1 its weights are the constant 1
+    if k > 1:  # for K = 1 its weights are always 1
         router = transformers_router(weight, k)
         runs["transformers' router"] = lambda: [router(x)[1]]
     exact = top_k(x.double() @ weight.double().T)
@@ -68,7 +68,7 @@ def candidates(tokens: int, dim: int, k: int, dtype: torch.dtype) -> Candidates:
 
 
 def transformers_router(weight: Tensor, k: int) -> nn.Module:
-    """Mixtral's router on ``weight``; it returns logits, weights and ids."""
+    """Return Mixtral's router with ``weight``; it returns logits, weights and ids."""
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 

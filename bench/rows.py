@@ -1,7 +1,7 @@
-"""Bringing rows into the order of their experts, and the weighted sum back, against indexing.
+"""Sorting rows by expert (gather_rows) and the weighted sum back (combine_rows), against indexing.
 
-``gather_rows`` beside ``x[row_to_token]``; ``combine_rows`` beside index, multiply and sum. Both
-move the same bytes as ours; what they can be faster by is a pass over [S, D].
+``gather_rows`` is compared with ``x[row_to_token]``, ``combine_rows`` with index, multiply and sum.
+The alternatives move the same bytes; they can differ by a pass over [S, D], S = T * K rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
 def cases(size: str) -> Iterator[Case]:
-    """Both operations at S = 2T rows."""
+    """Yield both operations at S = 2T rows."""
     tokens = {"tiny": 24, "quick": 8192, "default": 8192}.get(size, 65536)
     for dtype, operation in product(TOLERANCES, ("gather_rows", "combine_rows")):
         yield Case(
@@ -31,13 +31,13 @@ def cases(size: str) -> Iterator[Case]:
             {"T": tokens, "D": DIM, "E": EXPERTS, "K": K},
             str(dtype).removeprefix("torch."),
             partial(candidates, operation, tokens, dtype),
-            # [S, D] and [T, D], one read, one written.
+            # One of [S, D] and [T, D] is read, the other one written.
             Work(0, dtype.itemsize * tokens * DIM * (K + 1)),
         )
 
 
 def candidates(operation: str, tokens: int, dtype: torch.dtype) -> Candidates:
-    """Ours, and the same by indexing."""
+    """Make ours, and the same by indexing."""
     plan = ops.plan(torch.rand(tokens, EXPERTS).topk(K).indices, EXPERTS)
     x, weights = torch.randn(tokens, DIM).to(dtype), torch.rand(tokens, K)
     rows = x[plan.row_to_token]

@@ -1,16 +1,16 @@
 """One whole training step: embed B pairs, contrastive loss, backward, AdamW.
 
-An encoder of MiniLM's size (6 layers, D = 384) with random weights and random tokens, upcycled to 8
-experts in every layer; nothing is downloaded and nothing is tokenized.
+The encoder has MiniLM's size (6 layers, D = 384) with random weights, and is upcycled to 8 experts
+in every layer. Tokens are random; nothing is downloaded or tokenized.
 
 - ``moe_fast``: the mixture with InfoNCELoss.
 - ``sentence-transformers' loss``: the same mixture with MultipleNegativesRankingLoss.
-- ``its cached loss``: the same with CachedMultipleNegativesRankingLoss, which embeds twice in order
-  to hold one chunk's activations at a time; chunks of 32 pairs.
+- ``its cached loss``: the same with CachedMultipleNegativesRankingLoss in chunks of 32 pairs; it
+  embeds twice in order to hold the activations of only one chunk.
 - ``eager loop``: the mixture with transformers' loop over experts, and sentence-transformers' loss.
 - ``dense``: the model that was upcycled, and sentence-transformers' loss.
 
-The learning rate is 0: the same work as with any other, and every step starts where the first did.
+The learning rate is 0, so that every step starts from the same weights; the work is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .peers import gpu_only
 from .record import Work
 
 EXPERTS, LAYERS = 8, 6
-TOLERANCE = 1e-4  # of a gradient through six layers in float32
+TOLERANCE = 1e-4  # for a gradient through six layers in float32
 CHUNK = 32
 
 
@@ -45,7 +45,7 @@ class Encoder(nn.Module):
         self.transformer = transformer
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Features with ``input_ids`` and ``attention_mask`` [B, L] to embeddings [B, D]."""
+        """Map ``input_ids`` and ``attention_mask`` [B, L] to embeddings [B, D]."""
         mask = features["attention_mask"]
         hidden = self.transformer(features["input_ids"], mask).last_hidden_state
         mask = mask[..., None].to(hidden.dtype)
@@ -53,14 +53,17 @@ class Encoder(nn.Module):
 
 
 def cases(size: str) -> Iterator[Case]:
-    """Pairs of 64 tokens at most."""
+    """Yield batches of pairs with at most 64 tokens."""
     batches = {"tiny": [4], "quick": [16], "default": [16], "full": [32, 128]}[size]
     for batch in batches:
         yield case_of(batch, *((8, 32) if size == "tiny" else (64, 384)))
 
 
 def case_of(batch: int, length: int, dim: int, sweep: str | None = None) -> Case:
-    """B pairs whose second half is three quarters padding, as sorted real batches have some."""
+    """Make the case of B pairs; three quarters of the second half are padding.
+
+    Real batches that are sorted by length have some padding, too.
+    """
     return Case(
         "training step",
         {"B": batch, "L": length, "D": dim, "E": EXPERTS, "K": 1},
@@ -72,19 +75,22 @@ def case_of(batch: int, length: int, dim: int, sweep: str | None = None) -> Case
 
 
 def real_tokens(batch: int, length: int) -> int:
-    """Of both columns: half of the batch is whole, the other a quarter of that."""
+    """Count the tokens of both columns; the batch's second half has a quarter of the length."""
     return 2 * batch * length * 5 // 8
 
 
 def work(tokens: int, length: int, dim: int, experts: int = EXPERTS) -> Work:
-    """Products of attention and experts, thrice; AdamW reads four and writes three tensors."""
+    """Count the work: thrice the products of attention and experts; AdamW on seven tensors.
+
+    AdamW reads four tensors and writes three.
+    """
     per_token = 2 * (4 * dim**2 + 8 * dim**2) + 2 * 2 * length * dim
     parameters = LAYERS * (4 * dim**2 + experts * 8 * dim**2)
     return Work(3.0 * LAYERS * tokens * per_token, 4.0 * 7 * parameters)
 
 
 def candidates(batch: int, length: int, dim: int) -> Candidates:
-    """Every candidate steps a model of its own; they begin alike."""
+    """Make the candidates; each steps a model of its own, all with the same initial weights."""
     dense = dense_bert(dim)
     moe = moe_fast.upcycle(dense, num_experts=EXPERTS, num_experts_per_tok=1)
     pairs = [_features(batch, length) for _ in range(2)]
@@ -114,8 +120,8 @@ def candidates(batch: int, length: int, dim: int) -> Candidates:
 def step(
     encoder: nn.Module, make_loss: Callable[[Any], nn.Module], columns: Sequence[dict[str, Tensor]]
 ) -> Callable[[], list[Any]]:
-    """A call that takes one step with AdamW and returns [loss, all gradients]."""
-    # The cached losses ask for model[0].
+    """Return a function that takes one step with AdamW and returns [loss, all gradients]."""
+    # The cached losses use model[0].
     loss = make_loss(nn.Sequential(encoder) if isinstance(encoder, Encoder) else encoder)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.0, weight_decay=0.0)
 
@@ -130,7 +136,7 @@ def step(
 
 
 def dense_bert(dim: int, **settings: Any) -> Any:
-    """A BERT of six layers with random weights."""
+    """Make a BERT of six layers with random weights."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -139,7 +145,7 @@ def dense_bert(dim: int, **settings: Any) -> Any:
         num_hidden_layers=LAYERS,
         num_attention_heads=max(1, dim // 32),
         intermediate_size=4 * dim,
-        hidden_dropout_prob=0.0,  # candidates would draw different masks
+        hidden_dropout_prob=0.0,  # else candidates would draw different masks
         attention_probs_dropout_prob=0.0,
         **settings,
     )
@@ -147,7 +153,7 @@ def dense_bert(dim: int, **settings: Any) -> Any:
 
 
 def _features(batch: int, length: int) -> dict[str, Tensor]:
-    """Random tokens; the second half of the batch has a quarter of the length."""
+    """Make random tokens; the second half of the batch has a quarter of the length."""
     lengths = torch.full((batch, 1), length)
     lengths[batch // 2 :] = max(1, length // 4)
     mask = (torch.arange(length) < lengths).long()

@@ -1,11 +1,11 @@
-"""Compile every Triton kernel ahead of time, as it would be launched, and read what it uses.
+"""Compile every Triton kernel ahead of time, as it would be launched, and list its resources.
 
     python -m bench.triton_resources --write docs/kernels-resources.json
 
-No GPU is needed. The ops' backward and forward run on "meta" tensors of real sizes; each kernel
+No GPU is needed. Forward and backward of the ops run on "meta" tensors of real sizes. Each kernel
 launch is recorded with the types and the divisibility that Triton's launcher would find, and
-compiled for every target: registers, spills and shared memory come from the compiled code. A
-change of the table shows in review what a change of a kernel costs.
+compiled for every target. Registers, spills and shared memory are read from the compiled code. The
+committed table then shows in review what a change of a kernel costs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor
 from .problem import Shape
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# How a product on tensor cores shows in the code, for 16-bit operands.
+# Patterns of the instructions for products of 16-bit operands on tensor cores.
 TENSOR_CORES = {
     "sm_80": r"mma\.sync",
     "sm_90": r"wgmma\.mma_async",
@@ -48,8 +48,8 @@ PRODUCTS = (
 )
 
 
-# BERT-base, and an odd shape that takes the masked paths. Left out: float16, which differs from
-# bfloat16 in a type alone, and the odd shape in TF32, which differs from float32 in a flag.
+# BERT-base, and an odd shape that uses the masked paths. Left out are float16, which differs from
+# bfloat16 only in a type, and the odd shape in TF32, which differs from float32 only in a flag.
 _BASE = Shape(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
 _ODD = Shape(1_001, experts=3, k=1, dim=389, hidden=1019, dtype=torch.bfloat16)
 TF32 = "tf32"  # the problem whose float32 products are rounded to TF32
@@ -65,7 +65,7 @@ PROBLEMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel as launched: enough to compile it again."""
+    """One kernel launch, with everything that is needed to compile it again."""
 
     kernel: Any  # triton.JITFunction
     signature: tuple[tuple[str, str], ...]
@@ -75,7 +75,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's name and the settings that tell its variants apart."""
+        """The kernel's name, and the settings that distinguish its variants."""
         shown = [f"{n}={v}" for n, v in self.constants if n.isupper() and v is not None]
         pointers = sorted(
             {t for _, t in self.signature if t.startswith("*")} - {"*i64", "*i32", "*u1"}
@@ -86,13 +86,13 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses.
+    """The resources that a compiled kernel uses.
 
     Attributes:
         registers: per thread.
-        spills: per thread; bytes, on gfx942 registers.
+        spills: per thread, in bytes; on gfx942 in registers.
         shared_memory: bytes per program.
-        tensor_cores: whether products run on them.
+        tensor_cores: whether products run on tensor cores.
         tile_copies: whether the TMA unit copies operand tiles.
     """
 
@@ -107,7 +107,7 @@ class Resources:
 
 
 def as_launch(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
-    """What Triton's launcher would make of the arguments."""
+    """Convert the arguments in the way in which Triton's launcher would."""
     from triton.runtime.jit import mangle_type
 
     names = [p.name for p in kernel.params]
@@ -130,7 +130,7 @@ def as_launch(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launc
 
 @contextlib.contextmanager
 def recorded(target: str) -> Iterator[list[Launch]]:
-    """Collect kernel launches within the block instead of running them, as if on ``target``."""
+    """Within the block, collect kernel launches as on ``target``, instead of running them."""
     from moe_fast.triton_ops import launch_config
     from triton.runtime.jit import JITFunction
 
@@ -144,7 +144,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(launch_config, "target_of", lambda index: target),
-        # The heuristic's configurations: no table goes by this name.
+        # No table has this name, so the heuristic's configurations are used.
         mock.patch.object(launch_config, "gpu_name", lambda device: target),
     ):
         yield launches
@@ -152,7 +152,10 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def parsing_in_turn() -> Iterator[None]:
-    """One ``ast.parse`` at a time: Python 3.11's counts its depth for all threads together."""
+    """Within the block, run one ``ast.parse`` at a time.
+
+    Python 3.11 counts the depth of its recursion for all threads together.
+    """
     lock, parse = threading.Lock(), ast.parse
 
     def locked(*args: Any, **kwargs: Any) -> Any:
@@ -165,7 +168,7 @@ def parsing_in_turn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tf32(wanted: bool) -> Iterator[None]:
-    """float32 products rounded to TF32, as a user can allow them."""
+    """Within the block, round float32 products to TF32 if ``wanted``, as users can allow."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if wanted else "ieee"
     try:
@@ -175,7 +178,7 @@ def tf32(wanted: bool) -> Iterator[None]:
 
 
 def launch_everything(shape: Shape) -> None:
-    """Every op's forward and backward, in every form that has kernels of its own."""
+    """Launch forward and backward of every op, in every form that has its own kernels."""
     from moe_fast.triton_ops.plan import plan
 
     for k in (1, 2):
@@ -197,7 +200,7 @@ def launch_everything(shape: Shape) -> None:
         _route(shape, mode, weight_mode, k)
     for form in ("symmetric", "one way", "masks", "everything"):
         _info_nce(shape, form)
-    if shape == PROBLEMS["bfloat16"]:  # float16's products of the backward are TF32's
+    if shape == PROBLEMS["bfloat16"]:  # float16's backward products run in TF32
         _info_nce(dataclasses.replace(shape, dtype=torch.float16), "symmetric")
 
 
@@ -253,7 +256,7 @@ def _output_block(shape: Shape, slot_to_row: Tensor) -> None:
 
 
 def _by_descriptors(shape: Shape, plan: tuple[Tensor, ...]) -> None:
-    """The shipped tiles with descriptors instead of pointers, where the target has them."""
+    """Launch the shipped tiles with descriptors instead of pointers, if the target has them."""
     from moe_fast.triton_ops import launch_config
     from moe_fast.triton_ops.config import why_not
     from moe_fast.triton_ops.linear import linear
@@ -310,9 +313,10 @@ def _route(shape: Shape, mode: str, weight_mode: str, k: int) -> None:
 
 
 def _info_nce(shape: Shape, form: str) -> None:
-    """A batch of T pairs: dot products one way, or cosines both ways, without ids or with.
+    """Launch the loss on T pairs; ``form`` selects similarity, directions and masks.
 
-    ``masks``: texts and domains; ``everything``: hard negatives, groups and smoothing too.
+    ``one way``: dot products in one direction; other forms: cosines in both. ``masks``: texts and
+    domains; ``everything``: also hard negatives, groups and smoothing.
     """
     from moe_fast.ops.info_nce.triton import forward, gradients
 
@@ -333,7 +337,7 @@ def _info_nce(shape: Shape, form: str) -> None:
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compile for ``target`` and read what the code uses."""
+    """Compile for ``target``, and read the resources from the code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -359,7 +363,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
 
 
 def _numbers(pattern: str, text: str) -> tuple[int, int]:
-    """The two that a pattern finds in what a tool says of a kernel."""
+    """Return the two numbers that a pattern finds in ``text``; ``RuntimeError`` if it fails."""
     found = re.search(pattern, text, re.DOTALL)
     if found is None:
         raise RuntimeError(f"no registers and spills in: {text[-2000:]}")
@@ -367,7 +371,7 @@ def _numbers(pattern: str, text: str) -> tuple[int, int]:
 
 
 def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack: the kernels have no arrays, so that only spills take any."""
+    """Return registers and spilled bytes; the stack holds only spills, for lack of arrays."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -380,7 +384,7 @@ def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
 
 
 def faults(launch: Launch, target: str, used: Resources) -> list[str]:
-    """Why a kernel must not ship for ``target``; empty where nothing is wrong."""
+    """Return why a kernel must not ship for ``target``; empty if nothing is wrong."""
     from moe_fast.triton_ops.config import SHARED_MEMORY
 
     found = []
@@ -397,9 +401,10 @@ def faults(launch: Launch, target: str, used: Resources) -> list[str]:
 
 
 def launches_of(target: str, names: Sequence[str]) -> dict[str, Launch]:
-    """What the problems launch on ``target``, by a name of its own.
+    """Return the launches of the problems on ``target``, by unique names.
 
-    Launches of one name differ in divisibility and in arguments that are 1: they are numbered.
+    Launches with the same name differ in divisibility, or in arguments that are 1; they are
+    numbered.
     """
     with recorded(target) as launches:
         for name in names:
@@ -421,14 +426,16 @@ def measure(
     workers: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, dict[str, dict]], list[str]]:
-    """Compile what the problems launch: the table target -> kernel -> resources, and what is wrong.
+    """Compile the launches of the problems; return a table of their resources, and the faults.
+
+    The table maps target -> kernel -> resources.
 
     Args:
-        targets, problems: names of ``TARGETS`` and ``PROBLEMS``.
-        only: a regular expression on the kernels' names.
-        every: compile one of so many, a sample.
-        workers: kernels to compile at a time.
-        report: gets a line per kernel.
+        targets, problems: names in ``TARGETS`` and ``PROBLEMS``.
+        only: a regular expression for the kernels' names.
+        every: compile only every n-th kernel, as a sample.
+        workers: the number of kernels that are compiled at a time.
+        report: is called with a line per kernel.
     """
     resources: dict[str, dict[str, dict]] = {}
     wrong: list[str] = []
@@ -447,7 +454,7 @@ def measure(
 
 
 def format_table(version: str, resources: dict[str, dict[str, dict]]) -> str:
-    """JSON with a line per kernel, so that a difference shows one."""
+    """Return JSON with a line per kernel, so that a diff shows each changed kernel."""
     targets = (
         f'  "{target}": {{\n'
         + ",\n".join(f"   {json.dumps(name)}: {json.dumps(used)}" for name, used in rows.items())
@@ -459,7 +466,7 @@ def format_table(version: str, resources: dict[str, dict[str, dict]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, print, write the table. Exit code 1 if a kernel must not ship."""
+    """Compile, print and write the table; return 1 if a kernel must not ship."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))

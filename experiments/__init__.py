@@ -1,1 +1,1 @@
-"""Experiments with committed results: real data, longer than a test."""
+"""Experiments on real data with committed results; they take longer than a test."""

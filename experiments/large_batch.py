@@ -1,12 +1,12 @@
-"""MedQuAD: ten steps at batch 2,048 against the same pairs, in the same order, at batch 64.
+"""Compares ten steps at batch 2,048 with 320 steps at batch 64 on the same pairs of MedQuAD.
 
     python -m experiments.large_batch pairs_medquad_question_answer.jsonl.gz
 
-One mixture with its experts by domain, one loss, the same texts seen; what differs is how many of
-them are each other's negatives, how many steps are taken, and the learning rate of a step. The
-large batch goes through :class:`moe_fast.losses.CachedLoss`. The split is that of
-:mod:`experiments.medquad`: no disease, question or answer on both sides. Writes
-``large_batch.json`` and ``large_batch.md``.
+Both trainings start from the same mixture with one expert per domain, use the same loss, and see
+the same pairs in the same order. They differ in the number of negatives, of steps, and in the
+learning rate. The large batch is trained by :class:`moe_fast.losses.CachedLoss`. The split is that
+of :mod:`experiments.medquad`: no disease, question or answer is on both sides. The results are
+written to ``large_batch.json`` and ``large_batch.md``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from moe_fast.losses import CachedLoss
 
 @dataclass(frozen=True)
 class Settings(medquad.Settings):
-    """Every number that somebody chose.
+    """The settings of the experiment.
 
     Attributes:
-        train_pairs: different ones; a whole number of large batches, so that none holds a pair
-            twice.
+        train_pairs: the number of different pairs; a multiple of ``large_batch``, so that no batch
+            holds a pair twice.
         batch_size, learning_rate: of the small batch.
-        large_batch, large_rate: of the large one; its rate is the small one's times the root of
-            the batches' ratio, rounded.
+        large_batch, large_rate: of the large one; its rate is that of the small one times the root
+            of the ratio of the batch sizes, rounded.
         large_steps: of the large batch; the small one sees as many pairs.
         tokens_per_chunk: of the gradient cache.
     """
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def run(data: Path, model: Path, output: Path, settings: Settings) -> dict[str, System]:
-    """Everything; returns the systems, the large batch last."""
+    """Run the whole experiment; return the systems, the large batch last."""
     start = time.perf_counter()
     train, test = medquad.load(data, settings)
     seen = in_order(train, settings)
@@ -99,7 +99,7 @@ def run(data: Path, model: Path, output: Path, settings: Settings) -> dict[str, 
 
 
 def in_order(train: Dataset, settings: Settings) -> Dataset:
-    """The pairs as they are seen: shuffled epochs one after the other, cut at the last step."""
+    """Return the pairs in the order of training: shuffled epochs, cut after the last step."""
     wanted = settings.large_steps * settings.large_batch
     epochs = -(-wanted // len(train))
     shuffled = [train.shuffle(seed=settings.seed + epoch) for epoch in range(epochs)]

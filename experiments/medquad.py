@@ -1,11 +1,11 @@
-"""MedQuAD: what a fine-tuned mixture gains over the pretrained model, TF-IDF and a dense fine-tune.
+"""Compares fine-tuned mixtures on MedQuAD with the pretrained model, TF-IDF and a dense fine-tune.
 
     python -m experiments.medquad pairs_medquad_question_answer.jsonl.gz
 
-Questions and answers from nine NIH sites (the domains), split by the disease they are about: 4,000
-pairs to train on; 1,000 other questions, searched among 4,000 other answers. Three fine-tunes with
-one budget, as in :mod:`moe_fast.demo.comparison`. Writes ``medquad.json``, ``medquad.md`` and two
-pictures.
+MedQuAD has questions and answers from nine NIH sites, which are the domains. They are split by the
+disease that they are about: 4,000 pairs for training, 1,000 other questions and 4,000 other answers
+for the search. Three fine-tunes have the same budget, as in :mod:`moe_fast.demo.comparison`. The
+results are written to ``medquad.json``, ``medquad.md`` and two pictures.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ S = TypeVar("S", bound="Settings")
 
 @dataclass(frozen=True)
 class Settings(comparison.Settings):
-    """Every number that somebody chose; most are those of the demo.
+    """The settings of the experiment; most are those of the demo.
 
     Attributes:
-        questions, answers: how many are held out.
+        questions, answers: the numbers of held-out questions and answers.
     """
 
     train_pairs: int = 4000
@@ -48,7 +48,10 @@ def main() -> None:
 
 
 def parse(what: str, defaults: S) -> tuple[Path, Path, Path, S]:
-    """(data, model, folder to write to, settings) that a command line gives."""
+    """Read a command line: return (data, model, folder to write to, settings).
+
+    The first line of ``what`` becomes the description of the command.
+    """
     parser = argparse.ArgumentParser(description=what.split("\n")[0])
     parser.add_argument("data", type=Path, help="the pairs: a, b, domain, focus")
     parser.add_argument("--model", type=Path, help=f"a SentenceTransformer (default: {MODEL_NAME})")
@@ -61,7 +64,10 @@ def parse(what: str, defaults: S) -> tuple[Path, Path, Path, S]:
 
 
 def load(path: Path, settings: Settings) -> tuple[Dataset, Retrieval]:
-    """(training pairs, held-out questions and answers): no disease, question or answer in both."""
+    """Return the training pairs, and the held-out questions and answers.
+
+    No disease, question or answer is in both. Raises ``ValueError`` if there are too few pairs.
+    """
     pairs = read_pairs(path, keep=("focus",))
     pairs = pairs.filter(lambda row: bool(row["focus"]))
     pairs = pairs.map(lambda row: {"disease": row["focus"].casefold()})
@@ -76,7 +82,10 @@ def load(path: Path, settings: Settings) -> tuple[Dataset, Retrieval]:
 
 
 def retrieval_set(pairs: Dataset, settings: Settings) -> Retrieval:
-    """The first different answers, and the first different questions that one of them answers."""
+    """Collect the first different answers, and the first different questions that they answer.
+
+    Raises ``ValueError`` if there are fewer of them than the settings ask for.
+    """
     answers = islice(dict.fromkeys(pairs["b"]), settings.answers)
     corpus = {answer: f"a{number}" for number, answer in enumerate(answers)}
     qrels: dict[str, dict[str, int]] = {}  # question -> {answer's id: 1}

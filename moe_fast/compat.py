@@ -1,11 +1,11 @@
-"""What moe_fast needs of other libraries beyond what they promise, in one place.
+"""What moe_fast uses of other libraries beyond their public interfaces, in one place.
 
-Every private or undocumented name that moe_fast uses is looked up here, may change or go with any
-release of its library, and has an entry that says what it is for and what happens without it: a
-fallback, or an error when the feature is used. Nothing here keeps ``import moe_fast`` from working.
+Every private or undocumented name that moe_fast uses is looked up here, because it may change or
+disappear with any release of its library. Each function says what the name is for, and what happens
+without it: a fallback, or an error when the feature is used. ``import moe_fast`` always works.
 
-Where moe_fast overrides a method of another library's class, the method carries
-:func:`overrides`: :func:`check_overrides` finds those that the library would no longer call.
+A method of ours that overrides one of another library's class is marked by :func:`overrides`.
+:func:`check_overrides` finds marked methods that the library would no longer call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Method = Callable[..., Any]
 
 
 def _found(module: str, *names: str) -> Any:
-    """A module of another library or a thing in it, or ``None``: then the caller says what."""
+    """Return a module of another library, or an object in it; ``None`` if it does not exist."""
     try:
         found: Any = importlib.import_module(module)
         for name in names:
@@ -52,7 +52,7 @@ def _gone(package: str, name: str, consequence: str) -> RuntimeError:
 
 
 def _function(module: str, name: str, consequence: str) -> Method:
-    """A function of transformers; where it is gone, an error when it is called."""
+    """Return a function of transformers, or one that raises an error when it is called."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise _gone("transformers", name, consequence)
@@ -73,15 +73,16 @@ def _warn_gone(package: str, name: str, consequence: str) -> None:
 
 
 def overrides(method: Method) -> Method:
-    """Mark a method that another library's class must have, and call, for ours to have a use."""
+    """Mark a method that has an effect only if a base class of another library calls it."""
     method.__overrides__ = True  # type: ignore[attr-defined]
     return method
 
 
 def lost_overrides(cls: type) -> list[str]:
-    """The marked methods of ``cls`` that no base of another library has, or takes as ours do.
+    """Return the marked methods of ``cls`` that the other library's classes no longer call.
 
-    A parameter that ours names must be one of the other's (or be covered by its ``**kwargs``).
+    A method counts as lost if no such base class has it, or if it names a parameter that theirs
+    does not take (by name or by ``**kwargs``); the result then names the parameter, too.
     """
     lost = []
     for owner in cls.__mro__:
@@ -117,7 +118,7 @@ def _lost_parameters(ours: Method, theirs: Method) -> list[str]:
 
 
 def check_overrides(cls: type) -> None:
-    """Raise ``RuntimeError`` for a class whose marked methods its library no longer calls."""
+    """Raise ``RuntimeError`` for a class with marked methods that its library no longer calls."""
     lost = lost_overrides(cls)
     if lost:
         libraries = sorted({c.__module__.partition(".")[0] for c in cls.__mro__[1:] if _foreign(c)})
@@ -133,13 +134,14 @@ def check_overrides(cls: type) -> None:
 
 
 def observers_of_ops() -> tuple[Callable[[], bool], Callable[[], Any], Callable[[], int]]:
-    """Three questions about who looks at ops, all of which a plain eager call must deny.
+    """Return three functions that tell whether something observes ops.
 
-    Without the private questions the first one is always answered with yes: ops then take the
-    dispatcher's way, which is right and slower.
+    Only if nothing does, eager calls bypass the dispatcher (:mod:`moe_fast.ops.eager_dispatch`).
+    Without the private names the first function always returns True: ops then go through the
+    dispatcher, which is right but slower; a warning says so.
 
     Returns:
-        Whether there is a dispatch mode; ``torch.func``'s interpreter, or ``None``; the level of
+        Whether a dispatch mode is active; ``torch.func``'s interpreter, or ``None``; the level of
         forward-mode autograd, or -1.
     """
     interpreter = _found("torch._C._functorch", "peek_interpreter_stack")
@@ -161,17 +163,18 @@ def observers_of_ops() -> tuple[Callable[[], bool], Callable[[], Any], Callable[
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.t()`` by oneDNN, in float32; ``AttributeError`` where this torch lacks the op.
+    """Compute ``x @ weight.t()`` by oneDNN, in float32.
 
-    :mod:`moe_fast.ops.cpu_matmul` tries it once, and multiplies as torch does where it fails.
+    Raises ``AttributeError`` if this torch lacks the op. :mod:`moe_fast.ops.cpu_matmul` tries it
+    once, and multiplies by torch's own functions if it fails.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], None)
 
 
 def in_backward() -> bool:
-    """Whether this is within a backward pass, where checkpointing computes a forward again.
+    """Whether a backward pass is running, in which checkpointing computes a forward again.
 
-    Without the private question: ``False``, and what is counted is counted twice there.
+    Without the private name: ``False`` and a warning; tokens are then counted twice.
     """
     task = getattr(torch._C, "_current_graph_task_id", None)
     if task is None:
@@ -188,7 +191,8 @@ def has_forward_hook(module: nn.Module, hook: Method) -> bool:
     """Whether the function is among the module's forward hooks.
 
     Raises:
-        RuntimeError: the private dict is gone: it would be registered again and again.
+        RuntimeError: torch no longer has the private dict of hooks; the hook would be registered
+            again and again.
     """
     hooks = getattr(module, "_forward_hooks", None)
     if hooks is None:
@@ -197,9 +201,10 @@ def has_forward_hook(module: nn.Module, hook: Method) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called. Without the private attribute: ``False``.
+    """Whether ``module.compile()`` was called; ``False`` without the private attribute.
 
-    Then ``encode`` leaves padding out there, too: right, but compiled anew for every batch's shape.
+    ``encode`` then leaves out padding for compiled modules too, which is right, but each batch's
+    shape is compiled anew.
     """
     return getattr(module, "_compiled_call_impl", None) is not None
 
@@ -208,10 +213,10 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def initialization() -> Any:
-    """``transformers.initialization``, whose functions leave alone what was loaded.
+    """Return ``transformers.initialization``, whose functions leave loaded weights unchanged.
 
     Raises:
-        RuntimeError: it is gone: torch's own functions would overwrite loaded weights.
+        RuntimeError: it is gone; torch's own functions would overwrite loaded weights.
     """
     found = _found("transformers.initialization")
     if found is None:
@@ -220,9 +225,9 @@ def initialization() -> Any:
 
 
 def recorded_outputs(base: type, **recorded: tuple[type, int]) -> dict[str, Any]:
-    """A model's ``_can_record_outputs``: the base's, and outputs of modules by class and index.
+    """Return a model's ``_can_record_outputs``: the base's, and (module class, index) by name.
 
-    Without transformers' recorder nothing is recorded: see :func:`check_recorded`.
+    Without transformers' recorder only the base's are returned; see :func:`check_recorded`.
     """
     recorder = _found("transformers.utils.output_capturing", "OutputRecorder")
     theirs = getattr(base, "_can_record_outputs", None) or {}
@@ -233,16 +238,16 @@ def recorded_outputs(base: type, **recorded: tuple[type, int]) -> dict[str, Any]
 
 
 def capture_outputs(forward: Method) -> Method:
-    """Have a model's forward record what its ``_can_record_outputs`` names, as transformers' do.
+    """Decorate a model's forward to record the outputs in ``_can_record_outputs``.
 
-    Without it nothing is recorded: see :func:`check_recorded`.
+    Without transformers' decorator nothing is recorded: see :func:`check_recorded`.
     """
     capture = _found("transformers.utils.output_capturing", "capture_outputs")
     return forward if capture is None else capture(forward)
 
 
 def check_recorded(output: Any, name: str) -> None:
-    """Raise ``RuntimeError`` where an output that was asked for has not been recorded."""
+    """Raise ``RuntimeError`` if an output that was asked for has not been recorded."""
     if getattr(output, name, None) is None:
         raise _gone(
             "transformers",
@@ -252,7 +257,7 @@ def check_recorded(output: Any, name: str) -> None:
 
 
 def unsplit_modules(base: type, *names: str) -> list[str]:
-    """A model's ``_no_split_modules``; ours alone where the base no longer has any."""
+    """Return a model's ``_no_split_modules``: the base's, if it still has them, and ``names``."""
     return [*(getattr(base, "_no_split_modules", None) or ()), *names]
 
 
@@ -260,7 +265,7 @@ def checkpoints_reentrantly(layer: nn.Module) -> bool:
     """Whether the layer's forward runs under ``torch.utils.checkpoint(use_reentrant=True)``.
 
     Raises:
-        RuntimeError: it is checkpointed, and transformers no longer says how.
+        RuntimeError: the layer is checkpointed, but transformers no longer says how.
     """
     if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
         return False
@@ -278,10 +283,10 @@ def checkpoints_reentrantly(layer: nn.Module) -> bool:
 
 
 def attention_of(config: Any) -> Any:
-    """The name of the attention that a configuration asks for.
+    """Return the name of the attention that a configuration asks for.
 
     Raises:
-        RuntimeError: no attribute of a known name says so.
+        RuntimeError: it has no attribute of a known name for it.
     """
     for name in ("_attn_implementation", "attn_implementation"):
         if hasattr(config, name):
@@ -290,7 +295,10 @@ def attention_of(config: Any) -> Any:
 
 
 def attention_setting(choice: ContextVar[str | None]) -> property:
-    """A property for ``_attn_implementation``: the choice, where there is one, or the base's."""
+    """Return a property for ``_attn_implementation``: the current choice, else the base's value.
+
+    Its functions raise ``RuntimeError`` if the base class no longer has such a property.
+    """
     name = "_attn_implementation"
 
     def base(config: Any) -> Any:
@@ -302,7 +310,7 @@ def attention_setting(choice: ContextVar[str | None]) -> property:
         return theirs
 
     def get(config: Any) -> Any:
-        # torch.compile cannot trace a context variable, and is never asked to pack.
+        # torch.compile cannot trace a context variable; compiled models are never asked to pack.
         chosen = None if torch.compiler.is_compiling() else choice.get()
         return chosen or base(config).fget(config)
 
@@ -314,7 +322,10 @@ def attention_setting(choice: ContextVar[str | None]) -> property:
 
 
 def attention_can_be_chosen() -> bool:
-    """Whether transformers' layers ask that property. If not, padding is computed, and said."""
+    """Whether transformers' configurations have that property.
+
+    If not, padding is computed too, and a warning says so.
+    """
     config = _found("transformers", "PreTrainedConfig")
     known = isinstance(getattr(config, "_attn_implementation", None), property)
     if not known:
@@ -327,36 +338,45 @@ def attention_can_be_chosen() -> bool:
 
 
 def sdpa_attention() -> Method:
-    """transformers' attention by torch's SDPA; without it, an error where it would be needed."""
+    """Return transformers' attention by SDPA, or a function that raises ``RuntimeError``."""
     consequence = "attn_implementation='moe_fast' cannot take a mask of pairs of tokens"
     module = "transformers.integrations.sdpa_attention"
     return _function(module, "sdpa_attention_forward", consequence)
 
 
 def bidirectional_mask() -> Method:
-    """transformers' function from a model's 2-D mask to its layers'; without it, an error."""
+    """Return transformers' function from a model's 2-D mask to its layers' mask.
+
+    Without it, a function that raises ``RuntimeError``.
+    """
     consequence = "MPNet's padding cannot be masked"
     return _function("transformers.masking_utils", "create_bidirectional_mask", consequence)
 
 
 def padding_mask() -> Method:
-    """transformers' mask function that keeps a mask [B, L] as it is; without it, an error."""
+    """Return transformers' mask function that keeps a mask [B, L] as it is.
+
+    Without it, a function that raises ``RuntimeError``.
+    """
     consequence = "attn_implementation='moe_fast' cannot take a mask"
     return _function("transformers.masking_utils", "flash_attention_mask", consequence)
 
 
 def register_experts(name: str, forward: Method) -> None:
-    """Make ``experts_implementation=name`` known; without the interface transformers refuses it."""
+    """Make ``experts_implementation=name`` known to transformers.
+
+    Without its interface nothing is registered, and transformers refuses the name.
+    """
     interface = _found("transformers.integrations.moe", "ExpertsInterface")
     if interface is not None:
         interface.register(name, forward)
 
 
 def gate_of(experts: Any) -> Method:
-    """The gate function of a model's experts: from [T, 2H] to [T, H].
+    """Return the gate function of a model's experts: from [T, 2H] to [T, H].
 
     Raises:
-        RuntimeError: they no longer have it under its private name.
+        RuntimeError: the experts no longer have it under its private name.
     """
     gate = getattr(experts, "_apply_gate", None)
     if gate is None:
@@ -365,13 +385,16 @@ def gate_of(experts: Any) -> Method:
 
 
 def has_usual_gate(experts: Any) -> bool:
-    """Whether that is transformers' own. Without the private names: no, which is right, slower."""
+    """Whether the experts' gate is transformers' own.
+
+    Without the private names: False, which is right, but slower.
+    """
     usual = _found("transformers.integrations.moe", "_default_apply_gate")
     return usual is not None and getattr(type(experts), "_apply_gate", None) is usual
 
 
 def file_of(path: Any, name: str) -> str | None:
-    """A file of a model folder or of the hub, or ``None`` where the model has none of that name."""
+    """Return the path of a file of a model folder or of the hub; ``None`` if it does not exist."""
     from transformers.utils import cached_file
 
     missing = "_raise_exceptions_for_missing_entries"
@@ -381,7 +404,7 @@ def file_of(path: Any, name: str) -> str | None:
     except OSError:
         if options:
             raise
-        return None  # it cannot tell a missing file from a missing model
+        return None  # this transformers does not distinguish a missing file from a missing model
 
 
 def _takes(function: Method, parameter: str) -> bool:
@@ -392,13 +415,13 @@ def _takes(function: Method, parameter: str) -> bool:
 
 
 def replaced_backend(tokenizer: Any, backend: Any) -> bool:
-    """Give a transformers tokenizer another one of the tokenizers library; ``False``: it cannot."""
+    """Replace a tokenizer's object of the tokenizers library; return whether that worked."""
     tokenizer._tokenizer = backend
     return getattr(tokenizer, "backend_tokenizer", None) is backend
 
 
 def rotate_checkpoints(*args: Any, **kwargs: Any) -> None:
-    """transformers' removal of older checkpoints; without it, an error when one was saved."""
+    """Remove older checkpoints by transformers' function; ``RuntimeError`` if it is gone."""
     name = "rotate_checkpoints"
     _function("transformers.trainer_utils", name, "older checkpoints stay")(*args, **kwargs)
 
@@ -407,17 +430,17 @@ _LOSS_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
 
 def loss_sums(trainer: Any) -> list[float]:
-    """What a trainer in training has added up of its loss; nothing without these names.
+    """Return the sums of the loss that a trainer keeps during training; [] without these names.
 
     Returns:
-        [the sum since its last log, the sum of all until then, the step of that log].
+        [the sum since its last log, the sum up to that log, the step of that log].
     """
     known = all(hasattr(trainer, name) for name in _LOSS_SUMS)
     return [float(getattr(trainer, name)) for name in _LOSS_SUMS] if known else []
 
 
 def restore_loss_sums(trainer: Any, sums: list[float]) -> None:
-    """Go on with what :func:`loss_sums` gave; without these names with the steps from here on."""
+    """Restore what :func:`loss_sums` returned; without these names, the sums start anew."""
     if sums and loss_sums(trainer):
         since, total, step = sums
         trainer._tr_loss.fill_(since)
@@ -428,19 +451,19 @@ def restore_loss_sums(trainer: Any, sums: list[float]) -> None:
 
 
 def child_modules(module: nn.Module) -> dict[str, nn.Module]:
-    """A pipeline's modules by name, one that stands there twice named twice.
+    """Return a pipeline's modules by name; a module that occurs twice has two names.
 
-    Without torch's private dict: by the public way, which names it once.
+    Without torch's private dict the public method is used, which names it once.
     """
     modules = getattr(module, "_modules", None)
     return dict(module.named_children() if modules is None else modules)
 
 
 def forwards_names(first: Any, names: Iterable[str]) -> None:
-    """Have sentence-transformers' Transformer hand these arguments to its (new) encoder.
+    """Make sentence-transformers' Transformer pass these arguments to its (new) encoder.
 
     Raises:
-        RuntimeError: it has no list of them any more.
+        RuntimeError: it no longer has a list of such arguments.
     """
     declared = getattr(first, "_declared_forward_params", None)
     if declared is None:
@@ -454,9 +477,10 @@ def forwards_names(first: Any, names: Iterable[str]) -> None:
 
 
 def is_plain_call(model: Any) -> bool:
-    """Whether a SentenceTransformer runs in this process on padded batches.
+    """Whether a SentenceTransformer runs in this process, on padded batches.
 
-    Without the private names: ``False``, and it tokenizes as the stock class does, in more passes.
+    Without the private names: ``False``; texts are then tokenized as in the original class, in more
+    passes.
     """
     if getattr(model, "_distributed_inference", None) is not None:
         return False
@@ -465,7 +489,7 @@ def is_plain_call(model: Any) -> bool:
 
 
 def running_bars(tqdm: Any) -> list[Any]:
-    """The progress bars that are not finished; none where tqdm no longer lists them."""
+    """Return the progress bars that are not finished; none if tqdm no longer lists them."""
     return list(getattr(tqdm, "_instances", ()))
 
 
@@ -474,13 +498,14 @@ def running_bars(tqdm: Any) -> list[Any]:
 
 @contextmanager
 def adapter_methods() -> Iterator[None]:
-    """Around transformers' own methods for adapters: say what works where they refuse peft.
+    """Within the block, raise a helpful error if transformers' adapter methods refuse peft.
 
-    A release of transformers may refuse the newest peft there is (5.24 wants 0.22, and 0.21.2 is
-    the last). Its error is quoted; peft's own functions do not go through transformers.
+    A release of transformers may refuse even the newest peft (5.24 requires 0.22, but 0.21.2 is the
+    last). The new error quotes theirs, and recommends peft's own functions, which do not use
+    transformers.
 
     Raises:
-        ValueError: transformers refused the version of peft that is installed.
+        ValueError: transformers refused the installed version of peft.
     """
     try:
         yield
@@ -504,10 +529,11 @@ def adapter_methods() -> Iterator[None]:
 def saves_adapter_alone(model: Any) -> bool:
     """Whether transformers' ``save_pretrained`` writes an adapter instead of the whole model.
 
-    So it does once its own ``add_adapter`` or ``load_adapter`` has run, which a private flag says.
+    It does so after its own ``add_adapter`` or ``load_adapter``; a private flag tells.
 
     Raises:
-        RuntimeError: the flag is gone, and the model has adapters: what would be written is open.
+        RuntimeError: the flag is gone, and the model has adapters: what would be written is not
+            known.
     """
     alone = getattr(model, "_hf_peft_config_loaded", None)
     if alone is None and any(hasattr(module, "get_base_layer") for module in model.modules()):

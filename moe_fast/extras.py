@@ -1,4 +1,4 @@
-"""Libraries that only an extra brings: imported where they are used, asked for by name."""
+"""Imports libraries that only an extra installs, where they are used."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from types import ModuleType
 
 from moe_fast.version import install_command
 
-# Packages whose name is not their module's.
+# Packages whose names differ from their modules'.
 _PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn"}
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import ``module``.
+    """Import and return ``module``.
 
     Args:
         module: such as ``"scipy.stats"``.
-        extra: the extra of moe_fast that brings it.
-        purpose: what needs it, to begin the message with.
+        extra: the extra of moe_fast that installs it.
+        purpose: what needs it; the message begins with this.
 
     Raises:
         ImportError: it cannot be imported; the message says how to install the extra.
@@ -29,10 +29,10 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def missing(module: str, extra: str, purpose: str, error: ImportError | None = None) -> ImportError:
-    """The error that says what ``purpose`` lacks, and how to install it."""
+    """Make the error that says which library ``purpose`` lacks, and how to install it."""
     name = module.partition(".")[0]
     package = _PACKAGES.get(name, name.replace("_", "-"))
     why = "is not installed"
     if error is not None and (error.name or name).partition(".")[0] != name:
-        why = f"cannot be imported ({error})"  # it is there, and lacks something itself
+        why = f"cannot be imported ({error})"  # it is installed, but lacks another module
     return ImportError(f"{purpose} needs {package}, which {why}: {install_command(extra)}")

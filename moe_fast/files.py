@@ -1,4 +1,4 @@
-"""Writing files and folders so that a reader never sees half of one."""
+"""Writes files and folders such that a reader never sees an incomplete one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-PARTIAL, PREVIOUS = ".partial", ".previous"  # endings of what a killed process leaves behind
+PARTIAL, PREVIOUS = ".partial", ".previous"  # endings of files that a killed process leaves
 _open_folders: set[Path] = set()  # temporary folders that this process is filling
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
@@ -26,19 +26,19 @@ _LOCK_TITLE = "moe_fast writes here: "  # how a lock file begins
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """``path`` as the place of a new file or folder: call it before any work starts.
+    """Check that a new file or folder can be written to ``path``; call it before any work starts.
 
     Args:
         path: where the result will be. Its parent folders may be missing.
-        overwrite: whether something that is there already may be replaced.
+        overwrite: whether a file or folder that exists there may be replaced.
 
     Returns:
         ``path``.
 
     Raises:
-        FileExistsError: for a file or a non-empty folder, unless ``overwrite``.
-        NotADirectoryError: where a parent of ``path`` is a file.
-        PermissionError: where nothing can be written.
+        FileExistsError: a file or a non-empty folder is there, and ``overwrite`` is False.
+        NotADirectoryError: a parent of ``path`` is a file.
+        PermissionError: writing there is not permitted.
     """
     path = Path(path)
     is_folder = path.is_dir()
@@ -60,20 +60,21 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
 
 @contextlib.contextmanager
 def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold an output for this run until the block ends: a second run that asks for it is refused.
+    """Lock an output for this run until the block ends; another run that asks for it is refused.
 
-    The lock is one on the file ``.NAME.lock`` beside ``path`` (inside it, where ``path`` is a mount
-    point or its parent cannot be written). It dies with the process, however that ends, and the
-    file goes with the block; a file that a killed run left is taken over. Nothing is locked on a
-    file system that has no locks.
+    The lock is on the file ``.NAME.lock`` beside ``path`` (inside it, if ``path`` is a mount point
+    or its parent cannot be written). The lock ends with the process, however that ends; the file is
+    removed at the end of the block. A file that a killed run left is reused. On a file system
+    without locks nothing is locked.
 
     Args:
-        path: the file or folder that will be written. Folders above it are created, and go again
-            where nothing was put into them.
+        path: the file or folder that will be written. Folders above it are created; those that are
+            still empty at the end are removed.
 
     Raises:
-        RuntimeError: another run, in this process or another one, holds ``path``; it is named.
-        FileExistsError, OSError: what stands in the place of the lock is not one of ours.
+        RuntimeError: another run, in this process or another one, has locked ``path``; the message
+            names it.
+        FileExistsError, OSError: something other than a lock file of ours has the lock file's name.
     """
     place = _lock_place(Path(path))
     made = [folder for folder in place.parents if not folder.exists()]
@@ -82,9 +83,9 @@ def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        place.unlink(missing_ok=True)  # still locked: nobody else holds this very file
+        place.unlink(missing_ok=True)  # still locked, so no other run holds this file
         os.close(lock)
-        with contextlib.suppress(OSError):  # a folder that something was put into stays
+        with contextlib.suppress(OSError):  # folders that are not empty stay
             for folder in made:
                 folder.rmdir()
 
@@ -102,7 +103,7 @@ def _lock_name(target: Path) -> str:
 
 
 def _locked_file(place: Path, path: str | os.PathLike[str]) -> int:
-    """A lock on the file ``place``, which says whose it is."""
+    """Create and lock the file ``place``; it then names this process."""
     import fcntl  # POSIX alone
 
     while True:
@@ -120,7 +121,7 @@ def _locked_file(place: Path, path: str | os.PathLike[str]) -> int:
             if error.errno not in _NO_LOCKS:
                 os.close(lock)
                 raise
-        if _is_at(lock, place):  # else its holder removed it before it could be locked
+        if _is_at(lock, place):  # else its holder removed it before it was locked
             break
         os.close(lock)
     os.ftruncate(lock, 0)
@@ -129,7 +130,10 @@ def _locked_file(place: Path, path: str | os.PathLike[str]) -> int:
 
 
 def _holder(lock: int, place: Path, path: str | os.PathLike[str]) -> str:
-    """Whose lock a file is, for a message; an error for one that is none of ours."""
+    """Return who holds a lock file, for a message.
+
+    Raises ``FileExistsError`` if the file is not a lock file of ours.
+    """
     about = os.fstat(lock)
     regular = stat.S_ISREG(about.st_mode) and about.st_nlink <= 1
     found = os.pread(lock, 500, 0).decode("utf-8", "replace") if regular else ""
@@ -142,7 +146,7 @@ def _holder(lock: int, place: Path, path: str | os.PathLike[str]) -> str:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still what ``path`` names."""
+    """Whether ``path`` still names this open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -151,16 +155,16 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed to `path` when the block ends without an error.
+    """Yield a temporary path beside ``path``, and rename it to ``path`` at the end of the block.
 
-    The folder is created where missing. After an error the old file, if any, is untouched and the
-    temporary one is gone; one that a killed process left goes at the next call. Its name cannot be
-    foreseen and nothing is there before, so that nobody's link is followed. The suffix stays the
-    same, since some writers choose the format by it. A new file has the modes that the umask says,
-    a replaced one keeps its own; in place of a link comes a file.
+    The folder is created if it is missing. After an error an old file is unchanged, and the
+    temporary file is removed; one that a killed process left is removed by the next call. The
+    temporary name is random and must be new, so no existing link is followed. It has the suffix of
+    ``path``, because some writers choose the format by it. A new file gets the mode that the umask
+    allows; a replaced file keeps its mode; a link is replaced by a file.
 
     Raises:
-        IsADirectoryError: where ``path`` is a folder.
+        IsADirectoryError: ``path`` is a folder.
     """
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
@@ -176,7 +180,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         if mode is not None:
             temporary.chmod(mode)
-        _sync(temporary)  # or a power cut could leave the new name with no content
+        _sync(temporary)  # else a power cut could leave an empty file under the new name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -184,13 +188,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all: see :func:`atomic_write`."""
+    """Write a UTF-8 text file, completely or not at all; see :func:`atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _mode_of(path: Path) -> int | None:
-    """The modes of a regular file; ``None`` where there is none."""
+    """Return the mode of a regular file; ``None`` if ``path`` is not one."""
     try:
         found = path.lstat().st_mode
     except FileNotFoundError:
@@ -199,7 +203,7 @@ def _mode_of(path: Path) -> int | None:
 
 
 def _locked_temporary(path: Path, mode: int) -> tuple[Path, int]:
-    """A new file beside ``path`` and a lock on it, which dies with this process."""
+    """Create a new file beside ``path``, and lock it until this process ends."""
     import fcntl
 
     while True:
@@ -217,29 +221,30 @@ def _locked_temporary(path: Path, mode: int) -> tuple[Path, int]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, replaces: Sequence[str] = ()) -> Iterator[Path]:
-    """Give an empty temporary folder that takes the place of ``path`` when the block ends.
+    """Yield an empty temporary folder that replaces ``path`` when the block ends.
 
-    Until then, and after an error, a full disk or a kill, the old folder is untouched. On Linux
-    the two are exchanged in one step (``renameat2``); on a file system that cannot do that, in
-    two: a kill between them leaves the old folder as ``.NAME.*.previous`` beside its place, and the
-    next ``atomic_folder`` puts it back. What a killed process left behind goes at the next call.
+    Until then, and after an error, a full disk or a kill, the old folder is unchanged. On Linux the
+    two are exchanged in one step (``renameat2``). On a file system that cannot do that, it takes
+    two steps; a kill between them leaves the old folder as ``.NAME.*.previous`` beside its place,
+    and the next ``atomic_folder`` restores it. The next call also removes what a killed process
+    left.
 
-    Files of the old folder that the new one has no file for are kept, as hard links, so an open
-    log goes on. Only what another process adds in the instant of the exchange may be lost.
+    Files of the old folder that are missing in the new one are kept as hard links, so an open log
+    continues. Only a file that another process adds during the exchange may be lost.
 
-    Where ``path`` is a mount point, or its parent cannot be written, folders cannot be exchanged:
-    the finished files are then moved into it one by one, each whole, with a warning.
+    If ``path`` is a mount point, or its parent cannot be written, folders cannot be exchanged: the
+    finished files are then moved into it one by one, with a warning.
 
-    Inside another ``atomic_folder``'s temporary folder this gives ``path`` itself: all appears at
-    once when the outer block ends.
+    Inside another ``atomic_folder``'s temporary folder this yields ``path`` itself; everything
+    appears at once when the outer block ends.
 
     Args:
-        path: the folder; created, with its parents, where missing. A link is followed.
+        path: the folder; it is created, with its parents, if it is missing. A link is followed.
         replaces: patterns (:mod:`fnmatch`, on paths relative to ``path``; "*" matches "/" too) of
-            old files that do *not* outlive this: ("*",) for a folder replaced as a whole.
+            old files that are *not* kept: ("*",) to replace the folder as a whole.
 
     Raises:
-        NotADirectoryError: where ``path`` is a file.
+        NotADirectoryError: ``path`` is a file.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
@@ -265,18 +270,18 @@ def atomic_folder(path: str | os.PathLike[str], *, replaces: Sequence[str] = ())
         _sync(place)
     finally:
         _open_folders.discard(temporary)
-        # After an exchange this name is the old folder's.
+        # After an exchange this is the name of the old folder.
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 
 
 def _replaceable(folder: Path) -> bool:
-    """Whether another folder can take the place of this one."""
+    """Whether this folder can be replaced by another one."""
     return os.access(folder.parent, os.W_OK | os.X_OK) and not os.path.ismount(folder)
 
 
 def _locked_folder(place: Path, target: Path) -> tuple[Path, int]:
-    """A new folder in ``place`` and a lock on it, which dies with this process."""
+    """Create a new folder in ``place``, and lock it until this process ends."""
     import fcntl  # POSIX alone
 
     while True:
@@ -291,7 +296,7 @@ def _locked_folder(place: Path, target: Path) -> tuple[Path, int]:
 
 
 def _clear_leftovers(place: Path, target: Path) -> None:
-    """Remove what killed processes left of earlier saves; put a set-aside folder back."""
+    """Remove what killed processes left of earlier saves, or restore an old folder set aside."""
     for leftover in sorted(place.glob(f".{escape(target.name)}.????????.*")):
         if leftover.suffix == PREVIOUS and not target.exists():
             logger.warning("%s: an interrupted save is undone, the old folder put back.", target)
@@ -306,7 +311,7 @@ def _remove_unlocked(leftover: Path) -> None:
 
     try:
         lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # another process was faster, or it is none of ours
+    except OSError:  # already removed by another process, or not ours
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -321,7 +326,7 @@ def _remove_unlocked(leftover: Path) -> None:
 
 
 def _keep_others(old: Path, new: Path, replaces: Sequence[str]) -> None:
-    """Link into ``new`` every file of ``old`` that it has none for and that is not replaced."""
+    """Link into ``new`` each file of ``old`` that it lacks and that ``replaces`` does not match."""
     if not old.exists():
         return
     for folder, folders, files in os.walk(old):
@@ -344,12 +349,12 @@ def _matches(path: Path, patterns: Sequence[str]) -> bool:
 def _link(old: Path, new: Path) -> None:
     try:
         os.link(old, new, follow_symlinks=False)
-    except OSError:  # a file system without hard links, or somebody else's file
+    except OSError:  # a file system without hard links, or another user's file
         shutil.copy2(old, new, follow_symlinks=False)
 
 
 def _exchange(temporary: Path, target: Path) -> None:
-    """Put ``temporary`` in the place of ``target``, which takes the other's name."""
+    """Exchange the names of ``temporary`` and ``target``."""
     here = _working_folder()
     if not target.exists():
         os.rename(temporary, target)
@@ -363,7 +368,7 @@ def _exchange(temporary: Path, target: Path) -> None:
             raise
         os.rename(previous, temporary)
     if here is not None and here.is_relative_to(target) and here.is_dir():
-        os.chdir(here)  # or this process would stand in a removed folder
+        os.chdir(here)  # else the working folder would be the removed one
 
 
 def _working_folder() -> Path | None:
@@ -374,7 +379,7 @@ def _working_folder() -> Path | None:
 
 
 def _exchanged_in_one_step(first: Path, second: Path) -> bool:
-    """Swap two names with Linux's ``renameat2``; ``False`` where there is no such call."""
+    """Exchange two names by Linux's ``renameat2``; return ``False`` if that is not supported."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
@@ -411,7 +416,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk take what was written to a file or folder."""
+    """Make the disk store what was written to a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

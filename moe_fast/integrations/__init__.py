@@ -1,1 +1,1 @@
-"""Bridges to libraries that are not core dependencies; each module needs the extra it names."""
+"""Connects moe_fast to libraries outside its core dependencies; modules name their extras."""

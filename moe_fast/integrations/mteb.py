@@ -1,6 +1,6 @@
-"""A mixture of experts as a model that MTEB evaluates.
+"""Wraps a mixture of experts as a model that MTEB evaluates.
 
-Needs the extra ``mteb``.
+It needs the extra ``mteb``.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 
 
 class MTEBEncoder(SentenceTransformerEncoderWrapper):
-    """MTEB's wrapper of a ``SentenceTransformer``, which also chooses each task's domain.
+    """MTEB's wrapper of a ``SentenceTransformer``; it also chooses the domain of each task.
 
     ``mteb.evaluate(MTEBEncoder(model, "me/my-model", domain="medicine"), tasks)``. Prompts, queries
     and documents are handled as by MTEB's own wrapper.
 
-    MTEB keeps results on the disk by a model's name and revision, and would take a mixture for the
-    dense model it was made from. So the name is asked for, and the revision is a hash of the
-    weights, the domains and the prompts: another mixture never gets this one's results.
+    MTEB stores results on the disk by a model's name and revision, and would confuse a mixture with
+    the dense model that it was made from. Therefore ``name`` is required, and the revision is a
+    hash of the weights, the configuration and the settings: another mixture never gets the results
+    of this one.
 
     Args:
         model: the mixture.
-        name: of the model in MTEB's results, ``"organisation/model"``.
-        domain: of the tasks that `task_domains` does not name; ``None``: the learned router, or
-            the model's ``default_domain``.
+        name: the model's name in MTEB's results, ``"organisation/model"``.
+        domain: the domain of tasks that are not in ``task_domains``; ``None``: the learned router,
+            or the model's ``default_domain``.
         task_domains: {name of a task: domain}.
-        truncate: cut texts that are too long for the model, as other models in MTEB do;
+        truncate: whether to cut texts that are too long for the model, as other models in MTEB do;
             ``False``: such a text is an error.
         model_prompts: prompts by task, type of task, or ``"query"`` and ``"document"``, see MTEB's
             wrapper; by default the model's own.
 
     Raises:
-        TypeError: `model` is no `MoESentenceTransformer`.
-        ValueError: a domain that the model does not know, or a name of another form.
+        TypeError: ``model`` is not a ``MoESentenceTransformer``.
+        ValueError: the model does not know a domain, or ``name`` has another form.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class MTEBEncoder(SentenceTransformerEncoderWrapper):
         )
 
     def encode(self, inputs: Any, *, task_metadata: Any, **kwargs: Any) -> Any:
-        """As MTEB's wrapper, with the task's domain."""
+        """Encode as MTEB's wrapper does, in the task's domain."""
         domain = self.task_domains.get(task_metadata.name, self.domain)
         if domain is not None:
             kwargs["domain"] = domain
@@ -84,7 +85,7 @@ class MTEBEncoder(SentenceTransformerEncoderWrapper):
 
 
 def _revision(model: MoESentenceTransformer, settings: Any) -> str:
-    """A hash of the weights, the configuration and the settings."""
+    """Return a hash of the weights, the configuration and the settings."""
     digest = hashlib.sha256(repr((settings, model.max_seq_length, model.prompts)).encode())
     digest.update(model.transformers_model.config.to_json_string().encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,12 +1,13 @@
-"""transformers' MoE models on moe_fast's ops: ``experts_implementation="moe_fast"``.
+"""Runs transformers' MoE models on moe_fast's ops: ``experts_implementation="moe_fast"``.
 
     model = AutoModel.from_pretrained(path, experts_implementation="moe_fast")
     model.set_experts_implementation("moe_fast")
 
-``import moe_fast`` registers it. The model keeps its router and its parameters; the experts run on
-:func:`moe_fast.ops.expert_mlp`, whichever backend that has on the tensors' device. A gate function
-of the model's own (GPT-OSS), interleaved halves, an activation that the ops do not know or a norm
-behind each expert stay as the model has them, between two :func:`moe_fast.ops.expert_linear`.
+``import moe_fast`` registers this name. The model keeps its router and its parameters; its experts
+run on :func:`moe_fast.ops.expert_mlp`, on any backend. Some models have a gate function of their
+own (GPT-OSS), interleaved halves, an activation that the ops lack, or a norm after each expert.
+Then the two projections run on :func:`moe_fast.ops.expert_linear`, and the model's own code runs
+between or after them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _ACTS = {type(ACT2FN[name]): name for name in ACTIVATIONS if name in ACT2FN}
 def experts_forward(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The experts of one layer; transformers' signature.
+    """Compute the experts of one layer; the signature is transformers'.
 
     Args:
         self: the layer's experts module, as ``use_experts_implementation`` describes it.
@@ -42,7 +43,7 @@ def experts_forward(
     """
     up, up_bias = _projection(self, "gate_up_proj" if self.has_gate else "up_proj")
     down, down_bias = _projection(self, "down_proj")
-    # At least float32, and as wide as the rows: the ops sum in the weights' dtype.
+    # At least float32, and at least as wide as the rows, because the ops sum in the weights' dtype.
     weights = top_k_weights.to(compute_dtype(hidden_states.dtype))
     act = _fused_act(self)
     if act is None:
@@ -64,14 +65,14 @@ def experts_forward(
 
 
 def _projection(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight as [E, out, in] (a view) and bias [E, out] or ``None``."""
+    """Return the weight as [E, out, in] (a view), and the bias [E, out] or ``None``."""
     weight = getattr(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     return (weight.mT if experts.is_transposed else weight), bias
 
 
 def _fused_act(experts: Any) -> str | None:
-    """The activation's name if ``expert_mlp`` computes these experts; else ``None``."""
+    """Return the activation's name if ``expert_mlp`` can compute these experts; else ``None``."""
     if experts.has_gate and (not compat.has_usual_gate(experts) or not experts.is_concatenated):
         return None
     if getattr(experts, "has_post_expert_norm", False):
@@ -87,7 +88,7 @@ def _unfused(
     up: tuple[Tensor, Tensor | None],
     down: tuple[Tensor, Tensor | None],
 ) -> Tensor:
-    """Every (token, slot) as a token of its own, so that the model's gate sees plain rows."""
+    """Compute every (token, slot) as a separate token, so that the model's gate gets rows."""
     num_tokens, k = top_k_index.shape
     plan = ops.plan(top_k_index.reshape(-1, 1), experts.num_experts)
     weights = weights.reshape(-1, 1)

@@ -1,4 +1,9 @@
-"""What the losses over embeddings share: encode once, then compare; a temperature."""
+"""Base classes and checks of the losses over embeddings.
+
+:class:`EmbeddingLoss` encodes every text column once and then compares the embeddings;
+:class:`TemperatureLoss` adds a temperature. In every shape, B is the number of rows (texts per
+column) and d the dimension of the embeddings.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +27,11 @@ Columns = Sequence[Mapping[str, Any]]
 class EmbeddingLoss(nn.Module):
     """A loss of the embeddings of a batch's text columns.
 
-    It comes in two halves, :meth:`embed_columns` and :meth:`from_embeddings`, so that a wrapper
-    can call the second alone: with truncated embeddings, or with embeddings made elsewhere.
+    It is computed in two steps, :meth:`embed_columns` and :meth:`from_embeddings`. A wrapper can
+    call the second one alone, on truncated embeddings or on embeddings made elsewhere.
 
     Attributes:
-        model: the encoder: maps a features dict to a dict with ``sentence_embedding`` [B, d].
+        model: the encoder; it maps a features dict to a dict with ``sentence_embedding`` [B, d].
         last_metrics: after a call, detached [] tensors by name; empty before the first call.
     """
 
@@ -37,25 +42,25 @@ class EmbeddingLoss(nn.Module):
         self.last_metrics: dict[str, Tensor] = {}
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Any = None) -> Tensor:
-        """The loss of one batch.
+        """Compute the loss of one batch.
 
         Args:
-            sentence_features: one features dict per column, in the order the class describes, all
-                with the same B rows.
-            labels: what the class describes; most ignore them.
+            sentence_features: one features dict per column, in the order that the class's docstring
+                gives, all with the same B rows.
+            labels: as the class's docstring describes; most losses ignore them.
 
         Returns:
             [] float32 (float64 for a float64 encoder).
 
         Raises:
-            ValueError: for columns or labels that do not fit, before anything is encoded.
+            ValueError: the columns or labels do not fit; raised before anything is encoded.
         """
         columns = list(sentence_features)
         self.check_columns(columns, labels)
         return self.from_embeddings(self.embed_columns(columns), columns, labels)
 
     def embed_columns(self, columns: Columns) -> list[Tensor]:
-        """[B, d] per column: one pass of the encoder over each."""
+        """Encode each column in one forward pass; returns one tensor [B, d] per column."""
         return [
             self.model(encoder_features(self.model, column))["sentence_embedding"]
             for column in columns
@@ -66,34 +71,39 @@ class EmbeddingLoss(nn.Module):
         raise NotImplementedError
 
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
-        """The loss, [], of columns that :meth:`check_columns` let through.
+        """Compute the loss, [], from embeddings of columns that passed :meth:`check_columns`.
 
         Args:
             embeddings: [B, d] per column.
-            columns: their features, for ids (domains, text hashes); not encoded again.
+            columns: the columns' features. Only ids (domains, text hashes) are read from them; the
+                texts are not encoded again.
             labels: as in :meth:`forward`.
         """
         raise NotImplementedError
 
     def num_negatives(self, num_columns: int) -> int:
-        """G, the hard negatives per row among so many columns; they are columns 2 .. 1 + G."""
+        """The number of hard negatives per row, G, from the number of columns.
+
+        Columns 0 and 1 are the anchor and the positive; every further column is a hard negative.
+        """
         return num_columns - 2
 
 
 class TemperatureLoss(EmbeddingLoss):
     """A loss that divides similarities by a temperature, fixed or learned.
 
-    A learned one is the parameter ``log_temperature``, []; it is kept within its bounds.
+    A learned temperature is stored as its logarithm, in the parameter ``log_temperature``, [], and
+    is clamped to its bounds at every call.
 
     Args:
         model: the encoder.
-        temperature: similarities are divided by it; where learned, where it starts.
-        learn_temperature: whether it is a parameter.
-        min_temperature, max_temperature: what a learned temperature is kept within.
+        temperature: similarities are divided by it; if it is learned, its initial value.
+        learn_temperature: whether the temperature is a parameter.
+        min_temperature, max_temperature: bounds of a learned temperature.
         similarity: "cosine" or "dot".
 
     Raises:
-        ValueError: for a value out of range, naming the argument.
+        ValueError: a value is out of range; the message names the argument.
     """
 
     def __init__(
@@ -119,10 +129,10 @@ class TemperatureLoss(EmbeddingLoss):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     def current_scale(self) -> float | Tensor:
-        """1 / temperature; a [] tensor that carries the gradient where it is learned.
+        """Return 1 / temperature; for a learned temperature a [] tensor that has a gradient.
 
-        A learned one is clamped in place, before the graph: clamping inside it would take the
-        gradient from a temperature at its bound, which could then never leave it.
+        A learned temperature is clamped in place, outside the graph. A clamp inside the graph would
+        give a temperature beyond its bound a gradient of 0, so that it could never return.
         """
         if not self.learn_temperature:
             return 1.0 / self._temperature
@@ -133,7 +143,7 @@ class TemperatureLoss(EmbeddingLoss):
 
     @property
     def temperature(self) -> float:
-        """The temperature in use, as a number (on a GPU a learned one costs a sync)."""
+        """The current temperature as a number; reading a learned one on a GPU synchronises."""
         if not self.learn_temperature:
             return self._temperature
         value = math.exp(self.log_temperature.detach().item())
@@ -141,11 +151,11 @@ class TemperatureLoss(EmbeddingLoss):
 
     @property
     def scale(self) -> float:
-        """What similarities are multiplied by, 1 / temperature, as a number."""
+        """The factor on similarities, 1 / temperature, as a number."""
         return 1.0 / self.temperature
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The settings, for the model card; what is learned is given as it is now."""
+        """Return the settings for the model card; learned values as they are now."""
         settings: dict[str, Any] = {}
         for cls in reversed(type(self).__mro__[: type(self).__mro__.index(EmbeddingLoss)]):
             parameters = inspect.signature(cls).parameters.values()
@@ -155,12 +165,12 @@ class TemperatureLoss(EmbeddingLoss):
 
 
 def temperature_metric(scale: float | Tensor, name: str = "temperature") -> dict[str, Tensor]:
-    """``{"temperature": []}`` where it is learned, for ``last_metrics``."""
+    """Return ``{name: temperature []}`` for ``last_metrics``; empty if the temperature is fixed."""
     return {name: 1 / scale.detach()} if isinstance(scale, Tensor) else {}
 
 
 def warn_of_lone_pair() -> None:
-    """Say, in training, that a batch of one pair teaches nothing."""
+    """Log a warning, if gradients are enabled, that a batch of one pair trains nothing."""
     if torch.is_grad_enabled():
         logger.warning(
             "a batch of one pair without hard negatives has nothing to learn from: a loss of 0."
@@ -168,7 +178,7 @@ def warn_of_lone_pair() -> None:
 
 
 def check_num_columns(loss: nn.Module, columns: Columns, at_least: int, meaning: str) -> None:
-    """Raise ``ValueError`` where there are too few text columns; ``meaning`` says what they are."""
+    """Raise ``ValueError`` for fewer than ``at_least`` columns; ``meaning`` describes them."""
     if len(columns) < at_least:
         number = {2: "two", 3: "three"}[at_least]
         raise ValueError(
@@ -178,7 +188,7 @@ def check_num_columns(loss: nn.Module, columns: Columns, at_least: int, meaning:
 
 
 def check_weight(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` can weigh a term of a loss."""
+    """Raise ``ValueError`` unless ``value``, the weight of a term, is at least 0 and finite."""
     if not 0.0 <= value < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite; got {value!r}.")
 

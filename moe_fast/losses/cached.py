@@ -1,4 +1,4 @@
-"""A gradient cache: a loss over a batch of any size, in the memory of a chunk."""
+"""Computes a loss over a batch of any size in the memory of one chunk (a gradient cache)."""
 
 from __future__ import annotations
 
@@ -32,46 +32,47 @@ from moe_fast.ops.checks import check_count
 
 logger = logging.getLogger(__name__)
 
-_UNMEASURED = 4096  # in evaluation before any training; without a graph it takes little memory
+# Tokens per chunk in evaluation before any training. Without a graph a chunk needs little memory.
+_UNMEASURED = 4096
 
 
 class CachedLoss(nn.Module):
-    """A loss whose batch does not have to fit in memory: its gradient is that of the whole batch.
+    """Computes a loss, with the whole batch's gradient, in chunks of the batch (a gradient cache).
 
-    The texts are encoded in chunks, sorted by length, without a graph; the loss is that of all
-    embeddings; its backward pass encodes each chunk once more, with a graph, and hands it its part
-    of the gradient. That costs a second forward, about a third of the step, and saves the padding
-    between texts of unequal lengths. It works under autocast, gradient scaling and accumulation,
-    gradient checkpointing and ``DistributedDataParallel`` (which averages once, with the last
-    chunk), and with parameters of the loss's own. Fully sharded models gather their weights for
-    each chunk: there every process cuts its batch into as many, and ``tokens_per_chunk`` must be
-    given.
+    The texts are sorted by length and encoded in chunks, without a graph; then the loss is computed
+    from all embeddings. The backward pass encodes each chunk once more, with a graph, and
+    propagates the chunk's part of the gradient. The second forward costs about a third of the step;
+    in return, texts of unequal lengths are hardly padded. Autocast, gradient scaling and
+    accumulation, gradient checkpointing, ``DistributedDataParallel`` (which averages once, with the
+    last chunk) and parameters of the loss itself are supported. A fully sharded model gathers its
+    weights for each chunk: all processes cut their batches into equally many chunks, and
+    ``tokens_per_chunk`` must be given.
 
-    A mixture of experts makes, in the second forward, the routing choices of the first. The router
-    losses are those of the whole batch, of all processes: they are functions of sums over tokens,
-    to which every chunk brings its part.
+    The routers of a mixture of experts repeat, in the second forward, their choices of the first.
+    The router losses are those of the whole batch over all processes, because they are functions of
+    sums over tokens, to which every chunk adds its part.
 
-    Equal to the wrapped loss to rounding where dropout is off; with dropout it draws other masks
-    of the same distribution, since the chunks are other batches. Gradients are added to ``.grad``:
-    call ``backward``, not ``torch.autograd.grad``.
+    Without dropout the result equals the wrapped loss up to rounding. With dropout other masks of
+    the same distribution are drawn, because the chunks are other batches. Gradients are added to
+    ``.grad``: call ``backward``, not ``torch.autograd.grad``.
 
-    Columns and labels: the wrapped loss's.
+    Columns and labels are those of the wrapped loss.
 
     Args:
         loss: any loss of this package over embeddings, or :class:`moe_fast.losses.RouterLoss`
             around one.
-        tokens_per_chunk: the one setting for memory: how many tokens, padding included, are
-            encoded at once; a longer text is a chunk of its own. ``None``: chosen on the first
-            batch in training, by measuring; the choice is logged, and saved with the trainer's
-            checkpoints. Where a size that is given proves slow, the log says so.
+        tokens_per_chunk: how many tokens, padding included, are encoded at once; the only setting
+            for memory. A longer text is a chunk of its own. ``None``: the size is chosen on the
+            first training batch, by measuring. It is then logged, and saved with the trainer's
+            checkpoints. If a given size turns out to be slow, a warning is logged.
 
     Attributes:
-        last_metrics: the wrapped loss's and ``padding_avoided``, the share of the batch's padding
-            that the chunks do not have (where it has any).
+        last_metrics: those of the wrapped loss, and ``padding_avoided``: the share of the batch's
+            padding that the chunks leave out (absent if the batch has no padding).
 
     Raises:
-        TypeError: another loss.
-        ValueError: ``tokens_per_chunk`` below 1.
+        TypeError: ``loss`` is not one of the losses above.
+        ValueError: ``tokens_per_chunk`` is below 1.
     """
 
     uses_gradient_cache = True
@@ -102,29 +103,30 @@ class CachedLoss(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """The wrapped loss's encoder."""
+        """The encoder of the wrapped loss."""
         return self.loss.model  # type: ignore[return-value]
 
     @property
     def tokens_per_chunk(self) -> int | None:
-        """The size in use; ``None`` until it is chosen."""
+        """The size in use; ``None`` until it has been chosen."""
         if self.chosen_tokens_per_chunk is None:
             return self._given
         return int(self.chosen_tokens_per_chunk) or None
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Any = None) -> Tensor:
-        """The loss of one batch.
+        """Compute the loss of one batch.
 
         Args:
-            sentence_features, labels: as the wrapped loss wants them; padded, or packed with
-                ``cu_seq_lens_q``.
+            sentence_features, labels: as the wrapped loss takes them. Texts are padded, or packed
+                with ``cu_seq_lens_q``.
 
         Returns:
-            [] as the wrapped loss.
+            [] with the dtype of the wrapped loss.
 
         Raises:
-            ValueError: what the wrapped loss refuses, before anything is encoded; a column that
-                holds no texts, or none at all.
+            ValueError: the wrapped loss refuses the columns or labels (checked before anything is
+                encoded), a column's features are not texts, a column is empty, or the model is
+                fully sharded and ``tokens_per_chunk`` is not given.
         """
         columns = list(sentence_features)
         loss, router_loss = self._parts()
@@ -140,14 +142,14 @@ class CachedLoss(nn.Module):
         return value
 
     def _parts(self) -> tuple[EmbeddingLoss, RouterLoss | None]:
-        """The loss over embeddings, and the router losses where any is in use."""
+        """Return the loss over embeddings, and the router loss if it has a nonzero coefficient."""
         if not isinstance(self.loss, RouterLoss):
             return self.loss, None
         in_use = any(self.loss.coefficients.values())
         return self.loss.loss, self.loss if in_use else None  # type: ignore[return-value]
 
     def _cut(self, columns: Columns) -> list[Chunk]:
-        """The batch's chunks; sets ``last_metrics`` to what they say of padding."""
+        """Cut the batch into chunks; sets ``last_metrics`` to the share of padding avoided."""
         lengths = [text_lengths(column) for column in columns]
         if not all(len(of.tokens) for of in lengths):
             raise ValueError(
@@ -172,7 +174,7 @@ class CachedLoss(nn.Module):
         return chunks
 
     def _size(self, columns: Columns, lengths: Sequence[TextLengths], device: torch.device) -> int:
-        """``tokens_per_chunk``, which the first batch in training chooses or puts to the test."""
+        """Return ``tokens_per_chunk``; the first training batch chooses it or times a given one."""
         known = self.tokens_per_chunk
         if not (torch.is_grad_enabled() and self.model.training) or self._checked:
             return known or _UNMEASURED
@@ -195,7 +197,7 @@ class CachedLoss(nn.Module):
         return self._parts()[0].embed_columns([features])[0]
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The settings, for the model card."""
+        """Return the settings for the model card."""
         return {"loss": type(self.loss).__name__, "tokens_per_chunk": self.tokens_per_chunk}
 
 
@@ -205,7 +207,7 @@ def _described(loss: Any) -> str:
 
 
 def _padding_avoided(lengths: Sequence[TextLengths], chunks: Sequence[Chunk]) -> dict[str, Tensor]:
-    """The share of the batch's padding that the chunks do not have; nothing where it has none."""
+    """Return the share of the batch's padding that the chunks leave out; {} without padding."""
     real = sum(int(of.tokens.sum()) for of in lengths)
     padding = sum(of.padded for of in lengths) - real
     if not padding:

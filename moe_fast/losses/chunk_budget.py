@@ -1,8 +1,9 @@
-"""How many tokens a chunk should have: measured on the texts, the model and the machine at hand.
+"""Chooses the number of tokens of a chunk, by measuring on the texts, the model and the machine.
 
-A chunk must fit in memory with its graph, and should not be so small that the time goes into
-starting things. Both are measured on a block of the batch's own texts: bytes per token from what
-one small forward keeps for its backward pass, time per token from forwards of growing size.
+A chunk must fit in memory with its graph, but if it is too small, fixed costs (such as kernel
+launches) dominate its time. Both are measured on some of the batch's own texts: the bytes per token
+that one small forward pass keeps for its backward pass, and the time per token of forward passes of
+growing size.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ Encode = Callable[[Mapping[str, Any]], Tensor]
 
 SMALLEST = 512  # the first size that is timed
 _LARGEST = 65_536
-_GAIN = 0.05  # what doubling a chunk must save to be worth its memory
+_GAIN = 0.05  # the share of time that doubling a chunk must save to be worth its memory
 _SHARE_OF_MEMORY = 0.5
 _SLOW = 1.25
-_ENOUGH_CHUNKS = 16  # so many in a batch, and the check of a given size costs little
+_ENOUGH_CHUNKS = 16  # with as many in a batch, the check of a given size costs little
 
 
 class ChunkProbe:
-    """Measurements on the texts of one batch; they leave the random state and counts alone.
+    """Measures a model on one batch's texts, without changing random states or routers' counts.
 
     Args:
-        model: what ``encode`` runs.
-        encode: from features to embeddings.
-        columns, lengths: the batch, and :func:`~moe_fast.losses.text_chunks.text_lengths` of it.
-        device: of the features.
+        model: the model that ``encode`` runs.
+        encode: a function from features to embeddings.
+        columns: the features of the batch.
+        lengths: :func:`~moe_fast.losses.text_chunks.text_lengths` of each column.
+        device: the device of the features.
     """
 
     def __init__(
@@ -56,18 +58,21 @@ class ChunkProbe:
         self.model = model
         self.encode = encode
         self.device = device
-        # The column with the most tokens is where the time goes.
+        # The column with the most tokens takes most of the time.
         self._column = max(range(len(columns)), key=lambda c: int(lengths[c].tokens.sum()))
         self._features = columns[self._column]
         self._widths = lengths[self._column].widths.clamp(min=1)
         self._order = self._widths.argsort(stable=True)
 
     def tokens(self) -> int:
-        """How many there are to measure on."""
+        """The number of tokens that can be measured on, those of the largest column."""
         return int(self._widths.sum())
 
     def seconds_per_token(self, num_tokens: int) -> float:
-        """Of a forward without a graph of about so many tokens; the better of two."""
+        """Seconds per token of a forward pass without a graph; the faster of two runs.
+
+        The pass is over about ``num_tokens`` tokens, padding included.
+        """
         features, size = self._block(num_tokens)
         times = []
         for _ in range(2):
@@ -78,7 +83,7 @@ class ChunkProbe:
         return min(times) / size
 
     def bytes_per_token(self, num_tokens: int) -> float:
-        """What a forward of about so many tokens keeps for its backward pass."""
+        """Bytes per token that a forward over about ``num_tokens`` tokens keeps for backward."""
         features, size = self._block(num_tokens)
         aside = without_side_effects(self.model, self.device)
         keeping = kept_for_backward(self.model.parameters())
@@ -87,7 +92,7 @@ class ChunkProbe:
         return sum(kept.values()) / size
 
     def _block(self, num_tokens: int) -> tuple[dict[str, Any], int]:
-        """Features of texts around the median length, and how many tokens they are, padded."""
+        """Return features of texts around the median length, and their tokens, padding included."""
         middle = len(self._order) // 2
         size = max(1, num_tokens // int(self._widths[self._order[middle]]))
         first = max(0, middle - size // 2)
@@ -103,11 +108,11 @@ class ChunkProbe:
 
 
 def choose_tokens_per_chunk(probe: ChunkProbe) -> int:
-    """The smallest chunk that is all but as fast as any that fits; said in the log.
+    """Return the smallest chunk size that is nearly as fast as the best that fits; logs the choice.
 
-    With several processes, of which each must call, the smallest of theirs.
+    Every process must call this; all of them get the smallest of their choices.
     """
-    probe.seconds_per_token(SMALLEST)  # the first run of anything is slow
+    probe.seconds_per_token(SMALLEST)  # a warm-up: the first run is always slow
     bytes_per_token = probe.bytes_per_token(SMALLEST)
     free = free_bytes(probe.device)
     fits = _LARGEST if free is None else int(_SHARE_OF_MEMORY * free / max(bytes_per_token, 1.0))
@@ -132,9 +137,9 @@ def choose_tokens_per_chunk(probe: ChunkProbe) -> int:
 
 
 def warn_if_slow(probe: ChunkProbe, tokens_per_chunk: int) -> None:
-    """Say so where chunks four times the size given are a quarter faster per token.
+    """Log a warning if chunks four times as large take at least a fifth less time per token.
 
-    Nothing is measured where the batch has few chunks: the measuring would be what is slow.
+    Nothing is measured if the largest column has fewer than 16 chunks; it would cost too much.
     """
     if probe.tokens() < _ENOUGH_CHUNKS * tokens_per_chunk:
         return
@@ -153,7 +158,7 @@ def warn_if_slow(probe: ChunkProbe, tokens_per_chunk: int) -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on ``device``; ``None`` where that is not known."""
+    """Return the free memory of ``device`` in bytes; ``None`` if it is not known."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
@@ -167,7 +172,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def most_over_processes(number: int, device: torch.device) -> int:
-    """The largest of all processes' numbers; each must call."""
+    """Return the largest of the processes' numbers; every process must call this."""
     if not several_processes():
         return number
     most = torch.tensor(number, device=device)
@@ -177,10 +182,10 @@ def most_over_processes(number: int, device: torch.device) -> int:
 
 @contextmanager
 def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Collects the bytes of what the block saves for a backward pass, by place in memory.
+    """Collect the bytes that the block saves for a backward pass, {address of the storage: bytes}.
 
     Args:
-        known: tensors that do not count: parameters, which are there anyway.
+        known: tensors that are not counted, such as parameters, which exist anyway.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, int] = {}
@@ -199,8 +204,8 @@ def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 def without_side_effects(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the block, random draws and routed tokens leave no trace.
 
-    The random generators are set back afterwards. The routers leave training mode, in which they
-    route in the same way, but do not count their tokens for the logs.
+    The state of the random generators is restored afterwards. Routers are put into evaluation mode:
+    they route in the same way but do not count their tokens for the logs.
     """
     routers = [m for m in model.modules() if isinstance(m, MoERouter) and m.training]
     for router in routers:

@@ -1,12 +1,12 @@
-"""Encoding a batch in chunks, twice: for its values, and for its gradient.
+"""Encodes a batch in chunks, twice: for the embeddings, and again for the gradient.
 
-    values    each chunk without a graph; what is kept are embeddings, a few sums for the router
-              losses, the random state before each chunk and the routers' choices in it
-    backward  given the gradient of those outputs, each chunk once more, with its graph, under its
-              random state and with its choices; the graph goes before the next chunk comes
+    values    encodes each chunk without a graph, and keeps the embeddings, a few sums for the
+              router losses, and for each chunk the random state before it and the routers' choices
+    backward  takes the gradient of those outputs and encodes each chunk once more, with a graph,
+              with the same random state and choices; a chunk's graph is freed before the next chunk
 
-Together they are one node of the outer graph, :func:`encode_in_chunks`: whatever stands behind it
-(a loss scale, a division by accumulation steps, a loss's own parameters) reaches it as usual.
+Both together are one node of the outer graph, :func:`encode_in_chunks`. A loss scale, a division by
+accumulation steps and parameters of the loss itself therefore work as usual.
 
 Source: Gao et al. (gradient cache), arXiv 2101.06983.
 """
@@ -37,16 +37,17 @@ def encode_in_chunks(
     columns: Sequence[Mapping[str, Any]],
     chunks: Sequence[Chunk],
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Every column's embeddings [B, d], and the whole batch's sums for the router losses.
+    """Return each column's embeddings [B, d], and the sums by name for the router losses.
 
-    With gradients enabled and an encoder that has something to train they carry a graph, whose
-    backward pass adds to the parameters' ``.grad`` (``torch.autograd.grad`` does not see them).
+    If gradients are enabled and the encoder has trainable parameters, the outputs carry a graph.
+    Its backward pass adds to the parameters' ``.grad``; ``torch.autograd.grad`` does not see the
+    parameters.
     """
     encoding = _Encoding(loss, router_loss, columns, chunks)
     trains = any(p.requires_grad for p in loss.model.parameters())
     if torch.is_grad_enabled() and trains:
         encoding.keeps_replay = True
-        handle = torch.zeros((), requires_grad=True)  # what makes autograd ask for the backward
+        handle = torch.zeros((), requires_grad=True)  # makes autograd call the backward
         outputs = _Encode.apply(handle, encoding)
     else:
         with torch.no_grad():
@@ -59,7 +60,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, handle: Tensor, encoding: _Encoding) -> tuple[Tensor, ...]:
         ctx.encoding = encoding
-        ctx.context = contextvars.copy_context()  # a GPU's backward runs in a thread of its own
+        ctx.context = contextvars.copy_context()  # a GPU's backward runs in another thread
         return encoding.values()
 
     @staticmethod
@@ -70,7 +71,7 @@ class _Encode(torch.autograd.Function):
 
 
 class _Encoding:
-    """One batch: its chunks, and what their second forward needs of the first."""
+    """One batch: its chunks, and the state that the second forward takes over from the first."""
 
     def __init__(
         self,
@@ -87,11 +88,11 @@ class _Encoding:
         self._device = chunks[0].rows.device
         self._autocast = _autocast_state(self._device)
         self.keeps_replay = False  # whether `values` keeps what `backward` needs
-        self._random: list[tuple[Tensor, tuple[Any, Any]]] = []  # the CPU's, and the device's
+        self._random: list[tuple[Tensor, tuple[Any, Any]]] = []  # states of the CPU and the device
         self._choices: list[RoutingChoices] = []
 
     def values(self) -> tuple[Tensor, ...]:
-        """The embeddings of each column, then the sums in the order of ``sum_names``."""
+        """Return the embeddings of each column, then the sums in the order of ``sum_names``."""
         parts: list[list[Tensor]] = [[] for _ in self.columns]
         totals: dict[str, Tensor] = {}
         for chunk in self.chunks:
@@ -100,13 +101,13 @@ class _Encoding:
             parts[chunk.column].append(embedding)
             totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
         self.sum_names = list(totals)
-        # Casts that autocast made without a graph must not serve the passes that want one.
+        # Weights that autocast cast without a graph must not be reused in passes that need a graph.
         torch.clear_autocast_cache()
         embeddings = [self._in_order(column, part) for column, part in enumerate(parts)]
         return (*embeddings, *totals.values())
 
     def backward(self, grads: Sequence[Tensor]) -> None:
-        """Adds the gradient to the parameters', given that of the outputs of :meth:`values`."""
+        """Add to the parameters' ``.grad``, given the gradients of :meth:`values`' outputs."""
         of_columns, of_sums = grads[: len(self.columns)], grads[len(self.columns) :]
         with torch.enable_grad(), random_state_kept(self._device):
             for number, chunk in enumerate(self.chunks):
@@ -122,12 +123,12 @@ class _Encoding:
                         _backward(outputs, [of_columns[chunk.column][chunk.rows], *of_sums])
 
     def _in_order(self, column: int, parts: list[Tensor]) -> Tensor:
-        """The column's embeddings [B, d], from those of its chunks."""
+        """Return the column's embeddings [B, d] in the batch's order, from those of its chunks."""
         rows = torch.cat([chunk.rows for chunk in self.chunks if chunk.column == column])
         return torch.cat(parts)[rows.argsort()]
 
     def _encode(self, chunk: Chunk) -> tuple[Tensor, dict[str, Tensor]]:
-        """The chunk's embeddings [n, d] and its part of the sums."""
+        """Return the chunk's embeddings [n, d] and its part of the sums, by name."""
         features = take_rows(self.columns[chunk.column], chunk)
         if self.router_loss is None:
             return self.loss.embed_columns([features])[0], {}
@@ -137,7 +138,7 @@ class _Encoding:
 
     @contextmanager
     def _remembered(self, chunk: Chunk) -> Iterator[None]:
-        """Keeps the random state before the block and the routers' choices in it, if asked to."""
+        """Keep the random state before the block and its routing choices, if ``keeps_replay``."""
         if not self.keeps_replay:
             yield
             return
@@ -156,14 +157,14 @@ class _Encoding:
 
 
 def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
-    """The random state behind the block is that before it, on the CPU and on ``device``."""
+    """Restore the random state of the CPU and of ``device`` at the end of the block."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def _autocast_state(device: torch.device) -> list[dict[str, Any]]:
-    """What ``torch.autocast`` takes to be as it is now, on the CPU and on ``device``."""
+    """Return ``torch.autocast`` arguments that restore its state on the CPU and ``device``."""
     return [
         {
             "device_type": kind,
@@ -176,7 +177,10 @@ def _autocast_state(device: torch.device) -> list[dict[str, Any]]:
 
 
 def without_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Gradients stay this process's own; the last chunk's backward averages all of them."""
+    """Within the block, DistributedDataParallel does not average gradients.
+
+    The backward pass of the last chunk, outside such a block, averages all of them.
+    """
     # torch.compile's wrapper has the model that it compiles as its only child.
     for module in (model, *model.children()):
         if isinstance(module, DistributedDataParallel):
@@ -185,7 +189,7 @@ def without_sync(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def forwards_together(model: nn.Module) -> bool:
-    """Whether every forward waits for the other processes: fully sharded models gather weights."""
+    """Whether all processes must run each forward pass together, as fully sharded models do."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -195,7 +199,7 @@ def forwards_together(model: nn.Module) -> bool:
 
 
 def _backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Backward through those outputs that carry a graph (frozen parts do not)."""
+    """Run backward through the outputs that carry a graph (those of frozen parts do not)."""
     wanted = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
     if wanted:
         torch.autograd.backward([out for out, _ in wanted], [grad for _, grad in wanted])

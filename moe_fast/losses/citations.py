@@ -1,4 +1,4 @@
-"""The sources of the losses in BibTeX, which sentence-transformers puts on a model's card."""
+"""The losses' sources in BibTeX, which sentence-transformers prints on model cards."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _ENTRIES = Path(__file__).with_name("citations.bib").read_text(encoding="utf-8")
 
 
 def citation_of(key: str) -> str:
-    """The entry of this key."""
+    """Return the BibTeX entry with this key; ``StopIteration`` if there is none."""
     return next(entry for entry in _ENTRIES if f"{{{key},\n" in entry)

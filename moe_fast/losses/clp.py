@@ -1,4 +1,4 @@
-"""Contrastive learning penalty: InfoNCE, and negatives kept near the queries they do answer."""
+"""Contrastive learning penalty: InfoNCE that keeps negatives near the queries that they answer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
     See :func:`moe_fast.losses.functional.contrastive_learning_penalty` for the penalty, which has
     no temperature.
 
-    Columns: anchor, positive, G hard negatives, then M queries for each of them: those of
-    negative_1 first. With no column behind the positive the negatives are the other rows'
-    positives, each with its own anchor as the query it answers. Labels are ignored.
+    Columns: anchor, positive, G hard negatives, then M queries that each of them answers: those of
+    the first negative first. If there are only anchor and positive, the penalty is over the pairs
+    of the batch: each positive with its own anchor as the query that it answers. Labels are
+    ignored.
 
     Args:
         model: the encoder, as in :class:`moe_fast.losses.InfoNCELoss`.
-        queries_per_negative: M. It must be said where columns follow the positive, for nothing
-            else tells a fourth column that is a second negative from one that is the first's
-            query. 0: all of them are negatives; the penalty is over the in-batch pairs.
+        queries_per_negative: M. It must be given if columns follow the positive, because nothing
+            else distinguishes a second negative in the fourth column from a query of the first
+            negative. 0: all further columns are negatives, and the penalty is over the pairs of
+            the batch.
         penalty_weight: l, in [0, 1].
         temperature, symmetric, **info_nce: as in :class:`moe_fast.losses.InfoNCELoss`.
 
     Attributes:
-        last_metrics: InfoNCE's, and the detached ``info_nce`` and ``penalty``, not weighted.
+        last_metrics: those of InfoNCE, and the detached ``info_nce`` and ``penalty``, unweighted.
 
     Raises:
         ValueError: for a value out of range, naming the argument.
@@ -61,7 +63,10 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
         self.penalty_weight = penalty_weight
 
     def check_columns(self, columns: Columns, labels: Any) -> None:
-        """Anchor, positive, and 1 + M columns for each hard negative."""
+        """Raise ``ValueError`` unless there are anchor, positive and G * (1 + M) further columns.
+
+        Domain ids must be there if ``negatives_from`` needs them.
+        """
         check_num_columns(
             self, columns, 2, "anchor, positive, then hard negatives, then their queries"
         )
@@ -81,7 +86,11 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
             )
 
     def num_negatives(self, num_columns: int) -> int:
-        """G of 2 + G * (1 + M) columns."""
+        """The number of hard negatives per row, G, from the number of columns.
+
+        A row has an anchor, a positive, G negatives, and M queries for each negative:
+        2 + G * (1 + M) columns. :meth:`check_columns` refuses other counts.
+        """
         return (num_columns - 2) // (1 + (self.queries_per_negative or 0))
 
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
@@ -93,7 +102,7 @@ class ContrastiveLearningPenaltyLoss(InfoNCELoss):
         return (1 - self.penalty_weight) * contrastive + self.penalty_weight * penalty
 
     def _penalty(self, embeddings: list[Tensor], candidates: int) -> Tensor:
-        """The mean over each hard negative's queries, or over the in-batch pairs."""
+        """Average the penalty over the negatives' queries, or else over the batch's pairs."""
         anchors, positives = embeddings[:2]
         negatives, queries = embeddings[2:candidates], embeddings[candidates:]
         if queries:

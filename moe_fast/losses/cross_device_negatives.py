@@ -1,14 +1,16 @@
-"""How processes work their rows against the columns of all of them.
+"""Exchanges columns between processes, so that each compares its own rows with all columns.
 
-A :class:`Shard` is one process's columns. Each process visits every shard once, its own first, and
-what it adds to a shard's sums, or gradients, ends up with the shard's owner:
+Rows are anchors, columns are their candidates: B positives and B * G hard negatives per process.
+A :class:`Shard` holds one process's columns. Each process visits every shard once, its own first,
+and adds to the shard's sums or gradients; the totals end up with the process that owns the shard.
 
-- :class:`AllGather`: all shards come to every process. Memory for all columns and, in the backward,
-  for a gradient of each.
-- :class:`Ring`: shards go round, with their sums or gradients; each process holds two at a time.
+- :class:`AllGather` brings all shards to every process. It needs memory for all columns and, in the
+  backward pass, for a gradient of each.
+- :class:`Ring` passes shards from process to process, with their sums or gradients; each process
+  holds two at a time.
 
-Both give the same result. Every process must make the same calls; processes may hold different
-numbers of rows: nothing is padded.
+Both give the same result. Every process must make the same calls. Processes may hold different
+numbers of rows; nothing is padded.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from moe_fast.ops.info_nce.tiles import Side
 
 @dataclass(frozen=True)
 class Shard:
-    """The columns of one process, of B pairs; fields as of :func:`moe_fast.ops.info_nce`.
+    """The columns of one process with B pairs; fields as in :func:`moe_fast.ops.info_nce`.
 
     Attributes:
         weights: [B], summing to 1 over all processes.
-        negatives: [B * G, d]; none: [0, d].
+        negatives: [B * G, d]; [0, d] if there are none.
     """
 
     b: Tensor
@@ -43,13 +45,13 @@ class Shard:
     group_ids: Tensor | None
 
     def sides(self, cosine: bool) -> tuple[Side, Side | None]:
-        """Positives and hard negatives."""
+        """Return positives and hard negatives (or ``None``) as :class:`Side` objects."""
         ids = (self.row_ids, self.col_ids, self.domain_ids, self.group_ids)
         hard = hard_side(self.negatives, len(self.b), ids, cosine)
         return pair_side(self.b, ids, cosine), hard
 
     def empty(self, num_pairs: int, num_negatives: int) -> Shard:
-        """Memory for another process's shard."""
+        """Allocate uninitialised memory for another process's shard, with these sizes."""
 
         def like(t: Tensor | None, rows: int) -> Any:
             return None if t is None else t.new_empty((rows, *t.shape[1:]))
@@ -65,18 +67,18 @@ class Shard:
         )
 
     def tensors(self) -> list[Tensor]:
-        """Those there are, in one order everywhere."""
+        """Return the tensors that are not ``None``, in the order of the fields."""
         values = (getattr(self, field.name) for field in fields(self))
         return [t for t in values if t is not None]
 
 
-# What a visit does: (shard, what it adds to, whether the shard is this process's own).
+# Functions that visit a shard: (shard, its sums or gradients, whether it is this process's own).
 AddSums = Callable[[Shard, Tensor, bool], None]
 AddGradients = Callable[[Shard, Tensor, Tensor, Tensor, bool], None]
 
 
 class AllGather:
-    """Every shard in every process.
+    """Brings every shard to every process.
 
     Args:
         mine: this process's shard.
@@ -96,7 +98,14 @@ class AllGather:
         self._order = sorted(range(len(sizes)), key=lambda r: r != rank)
 
     def add_sums(self, add: AddSums, like: Tensor) -> Tensor:
-        """[6, B] the sums of this process's columns over the rows of all."""
+        """Return the sums [6, B] of this process's columns over the rows of all processes.
+
+        The six sums are those of :func:`moe_fast.ops.info_nce.tiled.new_sums`.
+
+        Args:
+            add: visits a shard and adds to its sums.
+            like: a tensor of the sums' dtype and device.
+        """
         rank = dist.get_rank()
         sums = [new_sums(len(shard.b), like) for shard in self.shards]
         for r in self._order:
@@ -113,7 +122,15 @@ class AllGather:
     def add_gradients(
         self, add: AddGradients, my_sums: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """[B, d] and [B * G, d] of this process's columns over the rows of all, unfinished."""
+        """Return the gradients [B, d] and [B * G, d] of this process's columns over all rows.
+
+        They still need :func:`moe_fast.ops.info_nce.tiles.finish_columns`.
+
+        Args:
+            add: visits a shard and adds to its gradients.
+            my_sums: what :meth:`add_sums` returned.
+            dtype: of the gradients.
+        """
         rank = dist.get_rank()
         sums = [
             my_sums if r == rank else my_sums.new_empty((len(my_sums), len(shard.b)))
@@ -133,7 +150,7 @@ class AllGather:
 
 
 class Ring:
-    """One visiting shard at a time; arguments and methods as of :class:`AllGather`."""
+    """Passes the shards around, one at a time; arguments and methods as in :class:`AllGather`."""
 
     def __init__(self, mine: Shard, sizes: Sequence[tuple[int, int]]) -> None:
         self.mine = mine
@@ -168,7 +185,7 @@ class Ring:
         return grads
 
     def _following(self, step: int) -> Shard:
-        """Memory for the shard that comes after ``step``: one rank below each time, then home."""
+        """Allocate memory for the next shard: of one rank lower at each step, at last our own."""
         return self.mine.empty(*self._sizes[(dist.get_rank() - step - 1) % len(self._sizes)])
 
     def _pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> None:
@@ -191,13 +208,13 @@ def _new_gradients(shard: Shard, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _wait(messages: Iterable) -> None:
-    for message in list(messages):  # all under way before the first is waited for
+    for message in list(messages):  # start all of them before waiting for the first
         if message is not None:
             message.wait()
 
 
 def table_of(values: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Each process's ``values``, equally many, in the order of ranks."""
+    """Gather the ``values`` of all processes, one list per rank; all must give equally many."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)

@@ -1,4 +1,4 @@
-"""Learning a teacher's ranking of each query's own candidates."""
+"""Distillation: the student learns a teacher's ranking of each query's own candidates."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ from moe_fast.ops.checks import compute_dtype
 class DistillationLoss(TemperatureLoss):
     """KL(teacher || student) over each row's positive and own hard negatives.
 
-    The student's logits are its similarities over ``temperature``, the teacher's its scores over
-    ``teacher_temperature``; see :func:`moe_fast.losses.functional.distillation`. Around a
-    contrastive loss it is that loss plus ``coefficient`` times the divergence, of one encoding.
+    The student's logits are its similarities divided by ``temperature``, the teacher's are its
+    scores divided by ``teacher_temperature``; see
+    :func:`moe_fast.losses.functional.distillation`. Around a contrastive loss the result is that
+    loss plus ``coefficient`` times the divergence; the texts are encoded once.
 
-    sentence-transformers' ``DistillKLDivLoss`` multiplies the divergence by the student's
-    temperature squared, which at .05 leaves next to nothing: ``coefficient=temperature**2`` gives
-    its numbers.
+    sentence-transformers' ``DistillKLDivLoss`` multiplies the divergence by the square of the
+    student's temperature, which makes it very small at .05. ``coefficient=temperature**2`` gives
+    the same numbers.
 
-    Columns: anchor, positive, at least one hard negative, and what else the wrapped loss wants.
+    Columns: anchor, positive, G >= 1 hard negatives, and what else the wrapped loss needs.
     Labels: [B, 1 + G] float teacher scores, the positive's first.
 
     Args:
         model_or_loss: an encoder, as in :class:`moe_fast.losses.InfoNCELoss`, or a loss of this
             package over embeddings that has one.
-        coefficient: of the divergence, >= 0.
-        temperature, learn_temperature, min_temperature, max_temperature: the student's; it is not
-            the wrapped loss's.
-        teacher_temperature: > 0; what the teacher's scores are divided by.
+        coefficient: the factor of the divergence, >= 0.
+        temperature, learn_temperature, min_temperature, max_temperature: for the student's logits
+            in the divergence; the wrapped loss keeps its own temperature.
+        teacher_temperature: > 0; the teacher's scores are divided by it.
         similarity: "cosine" or "dot".
 
     Attributes:
-        last_metrics: the wrapped loss's, and the detached ``distillation``, not weighted, and
-            where learned the ``distillation_temperature``.
+        last_metrics: those of the wrapped loss, the detached ``distillation`` (unweighted) and, if
+            the temperature is learned, ``distillation_temperature``.
 
     Raises:
         ValueError: for a value out of range, naming the argument.
@@ -87,7 +88,10 @@ class DistillationLoss(TemperatureLoss):
         self.teacher_temperature = teacher_temperature
 
     def check_columns(self, columns: Columns, labels: Any) -> None:
-        """At least one hard negative, and a score for each row's positive and negatives."""
+        """Raise ``ValueError`` unless there is a hard negative, and labels are floats [B, 1 + G].
+
+        The wrapped loss checks the columns as well.
+        """
         check_num_columns(self, columns, 3, "anchor, positive, then hard negatives")
         if self.loss is not None:
             self.loss.check_columns(columns, labels)
@@ -102,7 +106,10 @@ class DistillationLoss(TemperatureLoss):
             )
 
     def num_negatives(self, num_columns: int) -> int:
-        """As the wrapped loss's; without one, every column behind the positive."""
+        """The number of hard negatives per row, G, as the wrapped loss counts them.
+
+        Without a wrapped loss every column behind the positive is one.
+        """
         if self.loss is None:
             return super().num_negatives(num_columns)
         return self.loss.num_negatives(num_columns)
@@ -127,6 +134,6 @@ class DistillationLoss(TemperatureLoss):
         return total
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The settings, for the model card; the wrapped loss by its class."""
+        """Return the settings for the model card; the wrapped loss is given by its class name."""
         wrapped = None if self.loss is None else type(self.loss).__name__
         return super().get_config_dict() | {"loss": wrapped}

@@ -1,4 +1,4 @@
-"""Sums over data-parallel processes that a loss of the global batch is made of."""
+"""Sums over data-parallel processes, of which a loss of the global batch is computed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class _GlobalSum(torch.autograd.Function):
-    """Sum over processes; the gradient is that of the sum times the number of processes.
+    """Sums over N processes; the backward pass multiplies the gradient by N.
 
     Every process computes the same loss from the same sums, and DistributedDataParallel averages
-    the gradients of N processes: with the factor N the average is the sum of each process's share,
-    the gradient that one process with the whole batch would have. The general backward, a second
-    all-reduce, would sum N equal gradients to the same.
+    the gradients of the N processes. With the factor N the average becomes the sum of the
+    processes' shares, the gradient that one process with the whole batch would have. The general
+    backward of a sum, a second all-reduce, would add up N equal gradients and give the same.
     """
 
     @staticmethod
@@ -30,14 +30,14 @@ class _GlobalSum(torch.autograd.Function):
 
 
 def several_processes() -> bool:
-    """Whether there is a group of more than one process."""
+    """Whether a process group with more than one process is initialised."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def global_sum(tensor: Tensor) -> Tensor:
-    """``tensor`` summed over all processes, of which each must call; itself where there is one.
+    """Sum ``tensor`` over all processes, each of which must call; one process gets it unchanged.
 
-    To be used for losses that are the same function of the sums on every process, whose parameter
-    gradients are then averaged.
+    The gradient is right only if the loss is the same function of the sums on every process, and
+    the gradients of the parameters are averaged over processes afterwards.
     """
     return _GlobalSum.apply(tensor) if several_processes() else tensor

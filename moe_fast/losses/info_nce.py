@@ -29,42 +29,43 @@ class InfoNCELoss(TemperatureLoss):
 
     The candidates of a row are the positives of the batch and every hard negative; see
     :func:`moe_fast.ops.info_nce` for the mathematics. With its defaults, on a batch without
-    duplicate texts, it is sentence-transformers' ``MultipleNegativesRankingLoss`` (scale 20, one
-    direction): a model trained with that one can change over without a change in numbers, which
-    is why ``symmetric`` is off here unless asked for. ``symmetric=True`` is that loss's
+    duplicate texts, it equals sentence-transformers' ``MultipleNegativesRankingLoss`` (scale 20,
+    one direction). ``symmetric`` is off by default so that a model trained with that loss can
+    switch to this one without a change in numbers. ``symmetric=True`` equals that loss's
     ``directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"``.
 
-    Works on mixture-of-experts and dense encoders alike. No matrix of B x B logits is held, so that
-    the batch may be as large as the embeddings' memory allows.
+    It works for mixture-of-experts and dense encoders alike. The matrix of B x B logits is never
+    held in memory, so the batch may be as large as the memory for the embeddings allows.
 
-    Columns: anchor, positive, any number of hard negatives. Row i's positive is row i or, where
+    Columns: anchor, positive, any number of hard negatives. The positive of row i is row i or, if
     the anchor's features hold ``group_ids`` ([B] int64), every row of its group. Labels are
     ignored.
 
     Args:
         model: a ``SentenceTransformer``, or any module that maps a features dict to a dict with
             ``sentence_embedding`` [B, d].
-        temperature: similarities are divided by it; where learned, where it starts.
+        temperature: similarities are divided by it; if it is learned, its initial value.
         learn_temperature: makes ``log_temperature`` a parameter. The learning rate of an encoder
-            hardly moves it: give it its own (``learning_rate_mapping={"log_temperature": 1e-3}``
-            in sentence-transformers' training arguments). Train with
+            is too small for it: give it its own (``learning_rate_mapping={"log_temperature":
+            1e-3}`` in sentence-transformers' training arguments). Train with
             :class:`moe_fast.training.MoESentenceTransformerTrainer`, which saves and restores it.
-        min_temperature, max_temperature: what a learned temperature is kept within.
+        min_temperature, max_temperature: bounds of a learned temperature.
         similarity: "cosine" or "dot".
-        symmetric: the mean of both directions; positives to anchors sees no hard negatives.
-        mask_duplicates: the same text is never its own negative. Texts are compared by the hashes
-            of :class:`moe_fast.training.DomainDataCollator`, else by their tokens.
+        symmetric: take the mean of both directions, anchors to candidates and positives to
+            anchors; the second has no hard negatives. False: the first alone.
+        mask_duplicates: never take a text as a negative of itself. Texts are compared by the hashes
+            of :class:`moe_fast.training.DomainDataCollator`, or by their tokens without these.
         negatives_from: "all", or "same_domain" (needs the collator's ``domain_ids``).
         label_smoothing: in [0, 1).
-        gather_across_devices: where several processes train, one batch of all their rows: a row's
-            negatives come from every process, and the processes' mean gradient is that of one
-            process with the whole batch. Every process must call, while gradients are recorded;
-            evaluation stays with each process's own rows.
-        exchange: how; "gather" (every process holds all embeddings) or "ring" (two processes' at a
-            time, for batches that one device cannot hold).
+        gather_across_devices: treat the rows of all training processes as one batch: a row's
+            negatives come from every process, and the mean of the processes' gradients is the
+            gradient of one process with the whole batch. Every process must call. Without
+            gradients (in evaluation) each process uses its own rows only.
+        exchange: how columns are exchanged: "gather" (every process holds all embeddings) or
+            "ring" (those of two processes at a time, for batches that one device cannot hold).
 
     Attributes:
-        last_metrics: after a call, the detached ``in_batch_accuracy`` and, where learned, the
+        last_metrics: after a call, the detached ``in_batch_accuracy`` and, if it is learned, the
             ``temperature``, both [] on the device; empty before the first call.
 
     Raises:
@@ -110,11 +111,11 @@ class InfoNCELoss(TemperatureLoss):
 
     @property
     def gathers(self) -> bool:
-        """Whether a call now takes part in one batch of several processes."""
+        """Whether a call now exchanges columns with other processes."""
         return self.gather_across_devices and torch.is_grad_enabled() and several_processes()
 
     def check_columns(self, columns: Columns, labels: Any) -> None:
-        """At least anchor and positive, and the domain ids where they are needed."""
+        """Raise ``ValueError`` if anchor, positive or domain ids that are needed are missing."""
         check_num_columns(self, columns, 2, "anchor, positive, then hard negatives")
         check_masks(columns, self.negatives_from)
 
@@ -134,10 +135,11 @@ class InfoNCELoss(TemperatureLoss):
     def at_lengths(
         self, embeddings: list[Tensor], columns: Columns, dims: Sequence[int]
     ) -> Tensor | None:
-        """The loss of the embeddings cut to each of ``dims``, increasing, [L], in one pass.
+        """Compute the losses [L] of the embeddings cut to each of the L increasing ``dims``.
 
-        ``None`` where each length needs a call of :meth:`from_embeddings`: in a subclass with a
-        loss of its own, and over several processes.
+        All lengths share one pass. Returns ``None`` if :meth:`from_embeddings` must be called for
+        each length instead: in a subclass with a loss of its own, with columns exchanged between
+        processes, and for a batch of one pair.
         """
         own = type(self).from_embeddings is not InfoNCELoss.from_embeddings
         if own or self.gathers or self._is_lone_pair(embeddings):
@@ -152,7 +154,7 @@ class InfoNCELoss(TemperatureLoss):
         return len(embeddings) == 2 and len(embeddings[0]) == 1 and not self.gathers
 
     def _of_lone_pair(self, embeddings: list[Tensor]) -> Tensor:
-        """0, with a gradient of 0: what is left of a data set must not end a whole training."""
+        """Return 0 with a gradient of 0, so that a last, lone row does not end a training."""
         warn_of_lone_pair()
         scale = self.current_scale()
         self._keep_metrics(embeddings[0].new_ones(()), scale)

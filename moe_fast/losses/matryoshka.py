@@ -1,4 +1,4 @@
-"""Matryoshka: one encoding, the loss at several lengths of the embedding."""
+"""Matryoshka: encodes once, and computes a loss at several lengths of the embedding."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from moe_fast.ops.checks import check_count
 class MatryoshkaLoss(EmbeddingLoss):
     """The weighted sum of a loss over the first d' dimensions, for several d'.
 
-    The texts are encoded once. With a loss of cosines it is sentence-transformers'
-    ``MatryoshkaLoss`` around that loss. With one of dot products the truncated embeddings stay as
-    they are, as in ``encode(truncate_dim=...)``; sentence-transformers would normalise them.
-    Around :class:`moe_fast.losses.InfoNCELoss` all lengths cost the products of the longest alone.
+    The texts are encoded once. For a loss of cosine similarities it equals sentence-transformers'
+    ``MatryoshkaLoss`` around that loss. For a loss of dot products the truncated embeddings are not
+    normalised, as in ``encode(truncate_dim=...)``; sentence-transformers would normalise them.
+    Around :class:`moe_fast.losses.InfoNCELoss` all lengths together need no more matrix products
+    than the largest length alone.
 
-    Columns and labels: the wrapped loss's.
+    Columns and labels are those of the wrapped loss.
 
     Args:
-        loss: any loss of this package over embeddings, :class:`moe_fast.losses.RouterLoss` aside,
-            which goes around this one.
-        dims: the lengths, each at least 1 and at most the encoder's dimension. Embeddings at a
-            length that is not named, the full one included, are not trained.
+        loss: any loss of this package over embeddings. :class:`moe_fast.losses.RouterLoss` is not
+            one of them; put it around this loss.
+        dims: the lengths, each at least 1 and at most the encoder's dimension. Only these lengths
+            are trained; name the full one as well if it is to be used.
         weights: one per length, >= 0; by default all 1.
 
     Attributes:
-        last_metrics: the wrapped loss's at the largest length, and each length's loss, not
-            weighted, as ``loss_{d'}``.
+        last_metrics: those of the wrapped loss at the largest length, and each length's unweighted
+            loss as ``loss_{d'}``.
 
     Raises:
-        TypeError: for a loss that has no ``from_embeddings``.
+        TypeError: ``loss`` is not a loss of this package over embeddings.
         ValueError: for lengths or weights that do not fit, naming the argument.
 
     Source: Kusupati et al., arXiv 2205.13147.
@@ -73,18 +74,22 @@ class MatryoshkaLoss(EmbeddingLoss):
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
-        """The wrapped loss's encoder."""
+        """The encoder of the wrapped loss."""
         return self.loss.model
 
     def check_columns(self, columns: Columns, labels: Any) -> None:
-        """As the wrapped loss's; lengths against the encoder's dimension where it tells it."""
+        """Let the wrapped loss check, and raise ``ValueError`` for lengths that are too large.
+
+        The lengths are compared with ``get_embedding_dimension``, if the encoder has it; otherwise
+        :meth:`from_embeddings` finds out.
+        """
         self.loss.check_columns(columns, labels)
         get_dimension = getattr(self.model, "get_embedding_dimension", None)
         if get_dimension is not None:
             self._check_dimension(get_dimension())
 
     def num_negatives(self, num_columns: int) -> int:
-        """As the wrapped loss's."""
+        """The number of hard negatives per row, as the wrapped loss counts them."""
         return self.loss.num_negatives(num_columns)
 
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
@@ -99,13 +104,13 @@ class MatryoshkaLoss(EmbeddingLoss):
     def _at_lengths(
         self, embeddings: list[Tensor], columns: Columns, labels: Any
     ) -> Sequence[Tensor]:
-        """The loss at each of ``dims``."""
+        """Return the loss at each of ``dims``."""
         if isinstance(self.loss, InfoNCELoss):
             shared = self.loss.at_lengths(embeddings, columns, self.dims)
             if shared is not None:
                 return shared.unbind()
         losses = []
-        for dim in self.dims:  # the largest last: its metrics stay in self.loss.last_metrics
+        for dim in self.dims:  # the largest comes last, so that its metrics stay
             truncated = [embedding[:, :dim] for embedding in embeddings]
             losses.append(self.loss.from_embeddings(truncated, columns, labels))
         return losses
@@ -117,5 +122,5 @@ class MatryoshkaLoss(EmbeddingLoss):
             )
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The settings, for the model card."""
+        """Return the settings for the model card."""
         return {"loss": type(self.loss).__name__, "dims": self.dims, "weights": self.weights}

@@ -1,4 +1,4 @@
-"""Multiple negatives ranking with targets from the batch's own similarities."""
+"""Multiple negatives ranking with targets chosen by the batch's own similarities."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from moe_fast.losses.functional import mnr_plus
 
 
 class MultipleNegativesRankingPlusLoss(TemperatureLoss):
-    """Cross entropy both ways, against the rows that the batch's similarities point to.
+    """Cross entropy in both directions, with targets chosen by the batch's own similarities.
 
-    See :func:`moe_fast.losses.functional.mnr_plus` for the mathematics. The defaults are its newer
-    form, without a temperature; the older one is ``learn_temperature=True``.
+    See :func:`moe_fast.losses.functional.mnr_plus` for the mathematics. The defaults give the newer
+    form of the source, without a temperature; ``learn_temperature=True`` gives the older one.
 
     Columns: anchor and positive, no others. Labels are ignored.
 
     Args:
         model: the encoder, as in :class:`moe_fast.losses.InfoNCELoss`.
-        temperature, learn_temperature, min_temperature, max_temperature: logits are divided by
-            it, and the similarities that choose the targets multiplied.
+        temperature, learn_temperature, min_temperature, max_temperature: logits are divided by the
+            temperature; the similarities that choose the targets are multiplied by it.
         similarity: "dot", or "cosine" to normalise first.
 
     Attributes:
         last_metrics: after a call, the detached ``in_batch_accuracy``, ``own_targets`` (the share
-            of targets that are the row's own pair) and, where learned, the ``temperature``.
+            of targets that are the row's own pair) and, if it is learned, the ``temperature``.
 
     Raises:
         ValueError: for a value out of range, naming the argument.
@@ -60,7 +60,7 @@ class MultipleNegativesRankingPlusLoss(TemperatureLoss):
         )
 
     def check_columns(self, columns: Columns, labels: Any) -> None:
-        """Anchor and positive."""
+        """Raise ``ValueError`` unless there are two columns, anchor and positive."""
         if len(columns) != 2:
             raise ValueError(
                 f"{type(self).__name__} needs two text columns (anchor, positive; it has no hard "

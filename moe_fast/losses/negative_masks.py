@@ -1,4 +1,4 @@
-"""Which pairs of a batch are each other's negatives: duplicates, domains, groups."""
+"""Masks pairs of a batch that must not be negatives: duplicates, other domains, groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEGATIVES_FROM = ("all", "same_domain")
 
 
 def check_masks(columns: Sequence[Mapping[str, Any]], negatives_from: str) -> None:
-    """Raise ``ValueError`` where ``negatives_from`` needs domain ids that are not there."""
+    """Raise ``ValueError`` if ``negatives_from`` needs domain ids that are missing."""
     if negatives_from == "same_domain" and "domain_ids" not in columns[0]:
         raise ValueError(
             'negatives_from="same_domain" needs domain_ids in the features; got '
@@ -26,11 +26,14 @@ def check_masks(columns: Sequence[Mapping[str, Any]], negatives_from: str) -> No
 def batch_masks(
     columns: Sequence[Mapping[str, Any]], mask_duplicates: bool, negatives_from: str
 ) -> dict[str, Any]:
-    """``row_ids``, ``col_ids``, ``domain_ids`` and ``group_ids`` for :func:`moe_fast.ops.info_nce`.
+    """Return the ids from which :func:`moe_fast.ops.info_nce` makes its masks, by name.
+
+    These are ``row_ids``, ``col_ids``, ``domain_ids`` and ``group_ids``. Ids that are not used, or
+    not there, are ``None``.
 
     Args:
         columns: the features of anchor, positive and hard negatives.
-        mask_duplicates: whether the same text is never its own negative.
+        mask_duplicates: whether a text must never be a negative of itself.
         negatives_from: one of :data:`NEGATIVES_FROM`.
     """
     row_ids = col_ids = None
@@ -47,7 +50,11 @@ def batch_masks(
 
 
 def interleave(columns: Sequence[Tensor]) -> Tensor:
-    """G columns [B, ...] to [B * G, ...]: row i's are at ``i * G .. i * G + G - 1``."""
+    """Interleave G columns [B, ...] to [B * G, ...], row i's at ``i * G .. i * G + G - 1``.
+
+    Raises:
+        ValueError: the columns differ in shape.
+    """
     shapes = {tuple(column.shape) for column in columns}
     if len(shapes) > 1:
         raise ValueError(f"the negative columns must have one shape; got {sorted(shapes)}.")

@@ -1,4 +1,4 @@
-"""Router losses, added to any loss of a mixture-of-experts encoder."""
+"""Adds router losses to any loss of a mixture-of-experts encoder."""
 
 from __future__ import annotations
 
@@ -30,49 +30,54 @@ from moe_fast.ops.checks import check_count
 
 
 class RouterLoss(nn.Module):
-    """A loss plus what its encoder's routers are to learn beside it.
+    """Adds weighted losses of the encoder's routers to another loss.
 
-    With one coefficient each, summed over MoE layers (or their mean, see ``reduction``) and taken
-    over the real tokens of all text columns (see :mod:`moe_fast.losses.functional` for the
-    mathematics):
+    Each term has a coefficient. It is computed over the real tokens of all text columns and summed
+    over MoE layers (or averaged, see ``reduction``). With E experts, f_e the share of routed slots
+    that went to expert e and P_e its mean probability:
 
         total = loss + load_balance * (E sum_e f_e P_e) + z_loss * mean(logsumexp^2)
                 - mutual_information * I(domain; expert) + expert_supervision * cross entropy
 
-    ``expert_supervision`` averages the logits over layers before it; domain i is expert i's. In
-    training under ``torch.distributed`` the batch is that of all processes: the gradients that
-    DistributedDataParallel averages are those of one process with the whole batch. Without
-    gradients (in evaluation) every process takes its own batch, since their numbers may differ.
+    See :mod:`moe_fast.losses.functional` for the mathematics. ``expert_supervision`` averages the
+    logits over layers first; expert i is the target of domain i. In training under
+    ``torch.distributed`` the terms are those of the batch of all processes: the average gradient of
+    DistributedDataParallel is the one that a single process with the whole batch would have.
+    Without gradients (in evaluation) every process uses its own batch, because processes may have
+    different numbers of batches.
 
-    Hallee et al. (arXiv 2401.15713) use 0.05 for balance and 0.01 for the others. Their balance is
-    one term pooled over all layers (of sentences' means, counting the first choice), ours is a sum
-    over layers: with L layers their 0.05 is about 0.05 / L here, or 0.05 with ``reduction="mean"``.
+    Hallee et al. (arXiv 2401.15713) use 0.05 for balance and 0.01 for the others. Their balance
+    term is computed once over all layers (from means of sentences, counting the first choice), ours
+    is a sum over layers: with L layers their 0.05 is about 0.05 / L here, or 0.05 with
+    ``reduction="mean"``.
 
     Args:
-        loss: any loss with its encoder as ``model``, this package's or sentence-transformers', but
-            one that encodes without gradients: :class:`moe_fast.losses.CachedLoss` goes around
-            this loss, not into it.
+        loss: any loss of this package or of sentence-transformers that has its encoder as ``model``
+            and encodes with gradients. A gradient cache does not: put
+            :class:`moe_fast.losses.CachedLoss` around this loss.
         load_balance, z_loss, mutual_information, expert_supervision: the coefficients, >= 0.
         reduction: over MoE layers, "sum" or "mean" (a coefficient then means the same whatever the
             number of layers). ``expert_supervision`` is one term of all layers either way.
-        num_domains: how many domain ids there are; by default as many as the encoder's config
-            names. Needed by the last two terms.
-        joint_decay: in (0, 1): the joint distribution of domain and expert is a running one,
-            ``decay * running + (1 - decay) * batch``, for batches too small to tell it, or of one
-            domain each. Only the batch's part has a gradient. The running joint is a buffer,
-            ``running_joint`` [layers, domains, E], saved with the trainer's checkpoints; it moves
-            in training only, and evaluation takes each batch's own.
+        num_domains: the number of domain ids; by default that of the domains in the encoder's
+            config. The last two terms need it.
+        joint_decay: in (0, 1). Estimates the joint distribution of domain and expert by a moving
+            average, ``decay * running + (1 - decay) * batch``, for batches that are small or have
+            one domain each. Only the batch's part has a gradient. The average is a buffer,
+            ``running_joint`` [layers, domains, E], saved with the trainer's checkpoints. It is
+            updated in training only; evaluation uses the distribution of each batch. ``None``: so
+            does training.
 
     Attributes:
-        last_metrics: the wrapped loss's and, detached, ``load_balance``, ``z_loss`` and
-            ``expert_supervision`` without their coefficients (the first two reduced over layers as
-            ``reduction`` says), and ``mutual_information`` in nats,
-            the mean over layers; those with a coefficient other than 0.
+        last_metrics: those of the wrapped loss and, detached and without coefficients,
+            ``load_balance``, ``z_loss`` (both reduced over layers as ``reduction`` says),
+            ``expert_supervision``, and ``mutual_information`` in nats (the mean over layers). Terms
+            with a coefficient of 0 are left out.
 
     Raises:
-        TypeError: a loss without a ``model``.
-        ValueError: for a value out of range, a gradient cache, a model without routers or whose
-            routing is enforced, and more domains than experts to supervise.
+        TypeError: ``loss`` has no ``model``.
+        ValueError: a value is out of range, ``loss`` is a gradient cache, the model has no routers
+            or enforced routing, ``num_domains`` is needed but not known, or
+            ``expert_supervision`` has more domains than experts.
     """
 
     running_joint: Tensor | None
@@ -126,7 +131,7 @@ class RouterLoss(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """The wrapped loss's encoder."""
+        """The encoder of the wrapped loss."""
         return self.loss.model  # type: ignore[return-value]
 
     def _checked_num_domains(self, given: int | None, num_experts: int) -> int | None:
@@ -148,24 +153,24 @@ class RouterLoss(nn.Module):
         return num_domains
 
     def _needs_domains(self) -> list[str]:
-        """The terms in use that need domain ids."""
+        """Return the names of the terms in use that need domain ids."""
         names = ("mutual_information", "expert_supervision")
         return [name for name in names if self.coefficients[name] > 0]
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Any = None) -> Any:
-        """The total of one batch.
+        """Compute the total of one batch.
 
         Args:
-            sentence_features, labels: as the wrapped loss wants them; for mutual information and
-                supervision every column needs ``domain_ids`` [B] int64.
+            sentence_features, labels: as the wrapped loss takes them. For ``mutual_information``
+                and ``expert_supervision`` every column needs ``domain_ids`` [B] int64.
 
         Returns:
-            [] as the wrapped loss; where that returns a dict of terms, the dict with one more,
-            ``router``.
+            [] with the dtype of the wrapped loss. If that returns a dict of terms, the same dict
+            with one more term, ``router``.
 
         Raises:
-            ValueError: missing ``domain_ids``, ids out of range (where values are checked), or an
-                encoder that runs without gradients inside the loss.
+            ValueError: ``domain_ids`` are missing or (if values are checked) out of range, or the
+                encoder ran without gradients inside the loss.
         """
         columns = list(sentence_features)
         if not any(self.coefficients.values()):
@@ -179,7 +184,10 @@ class RouterLoss(nn.Module):
         return {**loss, "router": router} if isinstance(loss, Mapping) else loss + router
 
     def check_domain_ids(self, columns: Columns) -> None:
-        """Raise ``ValueError`` for domain ids that a term in use needs and a column lacks."""
+        """Raise ``ValueError`` if a term in use needs domain ids, and a column lacks them.
+
+        Ids out of range raise it too, if values are checked.
+        """
         for number, column in enumerate(columns if self._needs_domains() else ()):
             if "domain_ids" not in column:
                 raise ValueError(
@@ -190,12 +198,12 @@ class RouterLoss(nn.Module):
             check_ids("domain_ids", column["domain_ids"], "num_domains", self.num_domains or 0)
 
     def statistics(self, record: RoutingRecord, columns: Columns) -> dict[str, Tensor]:
-        """What the terms in use are made of: sums over the record's tokens, with their graph.
+        """Compute the sums over tokens that :meth:`from_statistics` makes the terms of.
 
-        Those of the parts of a batch add up to the batch's, by name.
+        The sums carry their graph. If a batch is encoded in parts, add up the parts' sums by name.
 
         Args:
-            record: of one encoding of ``columns``, one after the other.
+            record: the routing of one encoding of ``columns``, in their order.
             columns: the features that were encoded.
         """
         sums: dict[str, Tensor] = {}
@@ -219,10 +227,10 @@ class RouterLoss(nn.Module):
         return sums
 
     def from_statistics(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms, [], of the whole batch's :meth:`statistics`.
+        """Compute the weighted sum of the terms, [], from the :meth:`statistics` of a whole batch.
 
-        Sums over processes too, moves the running joint and sets ``last_metrics``; the wrapped
-        loss has been called before. One call per batch.
+        Also adds up the sums of all processes, updates the running joint and sets ``last_metrics``.
+        Call it once per batch, after the wrapped loss.
         """
         reduce = global_sum if torch.is_grad_enabled() else one_process
         terms, metrics = {}, {}
@@ -244,17 +252,17 @@ class RouterLoss(nn.Module):
         return torch.stack(weighted).sum()
 
     def _information(self, joint: Tensor) -> Tensor:
-        """I(domain; expert) of each layer, [layers], in nats; moves the running joint."""
+        """Return I(domain; expert) of each layer, [layers], in nats; updates the running joint."""
         training = self.model.training and torch.is_grad_enabled()
         if self.running_joint is None or self.joint_decay is None or not training:
             return mutual_information(joint)
         mixed = self.joint_decay * self.running_joint + (1 - self.joint_decay) * joint
         self.running_joint.copy_(mixed.detach())
-        # It starts from zeros: its sum is 1 - decay^steps.
+        # The average starts from zeros, so its sum is 1 - decay^steps; divide by it.
         return mutual_information(mixed / mixed.detach().sum((-2, -1), keepdim=True))
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The settings, for the model card."""
+        """Return the settings for the model card."""
         return {
             "loss": type(self.loss).__name__,
             **self.coefficients,
@@ -265,7 +273,10 @@ class RouterLoss(nn.Module):
 
 
 def _sentence_ids(record: RoutingRecord, num_texts: int) -> Tensor:
-    """[T] int64: the text of every token, as numbered in the columns one after the other."""
+    """Return the text of every token, [T] int64, numbered through all columns.
+
+    Raises ``ValueError`` if the loss did not encode each column exactly once.
+    """
     if record.sentence_ids is None or record.num_sentences != num_texts:
         raise ValueError(
             f"cannot tell the domain of what was encoded: the columns hold {num_texts} texts, the "
@@ -275,7 +286,10 @@ def _sentence_ids(record: RoutingRecord, num_texts: int) -> Tensor:
 
 
 def _learned_routers(model: nn.Module) -> tuple[int, int]:
-    """(layers, E) of the model's routers, which get their recording hooks here."""
+    """Put the recording hooks on the model's routers; return (number of layers, E).
+
+    Raises ``ValueError`` if the model has no routers, or if its routing is enforced.
+    """
     routers = hook_routers(model)
     if not routers:
         raise ValueError(

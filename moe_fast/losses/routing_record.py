@@ -1,9 +1,9 @@
-"""Recording what every router decided while a loss encodes a batch.
+"""Records the decisions of every router while a loss encodes a batch.
 
-A forward hook on each :class:`moe_fast.layers.MoERouter` writes to a record, when one is open. The
-hooks stay on the routers (``torch.compile`` ignores hooks that come after its first trace) and do
-nothing outside a record: not in the second forward of gradient checkpointing, which runs in the
-backward pass, and not in evaluation. The hook holds no state, so that models are copied as before.
+A forward hook on each :class:`moe_fast.layers.MoERouter` writes to a record, if one is open. The
+hooks stay on the routers, because ``torch.compile`` ignores hooks that are added after its first
+trace. Outside a record they do nothing: in evaluation, or in the second forward of gradient
+checkpointing, which runs in the backward pass. The hook holds no state, so models can be copied.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from moe_fast.ops.route.reference import sentence_of_token
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """Everything that was routed in one forward of a loss: L layers, T tokens of S sentences.
+    """The routing of one forward pass of a loss: T tokens of S sentences, E experts, K choices.
 
     Attributes:
         logits: [layers, T, E], with their graph.
-        top_k_index: [layers, T, K] int64; padding has ids >= E.
+        top_k_index: [layers, T, K] int64; padding tokens have ids >= E.
         token_mask: [T] bool, True for real tokens.
-        num_sentences: S, or ``None`` where a batch had no sentences.
-        sentence_ids: [T] int64 in [0, S), in the order of encoding, or ``None``.
+        num_sentences: S; ``None`` if a batch was encoded without sentence boundaries.
+        sentence_ids: [T] int64 in [0, S), in the order of encoding; ``None`` as above.
     """
 
     logits: Tensor
@@ -42,15 +42,18 @@ class RoutingRecord:
 
 
 class Recorder:
-    """Collects the calls of some routers; see :func:`record_routing`."""
+    """Collects the outputs of some routers; see :func:`record_routing`."""
 
     def __init__(self, routers: list[MoERouter]) -> None:
-        # What each router returned for each batch of texts, and where the texts start.
+        # For each router and batch of texts: its output, and the starts of the texts.
         self._calls: dict[MoERouter, list[tuple[Any, Tensor | None]]] = {r: [] for r in routers}
         self._with_grad = torch.is_grad_enabled()
 
     def add(self, router: MoERouter, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keeps one call; other models' routers (a guide's) are none of ours."""
+        """Keep one output of a router; routers of other models (such as a guide) are ignored.
+
+        Raises ``ValueError`` if the router ran without gradients in a record opened with gradients.
+        """
         if router not in self._calls:
             return
         if self._with_grad and not torch.is_grad_enabled():
@@ -63,7 +66,7 @@ class Recorder:
         self._calls[router].append((output, sentence_starts(*inputs)))
 
     def result(self) -> RoutingRecord:
-        """All calls as one batch, in the order of encoding.
+        """Join all calls to one batch, in the order of encoding.
 
         Raises:
             RuntimeError: nothing was recorded, or not every router ran equally often.
@@ -86,7 +89,10 @@ class Recorder:
 
 
 def sentence_starts(hidden_states: Tensor, info: RoutingInfo) -> Tensor | None:
-    """[B + 1] int64, where a router's sentences start among its tokens; ``None`` without any."""
+    """Return the first token of each of the B sentences, then the end: [B + 1] int64.
+
+    ``None`` if the router's input has no sentence boundaries.
+    """
     if info.cu_seqlens is not None:
         return info.cu_seqlens.to(torch.int64)
     if hidden_states.dim() != 3:
@@ -98,7 +104,10 @@ def sentence_starts(hidden_states: Tensor, info: RoutingInfo) -> Tensor | None:
 def _join_sentences(
     calls: list[tuple[Any, Tensor | None]],
 ) -> tuple[int | None, Tensor | None]:
-    """The sentences of all calls, numbered through; ``None`` where a batch had none."""
+    """Number the sentences of all calls consecutively; (None, None) if a batch had none.
+
+    Returns their number and the sentence of every token [T].
+    """
     total, parts = 0, []
     for output, starts in calls:
         if starts is None:
@@ -113,9 +122,9 @@ _RECORDER: ContextVar[Recorder | None] = ContextVar("moe_fast_routing_recorder",
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[Recorder]:
-    """Record every router of ``model`` (wrappers are looked through) within the block.
+    """Record every router of ``model`` within the block; routers inside wrappers are found too.
 
-    A record opened inside another takes its place until it closes.
+    While a record is open inside another, only the inner one records.
     """
     recorder = Recorder(hook_routers(model))
     token = _RECORDER.set(recorder)
@@ -126,7 +135,7 @@ def record_routing(model: nn.Module) -> Iterator[Recorder]:
 
 
 def hook_routers(model: nn.Module) -> list[MoERouter]:
-    """The model's routers, in the order of its layers, each with the recording hook on it."""
+    """Return the model's routers in the order of its layers, with the recording hook on each."""
     routers = [module for module in model.modules() if isinstance(module, MoERouter)]
     for router in routers:
         if not has_forward_hook(router, _record_call):
@@ -134,7 +143,7 @@ def hook_routers(model: nn.Module) -> list[MoERouter]:
     return routers
 
 
-@torch.compiler.disable  # a break in the graph per router, in place of a hook that is never run
+@torch.compiler.disable  # a graph break per router; traced, the hook would never run
 def _record_call(router: MoERouter, inputs: tuple[Any, ...], output: Any) -> None:
     recorder = _RECORDER.get()
     if recorder is not None:

@@ -1,11 +1,11 @@
-"""Making a router's choices a second time, whatever its logits say by then.
+"""Replays the routing choices of a first forward pass in a second one, whatever its logits are.
 
-A second forward of the same texts, with the same random state, may round differently (with a graph
-other kernels may run, and sums of threads come in any order). Where two experts are all but tied
-that turns a choice over, and the gradient belongs to another function than the value did.
+A second forward pass over the same texts, with the same random state, may round differently: with
+a graph other kernels may run, and threads add up in any order. If two experts are almost tied, the
+choice may then change, and the gradient would belong to another function than the value.
 
-As the recording hooks of :mod:`moe_fast.losses.routing_record` these stay on the routers and do
-nothing outside the blocks below. What they do is kept by router, not by thread: gradient
+Like the hooks of :mod:`moe_fast.losses.routing_record`, these stay on the routers and do nothing
+outside the blocks below. The active choices are stored by router, not by thread, because gradient
 checkpointing runs a layer again in a thread of the backward pass.
 """
 
@@ -29,30 +29,34 @@ _COMPACT = torch.int16
 
 
 class RoutingChoices:
-    """The experts that a model's routers chose in one forward: captured, then replayed.
+    """The experts that a model's routers chose in one forward pass, for a second one.
 
     Args:
-        model: its routers' hooks get on them here; wrappers are looked through.
+        model: the model whose routers get the hooks here; routers inside wrappers are found too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.routers = hook_choices(model)
-        self._chosen: dict[MoERouter, Tensor] = {}  # [T, K] each
+        self._chosen: dict[MoERouter, Tensor] = {}  # [T, K] each: tokens, choices
 
     def capturing(self) -> AbstractContextManager[None]:
-        """Within the block the routers choose, each once, and their choices are kept.
+        """Within the block, keep the choices of every router; each may run once.
 
         Raises:
-            RuntimeError: a router ran twice: which of its choices to make again is not known.
+            RuntimeError: a router ran twice, so that it is unclear which of its choices to replay.
         """
         return _active(_CAPTURING, self)
 
     def replaying(self) -> AbstractContextManager[None]:
-        """Within the block the routers make the captured choices, as often as they run."""
+        """Within the block, routers return the captured choices, however often they run."""
         return _active(_REPLAYING, self)
 
     def capture(self, router: MoERouter, output: Any) -> None:
-        """Keeps one router's choices, in two bytes each where the experts' number allows it."""
+        """Store the expert ids that one router chose, for replay in the second forward pass.
+
+        They are stored as int16 if the number of experts fits, else as int32. Raises
+        ``RuntimeError`` if the router has run before.
+        """
         if router in self._chosen:
             raise RuntimeError(
                 "a router ran twice in one forward of the encoder; a gradient cache can replay "
@@ -63,7 +67,11 @@ class RoutingChoices:
         self._chosen[router] = index.to(_COMPACT if compact else torch.int32)
 
     def replay(self, router: MoERouter, inputs: tuple[Any, ...], output: Any) -> Any:
-        """The router's output with the captured choices in place of its own."""
+        """Return the router's output with the captured choices in place of its own.
+
+        The weights of the chosen experts are computed from the new logits. The output of a router
+        without captured choices is returned as it is.
+        """
         if router not in self._chosen:
             return output
         index = self._chosen[router].to(torch.int64)
@@ -84,7 +92,10 @@ _REPLAYING: WeakKeyDictionary[MoERouter, RoutingChoices] = WeakKeyDictionary()
 
 
 def hook_choices(model: nn.Module) -> list[MoERouter]:
-    """The model's routers that choose, each with the hook on it, before any that records."""
+    """Return the model's routers that choose experts, with the replay hook on each.
+
+    The hook runs before all others, so that a recording hook sees the replayed choices.
+    """
     routers = [
         module
         for module in model.modules()
@@ -109,7 +120,7 @@ def _active(
             del where[router]
 
 
-@torch.compiler.disable  # a break in the graph per router, in place of a hook that is never run
+@torch.compiler.disable  # a graph break per router; traced, the hook would never run
 def _choose(router: MoERouter, inputs: tuple[Any, ...], output: Any) -> Any:
     replaying, capturing = _REPLAYING.get(router), _CAPTURING.get(router)
     if replaying is not None:

@@ -21,11 +21,11 @@ from moe_fast.ops.checks import check_choice
 
 
 class SigmoidLoss(TemperatureLoss):
-    """Every pair of the batch is a yes or a no of its own: no softmax over the candidates.
+    """Classifies every pair of the batch as positive or negative, without a softmax.
 
     See :func:`moe_fast.losses.functional.sigmoid_loss` for the mathematics. The temperature is
     learned as its logarithm (from .1: a scale of 10, SigLIP's start) and so is the bias, from -10;
-    give both a learning rate of their own, as :class:`moe_fast.losses.InfoNCELoss` says.
+    give both a learning rate of their own, as described in :class:`moe_fast.losses.InfoNCELoss`.
 
     Columns: anchor, positive, any number of hard negatives; ``group_ids`` as in
     :class:`moe_fast.losses.InfoNCELoss`. Labels are ignored.
@@ -34,13 +34,13 @@ class SigmoidLoss(TemperatureLoss):
         model: the encoder, as in :class:`moe_fast.losses.InfoNCELoss`.
         temperature, learn_temperature, min_temperature, max_temperature: the scale is 1 /
             temperature.
-        bias: what is added to the scaled similarities; where learned, where it starts.
+        bias: is added to the scaled similarities; if it is learned, its initial value.
         learn_bias: makes ``logit_bias`` a parameter.
         similarity: "cosine" or "dot".
         mask_duplicates, negatives_from: as in :class:`moe_fast.losses.InfoNCELoss`.
 
     Attributes:
-        last_metrics: after a call, the detached ``in_batch_accuracy`` and, where learned, the
+        last_metrics: after a call, the detached ``in_batch_accuracy`` and, if they are learned, the
             ``temperature`` and the ``logit_bias``.
 
     Raises:
@@ -82,7 +82,7 @@ class SigmoidLoss(TemperatureLoss):
             self.logit_bias = nn.Parameter(torch.tensor(self._bias))
 
     def check_columns(self, columns: Columns, labels: Any) -> None:
-        """At least anchor and positive, and the domain ids where they are needed."""
+        """Raise ``ValueError`` if anchor, positive or domain ids that are needed are missing."""
         check_num_columns(self, columns, 2, "anchor, positive, then hard negatives")
         check_masks(columns, self.negatives_from)
 
@@ -107,5 +107,5 @@ class SigmoidLoss(TemperatureLoss):
 
     @property
     def bias(self) -> float:
-        """The bias in use, as a number (on a GPU a learned one costs a sync)."""
+        """The current bias as a number; reading a learned one on a GPU synchronises."""
         return self.logit_bias.item() if self.learn_bias else self._bias

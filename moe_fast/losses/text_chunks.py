@@ -1,8 +1,8 @@
-"""Cutting a batch's text columns into chunks of a bounded number of tokens, by length.
+"""Cuts a batch's text columns into chunks of a bounded number of tokens, by length.
 
-A chunk's texts are of one column and of about one length, so that hardly any padding is left in it;
-the longest come first, so that a chunk that does not fit in memory fails at once. A chunk names the
-rows it has: what belongs to them (labels, ids) stays in the order of the batch.
+The texts of a chunk are of one column and of similar length, so that there is hardly any padding.
+The longest come first, so that a chunk that does not fit in memory fails at once. A chunk holds the
+numbers of its rows in the batch; labels and ids stay in the order of the batch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Chunk:
     """Some rows of one text column.
 
     Attributes:
-        column: its number.
+        column: the number of the column.
         rows: [n] int64 on the features' device.
-        width: of its longest text: tokens up to the last real one, padding on the left included.
+        width: the width of its longest text (see :class:`TextLengths`).
     """
 
     column: int
@@ -38,12 +38,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TextLengths:
-    """Of the B texts of a column.
+    """The lengths of the B texts of a column.
 
     Attributes:
-        tokens: [B] int64 on the CPU, real tokens.
-        widths: [B] int64 on the CPU, tokens up to the last real one.
-        padded: tokens of the column as it came, padding included.
+        tokens: [B] int64 on the CPU, the number of real tokens.
+        widths: [B] int64 on the CPU, the number of tokens up to the last real one; it includes
+            padding on the left.
+        padded: the number of tokens of the whole column as it was given, padding included.
     """
 
     tokens: Tensor
@@ -52,10 +53,10 @@ class TextLengths:
 
 
 def text_lengths(features: Features) -> TextLengths:
-    """The lengths of a column's texts, padded or packed.
+    """Return the lengths of a column's texts, padded or packed.
 
     Raises:
-        ValueError: features that are no texts.
+        ValueError: the features are not texts.
     """
     if _STARTS in features:
         tokens = features[_STARTS].diff().to("cpu", torch.int64)
@@ -79,13 +80,14 @@ def text_lengths(features: Features) -> TextLengths:
 def cut_by_length(
     lengths: Sequence[TextLengths], tokens_per_chunk: int, device: torch.device
 ) -> list[Chunk]:
-    """Chunks of at most ``tokens_per_chunk`` tokens, padding included, that cover every text.
+    """Cut all texts into chunks of at most ``tokens_per_chunk`` tokens, padding included.
 
     A text that is longer than that is a chunk of its own.
 
     Args:
         lengths: one per column.
-        device: of the chunks' rows.
+        tokens_per_chunk: at least 1.
+        device: the device of the chunks' rows.
     """
     chunks = []
     for column, of in enumerate(lengths):
@@ -101,10 +103,12 @@ def cut_by_length(
 
 
 def split_into(chunks: Sequence[Chunk], number: int) -> list[Chunk]:
-    """``number`` chunks, or as many as there are: those of most texts are halved.
+    """Halve the chunks with most texts until there are ``number`` chunks.
+
+    Chunks that are already as many, or more, stay as they are.
 
     Raises:
-        ValueError: there are not so many texts.
+        ValueError: there are fewer texts than that.
     """
     chunks = list(chunks)
     while len(chunks) < number:
@@ -122,10 +126,10 @@ def split_into(chunks: Sequence[Chunk], number: int) -> list[Chunk]:
 
 
 def take_rows(features: Features, chunk: Chunk) -> dict[str, Any]:
-    """The chunk's part of its column's features, as new tensors; what has no rows goes along.
+    """Return the chunk's part of its column's features; values without rows are passed on.
 
     Raises:
-        ValueError: a tensor that has neither one entry per text nor one per token.
+        ValueError: a tensor has neither one entry per text nor one per token.
     """
     if _STARTS in features:
         return _take_packed(features, chunk.rows)
@@ -144,7 +148,7 @@ def take_rows(features: Features, chunk: Chunk) -> dict[str, Any]:
 
 
 def _take_packed(features: Features, rows: Tensor) -> dict[str, Any]:
-    """Rows of texts that lie one after the other, and their new places."""
+    """Take ``rows`` from texts that are packed one after the other, and pack them again."""
     starts = features[_STARTS].to(torch.int64)
     lengths = starts.diff()[rows]
     ends = lengths.cumsum(0)

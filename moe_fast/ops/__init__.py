@@ -1,9 +1,9 @@
-"""Functions over tensors: the mathematics, its reference, its gradient and the choice of backend.
+"""Operations on tensors: their mathematics, references, gradients and the choice of backends.
 
-One operation per folder. Its ``__init__.py`` has the public function and the mathematics,
-``reference.py`` the form in plain PyTorch, the files beside it the other forms, each named after
-its backend. All are ``torch.library`` ops of the namespace ``moe_fast``. Every function takes
-``backend=`` as its last argument.
+Each operation has a folder. Its ``__init__.py`` holds the public function and the mathematics,
+``reference.py`` the form in plain PyTorch; the other files hold other forms and are named after
+their backends. The forms are registered as ``torch.library`` ops of the namespace ``moe_fast``.
+Functions with several backends take ``backend=`` as their last argument.
 """
 
 from moe_fast.ops.backends import available_backends, show_backends, use_backend

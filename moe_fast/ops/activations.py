@@ -1,8 +1,8 @@
-"""The activations an expert can have, each with its derivative, and the gated form on top.
+"""The activations that an expert can have, with derivatives, plain and gated.
 
-With ``z`` the up projection's output: ungated ``h = act(z)``; gated, with ``z = [z1, z2]`` halves
-along the last dimension, ``h = act(z1) * z2`` (transformers' ModernBERT: the first half is the
-activated one).
+``z`` is the output of the up projection, H the hidden size. Plain: ``h = act(z)``. Gated: ``z`` is
+split along the last dimension into halves ``[z1, z2]``, and ``h = act(z1) * z2`` (the first half is
+activated, as in transformers' ModernBERT).
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ _aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """An elementwise function and the product of a gradient with its derivative.
+    """An elementwise function, and its backward pass.
 
     Attributes:
-        name: what compiled kernels call it.
+        name: its name in compiled kernels.
         forward: ``z -> act(z)``.
         backward: ``(gradient of act(z), z) -> gradient of z``.
-        kernels: the backends whose compiled kernels have it. The others leave it to PyTorch.
+        kernels: the backends whose compiled kernels have it; the other backends leave it to
+            PyTorch.
     """
 
     name: str
@@ -42,7 +43,7 @@ _GELU_TANH = Activation(
 _RELU = Activation("relu", F.relu, lambda grad, z: _aten.threshold_backward(grad, z, 0))
 _SILU = Activation("silu", F.silu, lambda grad, z: _aten.silu_backward(grad, z))
 
-# Keys are transformers' names (ACT2FN); "gelu" is the exact, erf-based one.
+# Keys are transformers' names (ACT2FN); "gelu" is the exact form, with erf.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": _GELU,
     "gelu_tanh": _GELU_TANH,
@@ -55,7 +56,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activate(z: Tensor, act: str, gated: bool) -> Tensor:
-    """``h`` from ``z``: [..., H] -> [..., H], or gated [..., 2H] -> [..., H]."""
+    """Compute ``h`` from ``z``: [..., H] -> [..., H], or gated [..., 2H] -> [..., H]."""
     if not gated:
         return ACTIVATIONS[act].forward(z)
     z1, z2 = z.chunk(2, dim=-1)
@@ -63,7 +64,7 @@ def activate(z: Tensor, act: str, gated: bool) -> Tensor:
 
 
 def activate_backward(grad_h: Tensor, z: Tensor, act: str, gated: bool) -> Tensor:
-    """The gradient of ``z`` from that of ``h``; shapes as in :func:`activate`."""
+    """Compute the gradient of ``z`` from that of ``h``; shapes as in :func:`activate`."""
     if not gated:
         return ACTIVATIONS[act].backward(grad_h, z)
     z1, z2 = z.chunk(2, dim=-1)

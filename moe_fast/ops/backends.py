@@ -1,11 +1,11 @@
-"""Which implementation of an op runs: the registry that every op file adds itself to.
+"""Chooses the implementation of an op that runs; every implementation registers itself here.
 
-``torch`` is the reference and always there. ``cpp`` and ``triton`` are offered where their
-compiled library or compiler is present and the tensors' device suits them; ``tiled`` is PyTorch
-too, for ops whose reference needs memory that grows with the square of the batch. ``auto`` takes
-the first of triton, cpp, tiled, torch that can run the call: on its device, in its dtype, with its
-activation, with gradients and dropout where it wants them. Nothing above the ops knows which one
-ran.
+There are four backends. ``torch`` is the reference and always available. ``cpp`` and ``triton``
+need a compiled library or a compiler, and suit some devices. ``tiled`` is PyTorch too, for ops
+whose reference needs memory that grows with the square of the batch. ``auto`` takes the first of
+triton, cpp, tiled and torch that can run a call: on its device, in its dtype, with its activation,
+and with gradients and dropout if the call needs them. Code above the ops does not depend on which
+backend ran.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ default = os.environ.get("MOE_FAST_BACKEND", "auto")  # changed by `use_backend`
 
 @dataclass(frozen=True)
 class Implementation:
-    """One op on one backend, and what it can do.
+    """One op on one backend, and what it supports.
 
-    Which activations it can do is said beside the activations, in
-    :data:`moe_fast.ops.activations.ACTIVATIONS`.
+    The activations that it supports are listed in :data:`moe_fast.ops.activations.ACTIVATIONS`.
 
     Attributes:
-        run: the implementation, with the op's own internal signature.
-        unavailable: why it cannot run on a device type (``"cpu"``, ``"cuda"``), or ``None``.
-        dtypes: what it can compute in. A call that computes in another one runs in PyTorch.
-        gradients, dropout: whether it has them.
-        note: what runs on a device type, for people, where that needs saying.
+        run: the implementation, with the op's internal signature.
+        unavailable: a function that returns why it cannot run on a device type (``"cpu"``,
+            ``"cuda"``), or ``None`` if it can.
+        dtypes: the dtypes it can compute in; PyTorch runs calls with other dtypes.
+        gradients, dropout: whether it supports them.
+        note: a function that describes, for users, what runs on a device type; or ``None``.
     """
 
     run: Callable
@@ -70,13 +70,13 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a call needs of an implementation.
+    """What a call needs from an implementation.
 
     Attributes:
-        device_type: where its tensors are.
-        dtype: what is computed in; ``None`` for ops that compute nothing.
-        act: the activation's name; ``None`` for ops without one.
-        gradients: whether autograd will ask for them.
+        device_type: the device type of its tensors.
+        dtype: the dtype to compute in; ``None`` for ops that compute nothing.
+        act: the name of the activation; ``None`` for ops without one.
+        gradients: whether autograd will need gradients.
         dropout: whether entries are to be dropped.
     """
 
@@ -97,9 +97,10 @@ def register(
     unavailable: Callable[[str], str | None] = lambda _: None,
     **can: Any,
 ) -> None:
-    """Offer ``run`` as ``backend``'s implementation of ``op``, see :class:`Implementation`.
+    """Register ``run`` as ``backend``'s implementation of ``op``.
 
-    Called once by each file of an op that implements it.
+    Each file that implements an op calls this once. ``can`` holds further fields of
+    :class:`Implementation`. Raises ``ValueError`` for an unknown op or backend.
     """
     check_choice("op", op, OPS)
     check_choice("backend", backend, BACKENDS)
@@ -107,7 +108,7 @@ def register(
 
 
 def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
-    """The reason why ``backend`` cannot run ``op`` on ``device_type``; ``None`` if it can."""
+    """Return why ``backend`` cannot run ``op`` on ``device_type``; ``None`` if it can."""
     implementation = _registry.get((op, backend))
     if implementation is None:
         return "not implemented in this version"
@@ -115,7 +116,7 @@ def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
 
 
 def _why_not(op: str, backend: str, needs: Needs) -> str | None:
-    """The reason why ``backend`` cannot run a call of ``op`` that needs this, its dtype aside."""
+    """Return why ``backend`` cannot run such a call of ``op``, or ``None``; ignores the dtype."""
     reason = why_unavailable(op, backend, needs.device_type)
     if reason is not None:
         return reason
@@ -139,9 +140,11 @@ def select(
     gradients: bool = False,
     dropout: bool = False,
 ) -> Callable:
-    """The implementation of ``op`` to run for tensors on ``device``.
+    """Return the implementation of ``op`` to run for tensors on ``device``.
 
-    Ops ask once for all calls that look alike (:mod:`moe_fast.ops.checked_calls`).
+    Ops remember the answer for later calls with the same signature
+    (:mod:`moe_fast.ops.checked_calls`). If a backend lacks the dtype, or if the default backend
+    cannot run the call, PyTorch runs it.
 
     Args:
         backend: a backend's name, ``"auto"``, or ``None`` for the default (``use_backend``, else
@@ -149,7 +152,8 @@ def select(
         dtype, act, gradients, dropout: what the call needs, see :class:`Needs`.
 
     Raises:
-        ValueError: for an unknown backend, or one that cannot run the call; the message says why.
+        ValueError: the backend is unknown, or it was named in the call and cannot run it; the
+            message says why.
     """
     if backend is not None and not isinstance(backend, str):
         check_choice("backend", backend, _CHOICES)
@@ -176,16 +180,16 @@ def _backend_for(op: str, backend: str | None, needs: Needs) -> str:
             f"backend={backend!r} cannot run {op} on {needs.device_type}: {reason}. "
             f"Available here: {', '.join(able)}."
         )
-    # PyTorch computes in the dtypes that the backend lacks, and whatever a default of the whole
-    # program cannot run.
+    # PyTorch computes in the dtypes that the backend lacks, and runs the calls that the default
+    # backend cannot run.
     return _in_pytorch(op)
 
 
 def _automatic(op: str, needs: Needs) -> str:
-    """The first backend that can run a call of ``op`` that needs this."""
+    """Return the first backend that can run such a call of ``op``."""
     for name in BACKENDS:
         if name == "triton" and needs.device_type == "cpu":
-            continue  # Triton's interpreter: for tests, never by itself
+            continue  # Triton's interpreter is for tests; it must be asked for
         if _why_not(op, name, needs) is None and _computes_in(op, name, needs.dtype):
             return name
     raise AssertionError("unreachable: the torch backend runs everywhere")
@@ -200,7 +204,7 @@ def _in_pytorch(op: str) -> str:
 
 
 def available_backends(op: str | None = None, device_type: str = "cpu") -> list[str]:
-    """Names of the backends that can run ``op`` (or, if ``None``, any op) on ``device_type``."""
+    """Return the backends that can run ``op`` (any op if ``None``) on ``device_type``."""
     if op is not None:
         check_choice("op", op, OPS)
     ops = OPS if op is None else (op,)
@@ -208,10 +212,11 @@ def available_backends(op: str | None = None, device_type: str = "cpu") -> list[
 
 
 def show_backends(details: bool = False) -> None:
-    """Print what will run: one line for each device.
+    """Print which backends will run, one line per device.
 
     Args:
-        details: then also, for every op, which backends can run it here and why the others cannot.
+        details: whether to list, for every op, which backends can run it here, and why the others
+            cannot.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device_type in devices:
@@ -229,7 +234,7 @@ def show_backends(details: bool = False) -> None:
 
 
 def _what_runs(device_type: str) -> str:
-    """The backends that calls get by default, each with its ops; what is missing, if anything."""
+    """Describe which backends run which ops by default, and what is missing, if anything."""
     chosen: dict[str, list[str]] = {}
     for op in OPS:
         backend = _backend_for(op, None, Needs(device_type))
@@ -251,10 +256,11 @@ def _describe(op: str, backend: str, device_type: str) -> str:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within the ``with`` block, run ops on ``backend`` unless a call names another.
+    """Within the ``with`` block, run ops on ``backend`` unless a call names another one.
 
-    Ops that ``backend`` does not implement on the tensors' device run in PyTorch
-    (``show_backends(details=True)`` lists them). The setting is the process's, not the thread's.
+    Calls that ``backend`` cannot run are run by PyTorch (``show_backends(details=True)`` shows what
+    it can run). The setting holds for all threads of the process. Raises ``ValueError`` for an
+    unknown backend.
     """
     global default
     check_choice("backend", backend, _CHOICES)

@@ -1,8 +1,8 @@
-"""What an op finds out about its arguments once for all calls that look alike.
+"""Remembers what an op found out about its arguments, for later calls with the same signature.
 
-A model calls an op with the same shapes, dtypes and devices in every layer, and comparing them
-with what was seen before takes a fraction of the time that checking them, and choosing who
-computes, takes.
+The signature consists of shapes, dtypes, devices and settings. A model calls an op with the same
+signature in every layer. Looking it up is several times faster than checking the arguments and
+choosing a backend again.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from moe_fast.ops import backends
 
-_MOST = 4096  # calls remembered by one function; packed batches have many lengths
+_MOST = 4096  # signatures that one function remembers; packed batches have many lengths
 _UNKNOWN = object()
 _PLAIN = frozenset({type(None), bool, int, float, str})
 T = TypeVar("T")
 
 
 def once_per_signature(find_out: Callable[..., T]) -> Callable[..., T]:
-    """``find_out``, whose result is remembered for calls of the same signature.
+    """Decorate ``find_out`` so that its result is remembered for calls of the same signature.
 
     The signature is the shape, dtype, device and ``requires_grad`` of each tensor (and of the
     ``indices`` of each plan), the type and value of each other argument, and the state around the
-    call: autocast, whether gradients are recorded, the default backend. ``find_out`` must depend
-    on nothing else: not on the values of tensors. What it raises is not remembered.
+    call: autocast, whether gradients are enabled, the default backend. ``find_out`` must depend on
+    nothing else; in particular not on the values of tensors. Errors are not remembered.
     """
     known: dict[tuple, Any] = {}
 
@@ -40,7 +40,7 @@ def once_per_signature(find_out: Callable[..., T]) -> Callable[..., T]:
             signature = _signature(first, args)
             found = known.get(signature, _UNKNOWN)
         except (AttributeError, TypeError, RuntimeError):
-            # Such as what find_out will refuse, symbolic sizes, a device without autocast.
+            # Arguments that find_out will refuse, symbolic sizes, or a device without autocast.
             return find_out(first, *args)
         if found is _UNKNOWN:
             found = find_out(first, *args)
@@ -53,7 +53,7 @@ def once_per_signature(find_out: Callable[..., T]) -> Callable[..., T]:
 
 
 def _signature(first: Tensor, args: tuple[Any, ...]) -> tuple:
-    # The order of the questions, and is_cpu before device, are for speed: each op asks this first.
+    # Each op calls this first: the order of the tests, and is_cpu before device, are for speed.
     device_type = "cpu" if first.is_cpu else first.device.type
     autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
     grad = torch.is_grad_enabled()

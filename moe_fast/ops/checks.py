@@ -1,8 +1,8 @@
-"""Checks that several ops share: clear errors before any work starts.
+"""Checks of arguments that several ops share; they raise before any work starts.
 
-Shapes, dtypes and devices are checked everywhere, also under ``torch.compile``. Values (ids in
-range, NaN logits) are read only where that costs no device synchronisation: on the CPU, or on any
-device when the environment variable ``MOE_FAST_CHECK=1`` was set before ``import moe_fast``.
+Shapes, dtypes and devices are always checked, also under ``torch.compile``. Values (ids in range,
+NaN logits) are checked only where reading them costs no device synchronisation: on the CPU, or on
+any device if the environment variable ``MOE_FAST_CHECK=1`` was set before ``import moe_fast``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from torch import Tensor
 _CHECK_EVERYWHERE = os.environ.get("MOE_FAST_CHECK", "0") == "1"
 INTEGER_DTYPES = (torch.int64, torch.int32)
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-COMPILED_DTYPES = FLOAT_DTYPES[1:]  # what our kernels compute in: float64 is PyTorch's
+COMPILED_DTYPES = FLOAT_DTYPES[1:]  # of our kernels; PyTorch computes float64
 
 
 def checks_values(device: torch.device) -> bool:
-    """Whether values of tensors on ``device`` are checked (see the module's docstring)."""
+    """Whether the values of tensors on ``device`` are checked (see the module's docstring)."""
     return device.type == "cpu" or _CHECK_EVERYWHERE
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of router logits, routing weights and contrastive logits: at least float32."""
+    """Return the dtype of router logits, routing weights and contrastive logits.
+
+    It is the wider one of ``dtype`` and float32.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -59,8 +62,8 @@ def check_tensor(name: str, given: Any) -> None:
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], letters: str) -> None:
     """Raise ``ValueError`` unless ``tensor`` has ``shape`` (``None``: any size).
 
-    ``letters`` is how the message writes the shape, for example ``"[E, H, D]"``. What is no tensor
-    is a ``TypeError``.
+    ``letters`` is the shape as the message writes it, for example ``"[E, H, D]"``. Raises
+    ``TypeError`` for an object that is not a tensor.
     """
     check_tensor(name, tensor)
     given = tensor.shape
@@ -84,9 +87,10 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> 
 def check_like(
     reference_name: str, reference: Tensor, dtype: bool = True, **tensors: Tensor | None
 ) -> None:
-    """Raise unless all ``tensors`` are on the device, and of the dtype, of ``reference``.
+    """Raise unless all ``tensors`` have the device and the dtype of ``reference``.
 
-    Under autocast dtypes may differ: the op casts, as PyTorch's own layers do.
+    Another device is a ``ValueError``, another dtype a ``TypeError``. ``dtype=False`` skips dtypes,
+    and under autocast they may differ: the op casts, as PyTorch's own layers do.
     """
     for name, tensor in tensors.items():
         if tensor is None:
@@ -105,7 +109,7 @@ def check_like(
 
 
 def check_starts(cu_seqlens: Tensor | None, num_tokens: int) -> None:
-    """Raise ``ValueError`` unless sentence starts rise from 0 to T, where values are checked."""
+    """Raise ``ValueError`` unless sentence starts rise from 0 to T, if values are checked."""
     if cu_seqlens is None or not checks_values(cu_seqlens.device):
         return
     starts = cu_seqlens.tolist()
@@ -114,12 +118,15 @@ def check_starts(cu_seqlens: Tensor | None, num_tokens: int) -> None:
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed from ``tensors``."""
+    """Whether autograd records operations on ``tensors``."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which autocast would multiply a floating tensor; float64 stays float64."""
+    """Return the dtype in which autocast would multiply this float tensor.
+
+    float64 stays float64; without autocast it is the tensor's own dtype.
+    """
     device_type = tensor.device.type
     if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
         return tensor.dtype
@@ -132,7 +139,7 @@ def autocast_to(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def without_autocast(kernel: Callable) -> Callable:
-    """Run ``kernel`` with autocast off: its dtypes are chosen by the caller, not by autocast."""
+    """Decorate ``kernel`` to run with autocast off: the caller chooses its dtypes."""
 
     @functools.wraps(kernel)
     def run(first: Tensor, *args: Any) -> Any:

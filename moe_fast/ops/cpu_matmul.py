@@ -1,9 +1,9 @@
-"""Products of float32 matrices on the CPU by oneDNN, where torch would ask its BLAS.
+"""Multiplies float32 matrices on the CPU by oneDNN instead of the BLAS that torch uses.
 
-The BLAS that torch ships reaches half of an AMD processor's peak (MKL: 110 of 250 GFLOP/s, one
-thread of a Zen 5); oneDNN, which torch ships too, reaches all of it, and as much as MKL on Intel's.
-The way to it is the op behind ``torch.compile``'s linear layers: private, so it is used only after
-it has computed a product correctly. Dtypes are the caller's choice: autocast is off.
+torch's BLAS reaches half of an AMD processor's peak (MKL: 110 of 250 GFLOP/s, one thread of a
+Zen 5). oneDNN, which torch contains too, reaches all of it, and equals MKL on Intel's processors.
+It is called through the op behind ``torch.compile``'s linear layers. That op is private, so it is
+used only after it has computed a product correctly. The caller chooses the dtypes: autocast is off.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from moe_fast.compat import onednn_linear
 
-# Fewer multiplications than this are over before oneDNN has found its kernel.
+# A product with fewer multiplications takes less time than oneDNN needs to find its kernel.
 _SMALLEST = 2**22
 
 
 def multiply(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """x [m, k] . y [k, n], in ``out`` where that is given and of use."""
+    """Return x [m, k] . y [k, n].
+
+    ``out`` is memory that may be used for the result; use the tensor that is returned.
+    """
     if _suits(x, y):
         return _linear(x, y.t())
     with torch.autocast(x.device.type, enabled=False):
@@ -28,7 +31,7 @@ def multiply(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Adds x [m, k] . y [k, n] to ``total`` [m, n] in place."""
+    """Add x [m, k] . y [k, n] to ``total`` [m, n], in place."""
     if _suits(x, y):
         total += _linear(x, y.t())
         return
@@ -52,13 +55,13 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x itself, or a copy where it is a part of wider rows: these oneDNN multiplies very slowly."""
+    """Return x, or a copy if it is part of wider rows, which oneDNN multiplies very slowly."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
 @functools.cache
 def _works() -> bool:
-    """Whether this torch has the op and it multiplies, transposed views too."""
+    """Whether this torch has the op, and its products are right, also of transposed views."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(33, 65, generator=generator)
     y = torch.randn(47, 65, generator=generator)

@@ -1,8 +1,8 @@
-"""Registered ops, which eager calls run without passing PyTorch's dispatcher.
+"""Registers ops in such a way that eager calls bypass PyTorch's dispatcher.
 
-``torch.compile``, ``torch.export``, dispatch modes, function transforms and tensor subclasses must
-meet a registered op. A plain eager call need not: the dispatcher takes 8 microseconds to reach a
-kernel written in Python, and 35 with autograd, which is more than a small problem's work.
+``torch.compile``, ``torch.export``, dispatch modes, function transforms and tensor subclasses need
+a registered op. A plain eager call does not: the dispatcher takes 8 microseconds to reach a kernel
+that is written in Python, and 35 with autograd, which is longer than a small problem takes.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ _in_dispatch_mode, _interpreter, _forward_ad_level = observers_of_ops()
 
 
 def nobody_looks() -> bool:
-    """Whether ops run eagerly: no dispatch mode, ``torch.func``, or forward-mode autograd."""
+    """Whether no dispatch mode, ``torch.func`` transform or forward-mode autograd is active."""
     return not _in_dispatch_mode() and _interpreter() is None and _forward_ad_level() < 0
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What all implementations of an op share: its schema, its results' shapes, its gradient.
+    """What all implementations of an op share: schema, shapes of results, form of the gradient.
 
-    An op's tensors come first among its arguments, then its settings. Its backward op takes the
-    gradient of the first result, the tensors, the results ``saved`` and the first ``settings``, and
-    gives the gradients of the first tensors, read by nobody where the tensor is absent; the other
-    results have no gradient. An op of another form is registered by :func:`register_op`.
+    The arguments of an op are its tensors, then its settings. Its backward op takes the gradient of
+    the first result, the tensors, the results ``saved`` and the first ``settings`` settings. It
+    returns gradients of the first ``differentiable`` tensors; the gradient of a tensor that is
+    ``None`` is ignored. Only the first result has a gradient. Ops of another form are registered by
+    :func:`register_op`.
 
     Attributes:
-        signature: an implementation whose annotations are the op's schema. The other
+        signature: an implementation whose annotations give the op's schema. The other
             implementations take the same arguments by position.
-        fake: the shapes of the results, see ``torch.library.register_fake``.
-        fake_backward: those of the gradients; ``None`` for an op without any.
+        fake: returns empty results of the right shapes, see ``torch.library.register_fake``.
+        fake_backward: the same for the gradients; ``None`` for an op without gradients.
         differentiable: how many tensors have a gradient.
-        saved: which results are kept for the backward.
-        settings: how many of the settings the backward takes; ``None``: all.
+        saved: the indices of the results that are kept for the backward op.
+        settings: how many settings the backward op takes; ``None``: all.
     """
 
     signature: Callable
@@ -56,7 +57,7 @@ class Operation:
         """Register ``forward`` as ``moe_fast::{name}``, ``backward`` as ``{name}_backward``.
 
         Returns:
-            The function to call, with the arguments of the signature by position.
+            The function to call; it takes the arguments of the signature by position.
         """
         name, schema = f"moe_fast::{name}", schema_of(self.signature)
         if backward is None:
@@ -83,11 +84,11 @@ class Operation:
         ctx.settings = inputs[len(tensors) :][: self.settings]
         ctx.num_inputs = len(inputs)
         ctx.mark_non_differentiable(*results[1:])
-        ctx.set_materialize_grads(False)  # or autograd makes zeros as large as what was saved
+        ctx.set_materialize_grads(False)  # else autograd allocates zeros as large as the results
 
 
 def _gradients(backward: Callable, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad is None:  # only a result was asked for that has no gradient
+    if grad is None:  # only results without a gradient were used
         return (None,) * ctx.num_inputs
     tensors = ctx.saved_tensors  # read once: gradient checkpointing unpacks at each read
     grads = backward(grad, *tensors, *ctx.settings)
@@ -96,7 +97,7 @@ def _gradients(backward: Callable, ctx: Any, grad: Tensor | None, *_: Any) -> tu
 
 
 def schema_of(signature: Callable) -> str:
-    """The schema that the annotations of a function make."""
+    """Return the schema that torch infers from the annotations of a function."""
     return torch.library.infer_schema(signature, mutates_args=())
 
 
@@ -108,18 +109,18 @@ def register_op(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
-    """Register a ``torch.library.custom_op``; eager calls of the function returned go past it.
+    """Register a ``torch.library.custom_op``, and return a function that bypasses it if eager.
 
     Args:
-        name: with its namespace.
-        schema: of :func:`torch.library.infer_schema`.
+        name: the op's name with its namespace.
+        schema: from :func:`schema_of`.
         kernel: computes the results.
-        fake: the shapes of the results.
+        fake: returns empty results of the right shapes.
         setup_context, backward: as for ``register_autograd``; ``None`` for an op without gradients.
     """
     op = torch.library.custom_op(name, kernel, mutates_args=(), schema=schema)
     op.register_fake(fake)
-    differentiate: Callable = op  # which then says that there is no gradient
+    differentiate: Callable = op  # without a backward, this raises the error
     if setup_context is not None and backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
         differentiate = _function(name, kernel, setup_context, backward).apply
@@ -138,7 +139,10 @@ def register_op(
 
 
 def _function(name: str, kernel: Callable, setup_context: Callable, backward: Callable) -> Any:
-    """A ``torch.autograd.Function``. One with ``setup_context`` of its own takes 15 us longer."""
+    """Make a ``torch.autograd.Function``; ``forward`` sets up the context.
+
+    A separate ``setup_context`` method would take 15 microseconds longer.
+    """
 
     def forward(ctx: Any, *args: Any) -> Any:
         results = kernel(*args)

@@ -1,4 +1,4 @@
-"""The compiled half of moe_fast, loaded where the build made it."""
+"""Loads the compiled half of moe_fast, if it was built, and calls its ops."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moe_fast.version import build_command
 
-# The environment names another one for tests, such as a build with sanitizers.
+# Tests name another library in the environment, such as a build with sanitizers.
 _LIBRARY = Path(
     os.environ.get("MOE_FAST_NATIVE_LIBRARY")
     or Path(__file__).resolve().parent.parent / "_native.so"
 )
-# The GPU's kernels, where the build found nvcc; they need the first library's definitions.
+# The GPU's kernels, if the build found nvcc. They need the first library's definitions.
 _CUDA_LIBRARY = _LIBRARY.with_name("_native_cuda.so")
 _OPS = (
     "plan",
@@ -38,7 +38,7 @@ _OPS = (
 
 
 def _load() -> str | None:
-    """Load the library; the reason why not, or ``None``."""
+    """Load the library; return why it does not load, or ``None``."""
     if not _LIBRARY.exists():
         if sys.platform == "win32":
             return "the native library is not built: it has no Windows build yet"
@@ -53,7 +53,7 @@ def _load() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    """Load the GPU's kernels; the reason why not, or ``None``. No GPU is needed to load them."""
+    """Load the GPU's kernels, which needs no GPU; return why they do not load, or ``None``."""
     if _missing is not None:
         return _missing
     if not _CUDA_LIBRARY.exists():
@@ -67,7 +67,7 @@ def _load_cuda() -> str | None:
 
 _missing = _load()
 _missing_cuda = _load_cuda()
-# What native ops compute with on the CPU, for people; empty where they cannot multiply matrices.
+# How native ops multiply matrices on the CPU, for users to read; empty if they cannot.
 cpu_capability: str = torch.ops.moe_fast_cpp.cpu_capability() if _missing is None else ""
 
 
@@ -75,7 +75,10 @@ _warned = _missing is None or sys.platform == "win32"
 
 
 def warn_once() -> None:
-    """Say, once per process, that ops run slowly because the library is not there."""
+    """Warn, once per process, that ops run slowly because the library is missing.
+
+    There is no warning on Windows, which has no build, or while ``torch.compile`` traces.
+    """
     global _warned
     # A warning would break a graph that torch.compile is tracing.
     if not _warned and not torch.compiler.is_compiling():
@@ -84,19 +87,19 @@ def warn_once() -> None:
 
 
 def why_unavailable(device_type: str) -> str | None:
-    """Why native ops cannot run on ``device_type``; ``None`` if they can."""
+    """Return why native ops cannot run on ``device_type``; ``None`` if they can."""
     if device_type in ("cpu", "cuda"):
         return _missing if device_type == "cpu" else _missing_cuda
     return "the native library has kernels for cpu and cuda only"
 
 
 def why_not_on_cpu(device_type: str) -> str | None:
-    """Why native ops of the CPU alone cannot run on ``device_type``; ``None`` if they can."""
+    """Return why native ops that have only a CPU kernel cannot run there; ``None`` if they can."""
     return _missing if device_type == "cpu" else "the native library has a kernel for cpu only"
 
 
 def why_no_products(device_type: str) -> str | None:
-    """Why native ops that multiply matrices cannot run on ``device_type``; ``None`` if they can."""
+    """Return why native matrix products cannot run on ``device_type``; ``None`` if they can."""
     if device_type != "cpu":
         return "the native library multiplies matrices on the CPU only"
     if _missing is None and not cpu_capability:
@@ -105,12 +108,15 @@ def why_no_products(device_type: str) -> str | None:
 
 
 def call(op: Callable, *args: Any) -> Any:
-    """Run a native op on contiguous tensors; see :func:`call_on_views`."""
+    """Make the tensor arguments contiguous, then run the native op on them.
+
+    Use :func:`call_on_views` for ops that accept strided tensors.
+    """
     return call_on_views(op, *(t.contiguous() if isinstance(t, Tensor) else t for t in args))
 
 
 def kernel(name: str) -> Callable:
-    """The native op of this name, as an implementation of an operation: see :func:`call`."""
+    """Return a function that runs the native op of this name by :func:`call`."""
 
     def run(*args: Any) -> Any:
         return call(getattr(torch.ops.moe_fast_cpp, name), *args)
@@ -119,9 +125,10 @@ def kernel(name: str) -> Callable:
 
 
 def call_on_views(op: Callable, *args: Any) -> Any:
-    """Run a native op; what it refuses is a ``ValueError``, as in the reference.
+    """Run a native op on tensors as they are.
 
-    On a GPU a RuntimeError stays one: arguments were checked before, what is left is the device.
+    On the CPU, a ``RuntimeError`` of the op becomes a ``ValueError``, as the reference raises. On a
+    GPU it stays a ``RuntimeError``: arguments were checked before, so the device is the cause.
     """
     try:
         return op(*args)

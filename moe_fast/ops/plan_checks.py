@@ -1,4 +1,4 @@
-"""Between tokens and expert-sorted rows: checks of a plan, walks over it, sums over K slots."""
+"""Works with plans: checks one, iterates over its experts, sums over the K slots of a token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_plan(x: Tensor, top_k_weights: Tensor, plan: RoutingPlan, num_experts:
 
 
 def experts_with_rows(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and where they are."""
+    """Yield each expert that has rows, and the slice of its rows."""
     offsets = expert_offsets.tolist()
     for expert, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
         if first < last:
@@ -35,15 +35,16 @@ def experts_with_rows(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def combine(rows: Tensor, slot_to_row: Tensor, weights: Tensor) -> Tensor:
-    """``y[t] = sum_k weights[t, k] * rows[slot_to_row[t, k]]``, skipped slots contributing 0.
+    """Compute ``y[t] = sum_k weights[t, k] * rows[slot_to_row[t, k]]``; skipped slots add 0.
 
     Args:
-        rows: [S, D]; what is in rows that no slot points to is of no account.
-        slot_to_row: [S]; -1 = skipped.
-        weights: [T, K]; the sum runs in the wider dtype. Those of skipped slots are not used.
+        rows: [S, D]; rows that no slot refers to may hold anything.
+        slot_to_row: [S]; -1 means skipped.
+        weights: [T, K], S = T * K; those of skipped slots are not used.
 
     Returns:
-        [T, D] in the dtype of ``rows``. Slots are summed in their order: deterministic.
+        [T, D] in the dtype of ``rows``; the sum is computed in the wider of the two dtypes. Slots
+        are summed in their order, so the result is deterministic.
     """
     row = slot_to_row.view(weights.shape)
     terms = rows[row] * weights[..., None]  # [T, K, D]
@@ -51,6 +52,6 @@ def combine(rows: Tensor, slot_to_row: Tensor, weights: Tensor) -> Tensor:
 
 
 def slot_values(row_values: Tensor, slot_to_row: Tensor, shape: torch.Size) -> Tensor:
-    """Values of rows [S] at their slots [T, K]; 0 where a slot is skipped."""
+    """Return the values of rows [S] at their slots [T, K]; 0 for skipped slots."""
     row = slot_to_row.view(shape)
     return torch.where(row >= 0, row_values[row], 0)

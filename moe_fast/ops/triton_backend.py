@@ -1,7 +1,7 @@
-"""Where Triton's kernels can run, and running them on their tensors' GPU.
+"""Says where Triton's kernels can run, and runs them on the GPU of their tensors.
 
-The kernels (``kernels/triton_ops``) are imported at the first call: ``import moe_fast`` needs no
-Triton and no GPU.
+The kernels (``kernels/triton_ops``) are imported at the first call, so that ``import moe_fast``
+needs neither Triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from moe_fast.ops import backends
 from moe_fast.ops.checks import COMPILED_DTYPES, FLOAT_DTYPES
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-# As Triton reads it, when the kernels are imported.
+# Read in the way in which Triton reads it when the kernels are imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 _OLDEST = (8, 0)  # bfloat16 and asynchronous copies
 
 
 def why_unavailable(device_type: str) -> str | None:
-    """Why Triton's kernels cannot run on ``device_type``; ``None`` if they can.
+    """Return why Triton's kernels cannot run on ``device_type``; ``None`` if they can.
 
-    With ``TRITON_INTERPRET=1`` they run on the CPU, slowly: for tests, and only asked for by name.
+    With ``TRITON_INTERPRET=1`` they run on the CPU, slowly. This is for tests, and "auto" never
+    chooses it.
     """
     if not _INSTALLED:
         return "triton is not installed"
@@ -53,15 +54,16 @@ def _gpu_missing_or_old() -> str | None:
 def offer(op: str, run: Callable) -> None:
     """Register ``run`` as the triton backend of ``op``.
 
-    float64 is for oracles: on a GPU the reference computes it, and no kernel is compiled for it.
-    The interpreter runs it, so that tests can compare the kernels' arithmetic to 1e-10.
+    On a GPU the reference computes float64, which serves for comparisons only, and no kernel is
+    compiled for it. The interpreter runs it, so that tests can compare the kernels' arithmetic to
+    1e-10.
     """
     dtypes = FLOAT_DTYPES if _INTERPRETED else COMPILED_DTYPES
     backends.register(op, "triton", run, why_unavailable, dtypes=dtypes)
 
 
 def on_device(kernels: Callable) -> Callable:
-    """Launch on the GPU of the first tensor, which need not be the current one."""
+    """Decorate ``kernels`` to launch on the GPU of the first tensor, even if another is current."""
 
     @functools.wraps(kernels)
     def run(first: Tensor, *args: Any) -> Any:

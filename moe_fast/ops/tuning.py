@@ -1,8 +1,8 @@
-"""How one GPU computes the Triton kernels' products: searched when asked for, then looked up.
+"""Searches the best tile sizes of the Triton kernels' products on one GPU.
 
-A search writes the GPU's tuning table: into the folder that the environment variable
-``MOE_FAST_TUNING`` names, else beside the kernels. Later processes read it there. What no table
-has is launched as a heuristic says; no search starts by itself.
+A search writes the GPU's tuning table into the folder that the environment variable
+``MOE_FAST_TUNING`` names, or else beside the kernels. Later processes read the table there.
+Products without an entry are launched by a heuristic; no search starts by itself.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from moe_fast.ops import backends
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         path: the table that was written.
         choices: for each entry of the table: ``product``, the configurations ``before`` and
-            ``after``, ``before_ms`` and ``after_ms`` on this GPU, and how many were ``tried``.
+            ``after``, their times ``before_ms`` and ``after_ms`` on this GPU, and the number of
+            configurations ``tried``.
     """
 
     path: Path
@@ -48,17 +49,18 @@ def tune(
 
     Args:
         hidden_size, intermediate_size, num_experts, num_experts_per_tok: D, H, E, K.
-        tokens: T of a typical batch, padding left out. Tables are looked up by rows per expert,
-            T * K / E, rounded to a power of two.
-        dtype: float32, bfloat16 or float16; what the kernels will be given, autocast included.
+        tokens: T, the number of tokens in a typical batch without padding. Tables are looked up by
+            rows per expert, T * K / E, rounded to a power of two.
+        dtype: the dtype that the kernels will get (under autocast, autocast's): float32, bfloat16
+            or float16.
         gated: whether experts are gated.
-        target: what is replicated into experts, as in :class:`moe_fast.MoEMLP`.
-        seconds: how long to search, about.
+        target: the part of the MLP that is replicated into experts, as in :class:`moe_fast.MoEMLP`.
+        seconds: the approximate time of the search.
         device: a GPU; ``None``: the current one.
 
     Raises:
-        RuntimeError: where the kernels cannot run; says why.
-        ValueError: for sizes and dtypes that make no problem.
+        RuntimeError: the kernels cannot run; the message says why.
+        ValueError: the sizes or the dtype are not allowed.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reason = backends.why_unavailable("expert_mlp", "triton", device.type)

@@ -1,8 +1,8 @@
-"""distillation: a teacher's ranking of each query's candidates, learned by the student.
+"""distillation: the student learns a teacher's ranking of each query's candidates.
 
     loss = mean_i KL(softmax(teacher_i) || softmax(student_i))
 
-over each row's own candidates. Source: Lin et al., arXiv 2010.11386.
+Row i holds the logits of query i's own candidates. Source: Lin et al., arXiv 2010.11386.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from moe_fast.ops.checks import (
 
 
 def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """The mean KL divergence of B rows of C candidates, temperatures already divided by.
+    """Compute the mean KL divergence over B rows of C candidates.
+
+    Both kinds of logits must already be divided by their temperatures.
 
     Args:
         student_logits: [B, C], B >= 1, C >= 2.
-        teacher_logits: [B, C] float, finite; no gradient reaches it.
+        teacher_logits: [B, C] float, finite; it gets no gradient.
 
     Returns:
         [] float32 (float64 for a float64 student).
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, or (where values are checked) scores that are
-            NaN or infinite.
+        ValueError: a shape does not fit, or (if values are checked) a teacher's score is NaN or
+            infinite.
+        TypeError: a dtype does not fit.
     """
     check_dtype("student_logits", student_logits, FLOAT_DTYPES)
     check_shape("student_logits", student_logits, (None, None), "[B, C]")

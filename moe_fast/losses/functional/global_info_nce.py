@@ -1,16 +1,17 @@
 """info_nce over the rows of all processes: every candidate of every process is a negative.
 
-Each process works its own rows against the columns (positives and hard negatives) of all, and
+Each process compares its own B rows (anchors) with the columns (positives and hard negatives) of
+all N processes:
 
-    the sums of a column over all rows = those over each process's rows, joined
-    dL/dk of a column                  = each process's share, added up where the column lives
+    The sums of a column over all rows are joined from the sums over each process's rows.
+    The gradient dL/dk of a column is the sum of the processes' shares; its owner adds them up.
 
-so that N processes share the work of one, 4 products of B x B x d, evenly. Columns come to the
-rows in one of the two ways of :mod:`moe_fast.losses.cross_device_negatives`.
+So the N processes share the 4 matrix products of the whole batch evenly. The columns reach the rows
+in one of the two ways of :mod:`moe_fast.losses.cross_device_negatives`.
 
 Every process returns the loss of the whole batch. The gradient is that of the whole batch times N,
-since data-parallel training takes the mean of N processes' gradients: the mean is then what one
-process with the whole batch would have (as :func:`moe_fast.losses.global_sum.global_sum`).
+because data-parallel training averages the gradients of N processes; the average is then what one
+process with the whole batch would compute (see :func:`moe_fast.losses.global_sum.global_sum`).
 """
 
 from __future__ import annotations
@@ -61,16 +62,16 @@ def global_info_nce(
     return_stats: bool = False,
     exchange: str = "gather",
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
-    """:func:`moe_fast.ops.info_nce` of all processes' rows as one batch; every process must call.
+    """Compute :func:`moe_fast.ops.info_nce` of the rows of all processes as one batch.
 
-    Processes may give different numbers of rows. With one process, or none started, it is that
-    function itself.
+    Every process must call this; they may have different numbers of rows. With one process, or
+    without a process group, it calls that function directly.
 
     Args:
-        a, b, negatives, ...: this process's rows, as in :func:`moe_fast.ops.info_nce`; ids are
-            compared between processes, and weights are relative to all. ``scale`` must be the same
-            in every process.
-        exchange: "gather" (all columns in every process's memory) or "ring" (two processes' at a
+        a, b, negatives, ...: this process's rows, as in :func:`moe_fast.ops.info_nce`. Ids are
+            compared between processes, and weights are relative to those of all processes.
+            ``scale`` must be the same in every process.
+        exchange: "gather" (every process holds all columns) or "ring" (those of two processes at a
             time); the result is the same.
 
     Returns:
@@ -78,8 +79,8 @@ def global_info_nce(
         statistics of this process's rows among all candidates.
 
     Raises:
-        ValueError, TypeError: in every process, for what does not fit in any of them or does not
-            fit together.
+        ValueError, TypeError: the arguments of some process do not fit, or those of the processes
+            do not fit together. Every process raises.
     """
     check_choice("exchange", exchange, EXCHANGES)
     given: dict[str, Any] = dict(
@@ -108,7 +109,10 @@ def global_info_nce(
 def _agree(
     a: Tensor, b: Tensor, negatives: Tensor | None, scale: float | Tensor, given: dict[str, Any]
 ) -> list[tuple[int, int]]:
-    """(pairs, hard negatives) of each process, once all have found their batches in order."""
+    """Return (pairs, hard negatives) of each process after all have checked their arguments.
+
+    Raises in every process if the arguments of one do not fit, or differ between processes.
+    """
     refused: Exception | None = None
     mine = [1] + [0] * len(_ALIKE) + [0, 0, 0]
     try:
@@ -150,7 +154,7 @@ _ALIKE = (
 
 
 def _global_weights(weights: Tensor | None, a: Tensor) -> Tensor:
-    """[B], summing to 1 over all processes."""
+    """Return the weights of this process's rows, [B], that sum to 1 over all processes."""
     dtype = compute_dtype(a.dtype)
     mine = a.new_ones(len(a), dtype=dtype) if weights is None else weights.to(dtype)
     total = mine.sum()
@@ -159,7 +163,7 @@ def _global_weights(weights: Tensor | None, a: Tensor) -> Tensor:
 
 
 class _GlobalInfoNCE(torch.autograd.Function):
-    """The sums of rows and columns, then their gradients; an exchange brings the columns."""
+    """Computes the sums of rows and columns, then the gradients; an exchange brings the columns."""
 
     @staticmethod
     @torch.no_grad()

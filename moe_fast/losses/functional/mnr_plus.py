@@ -6,17 +6,18 @@ With ``L = scale * a b^T`` and ``S = (a a^T + b b^T) / (2 scale)``, both [B, B]:
     target of column j  argmax_i (S_ij - logsumexp_k S_ik)
     loss = (mean_i cross_entropy(L_i. , row target) + mean_j cross_entropy(L_.j, column target)) / 2
 
-The embeddings are not normalised, so a row's target may be another row, one of a larger norm. The
-log-sum is over *row* i also where a column chooses: the two directions have different targets.
+Here a [B, d] are the anchors, b [B, d] the positives. The embeddings are not normalised, so a
+row's target may be another row with a larger norm. For a column's target, too, the logsumexp runs
+over row i of S; the two directions therefore have different targets.
 
-On unit-length embeddings ``S_ij <= S_ii``: every row's target is its own positive. So is every
-column's, unless its row j lies in a crowd that some row i stands apart from, such that
-``logsumexp_j - logsumexp_i > S_jj - S_ij``. But for that this is the symmetric
+For embeddings of length 1, ``S_ij <= S_ii``, so every row's target is its own positive. So is every
+column's, unless row j has many near neighbours and some other row i has few, such that
+``logsumexp_j - logsumexp_i > S_jj - S_ij``. Except for such columns the loss equals the symmetric
 :func:`moe_fast.ops.info_nce` with dot products.
 
-The matrix is computed in blocks of rows, and then of columns, and is never held whole.
+The matrices are computed in blocks of rows and are never held in memory as a whole.
 
-Source: Hallee et al., arXiv 2401.15713, and its code; the older form learns ``1 / scale``.
+Source: Hallee et al., arXiv 2401.15713, and its code, whose older form learns ``1 / scale``.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ def mnr_plus(
     similarity: str = "dot",
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """The loss of B pairs; see the module's docstring for the mathematics.
+    """Compute the loss of B pairs; see the module's docstring for the mathematics.
 
     Args:
-        a, b: [B, d], B >= 1, row i of one belonging to row i of the other.
-        scale: 1 / temperature, > 0; a float, or a tensor of one element that wants a gradient.
-            It reaches the gradient through the logits, not through the targets.
+        a, b: [B, d], B >= 1; row i of one belongs to row i of the other.
+        scale: 1 / temperature, > 0; a float, or a tensor of one element, which gets a gradient (of
+            the logits; the choice of targets has none).
         similarity: "dot", or "cosine" to normalise ``a`` and ``b`` first.
-        return_metrics: also return, detached and [], ``in_batch_accuracy`` and ``own_targets``,
-            the share of rows and columns whose target is their own row.
+        return_metrics: whether to return metrics too, detached and []: ``in_batch_accuracy``, and
+            ``own_targets``, the share of rows and columns whose target is their own row.
 
     Returns:
         The loss, [] float32 (float64 for float64 inputs), or ``(loss, metrics)``.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices or values do not fit.
     """
     check_choice("similarity", similarity, SIMILARITIES)
     check_pairs(a, b, None, None, None)
@@ -74,7 +75,7 @@ def mnr_plus(
 
 
 def _cross_entropy(q: Tensor, k: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    """[2] of ``scale * q k^T``: the mean cross entropy of its rows, and their accuracy."""
+    """Return [2]: the mean cross entropy of the rows of ``scale * q k^T``, and their accuracy."""
 
     def loss_and_hits(first: int, last: int) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
@@ -91,10 +92,10 @@ def _cross_entropy(q: Tensor, k: Tensor, scale: Tensor, target: Tensor) -> Tenso
 
 @torch.no_grad()
 def _targets(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] int64 each: the rows' targets among the columns, and the columns' among the rows.
+    """Return the rows' targets among the columns, and the columns' among the rows, [B] int64 each.
 
-    S is symmetric: a column's best row is its own row's best column, once each column's log-sum has
-    been taken off.
+    S is symmetric. So the target of a column j is the argmax of row j of S, after the logsumexp of
+    each row i has been subtracted from column i.
     """
     both = torch.cat((q, k), dim=1)
 

@@ -5,12 +5,13 @@ With p_t = softmax of token t's router logits and d(t) the domain of its text,
     J[d, e] = sum over real tokens t with d(t) = d of p_t[e] / number of real tokens
     I       = sum_de J[d, e] * log(J[d, e] / (J[d, .] * J[., e]))       in nats
 
-Every token counts once, in the domains' shares as in the experts'. 0 where the routing knows
-nothing of the domain, at most log(min(domains, experts)): as a loss, -I asks for experts that are
-used evenly over all and surely within each domain. It is differentiable through p.
+J[d, .] and J[., e] are sums over experts and over domains. Every token counts once in both. I is 0
+if routing is independent of the domain, and at most log(min(domains, experts)). As a loss, -I makes
+the router use all experts evenly over the batch, and few experts, with certainty, within each
+domain. I is differentiable through p.
 
-Source: Chen et al. (Mod-Squad), arXiv 2212.08066, and Hallee et al., arXiv 2401.15713, whose code
-counts a domain's examples twice over and detaches the probabilities.
+Source: Chen et al. (Mod-Squad), arXiv 2212.08066, and Hallee et al., arXiv 2401.15713. The code of
+the latter counts the examples of a domain twice and detaches the probabilities.
 """
 
 from __future__ import annotations
@@ -36,22 +37,23 @@ def domain_expert_joint(
     *,
     reduce: Reduce = one_process,
 ) -> Tensor:
-    """J, the joint distribution of domain and expert.
+    """Compute J, the joint distribution of domain and expert (see the module's docstring).
 
     Args:
-        router_logits: [T, E], or [layers, T, E] of layers that saw the same tokens.
+        router_logits: [T, E] for T tokens and E experts, or [layers, T, E] of layers that saw the
+            same tokens.
         domain_ids: int64 [T], the domain of each token's text, in [0, num_domains).
-        num_domains: how many there are, also where the batch has fewer.
-        token_mask: bool [T], True for real tokens; ``None``: all are.
-        reduce: sums a tensor over processes, for the joint of the global batch.
+        num_domains: the number of domains, including those that the batch lacks.
+        token_mask: bool [T], True for real tokens; ``None``: all are real.
+        reduce: sums a tensor over processes, for the joint distribution of the global batch.
 
     Returns:
-        [num_domains, E] or [layers, num_domains, E] float32 (float64 for float64 logits), each
-        layer summing to 1 (to 0 where no token is real).
+        [num_domains, E] or [layers, num_domains, E] float32 (float64 for float64 logits); each
+        layer sums to 1 (to 0 if no token is real).
 
     Raises:
-        ValueError, TypeError: for shapes or dtypes that do not fit or, where values are checked,
-            a domain id out of range.
+        ValueError: a shape does not fit, or (if values are checked) a domain id is out of range.
+        TypeError: a dtype does not fit.
     """
     return joint_from_sums(
         reduce(domain_expert_sums(router_logits, domain_ids, num_domains, token_mask))
@@ -64,9 +66,9 @@ def domain_expert_sums(
     num_domains: int,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """J before it is divided by the number of tokens: the sums of a batch's parts add up.
+    """Compute J times the number of real tokens; the sums of a batch's parts can be added up.
 
-    Arguments, shape and errors as in :func:`domain_expert_joint`.
+    Arguments, shape and errors are those of :func:`domain_expert_joint`.
     """
     logits = check_logits(router_logits)
     check_dtype("domain_ids", domain_ids, INTEGER_DTYPES)
@@ -80,16 +82,16 @@ def domain_expert_sums(
 
 
 def joint_from_sums(sums: Tensor) -> Tensor:
-    """J of :func:`domain_expert_sums` over a whole batch."""
+    """Compute J from the :func:`domain_expert_sums` of a whole batch."""
     total = sums.detach().sum((-2, -1), keepdim=True)  # the number of real tokens
     return sums / torch.where(total > 0, total, 1)
 
 
 def mutual_information(joint: Tensor) -> Tensor:
-    """I in nats of joint distributions.
+    """Compute I, in nats, of joint distributions.
 
     Args:
-        joint: [..., domains, E], >= 0, summing to 1 over the last two.
+        joint: [..., domains, E], >= 0; the last two dimensions sum to 1.
 
     Returns:
         [...]: one number per leading index, at least 0 up to rounding.
@@ -99,5 +101,8 @@ def mutual_information(joint: Tensor) -> Tensor:
 
 
 def _entropy(p: Tensor) -> Tensor:
-    """-sum p log p over the last dimension, with a finite gradient at p = 0 (an absent domain)."""
+    """Return -sum p log p over the last dimension; its gradient is finite at p = 0.
+
+    p = 0 occurs for a domain that the batch lacks.
+    """
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)

@@ -2,13 +2,14 @@
 
     penalty = mean over pairs (h', h*) of 1 - cos(h', h*)
 
-with h' the embedding of a negative and h* that of a query which h' answers. A contrastive loss
-pushes h' away from the query it is a negative of, and with it from its own queries; this pulls it
-back. There is no temperature in it, and gradients go into both.
+Here h' is the embedding of a negative, and h* that of a query which the negative answers. A
+contrastive loss pushes h' away from the query whose negative it is, and thereby also from the
+queries that it answers; the penalty pulls it back. It has no temperature; both h' and h* get
+gradients.
 
-Source: Yu, arXiv 2412.17364. The paper prints the penalty with the opposite sign of its code's; the
-code's, which this is, makes sense. That code pairs the two by broadcasting and is right for one
-query per batch only; here they are paired row by row.
+Source: Yu, arXiv 2412.17364. The paper and its code give the penalty opposite signs. The code's
+sign is used here, because it pulls h' and h* together. That code pairs h' and h* by broadcasting,
+which is right for one query per batch only; here they are paired row by row.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from moe_fast.ops.checks import FLOAT_DTYPES, check_dtype, check_like, check_sha
 
 
 def contrastive_learning_penalty(negatives: Tensor, queries: Tensor) -> Tensor:
-    """The mean of 1 - cos over P pairs.
+    """Compute the mean of 1 - cos over P pairs of a negative and a query that it answers.
 
     Args:
-        negatives: [P, d], P >= 1; a negative that answers several queries stands there once for
+        negatives: [P, d], P >= 1; a negative that answers several queries is repeated, once for
             each of them.
-        queries: [P, d], row p being a query that ``negatives[p]`` answers.
+        queries: [P, d]; ``negatives[p]`` answers ``queries[p]``.
 
     Returns:
         [] float32 (float64 for float64 inputs), in [0, 2].
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes or devices that do not fit.
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
     check_dtype("negatives", negatives, FLOAT_DTYPES)
     check_shape("negatives", negatives, (None, None), "[P, d]")

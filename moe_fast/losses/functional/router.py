@@ -1,11 +1,13 @@
 """Losses over router logits: load_balance, z_loss, expert_supervision.
 
-Each takes the logits of one layer, [T, E], or of several layers that saw the same tokens,
-[layers, T, E]. Padding is never counted, whatever its logits are. Everything is a sum over tokens,
-divided once at the end: ``reduce`` turns a process's sums into those over all processes, and the
-loss is that of the global batch, which the mean of the processes' losses would not be. The two
-halves can be called apart, ``{loss}_sums`` and what makes the loss of them: the sums of a batch's
-parts add up to the batch's.
+T is the number of tokens, E that of experts, K that of experts per token, B that of sentences. Each
+loss takes the logits of one layer, [T, E], or of several layers that saw the same tokens,
+[layers, T, E]. Padding never counts, whatever its logits are.
+
+Each loss is computed in two steps that can be called separately. ``{loss}_sums`` sums over the
+tokens of a part of the batch; another function computes the loss from the total of all parts'
+sums. ``reduce`` sums over processes in between. The result is then the loss of the global batch,
+which differs from the mean of the processes' losses.
 """
 
 from __future__ import annotations
@@ -28,20 +30,22 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def one_process(sums: Tensor) -> Tensor:
-    """The ``reduce`` of a single process: its sums are all there is."""
+    """The ``reduce`` of a single process: returns its sums unchanged."""
     return sums
 
 
 def load_balance(
     router_logits: Tensor, top_k_index: Tensor, *, reduce: Reduce = one_process
 ) -> Tensor:
-    """``E * sum_e f_e * P_e``, summed over layers: 1 for a layer in balance, E where it collapsed.
+    """Compute ``E * sum_e f_e * P_e``, summed over layers.
 
-    A coefficient for it grows with the layers: Hallee et al. (arXiv 2401.15713) pool theirs over
-    all layers, so that their 0.05 is about 0.05 / L here for L layers; divide by L for the mean.
+    f_e is the share of routed slots that went to expert e (they sum to 1 over e; no gradient), P_e
+    the mean of the tokens' softmax probabilities of e. A balanced layer gives 1, a layer that sends
+    all tokens to one expert gives E.
 
-    f_e is the share of routed slots that went to expert e (sums to 1 over e; no gradient), P_e the
-    mean of the tokens' softmax probabilities of e.
+    The sum grows with the number of layers L; divide it by L for the mean. Hallee et al.
+    (arXiv 2401.15713) compute one term over all layers, so their coefficient of 0.05 is about
+    0.05 / L here.
 
     Args:
         router_logits: [T, E] or [layers, T, E].
@@ -61,10 +65,11 @@ def load_balance(
 
 
 def load_balance_sums(router_logits: Tensor, top_k_index: Tensor) -> Tensor:
-    """[2, E] or [2, layers, E]: slots of each expert over K (no gradient), and probabilities.
+    """Return the sums of :func:`load_balance`, [2, E] or [2, layers, E].
 
-    Summed over e, the first is the number of real tokens. Arguments and errors as in
-    :func:`load_balance`.
+    The first row counts the slots of each expert, divided by K (no gradient): its sum over e is
+    the number of real tokens. The second row sums the tokens' probabilities. Arguments and errors
+    are those of :func:`load_balance`.
     """
     logits = check_logits(router_logits)
     check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
@@ -80,7 +85,7 @@ def load_balance_sums(router_logits: Tensor, top_k_index: Tensor) -> Tensor:
 
 
 def load_balance_from_sums(sums: Tensor) -> Tensor:
-    """The loss, [], of :func:`load_balance_sums` over a whole batch."""
+    """Compute the loss, [], from the :func:`load_balance_sums` of a whole batch."""
     slots, probabilities = sums[0].detach(), sums[1]
     num_tokens = slots.sum(-1, keepdim=True).clamp(min=1)
     return sums.shape[-1] * ((slots / num_tokens) * (probabilities / num_tokens)).sum()
@@ -89,18 +94,18 @@ def load_balance_from_sums(sums: Tensor) -> Tensor:
 def z_loss(
     router_logits: Tensor, token_mask: Tensor | None = None, *, reduce: Reduce = one_process
 ) -> Tensor:
-    """The mean over tokens of ``logsumexp(logits)^2``, summed over layers.
+    """Compute the mean over tokens of ``logsumexp(logits)^2``, summed over layers.
 
     Args:
         router_logits: [T, E] or [layers, T, E].
-        token_mask: bool [T], True for real tokens; ``None``: all are.
+        token_mask: bool [T], True for real tokens; ``None``: all are real.
         reduce: sums a tensor over processes; see the module's docstring.
 
     Returns:
-        [] float32 (float64 for float64 logits); 0 where no token is real.
+        [] float32 (float64 for float64 logits); 0 if no token is real.
 
     Raises:
-        ValueError, TypeError: for shapes or dtypes that do not fit.
+        ValueError, TypeError: shapes or dtypes do not fit.
 
     Source: Zoph et al. (ST-MoE), arXiv 2202.08906, eq. 5.
     """
@@ -108,14 +113,14 @@ def z_loss(
 
 
 def z_loss_sums(router_logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """[2]: the squares, and the number of real tokens; arguments as in :func:`z_loss`."""
+    """Return [2]: the sum of squares, and the number of real tokens; see :func:`z_loss`."""
     logits, real = zero_padding(check_logits(router_logits), token_mask)
     squares = (logits.logsumexp(-1).square() * real).sum()
     return torch.stack((squares, real.sum()))
 
 
 def mean_from_sums(sums: Tensor) -> Tensor:
-    """[]: the mean, from [2] a total and a count (without a gradient); 0 of nothing."""
+    """Return the mean, [], from [2], a total and a count (no gradient); 0 if the count is 0."""
     return sums[0] / sums[1].detach().clamp(min=1)
 
 
@@ -127,15 +132,15 @@ def expert_supervision(
     *,
     reduce: Reduce = one_process,
 ) -> Tensor:
-    """Cross entropy of each sentence's mean logits against the expert that its domain is given.
+    """Compute the cross entropy of each sentence's mean logits with its expert as the target.
 
-    The mean is over the sentence's real tokens and over the layers, the loss the mean over
-    sentences; one without a real token is left out.
+    The logits are averaged over the sentence's real tokens and over the layers, the cross entropies
+    over sentences. Sentences without a real token are left out.
 
     Args:
         router_logits: [T, E] or [layers, T, E].
-        sentence_ids: int64 [T], each token's sentence in [0, B), padding's too.
-        expert_ids: int64 [B] in [0, E).
+        sentence_ids: int64 [T], the sentence of each token, in [0, B), also for padding.
+        expert_ids: int64 [B], the target of each sentence, in [0, E).
         token_mask: bool [T], True for real tokens; ``None``: all are.
         reduce: sums a tensor over processes; see the module's docstring.
 
@@ -158,7 +163,10 @@ def expert_supervision_sums(
     expert_ids: Tensor,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """[2]: the cross entropies, and the number of sentences; see :func:`expert_supervision`."""
+    """Return [2]: the sum of cross entropies, and the number of sentences.
+
+    See :func:`expert_supervision`.
+    """
     logits = check_logits(router_logits)
     check_dtype("sentence_ids", sentence_ids, INTEGER_DTYPES)
     check_shape("sentence_ids", sentence_ids, (logits.shape[-2],), "[T]")
@@ -178,7 +186,7 @@ def expert_supervision_sums(
 
 
 def check_logits(router_logits: Tensor) -> Tensor:
-    """[..., T, E] in at least float32; raises for another rank or dtype."""
+    """Return the logits [..., T, E] in at least float32; raises for another rank or dtype."""
     if router_logits.dim() not in (2, 3):
         raise ValueError(
             f"router_logits must be [T, E] or [layers, T, E]; got {list(router_logits.shape)}."
@@ -189,7 +197,10 @@ def check_logits(router_logits: Tensor) -> Tensor:
 
 
 def check_ids(name: str, ids: Tensor, bound_name: str = "", bound: int | None = None) -> None:
-    """Raise ``ValueError`` for an id outside [0, bound), where values are checked."""
+    """Raise ``ValueError`` for an id outside [0, bound), if values are checked.
+
+    Without ``bound``, only negative ids raise. ``bound_name`` is the bound's name in the message.
+    """
     if not checks_values(ids.device):
         return
     wrong = ids[(ids < 0) if bound is None else (ids < 0) | (ids >= bound)]
@@ -199,9 +210,9 @@ def check_ids(name: str, ids: Tensor, bound_name: str = "", bound: int | None = 
 
 
 def zero_padding(logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The logits with 0 in place of padding's, and [T] in their dtype: 1 for real tokens, else 0.
+    """Return the logits with 0 for padding, and a mask [T] in their dtype: 1 for real tokens.
 
-    A factor of 0 alone would let padding's NaN through, into the gradient as well.
+    Multiplying by the mask is not enough: a NaN in padding would survive, in the gradient too.
     """
     if token_mask is None:
         return logits, logits.new_ones(logits.shape[-2])

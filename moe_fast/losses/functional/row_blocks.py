@@ -1,4 +1,4 @@
-"""Losses of a B x N matrix computed in blocks of rows, so that the matrix is never held whole."""
+"""Computes losses of a large matrix in blocks of rows, so that it is never held as a whole."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# The logits of one block: 16 MiB in float32, and a few times that in what is made of them.
+# Logits per block: 16 MiB in float32. Intermediate results take a few times as much.
 BLOCK_LOGITS = 2**22
 
 
 def row_blocks(rows: int, columns: int) -> list[tuple[int, int]]:
-    """The (first, last) row of each block of a matrix of ``rows`` x ``columns``."""
+    """Return (first, last) of each block of rows of a matrix, rows ``first`` to ``last - 1``."""
     height = max(1, BLOCK_LOGITS // columns)
     return [(first, min(first + height, rows)) for first in range(0, rows, height)]
 
 
 def map_row_blocks(function: Callable[[int, int], Tensor], rows: int, columns: int) -> list[Tensor]:
-    """The results of ``function(first, last)``, one for each block."""
+    """Return the results of ``function(first, last)`` for all blocks."""
     return [function(*block) for block in row_blocks(rows, columns)]
 
 
 def sum_over_row_blocks(function: Callable[[int, int], Tensor], rows: int, columns: int) -> Tensor:
-    """The sum of ``function(first, last)`` over the blocks.
+    """Return the sum of ``function(first, last)`` over all blocks.
 
-    Where there are several blocks, each one is computed again in the backward pass.
+    If there are several blocks, the backward pass computes each of them again.
     """
     blocks = row_blocks(rows, columns)
     if len(blocks) == 1:

@@ -1,4 +1,4 @@
-"""The two numbers that a contrastive loss may learn, as tensors: a scale and a bias."""
+"""Checks the scale and the bias of a contrastive loss, and makes them tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from moe_fast.ops.info_nce.arguments import as_scale, check_scale
 
 
 def checked_scale(scale: float | Tensor, like: Tensor) -> Tensor:
-    """``scale`` as a [] tensor of the dtype and on the device of ``like``.
+    """Return ``scale`` as a [] tensor with the dtype and device of ``like``.
 
     Raises:
-        ValueError: more than one element or, where values are checked, not above 0 and finite.
+        ValueError: ``scale`` has more than one element or (if values are checked) is not positive
+            and finite.
+        TypeError: ``scale`` is neither a number nor a tensor.
     """
     scale = as_scale(scale, like.device, like.dtype)
     if not torch.compiler.is_compiling():  # a graph cannot branch on a value
@@ -24,10 +26,10 @@ def checked_scale(scale: float | Tensor, like: Tensor) -> Tensor:
 
 
 def checked_bias(bias: float | Tensor, like: Tensor) -> Tensor:
-    """``bias`` as a [] tensor of the dtype and on the device of ``like``.
+    """Return ``bias`` as a [] tensor with the dtype and device of ``like``.
 
     Raises:
-        ValueError: more than one element or, where values are checked, not finite.
+        ValueError: ``bias`` has more than one element or (if values are checked) is not finite.
     """
     if not isinstance(bias, Tensor):
         if not math.isfinite(bias):

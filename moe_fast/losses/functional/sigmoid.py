@@ -1,17 +1,17 @@
-"""sigmoid_loss: each pair of an anchor and a candidate is a yes or a no of its own.
+"""sigmoid_loss: classifies each pair of an anchor and a candidate as positive or negative.
 
-With the candidates k = [b; negatives], N = B + B * G, and z_ij = 1 where j is a positive of i, else
--1:
+With anchors q = a [B, d], candidates k = [b; negatives], N = B + B * G of them, and z_ij = 1 if
+candidate j is a positive of anchor i, else -1:
 
     loss = -1/B sum_i sum_j log sigmoid(z_ij * (scale * <q_i, k_j> + bias))
 
-No softmax, hence no other candidates in a pair's gradient. Nearly all pairs are negative, which is
-why the bias starts at -10. Masked pairs, as in :mod:`moe_fast.ops.info_nce`, are left out of the
-sum; it is over rows only, there is no second direction. The loss is computed in blocks of rows, so
-that the matrix is never held whole.
+There is no softmax, so the gradient of a pair does not depend on other candidates. Nearly all pairs
+are negative, which is why the bias starts at -10. Pairs that are masked (see
+:mod:`moe_fast.ops.info_nce`) are left out of the sum. The sum over rows is the only direction. The
+loss is computed in blocks of rows; the matrix is never held as a whole.
 
-Source: Zhai et al. (SigLIP), arXiv 2303.15343, whose values to start from are scale = 10, learned
-as its logarithm, and bias = -10.
+Source: Zhai et al. (SigLIP), arXiv 2303.15343. Its initial values are scale = 10, learned as its
+logarithm, and bias = -10.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ def sigmoid_loss(
     group_ids: Tensor | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """The sigmoid loss of B pairs; see the module's docstring for the mathematics.
+    """Compute the sigmoid loss of B pairs; see the module's docstring for the mathematics.
 
     Args:
         a, b, negatives: [B, d], [B, d], [B * G, d] as in :func:`moe_fast.ops.info_nce`.
-        scale: > 0; a float, or a tensor of one element that wants a gradient.
-        bias: likewise, of any sign.
+        scale: > 0; a float, or a tensor of one element, which gets a gradient.
+        bias: of any sign; a float, or a tensor of one element, which gets a gradient.
         similarity, row_ids, col_ids, domain_ids, group_ids: as in :func:`moe_fast.ops.info_nce`.
-        return_metrics: also return, detached and [], ``in_batch_accuracy``.
+        return_metrics: whether to return ``in_batch_accuracy`` too, detached and [].
 
     Returns:
         The loss, [] float32 (float64 for float64 inputs), or ``(loss, metrics)``.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices or values do not fit.
     """
     check_choice("similarity", similarity, SIMILARITIES)
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
@@ -70,7 +70,7 @@ def sigmoid_loss(
     scale, bias = checked_scale(scale, q), checked_bias(bias, q)
 
     def loss_and_hits(first: int, last: int) -> Tensor:
-        """[2], summed over the rows of a block."""
+        """Return [2]: the loss and the correct rows, summed over the rows of a block."""
         positive, candidate = positives_and_candidates(
             len(q), len(k), q.device, (row_ids, col_ids, domain_ids, group_ids), first, last
         )

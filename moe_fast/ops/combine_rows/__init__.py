@@ -1,4 +1,6 @@
-"""combine_rows: the weighted sum of each token's rows, from expert order back to token order.
+"""combine_rows: sums each token's weighted rows, from the experts' order to the tokens' order.
+
+T tokens have K slots each, S = T * K rows in all; see :class:`moe_fast.ops.RoutingPlan`.
 
     y[t] = sum over k of w[t, k] * rows[slot_to_row[t, k]]        skipped slots contribute exactly 0
 
@@ -7,7 +9,8 @@ Backward, with upstream gradient dy:
     drows[r] = w[slot of r] * dy[token of r]        0 in skipped rows
     dw[t, k] = <rows[slot_to_row[t, k]], dy[t]>     0 for skipped slots
 
-A gather, not a scatter: no atomics, slots are summed in their order, the result is deterministic.
+Each token gathers its rows, instead of rows being scattered to tokens. So there are no atomics,
+slots are always summed in the same order, and the result is deterministic.
 """
 
 from __future__ import annotations
@@ -27,21 +30,21 @@ from moe_fast.ops.plan import RoutingPlan
 def combine_rows(
     rows: Tensor, top_k_weights: Tensor, plan: RoutingPlan, *, backend: str | None = None
 ) -> Tensor:
-    """The weighted sum of each token's rows.
+    """Compute the weighted sum of each token's rows.
 
     Args:
         rows: [S, D], in the order of ``plan``; skipped rows are not read.
-        top_k_weights: [T, K] float32 or float64, S = T * K. Those of skipped slots are not used.
+        top_k_weights: [T, K] float32 or float64, S = T * K; those of skipped slots are not used.
         plan: from :func:`plan`.
         backend: see :func:`moe_fast.use_backend`.
 
     Returns:
-        [T, D] in the dtype of ``rows``, also under autocast. The sum runs in the wider one of the
-        two dtypes and is rounded once.
+        [T, D] in the dtype of ``rows``, also under autocast. The sum is computed in the wider of
+        the two dtypes and rounded once.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes or devices that do not fit; the ``cpp`` backend on
-            the CPU also for index tensors that are no plan.
+        ValueError, TypeError: shapes, dtypes or devices do not fit; on the CPU the ``cpp`` backend
+            also checks the values of the plan's index tensors.
     """
     run = _prepare(rows, top_k_weights, plan, backend)
     return run(rows, top_k_weights, plan.expert_offsets, plan.slot_to_row)
@@ -51,7 +54,7 @@ def combine_rows(
 def _prepare(
     rows: Tensor, top_k_weights: Tensor, plan: RoutingPlan, backend: str | None
 ) -> Callable:
-    """The implementation for such a call."""
+    """Check the arguments and return the implementation to run."""
     check_shape("top_k_weights", top_k_weights, (None, None), "[T, K]")
     check_dtype("top_k_weights", top_k_weights, (torch.float32, torch.float64))
     slots = top_k_weights.shape[0] * top_k_weights.shape[1]

@@ -25,7 +25,7 @@ def _combine_rows_backward(grad_y, rows, top_k_weights, expert_offsets, slot_to_
     valid = (row >= 0)[..., None]
     upstream = grad_y[:, None].to(torch.promote_types(rows.dtype, top_k_weights.dtype))
     grad_weights = torch.where(valid, rows[row] * upstream, 0).sum(-1).to(top_k_weights.dtype)
-    # Skipped slots, -1, write into one more row, which is cut off.
+    # Skipped slots (-1) write into an additional row, which is cut off.
     grad_rows = rows.new_zeros(rows.shape[0] + 1, rows.shape[1])
     grad_rows[row] = torch.where(valid, upstream * top_k_weights[..., None], 0).to(rows.dtype)
     return grad_rows[:-1].clone(), grad_weights

@@ -1,8 +1,9 @@
-"""expert_linear: one linear map per expert, summed with the routing weights.
+"""expert_linear: applies one linear map per expert, and sums with the routing weights.
 
     y_t = sum over k of w[t, k] * (W[e] . x_t + b[e]),   e = e(t, k)
 
-The mixture of targets "intermediate" and "output", taken over one projection of the MLP only.
+T tokens visit K of E experts each; W[e] is [O, I]. The targets "intermediate" and "output" of
+:class:`moe_fast.MoEMLP` use it for the one projection of the MLP that is replicated.
 
 Backward, for a row of expert e with upstream gradient dO (before the weight w), u = dO . W[e]:
 
@@ -44,7 +45,7 @@ def expert_linear(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """The mixture of linear maps; see the module's docstring for the mathematics.
+    """Compute the mixture of linear maps; see the module's docstring for the mathematics.
 
     Args:
         x: [T, I].
@@ -58,7 +59,7 @@ def expert_linear(
         [T, O] in x's dtype (autocast's under autocast). Skipped slots contribute exactly 0.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes or devices that do not fit.
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
     run = _prepare(x, weight, bias, top_k_weights, plan, backend)
     if torch.is_autocast_enabled(x.device.type):
@@ -75,7 +76,7 @@ def _prepare(
     plan: RoutingPlan,
     backend: str | None,
 ) -> Callable:
-    """The implementation for such a call."""
+    """Check the arguments and return the implementation to run."""
     check_shape("x", x, (None, None), "[T, I]")
     check_shape("weight", weight, (None, None, x.shape[1]), "[E, O, I]")
     if not (weight.shape[1] and weight.shape[2]):

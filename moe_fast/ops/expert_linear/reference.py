@@ -32,7 +32,7 @@ def _expert_linear(
 @without_autocast
 def _expert_linear_backward(grad_y, x, weight, bias, top_k_weights, *plan):
     expert_offsets, row_to_token, row_to_slot, slot_to_row = plan
-    # Experts without rows keep the zeros; an absent bias gets a gradient nobody reads.
+    # Experts without rows keep the zeros; the gradient of an absent bias is not read.
     grad_weight, grad_bias = weight.new_zeros(weight.shape), x.new_zeros(weight.shape[:2])
     grad_rows = x.new_empty(row_to_token.shape[0], x.shape[1])
     grad_row_weights = top_k_weights.new_empty(row_to_token.shape[0])

@@ -1,6 +1,6 @@
 """expert_linear on a GPU: grouped products by Triton; formulas in ``__init__.py``.
 
-What the functions take is said by the reference, whose arguments they have.
+The functions take the arguments of those in ``reference.py``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from moe_fast.ops.expert_linear.reference import OPERATION
 
 
 def forward(*inputs: Any) -> Tensor:
-    """y [T, O]."""
+    """Compute y [T, O]."""
     from moe_fast.triton_ops.combine import combine
     from moe_fast.triton_ops.linear import linear
 
     x, weight, bias, w, *plan, slot_to_row = inputs
     w = w.contiguous()
-    if w.shape[1] == 1:  # one row per token: written where it belongs
+    if w.shape[1] == 1:  # one row per token: write rows in token order
         return linear(x, weight, bias, w, plan, gather=True, scatter=True)
     rows = linear(x, weight, bias, None, plan, gather=True, scatter=False)
     return combine(rows, slot_to_row, w, w.shape[1])
 
 
 def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight, bias and routing weights."""
+    """Compute the gradients of x, weight, bias and routing weights."""
     from moe_fast.triton_ops.column_sum import column_sum
     from moe_fast.triton_ops.combine import combine
     from moe_fast.triton_ops.grad_weight import grad_weight

@@ -1,9 +1,11 @@
-"""expert_mlp: every token through the MLPs of its K experts, summed with its routing weights.
+"""expert_mlp: sends every token through the MLPs of its K experts, and sums with its weights.
 
     z   = W1[e] . x + b1[e]                      (gated: z = [z1, z2], first half activated)
     h   = act(z)                                 (gated: h = act(z1) * z2)
     f_e = W2[e] . h + b2[e]
     y_t = sum over k of w[t, k] * f_{e(t, k)}(x_t)
+
+There are T tokens of dimension D and E experts of hidden size H; w are the routing weights.
 
 Backward, for a row of expert e with upstream gradient dO (before the weight w):
 
@@ -11,7 +13,7 @@ Backward, for a row of expert e with upstream gradient dO (before the weight w):
     dW2[e] = sum of (w dO)^T h;  db2[e] = sum of w dO;  dW1[e] = sum of dz^T x;  db1[e] = sum of dz
     dx = sum over k of dz . W1[e]
 
-Only x and z are saved; h is computed again from z. ``recompute="up"`` saves x alone.
+Only x and z are saved; the backward pass computes h again from z. ``recompute="up"`` saves only x.
 
 Source: the expert of Hallee et al., arXiv 2401.15713; saving x and z as in SonicMoE.
 """
@@ -56,7 +58,7 @@ def expert_mlp(
     recompute: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The mixture of expert MLPs; see the module's docstring for the mathematics.
+    """Compute the mixture of expert MLPs; see the module's docstring for the mathematics.
 
     Args:
         x: [T, D].
@@ -66,15 +68,16 @@ def expert_mlp(
         top_k_weights: [T, K] float32 or float64, from :func:`route`.
         plan: from :func:`plan` of the same route.
         act: one of :data:`moe_fast.ops.activations.ACTIVATIONS`, transformers' names.
-        recompute: ``None``, or ``"up"`` to compute z again in the backward instead of saving it
-            (less memory, one more product).
+        gated: whether experts are gated.
+        recompute: ``None``, or ``"up"`` to compute z again in the backward pass instead of saving
+            it (less memory, one more product).
         backend: see :func:`moe_fast.use_backend`.
 
     Returns:
         [T, D] in x's dtype (autocast's under autocast). Skipped slots contribute exactly 0.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices or names do not fit.
     """
     tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias)
     run, needs_grad = _prepare(*tensors, top_k_weights, plan, act, gated, recompute, backend)
@@ -87,7 +90,7 @@ def expert_mlp(
 
 @once_per_signature
 def _prepare(x: Tensor, *arguments: Any) -> tuple[Callable, bool]:
-    """The implementation for such a call, and whether it has gradients."""
+    """Check the arguments; return the implementation to run, and whether it has gradients."""
     *tensors_and_settings, backend = arguments
     return choose("expert_mlp", backend, (), x, *tensors_and_settings)
 
@@ -107,13 +110,16 @@ def choose(
     gated: bool,
     recompute: str | None,
 ) -> tuple[Callable, bool]:
-    """The implementation of ``op`` for an expert MLP, and whether it has gradients.
+    """Check the arguments of an expert MLP; return the implementation of ``op`` to run.
 
     Args:
-        block: what else has gradients, in an op that computes more than the MLP.
+        block: further tensors that may need gradients, in an op that computes more than the MLP.
+
+    Returns:
+        The implementation, and whether gradients are needed.
 
     Raises:
-        ValueError, TypeError: for tensors that do not fit each other, naming the argument.
+        ValueError, TypeError: the tensors do not fit each other; the message names the argument.
     """
     check_choice("act", act, ACTIVATIONS)
     check_choice("recompute", recompute, (None, "up"))

@@ -36,7 +36,7 @@ def _expert_mlp(
         rows[here] = F.linear(activate(z, act, gated), down_proj[e], _of(down_proj_bias, e))
         if save:
             saved[here] = z
-    saved[expert_offsets[-1] :] = 0  # skipped slots: an op must not return uninitialised memory
+    saved[expert_offsets[-1] :] = 0  # skipped rows: an op must not return uninitialised memory
     return combine(rows, slot_to_row, top_k_weights), saved
 
 
@@ -48,7 +48,7 @@ def _of(bias: Tensor | None, expert: int) -> Tensor | None:
 def _expert_mlp_backward(grad_y, x, up_proj, down_proj, *rest):
     up_proj_bias, down_proj_bias, top_k_weights, *plan, saved, act, gated = rest
     expert_offsets, row_to_token, row_to_slot, slot_to_row = plan
-    # Experts without rows keep the zeros; absent biases get an empty gradient nobody reads.
+    # Experts without rows keep the zeros; the gradients of absent biases are not read.
     grad_up, grad_down = up_proj.new_zeros(up_proj.shape), down_proj.new_zeros(down_proj.shape)
     grad_up_bias = x.new_zeros(up_proj.shape[:2])
     grad_down_bias = x.new_zeros(down_proj.shape[:2])

@@ -1,8 +1,8 @@
 """expert_mlp on a GPU: grouped products by Triton; formulas in ``__init__.py``.
 
-Six products, as in ``kernels/triton_ops``: up (bias, activation), down (bias, routing weight);
-backward: dh with everything that follows from it, dW2, dx, dW1. Saved: x and z. What the functions
-take is said by the reference, whose arguments they have.
+There are six products, as in ``kernels/triton_ops``. Forward: up (with bias and activation) and
+down (with bias and routing weight). Backward: dh (with everything that follows elementwise), dW2,
+dx and dW1. x and z are saved. The functions take the arguments of those in ``reference.py``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from moe_fast.ops.expert_mlp.reference import OPERATION
 
 
 def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """y [T, D] and z (no rows unless ``save``)."""
+    """Compute y [T, D], and z for the backward pass (no rows unless ``save``)."""
     from moe_fast.triton_ops.combine import combine
 
     x, *weights, w, offsets, row_to_token, row_to_slot, slot_to_row, act, gated, save = inputs
     plan, w = (offsets, row_to_token, row_to_slot), w.contiguous()
-    if w.shape[1] == 1:  # one row per token: written where it belongs
+    if w.shape[1] == 1:  # one row per token: write rows in token order
         return expert_rows(x, weights, plan, act, gated, save, by_token=w)
     rows, z = expert_rows(x, weights, plan, act, gated, save)
     return combine(rows, slot_to_row, w, w.shape[1]), z
@@ -37,12 +37,15 @@ def expert_rows(
     save: bool,
     by_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """f_e of every row [S, D], skipped rows unwritten, and z (no rows unless ``save``).
+    """Compute f_e of every row, [S, D], and z (no rows unless ``save``); S = T * K.
+
+    Skipped rows are not written.
 
     Args:
         weights: up_proj, down_proj and their biases.
         plan: expert_offsets, row_to_token and row_to_slot.
-        by_token: routing weights [T, 1]: multiply with them and store in token order, y [T, D].
+        by_token: routing weights [T, 1], only for K = 1. The rows are multiplied by them and stored
+            in token order: the first result is then y [T, D].
     """
     from moe_fast.triton_ops.linear import linear
     from moe_fast.triton_ops.up_projection import up_projection
@@ -55,7 +58,7 @@ def expert_rows(
 
 
 def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """The gradients of the six tensors."""
+    """Compute the gradients of the six tensors."""
     from moe_fast.triton_ops.column_sum import column_sum
     from moe_fast.triton_ops.combine import combine
     from moe_fast.triton_ops.grad_hidden import grad_hidden
@@ -72,7 +75,7 @@ def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     grad_z, weighted_h, dots, grad_up_bias = grad_hidden(
         grad_y, down_proj, z, w, plan, **form, want_bias=up_bias is not None
     )
-    # Absent biases get a gradient nobody reads.
+    # The gradients of absent biases are not read.
     if up_bias is None:
         grad_up_bias = x.new_zeros(up_proj.shape[:2])
     if down_bias is None:
@@ -82,7 +85,7 @@ def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     grad_w = router_grad(dots, None, grad_y, down_bias, w, plan)
     grad_down = grad_weight(grad_y, weighted_h, None, plan, gather_a=True, gather_b=False)
     grad_up = grad_weight(grad_z, x, None, plan, gather_a=False, gather_b=True)
-    # The routing weight is in dz already.
+    # dz contains the routing weight already.
     k = w.shape[1]
     grad_x = linear(grad_z, up_proj.mT, None, None, plan, gather=False, scatter=k == 1)
     if k > 1:

@@ -1,16 +1,16 @@
-"""expert_mlp_norm: the mixture of expert MLPs with BERT's output block behind it.
+"""expert_mlp_norm: computes the mixture of expert MLPs, then BERT's output block.
 
     y   = expert_mlp(x)
     s   = residual + dropout(y)
     out = LayerNorm(s) = norm_weight * (s - mean(s)) / sqrt(var(s) + eps) + norm_bias
 
-On ``torch`` and ``cpp`` it is that composition. ``triton`` sums a token's rows, drops, adds and
-normalises in one pass (``kernels/triton_ops/combine_norm.py``); backward, one pass gives the
-gradients of y and of the residual, and expert_mlp's own backward goes on from there. Beside x, z
-and the residual it saves s, two numbers per token and what dropout kept.
+Backends ``torch`` and ``cpp`` compute it in these steps. ``triton`` sums a token's rows, drops,
+adds and normalises in one pass (``kernels/triton_ops/combine_norm.py``). Its backward pass computes
+the gradients of y and of the residual in one pass, and continues with that of expert_mlp. Besides
+x, z and the residual it saves s, two numbers per token, and the mask of dropout.
 
-The mask of dropout is drawn by torch before an implementation is chosen: all drop the same
-entries, and they are those that ``torch.nn.functional.dropout`` would drop in its place.
+torch draws the mask before an implementation runs. So all of them drop the same entries, which are
+those that ``torch.nn.functional.dropout`` would drop.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def expert_mlp_norm(
     recompute: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``LayerNorm(dropout(expert_mlp(x)) + residual)``; see the module's docstring.
+    """Compute ``LayerNorm(dropout(expert_mlp(x)) + residual)``; see the module's docstring.
 
     Args:
         x, up_proj, down_proj, up_proj_bias, down_proj_bias: as in :func:`moe_fast.ops.expert_mlp`.
@@ -66,18 +66,19 @@ def expert_mlp_norm(
         backend: see :func:`moe_fast.use_backend`.
 
     Returns:
-        [T, D] in x's dtype; under autocast float32, as LayerNorm's. Skipped slots add 0: a token
-        without any gets ``LayerNorm(residual)``.
+        [T, D] in x's dtype; under autocast in float32, like LayerNorm (float64 stays float64). A
+        slot that is assigned no expert contributes 0; a token all of whose slots are empty gives
+        ``LayerNorm(residual)``.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices or names do not fit.
     """
     tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias)
     block: tuple[Tensor, ...] = (residual, norm_weight, norm_bias)
     mlp = (*tensors, top_k_weights, plan, act, gated, recompute)
     run, needs_grad = _prepare(*mlp, *block, dropout, backend)
     if torch.is_autocast_enabled(x.device.type):
-        # As a product would be cast, and what follows as LayerNorm.
+        # Cast the MLP's tensors as autocast does for products, the block's as for LayerNorm.
         tensors, block = autocast_to(*tensors), _as_layer_norm(*block)
     return run(
         *tensors,
@@ -96,7 +97,7 @@ def expert_mlp_norm(
 
 @once_per_signature
 def _prepare(x: Tensor, *arguments: Any) -> tuple[Callable, bool]:
-    """The implementation for such a call, and whether it has gradients."""
+    """Check the arguments; return the implementation to run, and whether it has gradients."""
     *mlp, residual, norm_weight, norm_bias, dropout, backend = arguments
     block = (residual, norm_weight, norm_bias)
     chosen = choose("expert_mlp_norm", backend, block, x, *mlp)
@@ -117,10 +118,10 @@ def _check_block(
 
 
 def _as_layer_norm(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In float32: autocast normalises in no narrower dtype."""
+    """Cast to float32, as autocast does for LayerNorm; float64 stays float64."""
     return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
 
 
 def _kept(x: Tensor, dropout: float) -> Tensor:
-    """[T, D] bool: what dropout keeps, drawn from the device's generator."""
+    """Draw the mask [T, D] bool of what dropout keeps, from the device's generator."""
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)

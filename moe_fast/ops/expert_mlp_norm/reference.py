@@ -1,4 +1,4 @@
-"""expert_mlp_norm as a composition: a backend's expert_mlp, and PyTorch's functions behind it."""
+"""expert_mlp_norm in steps: a backend's expert_mlp, then PyTorch's own functions."""
 
 from __future__ import annotations
 

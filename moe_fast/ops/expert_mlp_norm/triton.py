@@ -1,7 +1,7 @@
-"""expert_mlp_norm on a GPU: expert_mlp's products, and one pass for all that follows them.
+"""expert_mlp_norm on a GPU: expert_mlp's products, then one pass for everything that follows.
 
-Rows stay in the experts' order until that pass, for K = 1 too: it reads them by token, and so
-needs neither a store in token order nor zeros at skipped tokens.
+Rows stay in the experts' order until that pass, also for K = 1. It reads them by token, so they
+need not be stored in token order, nor be 0 for skipped tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def forward(
     save: bool,
     save_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [T, D], and for the backward (no rows unless wanted) s, its moments and z."""
+    """Compute out [T, D]; for the backward pass also s, its moments and z (else without rows)."""
     from moe_fast.triton_ops.combine_norm import combine_norm
 
     weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
@@ -53,7 +53,7 @@ def forward(
 
 
 def gradients(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """The gradients of expert_mlp's six tensors, of residual, norm_weight and norm_bias."""
+    """Compute the gradients of expert_mlp's six tensors, residual, norm_weight and norm_bias."""
     from moe_fast.triton_ops.combine_norm import combine_norm_backward
 
     *mlp, _, norm_weight, _ = inputs[:9]

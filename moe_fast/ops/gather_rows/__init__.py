@@ -1,11 +1,13 @@
-"""gather_rows: each token's vector at its rows, in the order in which experts see them.
+"""gather_rows: copies each token's vector to its rows, in the order of the experts.
+
+T tokens have K slots each, S = T * K rows in all; see :class:`moe_fast.ops.RoutingPlan`.
 
     rows[r] = x[row_to_token[r]]        0 in the skipped rows behind expert_offsets[E]
 
-With :func:`combine_rows` this is all that an expert of one's own needs: what lies between the two
-sees contiguous rows, ``expert_offsets[e] .. expert_offsets[e + 1]`` for expert e. (``expert_mlp``
-gathers inside its products, and needs neither.) The gradient of a token is the sum over its rows,
-which is ``combine_rows`` with weights of 1.
+With :func:`combine_rows` this suffices to write an expert of another form: between the two calls
+the rows of expert e are contiguous, ``expert_offsets[e] .. expert_offsets[e + 1]``. (``expert_mlp``
+gathers inside its products and needs neither.) The gradient of a token is the sum of its rows'
+gradients, which is ``combine_rows`` with weights of 1.
 
 Source: the permutation of MegaBlocks, arXiv 2211.15841, without its padding.
 """
@@ -24,7 +26,7 @@ from moe_fast.ops.plan import RoutingPlan
 
 
 def gather_rows(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> Tensor:
-    """The rows of ``plan``, each a copy of its token's vector.
+    """Return the rows of ``plan``, each a copy of its token's vector.
 
     Args:
         x: [T, D].
@@ -32,11 +34,11 @@ def gather_rows(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> 
         backend: see :func:`moe_fast.use_backend`.
 
     Returns:
-        [S, D] in the dtype of x, also under autocast: nothing is computed.
+        [S, D] in the dtype of x, also under autocast, because nothing is computed.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes or devices that do not fit; the ``cpp`` backend on
-            the CPU also for index tensors that are no plan.
+        ValueError, TypeError: shapes, dtypes or devices do not fit; on the CPU the ``cpp`` backend
+            also checks the values of the plan's index tensors.
     """
     run = _prepare(x, plan, backend)
     return run(x, plan.expert_offsets, plan.row_to_token, plan.slot_to_row)
@@ -44,7 +46,7 @@ def gather_rows(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> 
 
 @once_per_signature
 def _prepare(x: Tensor, plan: RoutingPlan, backend: str | None) -> Callable:
-    """The implementation for such a call."""
+    """Check the arguments and return the implementation to run."""
     check_shape("x", x, (None, None), "[T, D]")
     check_dtype("x", x, FLOAT_DTYPES)
     slots = plan.row_to_token.shape[0]

@@ -31,7 +31,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _gradients(combine_rows, ctx, grad_rows):
-    expert_offsets, slot_to_row = ctx.saved_tensors  # read once, see docs/decisions.md
+    expert_offsets, slot_to_row = ctx.saved_tensors  # read only once, see docs/decisions.md
     per_token = slot_to_row.shape[0] // max(ctx.num_tokens, 1)
     dtype = torch.promote_types(grad_rows.dtype, torch.float32)
     ones = grad_rows.new_ones((ctx.num_tokens, per_token), dtype=dtype)
@@ -39,7 +39,7 @@ def _gradients(combine_rows, ctx, grad_rows):
 
 
 def implement(name: str, forward: Callable, combine_rows: Callable) -> Callable:
-    """Register ``forward``, whose gradient ``combine_rows`` of the same backend computes."""
+    """Register ``forward``; its gradient is computed by ``combine_rows`` of the same backend."""
     gradients = functools.partial(_gradients, combine_rows)
     schema = schema_of(_gather_rows)
     return register_op(f"moe_fast::{name}", schema, forward, _fake, _save_for_backward, gradients)

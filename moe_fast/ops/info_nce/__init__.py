@@ -1,17 +1,20 @@
-"""info_nce: the contrastive loss with in-batch negatives (multiple negatives ranking), dense form.
+"""info_nce: the contrastive loss with in-batch negatives (multiple negatives ranking).
 
-With ``q = a`` and ``k = [b; negatives]`` (normalised to unit length for cosine similarity):
+With ``q = a`` and ``k = [b; negatives]``:
 
     s_ij = scale * <q_i, k_j>                                   [B, N], N = B + B * G
     row_i = cross_entropy(s_i. , T_i.)       a to b, over all N candidates
     col_j = cross_entropy(s_.j , T'_.j)      b to a, over the B anchors, j < B
     loss  = sum_i w_i * (row_i + col_i) / 2 / sum_i w_i          (one-way: w_i * row_i)
 
-Targets: the row's own positive, or, with ``group_ids``, evenly all rows of its group (as the outer
-form of SupCon, Khosla et al., arXiv 2004.11362); with ``label_smoothing`` eps, ``(1 - eps)`` of
-that plus eps spread evenly over the candidates that are not masked.
+a [B, d] are the anchors, b [B, d] their positives, negatives [B * G, d] G hard negatives per row;
+w are the weights of rows. For cosine similarity all are first normalised to unit length.
 
-Masks: a pair (i, j) is left out of both directions, unless j is a positive of i, when
+Targets T: the row's own positive or, with ``group_ids``, all rows of its group with equal shares
+(the outer form of SupCon, Khosla et al., arXiv 2004.11362). With ``label_smoothing`` eps, the
+target is ``(1 - eps)`` times that, plus eps spread evenly over the candidates that are not masked.
+
+Masks: a pair (i, j) is left out of both directions, unless j is a positive of i, if
 
     - the rows i and j (j < B) share a text: the same anchor, the same positive, or one's anchor is
       the other's positive; or a hard negative j is the same text as i's anchor or positive;
@@ -22,7 +25,7 @@ Backward, with P and P' the row- and column-wise softmax and g the upstream grad
     G = g / sum(w) * (w_i (P - T) + w_j (P' - T')) / 2
     dq = scale * G . k;  dk = scale * G^T . q;  dscale = sum(G * <q, k>)
 
-The products and the logits are at least float32 whatever the inputs are, with autocast off.
+Products and logits are computed in at least float32, whatever the inputs are, with autocast off.
 
 Source: Henderson et al., arXiv 1705.00652 (in-batch negatives); van den Oord et al., arXiv
 1807.03748 (InfoNCE).
@@ -42,12 +45,13 @@ from moe_fast.ops.info_nce.arguments import as_scale, check_arguments, check_not
 
 @dataclass(frozen=True)
 class InfoNCEStats:
-    """What one pass of the loss also knows; detached, for logs and for choosing rows.
+    """Statistics from the loss's forward pass; detached, for logs and for choosing rows.
 
     Attributes:
-        row_loss: [B] float, each row's loss (the mean of both directions where symmetric).
-        rank: [B] int64, 1 + the number of unmasked candidates, positives aside, at least as
-            similar to the anchor as its own positive: 1 is best, ties count against the row.
+        row_loss: [B] float, each row's loss (if symmetric, the mean of both directions).
+        rank: [B] int64, the rank of the row's own positive; 1 is best. It is 1 + the number of
+            candidates, without masked ones and other positives, that are at least as similar to the
+            anchor; so ties count against the row.
         accuracy: [] float, the share of rows with rank 1.
     """
 
@@ -73,22 +77,23 @@ def info_nce(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
-    """The contrastive loss of B pairs; see the module's docstring for the mathematics.
+    """Compute the contrastive loss of B pairs; see the module's docstring for the mathematics.
 
     Args:
         a: [B, d] anchors, B >= 1.
-        b: [B, d] positives, row i belonging to ``a[i]``.
-        negatives: [B * G, d] hard negatives, row i's being ``i * G .. i * G + G - 1``.
-        scale: 1 / temperature, > 0; a float, or a tensor of one element that wants a gradient.
+        b: [B, d] positives; ``b[i]`` belongs to ``a[i]``.
+        negatives: [B * G, d] hard negatives; those of row i are ``i * G .. i * G + G - 1``.
+        scale: 1 / temperature, > 0; a float, or a tensor of one element, which gets a gradient.
         similarity: "cosine" or "dot".
-        symmetric: the mean of both directions, or a to b only.
-        row_ids, col_ids: int64 [B] and [N], equal where texts are (hashes of anchors, and of
-            positives followed by hard negatives): the same text is never its own negative.
-        domain_ids: int64 [B]; negatives come from the same domain only.
-        group_ids: int64 [B]; rows of one group are each other's positives.
+        symmetric: take the mean of both directions; False: a to b only.
+        row_ids, col_ids: integers [B] and [N] that are equal for equal texts (hashes of anchors,
+            and of positives followed by hard negatives): a text is never its own negative. Give
+            both or neither.
+        domain_ids: integers [B]; negatives come from the same domain only.
+        group_ids: integers [B]; rows of one group are each other's positives.
         weights: float [B], >= 0, not all 0.
         label_smoothing: in [0, 1).
-        return_stats: also return an :class:`InfoNCEStats`, at no extra pass.
+        return_stats: whether to return an :class:`InfoNCEStats` too; needs no extra pass.
         backend: see :func:`moe_fast.use_backend`.
 
     Returns:
@@ -96,7 +101,8 @@ def info_nce(
         ``a``, ``b``, ``negatives`` and ``scale``, not ``weights``.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices or values do not fit; a single pair without
+            hard negatives is a ``ValueError``.
     """
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
     check_arguments(a, b, negatives, similarity, label_smoothing, weights, col_ids, **ids)

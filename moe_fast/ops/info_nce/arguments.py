@@ -1,4 +1,4 @@
-"""What contrastive losses check of their arguments, and make of them, before they compute."""
+"""Checks and prepares the arguments of contrastive losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def check_arguments(
     col_ids: Tensor | None,
     **row_values: Tensor | None,
 ) -> None:
-    """Raise unless the arguments are those that :func:`info_nce` asks for, negatives aside."""
+    """Raise unless the arguments are those that :func:`info_nce` takes.
+
+    A single pair without negatives passes; :func:`check_not_alone` refuses it.
+    """
     check_choice("similarity", similarity, SIMILARITIES)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}.")
@@ -41,7 +44,7 @@ def check_arguments(
 
 
 def check_not_alone(a: Tensor, negatives: Tensor | None) -> None:
-    """Raise ``ValueError`` for one pair without negatives."""
+    """Raise ``ValueError`` for a single pair without hard negatives."""
     if a.shape[0] == 1 and (negatives is None or negatives.shape[0] == 0):
         raise ValueError(
             "info_nce needs negatives: one pair alone has none and a loss of 0 whatever its "
@@ -53,7 +56,7 @@ def check_not_alone(a: Tensor, negatives: Tensor | None) -> None:
 def queries_and_keys(
     a: Tensor, b: Tensor, negatives: Tensor | None, similarity: str
 ) -> tuple[Tensor, Tensor]:
-    """q [B, d] and k [N, d], whose products are the similarities, in at least float32."""
+    """Return q [B, d] and k [N, d], whose products are the similarities, in at least float32."""
     dtype = compute_dtype(a.dtype)
     candidates = b if negatives is None else torch.cat((b, negatives))
     q, k = a.to(dtype), candidates.to(dtype)
@@ -63,7 +66,13 @@ def queries_and_keys(
 
 
 def as_scale(scale: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``scale`` as a [] tensor, or an error for a number that is no 1 / temperature."""
+    """Return ``scale`` as a [] tensor.
+
+    Raises:
+        ValueError: it is a tensor with more than one element, or a number that is not positive and
+            finite.
+        TypeError: it is neither a number nor a tensor.
+    """
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(f"scale must have one element; got shape {list(scale.shape)}.")
@@ -78,7 +87,11 @@ def as_scale(scale: float | Tensor, device: torch.device, dtype: torch.dtype) ->
 
 
 def row_weights(weights: Tensor | None, a: Tensor) -> Tensor:
-    """[B], summing to 1, in the dtype of the logits of anchors ``a``."""
+    """Return the weights [B], divided by their sum, in the dtype of the logits of anchors ``a``.
+
+    Without ``weights`` all rows weigh the same. Raises ``ValueError`` for weights that are negative
+    or all 0, if values are checked.
+    """
     dtype = compute_dtype(a.dtype)
     if weights is None:
         return a.new_full((a.shape[0],), 1 / a.shape[0], dtype=dtype)
@@ -89,9 +102,9 @@ def row_weights(weights: Tensor | None, a: Tensor) -> Tensor:
 
 
 def check_weights(weights: Tensor | None) -> bool:
-    """Whether any row has a weight; a ``ValueError`` for one that is negative, NaN or infinite.
+    """Whether any row has a weight above 0; True if values are not checked or weights are absent.
 
-    Where values are not checked, or there are no weights, every row counts as having one.
+    Raises ``ValueError`` for a weight that is negative, NaN or infinite.
     """
     if weights is None or not checks_values(weights.device):
         return True
@@ -101,7 +114,7 @@ def check_weights(weights: Tensor | None) -> bool:
 
 
 def check_scale(scale: Tensor) -> None:
-    """Raise ``ValueError`` for a scale [] that is no 1 / temperature, where values are read."""
+    """Raise ``ValueError`` unless the scale [] is positive and finite, if values are checked."""
     if checks_values(scale.device) and not 0 < scale.item() < math.inf:
         raise ValueError(f"scale must be greater than 0 and finite; got {scale.item()}.")
 
@@ -114,7 +127,7 @@ def check_pairs(
     col_ids: Tensor | None,
     **row_values: Tensor | None,
 ) -> None:
-    """Raise unless shapes, dtypes and devices are those that :func:`info_nce` asks for."""
+    """Raise unless shapes, dtypes and devices are those that :func:`info_nce` takes."""
     check_dtype("a", a, FLOAT_DTYPES)
     check_shape("a", a, (None, None), "[B, d]")
     batch, dim = a.shape

@@ -1,17 +1,18 @@
-"""info_nce over several lengths of the same embeddings, their tiles shared.
+"""info_nce at several lengths of the same embeddings, with shared tiles.
 
-With d_1 < ... < d_L, the products of length d_l are those of d_(l-1) and of the dimensions between
-them, so that a tile of all lengths costs one product of the longest, not one each:
+With lengths d_1 < ... < d_L, the product at length d_l is the product at d_(l-1) plus that of the
+dimensions in between (segment l). So a tile at all lengths costs one product of the longest:
 
     c_l = c_(l-1) + q[:, d_(l-1) : d_l] . k[:, d_(l-1) : d_l]^T,    s_l = scale * r_l c_l r'_l
 
-r_l, r'_l being 1 / length of the truncated rows and columns (1 for dot products). Backward, with
-G_l = dL/ds_l as in :mod:`moe_fast.ops.info_nce.tiled`, dimensions of segment l get
+Here r_l and r'_l are 1 / length of the truncated rows and columns (1 for dot products). In the
+backward pass, with G_l = dL/ds_l as in :mod:`moe_fast.ops.info_nce.tiled` and cos_l = s_l / scale,
+the dimensions of segment l get
 
     dq = scale * (sum_(m >= l) r_m G_m r'_m) . k - scale * (sum_(m >= l) r_m^2 <G_m, cos_m>) q
 
-and columns likewise: one product each, again of the longest alone. The second term is the gradient
-of the lengths, its sums taken in the tile.
+and the columns likewise: again one product of the longest length for each side. The second term is
+the gradient of the norms; its sums are computed in the tile.
 
 Source: Kusupati et al. (Matryoshka), arXiv 2205.13147.
 """
@@ -72,7 +73,7 @@ def matryoshka_info_nce(
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`moe_fast.ops.info_nce` of the embeddings cut to each length.
+    """Compute :func:`moe_fast.ops.info_nce` of the embeddings cut to each length.
 
     Args:
         dims: L lengths, increasing, the last at most d.
@@ -84,7 +85,7 @@ def matryoshka_info_nce(
         ``scale``.
 
     Raises:
-        ValueError, TypeError: as :func:`moe_fast.ops.info_nce`, and for lengths that do not fit.
+        ValueError, TypeError: as in :func:`moe_fast.ops.info_nce`, or ``dims`` do not fit.
     """
     ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
     check_arguments(a, b, negatives, similarity, label_smoothing, weights, col_ids, **ids)
@@ -106,22 +107,22 @@ def matryoshka_info_nce(
 
 @dataclass(frozen=True)
 class _Lengths:
-    """What every tile is computed with.
+    """The settings that every tile is computed with.
 
     Attributes:
         dims: the lengths.
-        factor: [], scale / ln 2: logits are in base 2.
+        factor: [], scale / ln 2, because logits are in base 2.
     """
 
     dims: list[int]
     factor: Tensor
 
     def segments(self) -> list[slice]:
-        """The dimensions that each length adds to the one before."""
+        """Return the dimensions that each length adds to the one before."""
         return [slice(*ends) for ends in zip([0, *self.dims[:-1]], self.dims, strict=True)]
 
     def inverse_norms(self, x: Tensor, cosine: bool) -> Tensor:
-        """[L, n] 1 / length of the truncated rows of x [n, d]; ones for dot products."""
+        """Return 1 / length of the truncated rows of x [n, d], [L, n]; ones for dot products."""
         if cosine:
             return torch.stack([inverse_norm(x[:, :dim]) for dim in self.dims])
         return self.factor.new_ones((len(self.dims), len(x)))
@@ -129,7 +130,7 @@ class _Lengths:
     def logits(
         self, q: Tensor, k: Tensor, q_norms: Tensor, k_norms: Tensor, space: Workspace
     ) -> Iterator[Tensor]:
-        """s_l / ln 2 of a tile for each length in turn, [m, n], in the workspace's "logits"."""
+        """Yield s_l / ln 2 of a tile, [m, n], for each length; all use the same memory."""
         products = space.tile("products", len(q), len(k))
         for level, segment in enumerate(self.segments()):
             if level == 0:
@@ -151,9 +152,10 @@ def _add_logits(
     best_negative: Tensor,
     own: bool,
 ) -> None:
-    """Adds all rows against some columns to sums [L, 6, m] and [L, 6, n].
+    """Add all rows against some columns to the sums [L, 6, m] and [L, 6, n].
 
-    Where ``own``, writes ``own_logit`` [m]; raises ``best_negative`` [m]; both at the longest.
+    At the longest length, ``own_logit`` [m] is written if ``own``, and ``best_negative`` [m] is
+    raised to the largest logit of a negative.
     """
     rows, columns = comparable(rows, columns)
     space = Workspace(len(rows), len(columns), lengths.factor)
@@ -173,14 +175,14 @@ def _add_logits(
                 if column_sums is not None:
                     directions.append((column_sums[level, :, low:high], 0))
                 add_tile(s, *masks, diagonal, label_smoothing, directions, space)
-                if longest:  # negatives alone are left in s
+                if longest:  # s now holds the negatives only
                     best = best_negative[first:last]
                     torch.maximum(best, s.amax(1), out=best)
 
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of one side, added to tile by tile.
+    """The gradients of one side, which tiles are added to.
 
     Attributes:
         x: [n, d] ``sum_(m >= l) r_m G_m r'_m`` times the other side, by segment l.
@@ -191,9 +193,9 @@ class _Gradients:
     along: Tensor
 
     def finish(self, x: Tensor, norms: Tensor, lengths: _Lengths, cosine: bool) -> Tensor:
-        """dL/dx [n, d]."""
+        """Return dL/dx [n, d]."""
         if cosine:
-            # of each segment: over the lengths that it belongs to
+            # the coefficient of each segment: a sum over the lengths that contain it
             projection = (norms.square() * self.along / lengths.factor).flip(0).cumsum(0).flip(0)
             for segment, coefficient in zip(lengths.segments(), projection, strict=True):
                 self.x[:, segment].addcmul_(
@@ -215,7 +217,7 @@ def _add_gradients(
     grad_columns: _Gradients,
     own: bool,
 ) -> None:
-    """Adds the gradients of all rows against some columns; ``upstream`` [L] is dL/dloss_l."""
+    """Add the gradients of all rows against some columns; ``upstream`` [L] is dL/dloss_l."""
     rows, columns = comparable(rows, columns)
     space = Workspace(len(rows), len(columns), lengths.factor)
     for first, last in blocks(len(rows), rows.x.device):

@@ -1,4 +1,4 @@
-"""info_nce in PyTorch, with the whole matrix of logits."""
+"""info_nce in PyTorch, with the whole matrix of logits in memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def positives_and_candidates(
     first: int = 0,
     last: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two bool matrices [B, N], or their rows ``first`` to ``last``.
+    """Return two bool matrices [B, N], or their rows ``first`` to ``last - 1``.
 
-    j is a positive of i; j takes part in i's softmax. ``ids`` of rows, columns, domains and groups.
+    The first is True if j is a positive of i, the second if j takes part in i's softmax. ``ids``
+    are those of rows, columns, domains and groups, or ``None``.
     """
     row_ids, col_ids, domain_ids, group_ids = ids
     row = torch.arange(batch, device=device)
@@ -54,7 +55,7 @@ def _directions(
     label_smoothing: float,
     symmetric: bool,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """(logits, positive, candidate, softmax - target, loss) of a to b, then of b to a."""
+    """Return (logits, positive, candidate, softmax - target, loss) of a to b, then of b to a."""
     batch = q.shape[0]
     logits = scale * (q @ k.t())
     positive, candidate = positives_and_candidates(batch, k.shape[0], q.device, ids)
@@ -93,7 +94,7 @@ def _info_nce(
     directions = _directions(q, k, scale, ids, label_smoothing, symmetric)
     row_loss = torch.stack([d[-1] for d in directions]).mean(0)
     logits, positive, candidate = directions[0][:3]
-    # "not smaller", so that NaN counts against the row as a tie does
+    # "not smaller" instead of "larger or equal": a NaN then counts as an error, like a tie
     beats = candidate & ~positive & ~(logits < logits.diagonal()[:, None])
     return (each * row_loss).sum(), row_loss, 1 + beats.sum(1)
 
@@ -124,7 +125,7 @@ _run_op = _OPERATION.implement("info_nce", _info_nce, _info_nce_backward)
 
 
 def _run(a, b, negatives, scale, *rest):
-    check_finite(a=a, b=b, negatives=negatives)  # the op sees unit vectors, whatever these are
+    check_finite(a=a, b=b, negatives=negatives)  # before they are normalised
     q, k = queries_and_keys(a, b, negatives, "cosine" if rest[-1] else "dot")
     return _run_op(q, k, scale, *rest[:-1])
 

@@ -1,23 +1,26 @@
-"""info_nce without a B x B matrix: the loss's sums, then its gradient, tile by tile.
+"""info_nce without a B x B matrix: computes the loss's sums, then its gradient, tile by tile.
 
-Forward, one product: of each row and each column over all tiles (online, Milakov and Gimelshein,
-arXiv 1805.02867)
+s_ij are the logits of rows (anchors) against columns (candidates), lse is a logsumexp, and w the
+weights of rows. The forward pass needs one product. For each row and each column it sums over all
+tiles (online, Milakov and Gimelshein, arXiv 1805.02867):
 
     neg  = logsumexp of the logits of its negatives       pos = logsumexp of those of its positives
     loss = (lse - pos) + (pos - mean positive logit),  lse - pos = softplus(neg - pos)
 
-Never ``lse - s_ii``: the loss of a pair told apart well is 1e-8, the rounding of its lse 1e-6.
+It never computes ``lse - s_ii``: the loss of a well separated pair is about 1e-8, but the rounding
+error of its lse is 1e-6.
 
-Backward, three products: the tile again, and
+The backward pass needs three products: it computes the tile again, then its gradient
 
     G_ij = w_i (exp(s_ij - lse_i) - T_ij) + w_j (exp(s_ij - lse_j) - T'_ij)
 
-into both sides (:mod:`moe_fast.ops.info_nce.tiles`). A tile serves both directions. The gradient of
-a row's only positive is ``-w_i sigmoid(neg - pos)``, for the same reason as above. Columns of hard
-negatives have no second term.
+with the targets T and T' of both directions, and multiplies it into both sides
+(:mod:`moe_fast.ops.info_nce.tiles`). So a tile serves both directions. The gradient of a row's only
+positive is ``-w_i sigmoid(neg - pos)``, for the reason above. Columns of hard negatives have no
+second term.
 
-Every function here works on some rows against some columns: several processes hold the rows of one
-batch and add up the columns' sums (:mod:`moe_fast.losses.functional.global_info_nce`).
+Every function here takes some rows and some columns, so that several processes can share a batch
+and add up the sums of the columns (:mod:`moe_fast.losses.functional.global_info_nce`).
 """
 
 from __future__ import annotations
@@ -49,26 +52,29 @@ from moe_fast.ops.info_nce.tiles import (
     tile_masks,
 )
 
-# What is summed over a row's, or a column's, logits, these being in base 2; sums are [6, n].
+# The six sums over the logits of a row (or column), [6, n]. Logits are in base 2.
 NEG, POS = 0, 1  # log2 sum exp2 over negatives, and over positives
-POS_SUM, POS_COUNT, ALL_SUM, ALL_COUNT = 2, 3, 4, 5  # sums; the last two for label smoothing only
+POS_SUM, POS_COUNT, ALL_SUM, ALL_COUNT = 2, 3, 4, 5  # sums; the last two only for smoothing
 
 
 def new_sums(count: int, like: Tensor) -> Tensor:
-    """[6, count] sums over nothing."""
+    """Return the sums over no logits, [6, count]; ``like`` gives dtype and device.
+
+    The six are the constants ``NEG`` to ``ALL_COUNT`` above.
+    """
     sums = like.new_zeros((6, count))
     sums[:POS_SUM] = -torch.inf
     return sums
 
 
 def join_sums(sums: Tensor, others: Tensor) -> None:
-    """Adds the sums over other logits [6, n] to ``sums`` [6, n] in place."""
+    """Add the sums over other logits, [6, n], to ``sums`` [6, n] in place."""
     torch.logaddexp2(sums[:POS_SUM], others[:POS_SUM], out=sums[:POS_SUM])
     sums[POS_SUM:] += others[POS_SUM:]
 
 
 def cross_entropy(sums: Tensor, label_smoothing: float) -> Tensor:
-    """[n] the loss of each row, or column."""
+    """Return the loss of each row (or column), [n], from its sums [6, n]."""
     neg, pos = sums[NEG], sums[POS]
     mean_positive = sums[POS_SUM] / sums[POS_COUNT]
     if not label_smoothing:
@@ -80,7 +86,7 @@ def cross_entropy(sums: Tensor, label_smoothing: float) -> Tensor:
 
 
 def both_directions(row_sums: Tensor, column_sums: Tensor | None, label_smoothing: float) -> Tensor:
-    """[n] the loss of each row; with the columns' sums the mean of both directions."""
+    """Return the loss of each row, [n]; given the columns' sums, the mean of both directions."""
     row_loss = cross_entropy(row_sums, label_smoothing)
     if column_sums is None:
         return row_loss
@@ -101,16 +107,17 @@ def add_logits(
     rank: Tensor,
     own: bool,
 ) -> None:
-    """Adds the logits of all rows against some columns to the sums.
+    """Add the logits of all m rows against n columns to the sums, in place.
 
     Args:
+        rows, columns: the two sides.
         scale: [] in the dtype of the logits.
         label_smoothing: in [0, 1).
         row_sums: [6, m], added to.
         column_sums: [6, n], added to; ``None`` for columns without a loss.
-        own_logit: [m], each row's logit with its own positive: written where ``own``, else read.
+        own_logit: [m], each row's logit with its own positive; written if ``own``, else read.
         rank: [m] int64, added to.
-        own: whether the columns are the rows' own positives; these must come first.
+        own: whether the columns are the rows' own positives; this call must come first.
     """
     device = rows.x.device
     rows, columns = comparable(rows, columns)
@@ -119,7 +126,7 @@ def add_logits(
         block = rows.block(first, last)
         scaled_q = scaled_rows(block, scale)
         here = own_logit[first:last]
-        # The rows' own positives come first: ranks need their logits.
+        # The rows' own positives come first, because ranks compare with their logits.
         column_blocks = blocks(len(columns), device)
         for low, high in sorted(column_blocks, key=lambda block: own and block[0] != first):
             tile, diagonal = columns.block(low, high), own and low == first
@@ -132,7 +139,7 @@ def add_logits(
             masks = tile_masks(block, tile, diagonal, space)
             add_tile(s, *masks, diagonal, label_smoothing, directions, space)
             smaller = torch.lt(s, here[:, None], out=space.tile("scratch", *s.shape))
-            # "not smaller", so that NaN counts against the row as a tie does
+            # "not smaller" instead of "larger or equal": a NaN counts, like a tie
             rank[first:last] += s.shape[1] - smaller.sum(1).to(torch.int64)
 
 
@@ -145,7 +152,10 @@ def add_tile(
     directions: Sequence[tuple[Tensor, int]],
     space: Workspace,
 ) -> None:
-    """Adds a tile s [m, n] to sums, each with the axis it sums over; only negatives stay in s."""
+    """Add a tile s [m, n] to the sums; masks all but the negatives in s.
+
+    ``directions`` are pairs (sums [6, m] or [6, n], axis to sum over).
+    """
     if label_smoothing:
         kept = torch.ones_like(s) if excluded is None else (excluded == 0).to(s.dtype)
         for sums, axis in directions:
@@ -170,7 +180,7 @@ def add_tile(
 
 
 def log2_sum_exp2(s: Tensor, axis: int, space: Workspace) -> Tensor:
-    """log2 sum exp2 of a tile over an axis: [n], or [m]."""
+    """Return log2 sum exp2 of a tile over ``axis``: [n] for axis 0, [m] for axis 1."""
     largest = s.amax(axis, keepdim=True)
     shifted = torch.sub(s, largest, out=space.tile("scratch", *s.shape))
     return shifted.exp2_().sum(axis).log2_() + largest.squeeze(axis)
@@ -181,14 +191,16 @@ def log2_sum_exp2(s: Tensor, axis: int, space: Workspace) -> Tensor:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the gradient of a tile needs of each row, or column: [n] each.
+    """What the gradient of a tile needs from each row (or column): tensors [n].
+
+    w is the row's weight, eps the label smoothing, lse the logsumexp of its logits.
 
     Attributes:
-        log_total: lse - log w in base 2: ``exp2(s - log_total)`` is the weighted softmax.
+        log_total: lse - log w in base 2, so that ``exp2(s - log_total)`` is the weighted softmax.
         positive: w (1 - eps) / number of positives.
         every: w eps / number of candidates.
-        own: the gradient of an only positive, exact where it is tiny.
-        alone: whether there is only one, and no smoothing.
+        own: the gradient of an only positive, exact even if it is tiny.
+        alone: whether there is only one positive, and no smoothing.
     """
 
     log_total: Tensor
@@ -198,7 +210,7 @@ class Terms:
     alone: Tensor
 
     def block(self, first: int, last: int) -> Terms:
-        """Rows ``first`` to ``last`` alone."""
+        """Return the terms of rows ``first`` to ``last - 1``."""
         if first == 0 and last == len(self.own):
             return self
         fields = (getattr(self, name) for name in self.__dataclass_fields__)
@@ -206,7 +218,7 @@ class Terms:
 
 
 def gradient_terms(sums: Tensor, weights: Tensor, label_smoothing: float) -> Terms:
-    """Of rows, or columns, with these sums [6, n] and weights [n] in the loss."""
+    """Compute the terms of rows (or columns) from their sums [6, n] and weights [n]."""
     neg, pos = sums[NEG], sums[POS]
     return Terms(
         log_total=torch.logaddexp2(neg, pos) - weights.log2(),
@@ -228,10 +240,11 @@ def add_gradients(
     grad_columns: Tensor,
     own: bool,
 ) -> None:
-    """Adds the gradients of all rows against some columns to [m, d] and [n, d], unfinished.
+    """Add the gradients of all rows against some columns to [m, d] and [n, d].
 
-    See :func:`moe_fast.ops.info_nce.tiles.row_epilogue` for what is left to do. ``column_terms`` is
-    ``None`` for columns without a loss; ``own`` as in :func:`add_logits`.
+    The results must be finished by :func:`moe_fast.ops.info_nce.tiles.row_epilogue` and
+    ``finish_columns``. ``column_terms`` is ``None`` for columns without a loss; ``own`` as in
+    :func:`add_logits`.
     """
     device = rows.x.device
     rows, columns = comparable(rows, columns)
@@ -258,7 +271,7 @@ def tile_gradient(
     columns: Terms | None,
     space: Workspace,
 ) -> Tensor:
-    """G [m, n] of a tile; s is overwritten."""
+    """Return the gradient G [m, n] of a tile s, which is overwritten."""
 
     def outer(of_row: Tensor, of_column: Tensor | None) -> Tensor:
         return of_row[:, None] if of_column is None else of_row[:, None] + of_column
@@ -288,7 +301,10 @@ def tile_gradient(
 
 
 def pair_side(x: Tensor, ids: Sequence[Tensor | None], cosine: bool) -> Side:
-    """Anchors or positives x [B, d]; ``ids`` of rows, columns, domains and groups."""
+    """Make the side of anchors or positives x [B, d].
+
+    ``ids`` are those of rows, columns, domains and groups, or ``None``.
+    """
     row_ids, col_ids, domain_ids, group_ids = ids
     texts = None if col_ids is None else col_ids[: len(x)]
     return Side(x, inverse_norm(x) if cosine else None, row_ids, texts, domain_ids, group_ids)
@@ -297,7 +313,7 @@ def pair_side(x: Tensor, ids: Sequence[Tensor | None], cosine: bool) -> Side:
 def hard_side(
     negatives: Tensor | None, batch: int, ids: Sequence[Tensor | None], cosine: bool
 ) -> Side | None:
-    """Hard negatives [B * G, d], with their rows' domains; ``None`` if there are none."""
+    """Make the side of hard negatives [B * G, d] with their rows' domains, or ``None``."""
     if negatives is None or not len(negatives):
         return None
     _, col_ids, domain_ids, _ = ids
@@ -310,7 +326,7 @@ def hard_side(
 def sides(
     a: Tensor, b: Tensor, negatives: Tensor | None, ids: Sequence[Tensor | None], cosine: bool
 ) -> tuple[Side, Side, Side | None]:
-    """Anchors, positives and hard negatives."""
+    """Return the sides of anchors, positives and hard negatives (``None`` without any)."""
     rows, pairs = (pair_side(x, ids, cosine) for x in (a, b))
     return rows, pairs, hard_side(negatives, len(a), ids, cosine)
 
@@ -380,7 +396,7 @@ def _info_nce_tiled_backward(grad_loss, a, b, negatives, scale, *rest):
 
 
 def fake_backward(grad_loss, a, b, negatives, scale, *rest):
-    """The shapes of the gradients, of :mod:`moe_fast.ops.info_nce.matryoshka`, too."""
+    """Return empty gradients of the right shapes, for this op and matryoshka's."""
     return (
         a.new_empty(a.shape),
         b.new_empty(b.shape),

@@ -1,16 +1,16 @@
-"""Logits of a contrastive loss tile by tile: what the losses share that never hold B x B.
+"""Tiles of a contrastive loss's logits: functions for losses that never hold all B x B of them.
 
 A tile is a block of rows (anchors) against a block of columns (candidates):
 
-    s_ij = scale * <q_i, k_j>,  q and k being the embeddings, at unit length for cosines
+    s_ij = scale * <q_i, k_j>,  with the embeddings q and k, for cosines at unit length
 
-A gradient G = dL/ds of such a tile gives ``dq += scale * G . k`` and ``dk += scale * G^T . q``.
-Nothing of the size of B x d is copied: columns are normalised by scaling the tile, and the
-projections that the gradient of a normalisation asks for are done once, row by row, at the end.
+The gradient G = dL/ds of a tile gives ``dq += scale * G . k`` and ``dk += scale * G^T . q``. No
+normalised copy [B, d] of the columns is made: the tile is multiplied by their inverse norms, and
+the projections in the gradient of a normalisation are done once, row by row, at the end.
 
-Tiles are as large as a cache likes them on a CPU, and large enough to fill a GPU. Their memory is
-taken once. They hold logits in base 2, ``s / ln 2``: exp2 is the faster exponential everywhere, and
-on a CPU the only one without a slow range (exp of what is masked takes 30 times as long).
+On a CPU tiles fit in the cache; on a GPU they are large enough to fill it. Their memory is
+allocated once. They hold logits in base 2, ``s / ln 2``, because exp2 is the fastest exponential,
+and on a CPU the only one without a slow range (exp takes 30 times as long for masked logits).
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from moe_fast.ops.checks import checks_values, compute_dtype
 from moe_fast.ops.cpu_matmul import add_product, multiply
 
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
-_FEW_ROWS = 128  # sorting ids pays above that, see comparable()
+_FEW_ROWS = 128  # sorting ids pays for more rows, see comparable()
 _SHORTEST = 1e-12  # as torch.nn.functional.normalize: a shorter vector has no direction
 
-# What is left out of a softmax gets this logit: finite, so that nothing turns into NaN, and so low
-# that its exponential is 0 beside any other.
+# The logit of pairs that are left out of a softmax: finite, so that no NaN arises, and so low that
+# its exponential is 0 compared with any other.
 MASKED = -1e30
 
 
 @dataclass(frozen=True)
 class Side:
-    """n embeddings on one side of the logits, and the ids that say which pairs are left out.
+    """n embeddings on one side of the logits, and the ids that determine which pairs are masked.
 
     Attributes:
         x: [n, d].
         inverse_norm: [n], 1 / length, 0 for a zero vector; ``None`` for dot products.
-        anchor_ids: [n] text of each pair's anchor; ``None`` for hard negatives, or without masks.
-        text_ids: [n] text of each pair's positive, or of the hard negative.
+        anchor_ids: [n], the text of each pair's anchor; ``None`` for hard negatives, or without
+            masks.
+        text_ids: [n], the text of each pair's positive, or of the hard negative.
         domain_ids: [n]; a hard negative has the domain of its row.
         group_ids: [n]; ``None`` for hard negatives.
     """
@@ -58,7 +59,7 @@ class Side:
         return self.x.shape[0]
 
     def block(self, first: int, last: int) -> Side:
-        """Rows ``first`` to ``last`` alone."""
+        """Return the rows ``first`` to ``last - 1``."""
         if first == 0 and last == len(self):
             return self
 
@@ -70,17 +71,18 @@ class Side:
 
 
 def inverse_norm(x: Tensor) -> Tensor:
-    """[n] 1 / length of each row of x [n, d], in at least float32; 0 for a zero vector."""
+    """Return 1 / length of each row of x [n, d], [n] in at least float32; 0 for a zero vector."""
     dtype = compute_dtype(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    # In this order, or the gradient of a zero vector would be NaN.
+    # In another order the gradient of a zero vector would be NaN.
     return 1 / torch.where(norm > _SHORTEST, norm, torch.inf)
 
 
 def check_finite(**embeddings: Tensor | None) -> None:
-    """Raise ``ValueError`` naming a row that holds NaN or infinity, where values are read.
+    """Raise ``ValueError`` that names a row with NaN or infinity, if values are checked.
 
-    Values whose products overflow, of which a cosine would be 0 and a dot product NaN, count too.
+    Values whose products would overflow raise, too: they would give a cosine of 0 and a dot product
+    of NaN.
     """
     if torch.compiler.is_compiling():
         return
@@ -104,22 +106,22 @@ def check_finite(**embeddings: Tensor | None) -> None:
 
 
 def tile_size(device: torch.device) -> int:
-    """The most rows, and columns, of a tile."""
+    """The largest number of rows, and of columns, of a tile."""
     return TILE_ROWS.get(device.type, TILE_ROWS["cuda"])
 
 
 def blocks(count: int, device: torch.device) -> list[tuple[int, int]]:
-    """(first, last) of the blocks that ``count`` rows are worked through in."""
+    """Return (first, last) of the blocks into which ``count`` rows are cut."""
     size = tile_size(device)
     return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 class Workspace:
-    """Memory for a few tiles at a time, taken once: fresh memory costs more than most passes.
+    """Memory for a few tiles at a time, allocated once; allocating each tile would cost more time.
 
     Args:
-        rows, columns: of all logits.
-        like: a tensor of the logits' dtype and device.
+        rows, columns: the numbers of rows and columns of all logits.
+        like: a tensor with the logits' dtype and device.
     """
 
     def __init__(self, rows: int, columns: int, like: Tensor) -> None:
@@ -129,20 +131,20 @@ class Workspace:
         self._memory: dict[str, Tensor] = {}
 
     def tile(self, name: str, rows: int, columns: int) -> Tensor:
-        """[rows, columns], holding anything; one per name at a time."""
+        """Return uninitialised memory [rows, columns]; a second call with ``name`` reuses it."""
         if name not in self._memory:
             self._memory[name] = self._like.new_empty(self._area)
         return self._memory[name][: rows * columns].view(rows, columns)
 
 
 def scaled_rows(rows: Side, scale: Tensor) -> Tensor:
-    """[m, d] ``scale / ln 2 * q`` in the scale's dtype: one side of the product."""
+    """Return ``scale / ln 2 * q``, [m, d] in the scale's dtype: the left factor of the product."""
     q, scale = rows.x.to(scale.dtype), scale / math.log(2)
     return q * (scale if rows.inverse_norm is None else (scale * rows.inverse_norm)[:, None])
 
 
 def logits_tile(scaled_q: Tensor, columns: Side, space: Workspace) -> Tensor:
-    """s / ln 2, [m, n], to be overwritten."""
+    """Return s / ln 2, [m, n], in the workspace; the caller may overwrite it."""
     out = space.tile("logits", len(scaled_q), len(columns))
     s = multiply(scaled_q, columns.x.to(scaled_q.dtype).t(), out=out)
     return s if columns.inverse_norm is None else s.mul_(columns.inverse_norm)
@@ -151,10 +153,11 @@ def logits_tile(scaled_q: Tensor, columns: Side, space: Workspace) -> Tensor:
 def add_products(
     grad: Tensor, scaled_q: Tensor, columns: Side, grad_rows: Tensor, grad_columns: Tensor
 ) -> None:
-    """Adds ``G . k`` to ``grad_rows`` [m, d] and ``G^T . scaled_q`` to ``grad_columns`` [n, d].
+    """Add ``G . k`` to ``grad_rows`` [m, d] and ``G^T . scaled_q`` to ``grad_columns`` [n, d].
 
-    ``grad`` [m, n] is overwritten. For what is left to do see :func:`row_epilogue` and
-    :func:`finish_columns`: ``k`` is not at unit length, and its length is missing in its own sum.
+    ``grad`` [m, n] holds G and is overwritten. The sums are finished by :func:`row_epilogue` and
+    :func:`finish_columns`. Because the columns' ``x`` is not normalised, G is multiplied by their
+    inverse norms first; so ``grad_columns`` contains this factor, too.
     """
     if columns.inverse_norm is not None:
         grad.mul_(columns.inverse_norm)
@@ -163,9 +166,11 @@ def add_products(
 
 
 def row_epilogue(rows: Side, grad: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-    """Turns ``sum G . k`` [M, d] into dL/dx in place, times ``factor``; returns dL/dscale, [].
+    """Finish the gradient of the rows (anchors), in place; return dL/dscale, [].
 
-    ``dq = scale * sum G . k``, and ``dL/dscale = sum_ij G_ij <q_i, k_j> = sum_i <q_i, sum G . k>``.
+    On entry ``grad`` [m, d] holds ``sum_j G_ij k_j``, summed over all column tiles, with
+    G = dL/dlogits. On return it holds dL/dx for the un-normalised rows, times ``factor``. dL/dscale
+    is ``factor * sum_ij G_ij <q_i, k_j> = factor * sum_i <q_i, sum_j G_ij k_j>``.
     """
     total = project_to_tangent(rows, grad)
     if rows.inverse_norm is not None:
@@ -175,21 +180,25 @@ def row_epilogue(rows: Side, grad: Tensor, scale: Tensor, factor: Tensor) -> Ten
 
 
 def finish_columns(columns: Side, grad: Tensor, factor: Tensor) -> None:
-    """Turns ``inverse_norm * sum G^T . scaled_q`` [N, d] into dL/dx in place, times ``factor``.
+    """Finish the gradient of the columns (candidates), in place.
 
-    The scaled rows are in base 2, the gradient is not.
+    On entry ``grad`` [n, d] holds ``inverse_norm * G^T . scaled_q``, summed over all row tiles,
+    with G = dL/dlogits. On return it holds dL/dx for the un-normalised columns, times ``factor``.
+    ``scaled_q`` carries a factor 1 / ln 2, because the forward pass uses exp2; it is divided out
+    here.
     """
     project_to_tangent(columns, grad)
     grad.mul_(factor * math.log(2))
 
 
 def project_to_tangent(side: Side, grad: Tensor) -> Tensor:
-    """Projects ``grad`` [n, d] onto the tangent space of the unit sphere, in place.
+    """Project ``grad`` [n, d] onto the tangent space of the unit sphere, in place.
 
-    The gradient of a dot product, which sees lengths, stays as it is.
+    For dot products, which depend on the embeddings' lengths, ``grad`` stays as it is.
 
     Returns:
-        [] the sum of ``<u, grad>``, u being x at unit length; for dot products x itself.
+        [] the sum of ``<u, grad>`` before the projection, with u = x at unit length, or u = x for
+        dot products.
     """
     total = grad.new_zeros(())
     for first, last in blocks(len(side), grad.device):
@@ -205,9 +214,9 @@ def project_to_tangent(side: Side, grad: Tensor) -> Tensor:
 
 
 def comparable(rows: Side, columns: Side) -> tuple[Side, Side]:
-    """:func:`with_small_ids`, but of few rows the ids stay as they are.
+    """Return both sides with small ids, see :func:`with_small_ids`; few rows keep their ids.
 
-    Finding smaller ones would take longer than what these save.
+    For few rows, finding small ids would take longer than it saves.
     """
     if max(len(rows), len(columns)) <= min(_FEW_ROWS, tile_size(rows.x.device)):
         return rows, columns
@@ -215,9 +224,9 @@ def comparable(rows: Side, columns: Side) -> tuple[Side, Side]:
 
 
 def with_small_ids(rows: Side, columns: Side) -> tuple[Side, Side]:
-    """Both sides with small numbers for ids, equal where the ids are: floats, fast to compare.
+    """Replace the ids of both sides by small floats that are equal for equal ids.
 
-    Exact for 2^24 ids, more than the rows of any batch.
+    Floats are faster to compare than int64. They are exact up to 2^24 ids, more than a batch has.
     """
     sides = [rows, columns]
     for names in (("anchor_ids", "text_ids"), ("domain_ids",), ("group_ids",)):
@@ -234,16 +243,16 @@ def with_small_ids(rows: Side, columns: Side) -> tuple[Side, Side]:
 def tile_masks(
     rows: Side, columns: Side, own: bool, space: Workspace
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Which pairs of a tile are positives, and which are left out of it.
+    """Return which pairs of a tile are positives, and which are masked.
 
     Args:
-        rows, columns: made :func:`comparable`.
-        own: whether the diagonal is of the rows' own positives.
+        rows, columns: the sides, as :func:`comparable` returns them.
+        own: whether the diagonal holds the rows' own positives.
 
     Returns:
-        ``positive`` [m, n], 1 or 0, and ``None`` where there are no groups: then the diagonal alone
-        is. ``excluded`` [m, n], greater than 0 where a pair takes no part, ``None`` where all do.
-        Both are floats, in the workspace: several times faster than masks of bools.
+        ``positive`` [m, n], 1 or 0; ``None`` if there are no groups: then only the diagonal is
+        positive. ``excluded`` [m, n], greater than 0 for masked pairs; ``None`` if there are none.
+        Both are floats in the workspace, which are several times faster than bools.
     """
     shape = (len(rows), len(columns))
     positive = None
@@ -263,7 +272,10 @@ def tile_masks(
 
 
 def _clashes(rows: Side, columns: Side) -> Iterator[tuple]:
-    """What to compare: the same text anywhere in two rows, or another domain."""
+    """Yield what masks a pair: (comparison, row ids, column ids).
+
+    A pair is masked if the domains differ, or if any text of one row equals any of the other.
+    """
     if rows.domain_ids is not None:
         yield torch.ne, rows.domain_ids, columns.domain_ids
     for row_ids in (rows.anchor_ids, rows.text_ids):

@@ -1,10 +1,12 @@
-"""info_nce on a GPU: tiles of logits by Triton, nothing of them stored; see ``tiled.py``.
+"""info_nce on a GPU: Triton computes tiles of logits and stores none; see ``tiled.py``.
 
-Work goes by rectangles of the logits. Forward, one product: a kernel reduces each tile along both
-axes, and the rectangle's sums are joined to the batch's. Backward, three: a kernel makes the logits
-again and writes their gradient H for one rectangle, whose products ``H k`` and ``H^T q`` are added
-to both sides. A kernel that held ``H k`` instead of H would need [rows, d] float32 in registers, or
-the logits again for every part of d: 5 products in all at d = 256, 9 at d = 768.
+The logits are processed in rectangles. The forward pass needs one product: a kernel reduces each
+tile along both axes, and the sums of a rectangle are joined to those of the batch. The backward
+pass needs three: a kernel computes the logits s_ij of a rectangle again and writes
+H_ij = dL/ds_ij / (|q_i| |k_j|) (for dot products dL/ds_ij). ``H k`` and ``H^T q`` are then added to
+the gradients of rows q and columns k, which are not normalised here.
+A kernel that accumulated ``H k`` instead of writing H would need [rows, d] float32 in registers, or
+compute the logits again for every part of d: 5 products in all at d = 256, 9 at d = 768.
 """
 
 from __future__ import annotations
@@ -36,20 +38,21 @@ from moe_fast.ops.info_nce.tiled import (
 )
 from moe_fast.ops.info_nce.tiles import Side, check_finite, project_to_tangent, with_small_ids
 
-# The most rows, and columns, of a rectangle: H takes 1/4 GB. 11,264 rows of 16 bits are 88 tiles
-# of 128, times 3 of 256 columns at d = 768 two full waves of an H200's 132 multiprocessors.
+# The largest number of rows, and of columns, of a rectangle, by bytes per element; H takes 1/4 GB.
+# 11,264 rows of 16 bits are 88 tiles of 128; times 3 tiles of 256 columns at d = 768 they make two
+# full waves of an H200's 132 multiprocessors.
 SPANS = {2: 11_264, 4: 8_192, 8: 4_096}
-_ALIGNMENT = 128  # of rectangles: whole tiles, and rows of H that are loaded 16 bytes at once
+_ALIGNMENT = 128  # of rectangles, for whole tiles, and rows of H that load 16 bytes at once
 
 
 @dataclass(frozen=True)
 class _Against:
-    """The rows against some columns, as the kernels take them.
+    """The rows and some columns, as the kernels take them.
 
     Attributes:
-        rows, columns: the kernels' sides, ids comparable.
-        masks: the kernels' masks.
-        side: the columns once more.
+        rows, columns: sides in the kernels' form, with ids that can be compared.
+        masks: which masks the kernels apply.
+        side: the columns as a :class:`Side`.
     """
 
     rows: Any
@@ -59,7 +62,7 @@ class _Against:
 
 
 def spans(count: int, itemsize: int) -> list[tuple[int, int]]:
-    """(first, last) of about equal parts of ``count`` rows."""
+    """Cut ``count`` rows into about equal parts; return (first, last) of each."""
     parts = math.ceil(count / SPANS[itemsize])
     size = math.ceil(count / parts / _ALIGNMENT) * _ALIGNMENT
     return [(first, min(first + size, count)) for first in range(0, count, size)]
@@ -68,7 +71,7 @@ def spans(count: int, itemsize: int) -> list[tuple[int, int]]:
 def _sides(
     a: Tensor, b: Tensor, negatives: Tensor | None, ids: Sequence[Tensor | None], cosine: bool
 ) -> tuple[Side, list[_Against]]:
-    """The rows, and what they are worked against: the pairs, then the hard negatives if any."""
+    """Return the rows, and the rows against each kind of columns: pairs, then hard negatives."""
     from moe_fast.triton_ops.launch import row_major
 
     negatives = None if negatives is None else row_major(negatives)
@@ -96,7 +99,7 @@ def _against(rows: Side, columns: Side, own: bool) -> _Against:
 
 
 def _ids(side: Side) -> Tensor:
-    """[4, n] float32; those that are absent are never read."""
+    """Return the ids as [4, n] float32; rows of absent ids are never read."""
     ids = torch.zeros(4, len(side), device=side.x.device)
     given = (side.anchor_ids, side.text_ids, side.domain_ids, side.group_ids)
     for row, values in zip(ids, given, strict=True):
@@ -109,7 +112,10 @@ def _ids(side: Side) -> Tensor:
 
 
 def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, row losses, ranks, and the sums of rows and columns; inputs as the tiled op's."""
+    """Compute the loss, row losses, ranks, and the sums of rows and columns.
+
+    The inputs are those of the tiled op.
+    """
     from moe_fast.triton_ops.info_nce import own_logits
 
     a, b, negatives, scale, *ids, weights, label_smoothing, symmetric, cosine = inputs
@@ -140,7 +146,7 @@ def _add_logits(
     column_sums: Tensor | None,
     rank: Tensor,
 ) -> None:
-    """Adds the logits of all rows against some columns to the sums [6, n] and to the ranks."""
+    """Add the logits of all rows against some columns to the sums [6, n] and to the ranks."""
     from moe_fast.triton_ops.info_nce import info_nce_sums
     from moe_fast.triton_ops.logits import Area
 
@@ -159,7 +165,7 @@ def _add_logits(
 
 
 def _join(sums: Tensor, tiles: Tensor, groups: bool, smooth: bool) -> None:
-    """Adds the sums of tiles [tiles, 1 or 6, n] to ``sums`` [6, n] in place."""
+    """Add the sums of tiles, [tiles, 1 or 6, n], to ``sums`` [6, n] in place."""
     others = new_sums(sums.shape[1], sums)
     others[NEG] = _log2_sum_exp2(tiles[:, NEG])
     if groups:
@@ -171,7 +177,7 @@ def _join(sums: Tensor, tiles: Tensor, groups: bool, smooth: bool) -> None:
 
 
 def _log2_sum_exp2(parts: Tensor) -> Tensor:
-    """[n] of [parts, n]."""
+    """Join parts [parts, n] of a log2 sum exp2 to [n]."""
     top = parts.amax(0)
     return top + (parts - top).exp2().sum(0).log2()
 
@@ -180,7 +186,10 @@ def _log2_sum_exp2(parts: Tensor) -> Tensor:
 
 
 def gradients(grad_loss: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of a, b, the negatives and the scale; inputs as the tiled backward op's."""
+    """Compute the gradients of a, b, the negatives and the scale.
+
+    The inputs are those of the tiled backward op.
+    """
     a, b, negatives, scale, *ids, weights, row_sums, column_sums = inputs[:-3]
     label_smoothing, symmetric, cosine = inputs[-3:]
     each = row_weights(weights, a)
@@ -215,13 +224,13 @@ def gradients(grad_loss: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _terms(sums: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:
-    """[5, n] what the kernel needs of each row, or column."""
+    """Stack the terms that the kernel needs of each row (or column) to [5, n]."""
     t = gradient_terms(sums, weights, label_smoothing)
     return torch.stack((t.log_total, t.positive, t.every, t.own, t.alone.to(sums.dtype)))
 
 
 def _workspace(rows: Side, against: list[_Against]) -> Tensor:
-    """Memory for H of the largest rectangle."""
+    """Allocate memory for H of the largest rectangle."""
     from moe_fast.triton_ops.logits import gradient_dtype
 
     def longest(side: Side) -> int:
@@ -242,10 +251,10 @@ def _add_gradients(
     grad_columns: Tensor,
     workspace: Tensor,
 ) -> Tensor:
-    """Adds ``H k`` of a span of rows to ``grad_rows`` and ``H^T q`` to ``grad_columns``.
+    """Add ``H k`` of a span of rows to ``grad_rows`` and ``H^T q`` to ``grad_columns``.
 
     Returns:
-        [] the sum of ``G s`` in base 2.
+        [] the sum of ``G s`` in base 2, with G = dL/ds.
     """
     from moe_fast.triton_ops.add_product import add_product
     from moe_fast.triton_ops.info_nce_grad import info_nce_grad
@@ -265,7 +274,7 @@ def _add_gradients(
 
 
 def _finish(side: Side, grad: Tensor, factor: Tensor) -> Tensor:
-    """dL/dx in x's dtype of ``H k`` or ``H^T q``, which is overwritten."""
+    """Return dL/dx in x's dtype from ``H k`` or ``H^T q``, which is overwritten."""
     project_to_tangent(side, grad)
     return grad.mul_(factor).to(side.x.dtype)
 

@@ -1,9 +1,9 @@
-"""plan: the order in which experts see their rows, from the ids that ``route`` chose.
+"""plan: sorts rows by expert, from the expert ids that ``route`` chose.
 
-Every (token, slot) pair whose id is below E is a row. Rows are sorted by expert, stably: within
-an expert they keep the order of their flat slot ``t * K + k``. A :class:`RoutingPlan` holds that
-permutation in both directions, so that compute can walk an expert's rows contiguously and results
-can be gathered back per token without atomics.
+T tokens have K slots each; there are E experts. Every (token, slot) pair with an id below E is a
+row. Rows are sorted by expert, stably: within an expert they keep the order of their flat slot
+``t * K + k``. A :class:`RoutingPlan` holds this permutation in both directions, so that kernels can
+read an expert's rows contiguously, and results can be gathered per token without atomics.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from moe_fast.ops.plan import cpp, reference, triton  # noqa: F401 - each regist
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """Index tensors that tie routing to compute; all int64, S = T * K.
+    """Index tensors between tokens and the rows of experts; all are int64, S = T * K.
 
     Attributes:
         expert_offsets: [E + 1]; the rows of expert e are ``offsets[e] .. offsets[e + 1]``.
         row_to_token: [S]; the token of each row.
         row_to_slot: [S]; the flat slot ``t * K + k`` of each row.
-        slot_to_row: [S]; the row of each flat slot, -1 where the slot is skipped.
-        tiles: for each block size asked for, [n, 2] pairs (first row, expert) that cover every
-            expert's rows in steps of the block size, padded with -1 to the bound
-            ``n = ceil(max(S - E + 1, 0) / block) + E - 1`` that depends on shapes alone.
+        slot_to_row: [S]; the row of each flat slot, -1 if the slot is skipped.
+        tiles: a tensor [n, 2] for each block size that was asked for, {block size: tensor}. Its
+            pairs (first row, expert) cover every expert's rows in steps of the block size. It is
+            padded with -1 to ``n = ceil(max(S - E + 1, 0) / block) + E - 1``, which depends on
+            shapes only.
         indices: the four index tensors, in the order in which the registered ops take them.
 
-    Only the first ``expert_offsets[E]`` rows are valid; the rows behind them are the skipped
-    slots, in slot order, and nothing may be computed from them.
+    Only the first ``expert_offsets[E]`` rows are valid. The rows behind them are the skipped slots,
+    in slot order; they must not be used.
 
     Example: 6 tokens, 3 experts, K = 2; token 5 is padding (id 3 = E, "skip")::
 
@@ -58,12 +59,12 @@ class RoutingPlan:
     indices: tuple[Tensor, Tensor, Tensor, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # An attribute, for every layer reads it twice in a call.
+        # An attribute, not a property, because every layer reads it twice per call.
         indices = (self.expert_offsets, self.row_to_token, self.row_to_slot, self.slot_to_row)
         object.__setattr__(self, "indices", indices)
 
 
-_MOST_EXPERTS = 2**24  # a slip beyond it would ask for terabytes
+_MOST_EXPERTS = 2**24  # more are a mistake, and would take terabytes
 
 
 def plan(
@@ -76,13 +77,16 @@ def plan(
     """Sort the (token, slot) pairs by expert.
 
     Args:
-        top_k_index: [T, K] int64 or int32; ids >= E are skipped.
+        top_k_index: [T, K] int64 or int32; slots with ids >= E are skipped.
         num_experts: E.
-        block_sizes: row counts to make a tile schedule for, each > 0.
+        block_sizes: numbers of rows, each > 0, to make ``RoutingPlan.tiles`` for.
         backend: see :func:`moe_fast.use_backend`.
 
+    Returns:
+        The :class:`RoutingPlan`.
+
     Raises:
-        ValueError, TypeError: for shapes and dtypes that do not fit; on the CPU (elsewhere with
+        ValueError, TypeError: shapes or dtypes do not fit; on the CPU (elsewhere with
             ``MOE_FAST_CHECK=1``) also for negative ids.
     """
     for size in block_sizes:
@@ -95,7 +99,7 @@ def plan(
 
 @once_per_signature
 def _prepare(top_k_index: Tensor, num_experts: int, backend: str | None) -> Callable:
-    """The implementation for such a call."""
+    """Check the arguments and return the implementation to run."""
     check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
     if top_k_index.dim() != 2 or top_k_index.shape[1] < 1:
         raise ValueError(f"top_k_index must be [T, K], K >= 1; got {list(top_k_index.shape)}.")
@@ -106,7 +110,7 @@ def _prepare(top_k_index: Tensor, num_experts: int, backend: str | None) -> Call
 
 
 def _tile_schedule(expert_offsets: Tensor, num_rows: int, block_size: int) -> Tensor:
-    """[n, 2] pairs (first row, expert); see :class:`RoutingPlan`. No synchronisation."""
+    """Return the [n, 2] pairs (first row, expert) of ``RoutingPlan.tiles``; without a sync."""
     num_experts = expert_offsets.shape[0] - 1
     bound = (max(num_rows - num_experts + 1, 0) + block_size - 1) // block_size + num_experts - 1
     tiles_of_expert = (expert_offsets.diff() + block_size - 1) // block_size

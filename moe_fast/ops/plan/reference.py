@@ -11,7 +11,7 @@ from moe_fast.ops.eager_dispatch import Operation
 
 
 def check_not_negative(top_k_index: Tensor) -> None:
-    """Raise ``ValueError`` for negative ids, where values are checked."""
+    """Raise ``ValueError`` for negative ids, if values are checked."""
     if checks_values(top_k_index.device) and (top_k_index < 0).any():
         raise ValueError(f"top_k_index must not be negative; got {int(top_k_index.min())}.")
 
@@ -19,7 +19,7 @@ def check_not_negative(top_k_index: Tensor) -> None:
 def _plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat = top_k_index.reshape(-1).to(torch.int64)
     check_not_negative(flat)
-    # Negative ids, unchecked on a GPU, are skipped too: never out of bounds in memory.
+    # Negative ids, which are not checked on a GPU, are skipped: no access is out of bounds.
     expert = torch.where((flat < 0) | (flat > num_experts), num_experts, flat)
     row_to_slot = torch.argsort(expert, stable=True)
     counts = torch.bincount(expert, minlength=num_experts + 1)

@@ -1,26 +1,28 @@
-"""route: which experts each token visits, and with which weights.
+"""route: chooses the experts of each token, and their weights.
+
+T tokens of dimension D visit K of E experts each. With the router's weight Wr [E, D]:
 
     logits = x . Wr^T                      [T, E], in at least float32, autocast off
     index  = the K largest logits          [T, K], equal logits in order of expert id
     weight = f(logits, index)              [T, K]
 
-``mode`` says what chooses:
+``mode`` determines how experts are chosen:
 
-    token_topk       each token, by its own logits
-    sentence_topk    each sentence, by the mean of its real tokens' logits
+    token_topk       for each token, by its own logits
+    sentence_topk    for each sentence, by the mean of its real tokens' logits
     sentence_switch  the same with K = 1
-    enforced         nobody: expert ids are given, per sentence or per token; weight 1
-    dense            every token visits all E experts (K = E), weights softmax(logits)
+    enforced         expert ids are given, per sentence or per token; the weight is 1
+    dense            every token visits all E experts (K = E), with weights softmax(logits)
 
-``weight_mode`` says with which weight, p being softmax over all E logits:
+``weight_mode`` determines the weights; p is the softmax over all E logits:
 
     renormalize       softmax over the K chosen logits (the default for K >= 2)
     probability       the K chosen entries of p
     straight_through  forward exactly 1, gradient of log p: ``p / p.detach()`` (default, K = 1)
     one               the constant 1: the router gets no gradient from the task
 
-Padding (``token_mask`` False) is never routed: its ids are E ("skip"), its weights and logits 0,
-and its rows of ``x`` are never read, so they may hold anything.
+Padding (``token_mask`` False) is never routed: its ids are E ("skip"), its weights and logits are
+0. Its rows of ``x`` may hold anything, because they are not used.
 
 Sources: Hallee et al., arXiv 2401.15713 (sentence and enforced routing, probability, one); Yu,
 arXiv 2412.17364 (renormalize).
@@ -59,14 +61,14 @@ from moe_fast.ops.route.reference import route_enforced
 
 @dataclass(frozen=True)
 class Routing:
-    """The route of T tokens to K of E experts each.
+    """The routing of T tokens to K of E experts each.
 
     Attributes:
-        top_k_index: [T, K] int64. An id >= E means "skip, contributes 0" (padding has id E).
-        top_k_weights: [T, K] float32, or float64 where the input is.
-        router_logits: [T, E] of the same dtype, each token's own, also in the sentence modes;
-            0 for padding. ``None`` when routing is enforced.
-        tokens_per_expert: [E] int64, how many (token, slot) pairs each expert got.
+        top_k_index: [T, K] int64. An id >= E means "skip, contributes 0"; padding has the id E.
+        top_k_weights: [T, K] float32 (float64 for float64 inputs).
+        router_logits: [T, E] of the same dtype, for each token, also in the sentence modes; 0 for
+            padding. ``None`` if routing is enforced.
+        tokens_per_expert: [E] int64, the number of (token, slot) pairs of each expert.
     """
 
     top_k_index: Tensor
@@ -93,15 +95,16 @@ def route(
     Args:
         x: [T, D], or [B, L, D] with T = B * L; the input of the experts.
         router_weight: [E, D]; ``None`` with ``mode="enforced"``, which has no router.
-        num_experts_per_tok: K, 1 <= K <= E. ``mode="dense"`` visits all E whatever K says.
-        mode, weight_mode: see above.
-        expert_ids: with ``mode="enforced"`` only, int64 or int32, in [0, E): [B] (one a sentence)
-            or [B, L] beside a [B, L, D] input; [T], or [B] together with ``cu_seqlens``, beside
-            a [T, D] input. Ids of padding are not looked at.
+        num_experts_per_tok: K, 1 <= K <= E. ``mode="dense"`` always visits all E experts.
+        mode, weight_mode: see the module's docstring. "auto" is "one" for enforced, "probability"
+            for dense routing, else "straight_through" for K = 1 and "renormalize" for K >= 2.
+        expert_ids: with ``mode="enforced"`` only, int64 or int32, in [0, E). For an input
+            [B, L, D]: [B] (one per sentence) or [B, L]. For an input [T, D]: [T], or [B] together
+            with ``cu_seqlens``. Ids of padding are ignored.
         token_mask: bool, True for real tokens: [B, L] or [T]. ``None``: all are real.
-        cu_seqlens: [B + 1] int32 or int64, where sentences start in a packed [T, D] input
-            (0 = first, T = last). The sentence modes need it there.
-        num_experts: E where ``router_weight`` is ``None``.
+        cu_seqlens: [B + 1] int32 or int64, the starts of sentences in a packed input [T, D]; the
+            first is 0, the last T. The sentence modes need it for such an input.
+        num_experts: E; needed if ``router_weight`` is ``None``.
         backend: see :func:`moe_fast.use_backend`.
 
     Returns:
@@ -109,8 +112,9 @@ def route(
         ``router_weight``.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or names that do not fit. On the CPU
-            (elsewhere with ``MOE_FAST_CHECK=1``) also for ids out of range and NaN logits.
+        ValueError, TypeError: shapes, dtypes, devices or names do not fit. On the CPU (elsewhere
+            with ``MOE_FAST_CHECK=1``) also for ids out of range, and for logits that are NaN or
+            infinite.
     """
     num_experts, weight_mode, dtype, run = _prepare(
         x,
@@ -140,7 +144,7 @@ def route(
     return Routing(index, weights, logits, counts)
 
 
-# --- once for calls that look alike --------------------------------------------------------------
+# --- once per signature --------------------------------------------------------------------------
 
 
 @once_per_signature
@@ -156,7 +160,7 @@ def _prepare(
     num_experts: int | None,
     backend: str | None,
 ) -> tuple[int, str, torch.dtype, Callable]:
-    """E, the concrete weight mode, the dtype of enforced weights, and the implementation."""
+    """Check the arguments; return E, the concrete weight mode, its dtype, and the implementation."""
     num_experts = _check_experts(mode, router_weight, num_experts)
     weight_mode = resolve_weight_mode(mode, weight_mode, num_experts_per_tok)
     check_experts_per_tok(mode, num_experts_per_tok, num_experts)
@@ -182,7 +186,7 @@ def _prepare(
 
 
 def _check_experts(mode: str, router_weight: Tensor | None, num_experts: int | None) -> int:
-    """E, from the router's weight or, when enforced, from the argument."""
+    """Return E, from the router's weight or (enforced) the argument; raise if it is missing."""
     check_choice("mode", mode, MODES)
     if router_weight is None:
         if mode != "enforced":
@@ -218,7 +222,7 @@ def _check_tokens(x: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | Non
 
 
 def _check_expert_ids(expert_ids: Tensor | None, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """One id for each token, or one for each sentence, which the op spreads over its tokens."""
+    """Raise unless there is one id per token, or one per sentence."""
     if expert_ids is None:
         raise ValueError("expert_ids must be given with mode='enforced'; got None.")
     check_dtype("expert_ids", expert_ids, INTEGER_DTYPES)

@@ -1,4 +1,4 @@
-"""The routing weights of a choice of experts that was made before."""
+"""Computes the routing weights of experts that were chosen before."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ def chosen_weights(
     weight_mode: str = "auto",
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The weights that :func:`route` gives to a choice of experts, with their gradient.
+    """Return the weights that :func:`route` gives to chosen experts, with their gradient.
 
-    For a choice that is to be made again, whatever the logits say by now (a second forward whose
-    rounding differs). Given the choice that :func:`route` made of the same logits, its weights.
+    It is for a choice that must be repeated although the logits may have changed (in a second
+    forward pass, which rounds differently). For the choice that :func:`route` made from the same
+    logits, the weights are the same.
 
     Args:
         router_logits: [T, E], as :func:`route` returns them.
-        top_k_index: [T, K] int64; an id >= E is padding, whose weights are 0.
-        mode, weight_mode: as in :func:`route`; a mode that chooses.
-        cu_seqlens: [B + 1], where sentences start; needed by the sentence modes.
+        top_k_index: [T, K] int64; an id >= E is padding, with weight 0.
+        mode, weight_mode: as in :func:`route`; the mode must be one that chooses.
+        cu_seqlens: [B + 1], the starts of sentences; the sentence modes need it.
 
     Returns:
-        [T, K] in the dtype of the logits, differentiable in them.
+        [T, K] in the dtype of the logits, differentiable with respect to them.
 
     Raises:
-        ValueError, TypeError: for settings or shapes that do not fit.
+        ValueError, TypeError: settings, shapes or dtypes do not fit.
     """
     weight_mode = _check(router_logits, top_k_index, mode, weight_mode, cu_seqlens is not None)
     real = top_k_index < router_logits.shape[1]
@@ -53,7 +54,7 @@ def chosen_weights(
 def _check(
     router_logits: Tensor, top_k_index: Tensor, mode: str, weight_mode: str, has_sentences: bool
 ) -> str:
-    """The concrete weight mode."""
+    """Check the arguments and return the concrete weight mode."""
     check_choice("mode", mode, CHOOSING_MODES)
     check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
     check_shape("top_k_index", top_k_index, (router_logits.shape[0], None), "[T, K]")

@@ -1,4 +1,4 @@
-"""The names of the ways to route, and which of them go together."""
+"""Names of the routing modes, and which of them can be combined."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ WEIGHT_MODES = ("auto", "renormalize", "probability", "straight_through", "one")
 def resolve_weight_mode(
     mode: str, weight_mode: str, num_experts_per_tok: int, mode_name: str = "mode"
 ) -> str:
-    """The concrete weight mode behind ``"auto"``, checking that mode and weights go together.
+    """Return the concrete weight mode for ``"auto"``; check that mode and weight mode fit.
 
     Args:
-        mode_name: what the caller's argument is called, for the messages.
+        mode_name: the name of the caller's argument, for the messages.
 
     Raises:
-        ValueError: for an unknown name, or a weight mode that ``mode`` does not have.
+        ValueError: a name is unknown, or ``mode`` does not allow the weight mode.
     """
     check_choice(mode_name, mode, MODES)
     check_choice("weight_mode", weight_mode, WEIGHT_MODES)
@@ -38,7 +38,7 @@ def resolve_weight_mode(
 def check_experts_per_tok(
     mode: str, num_experts_per_tok: int, num_experts: int, mode_name: str = "mode"
 ) -> None:
-    """Raise ``ValueError`` or ``TypeError`` unless E, K and ``mode`` go together."""
+    """Raise ``ValueError`` or ``TypeError`` unless E, K and ``mode`` fit together."""
     check_count("num_experts", num_experts)
     check_count("num_experts_per_tok", num_experts_per_tok, at_least=None)
     if not 1 <= num_experts_per_tok <= num_experts:

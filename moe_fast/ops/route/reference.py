@@ -1,4 +1,4 @@
-"""route in PyTorch, and enforced routing, which has no other form."""
+"""route in PyTorch, and enforced routing, which has only this form."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from moe_fast.ops.route.modes import SENTENCE_MODES
 
 
 def top_k_by_logit(logits: Tensor, k: int) -> Tensor:
-    """Ids of the ``k`` largest logits per row, equal logits in order of id: [N, E] -> [N, k].
+    """Return the ids of the ``k`` largest logits per row, [N, E] -> [N, k].
 
-    ``torch.topk`` promises no order among equals; a stable sort does.
+    Equal logits come in the order of their ids: the sort is stable, ``torch.topk`` is not.
     """
     return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def sentence_of_token(starts: Tensor, num_tokens: int) -> Tensor:
-    """The sentence each token belongs to: [B + 1] starts -> [T] int64.
+    """Return the sentence of each token: [B + 1] starts -> [T] int64.
 
-    Always an index into the B sentences, also where unchecked starts end before the tokens do.
+    The result always lies in [0, B), also if starts are not checked and end before the tokens do.
     """
     positions = torch.arange(num_tokens, device=starts.device)
     sentence = torch.searchsorted(starts[1:], positions, right=True)
@@ -35,11 +35,11 @@ def sentence_of_token(starts: Tensor, num_tokens: int) -> Tensor:
 class NonFiniteLogitsError(ValueError):
     """Router logits are NaN or infinite."""
 
-    START = "router logits must not be NaN or infinite"  # of the message, in C++ too
+    START = "router logits must not be NaN or infinite"  # of the message, also in C++
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raise `NonFiniteLogitsError` for logits that are not finite, where values are checked."""
+    """Raise `NonFiniteLogitsError` for logits that are not finite, if values are checked."""
     if checks_values(logits.device) and not logits.isfinite().all():
         row = int((~logits.isfinite()).any(-1).nonzero()[0])
         raise NonFiniteLogitsError(
@@ -49,7 +49,10 @@ def check_logits(logits: Tensor) -> None:
 
 
 class Choice:
-    """What the choice is made on: token logits, or sentence means, and the way back to tokens."""
+    """The logits by which experts are chosen: of tokens, or means of sentences.
+
+    Its methods convert values of these (tokens or sentences) to values of tokens, and back.
+    """
 
     def __init__(self, logits: Tensor, mode: str, mask: Tensor | None, starts: Tensor | None):
         self.sentence = None
@@ -66,11 +69,11 @@ class Choice:
             )  # [B, E]
 
     def to_tokens(self, values: Tensor) -> Tensor:
-        """What each token gets of values [T, ...], or of its sentence's [B, ...]."""
+        """Return the values [T, ...] of tokens, given those of tokens or of their sentences."""
         return values if self.sentence is None else values[self.sentence]
 
     def sum_over_tokens(self, values: Tensor) -> Tensor:
-        """The adjoint of ``to_tokens``."""
+        """Sum values of tokens per sentence: the adjoint of ``to_tokens``."""
         if self.sentence is None:
             return values
         return values.new_zeros(self.logits.shape[0], values.shape[1]).index_add_(
@@ -78,12 +81,12 @@ class Choice:
         )
 
     def logits_gradient(self, grad: Tensor) -> Tensor:
-        """From the gradient of ``self.logits`` to that of the tokens' logits, [T, E]."""
+        """Return the gradient of the tokens' logits, [T, E], given that of ``self.logits``."""
         return grad if self.sentence is None else grad[self.sentence] * self.share
 
 
 def _real_rows(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x in ``dtype``, padding zeroed: its rows may hold anything, NaN included."""
+    """Return x in ``dtype`` with 0 for padding, whose rows may hold anything, even NaN."""
     x = x.to(dtype)
     return x if mask is None else torch.where(mask[:, None], x, 0)
 
@@ -95,7 +98,7 @@ def _chosen(logits: Tensor, k: int, mode: str) -> Tensor:
 
 
 def weights_of(logits: Tensor, index: Tensor, weight_mode: str) -> Tensor:
-    """The weights [N, K] of the experts ``index`` [N, K], from their logits [N, E]."""
+    """Return the weights [N, K] of the experts ``index`` [N, K], from their logits [N, E]."""
     if weight_mode == "renormalize":
         return logits.gather(1, index).softmax(-1)
     if weight_mode == "probability":
@@ -104,7 +107,7 @@ def weights_of(logits: Tensor, index: Tensor, weight_mode: str) -> Tensor:
 
 
 def _weights_gradient(logits: Tensor, index: Tensor, weight_mode: str, grad: Tensor) -> Tensor:
-    """The gradient of ``logits`` [N, E] from that of the weights, ``grad`` [N, K]."""
+    """Return the gradient of ``logits`` [N, E], given that of the weights, ``grad`` [N, K]."""
     if weight_mode == "one":
         return torch.zeros_like(logits)
     if weight_mode == "renormalize":
@@ -121,7 +124,7 @@ def _weights_gradient(logits: Tensor, index: Tensor, weight_mode: str, grad: Ten
 def _skip_padding(
     index: Tensor, weights: Tensor, mask: Tensor | None, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give padding id E and weight 0; count what each expert got."""
+    """Give padding the id E and the weight 0; count the slots of each expert."""
     if mask is not None:
         index = torch.where(mask[:, None], index, num_experts)
         weights = torch.where(mask[:, None], weights, 0)
@@ -249,7 +252,7 @@ def _fake_enforced(expert_ids, num_tokens, starts, token_mask, num_experts, dtyp
 
 
 def implement(name: str, forward: Callable, backward: Callable) -> Callable:
-    """Register an implementation: two of its results have a gradient, unlike other ops'."""
+    """Register an implementation of route; unlike in other ops, two results have a gradient."""
     run_backward = register_op(
         f"moe_fast::{name}_backward", schema_of(_route_backward), backward, _fake_backward
     )

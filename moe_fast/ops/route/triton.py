@@ -1,4 +1,4 @@
-"""route on a GPU: logits, choice, weights and counts in one pass over x, by Triton."""
+"""route on a GPU: Triton computes logits, choice, weights and counts in one pass over x."""
 
 from __future__ import annotations
 

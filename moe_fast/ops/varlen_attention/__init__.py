@@ -2,17 +2,17 @@
 
     y_i = sum over j of softmax_j(scale * q_i . k_j) v_j,   j in i's sequence and |i - j| <= window
 
-Sequences lie one behind the other, without padding; ``cu_seqlens`` says where each starts. Backend
-``cpp`` is a forward on the CPU, for inference (kernels/csrc/cpu/attention.cpp). ``torch`` is no
-kernel of ours: it chooses among maintained ones.
+Sequences follow one another without padding; ``cu_seqlens`` holds their starts. Backend ``cpp`` is
+a forward pass on the CPU, for inference (kernels/csrc/cpu/attention.cpp). Backend ``torch`` has no
+kernel of its own; it chooses among kernels that others maintain:
 
     cuda, float16 and bfloat16, no dropout   torch.nn.attention.varlen.varlen_attn (head_dim a
                                              multiple of 8, at most 256; capability 8.0)
-    cuda, otherwise, where it is installed   xformers.ops.memory_efficient_attention (no window)
+    cuda, otherwise, if it is installed      xformers.ops.memory_efficient_attention (no window)
     everywhere else                          F.scaled_dot_product_attention, once for each run of
-                                             neighbours of equal length
+                                             neighbouring sequences of equal length
 
-Why so on the CPU: docs/packed.md has the measurements.
+docs/packed.md has the measurements behind the choice on the CPU.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ def varlen_attention(
     max_length: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention within each sequence of a packed batch; see the module's docstring.
+    """Compute attention within each sequence of a packed batch; see the module's docstring.
 
     Args:
         query, key, value: [T, heads, head_dim].
-        cu_seqlens: [B + 1] int32 or int64, where sentences start (0 = first, T = last); empty
-            ones are allowed.
-        scale: of the scores; ``None``: 1 / sqrt(head_dim).
-        window: how far a token sees to either side; ``None``: all of its sequence.
-        dropout: probability of dropping an attention weight.
-        max_length: the longest sequence's length, where it is known: spares a GPU a
-            synchronisation.
-        backend: see :func:`moe_fast.use_backend`. Where a gradient is wanted, or dropout, a
-            default of ``"cpp"`` runs ``torch``.
+        cu_seqlens: [B + 1] int32 or int64, the starts of the sequences; the first is 0, the last T.
+            Sequences may be empty.
+        scale: the factor on the scores; ``None``: 1 / sqrt(head_dim).
+        window: how many tokens to either side a token attends to; ``None``: its whole sequence.
+        dropout: the probability of dropping an attention weight.
+        max_length: the length of the longest sequence, if it is known; this saves a synchronisation
+            on a GPU.
+        backend: see :func:`moe_fast.use_backend`. If gradients or dropout are needed, a default of
+            ``"cpp"`` runs ``torch``.
 
     Returns:
-        [T, heads, head_dim] in the query's dtype (autocast's under autocast), with gradients to
+        [T, heads, head_dim] in the query's dtype (autocast's under autocast), with gradients for
         query, key and value.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes and devices that do not fit; on the CPU (elsewhere
-            with ``MOE_FAST_CHECK=1``) also for ``cu_seqlens`` that do not rise from 0 to T.
-        ValueError: for ``backend="cpp"`` with dropout or where a gradient is wanted.
+        ValueError, TypeError: shapes, dtypes or devices do not fit; on the CPU (elsewhere with
+            ``MOE_FAST_CHECK=1``) also for ``cu_seqlens`` that do not rise from 0 to T.
+        ValueError: ``backend="cpp"`` is given, and dropout or gradients are needed.
     """
     run = _prepare(query, key, value, cu_seqlens, window, dropout > 0, backend)
     if not torch.compiler.is_compiling():
@@ -92,7 +92,7 @@ def _prepare(
     drops: bool,
     backend: str | None,
 ) -> Callable:
-    """The implementation for such a call."""
+    """Check the arguments and return the implementation to run."""
     letters = "[T, heads, head_dim]"
     check_shape("query", query, (None, None, None), letters)
     check_shape("key", key, tuple(query.shape), letters)

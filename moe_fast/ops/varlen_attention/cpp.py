@@ -17,10 +17,10 @@ def _attention(
     cu_seqlens: Tensor,
     scale: float,
     window: int | None,
-    dropout: float,  # 0, see below
+    dropout: float,  # always 0: registered without dropout below
     max_length: int | None,
 ) -> Tensor:
-    # Views are read in place where rows are not scattered.
+    # Views are read in place if the elements of a row are contiguous.
     rows = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     starts = cu_seqlens.to(torch.int64).contiguous()
     op = torch.ops.moe_fast_cpp.varlen_attention

@@ -1,4 +1,4 @@
-"""varlen_attention by the kernels that PyTorch and xformers maintain: which one, and how."""
+"""varlen_attention by kernels that PyTorch and xformers maintain: chooses one and calls it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_fast.ops import backends
 
 _HALF = (torch.float16, torch.bfloat16)
-_QUERIES_AT_ONCE = 512  # with a window, so that a long sequence needs no mask of length x length
+_QUERIES_AT_ONCE = 512  # with a window: a long sequence then needs no mask of length x length
 
 
 def _attention(
@@ -54,7 +54,7 @@ def attention_kernel(
     dropout: float = 0.0,
     head_dim: int = 64,
 ) -> str:
-    """What backend ``torch`` runs: "varlen_attn", "xformers" or "sdpa"."""
+    """Return the kernel that backend ``torch`` runs: "varlen_attn", "xformers" or "sdpa"."""
     if device_type != "cuda":
         return "sdpa"
     if dtype in _HALF and not dropout and head_dim % 8 == 0 and head_dim <= 256 and _has_varlen():
@@ -65,7 +65,7 @@ def attention_kernel(
 
 
 def describe_attention(device_type: str) -> str:
-    """What backend ``torch`` runs on a device type, for people."""
+    """Describe, for users, what backend ``torch`` runs on a device type."""
     by_runs = "SDPA per run of equal lengths"
     if device_type != "cuda":
         return by_runs
@@ -82,7 +82,7 @@ def describe_attention(device_type: str) -> str:
 
 @cache
 def _has_varlen() -> bool:
-    """FlashAttention, which is behind it, needs a GPU of compute capability 8.0."""
+    """Whether varlen_attn can run: its FlashAttention needs compute capability 8.0."""
     return _has("torch.nn.attention.varlen") and torch.cuda.get_device_capability() >= (8, 0)
 
 
@@ -91,10 +91,10 @@ def _has(module: str) -> bool:
     return find_spec(module) is not None
 
 
-# --- how ---------------------------------------------------------------------------------
+# --- by runs of equal length -------------------------------------------------------------
 
 
-@torch.compiler.disable  # it reads the lengths: a graph would hold for one batch only
+@torch.compiler.disable  # it reads the lengths: a graph would be right for one batch only
 def _by_runs(
     query: Tensor,
     key: Tensor,
@@ -108,7 +108,7 @@ def _by_runs(
     if not runs:
         return query * 0  # no tokens; keeps the graph
     sizes = [count * length for count, length in runs]
-    # split, not slices: a slice's backward writes a gradient as long as the whole batch.
+    # split instead of slices: the backward of a slice writes a gradient of the whole batch.
     parts = zip(*(t.split(sizes) for t in (query, key, value)), runs, strict=True)
     outputs = []
     for q, k, v, (count, length) in parts:
@@ -123,14 +123,14 @@ def _by_runs(
 
 
 def equal_runs(starts: list[int]) -> Iterator[tuple[int, int]]:
-    """(number of sequences, their length) of each run of neighbours of equal length, but 0."""
+    """Yield (number, length) of each run of neighbouring sequences of equal length, except 0."""
     lengths = (end - start for start, end in zip(starts, starts[1:], strict=False))
     for length, run in groupby(n for n in lengths if n):
         yield len(list(run)), length
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, dropout: float) -> Tensor:
-    """[n, heads, L, head_dim], a block of queries at a time beside the keys that it can see."""
+    """Attend within a window, [n, heads, L, head_dim], by blocks of queries and their keys."""
     length = q.shape[2]
     outputs = []
     for first in range(0, length, _QUERIES_AT_ONCE):
