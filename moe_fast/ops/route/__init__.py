@@ -160,7 +160,7 @@ def _prepare(
     num_experts: int | None,
     backend: str | None,
 ) -> tuple[int, str, torch.dtype, Callable]:
-    """Check the arguments; return E, the concrete weight mode, its dtype, and the implementation."""
+    """Check the arguments; return E, the weight mode, the weights' dtype, and who computes."""
     num_experts = _check_experts(mode, router_weight, num_experts)
     weight_mode = resolve_weight_mode(mode, weight_mode, num_experts_per_tok)
     check_experts_per_tok(mode, num_experts_per_tok, num_experts)
