@@ -212,11 +212,9 @@ def test_the_file_stands_alone(architecture):
 
 def test_two_definitions_of_one_name_are_an_error():
     bundle = SourceBundle(stand_in="moe_fast.models.portable_template")
-    bundle.add("moe_fast.models.routing_inputs", "_check_expert_ids")
-    with pytest.raises(
-        RuntimeError, match="_check_expert_ids is defined in moe_fast.ops.route and"
-    ):
-        bundle.add("moe_fast.ops.route", "_check_expert_ids")
+    bundle.add("moe_fast.ops.plan", "_prepare")
+    with pytest.raises(RuntimeError, match="_prepare is defined in moe_fast.ops.route and in"):
+        bundle.add("moe_fast.ops.route", "_prepare")
 
 
 # --- where moe_fast is not installed -------------------------------------------------------------
