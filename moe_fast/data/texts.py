@@ -59,7 +59,8 @@ def read_texts(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: unknown format, a column that is missing, an empty text, a broken line; with
-            the file and the line. A blank line in a ``.txt`` file is an empty text.
+            the file and the line; a file without a row. A blank line in a ``.txt`` file is an empty
+            text.
     """
     path = Path(path)
     check_file(path)
@@ -77,7 +78,7 @@ def read_texts(
     else:
         read = read_rows(path, delimiter=delimiter, invalid=invalid)
         take = partial(_row, columns=columns, domain_column=domain_column, id_column=id_column)
-    number = 0
+    number, where = 0, None
     for where, content in read:
         try:
             row = take(content, number, where)
@@ -86,6 +87,8 @@ def read_texts(
         else:
             number += 1
             yield row
+    if where is None:
+        raise ValueError(f"{path}: no texts in this file")
 
 
 def _line(text: str, number: int, where: str) -> TextRow:

@@ -107,7 +107,9 @@ def _refuse(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any
     given = None
     if getattr(module, "is_causal", False) or kwargs.get("is_causal"):
         given = "causal attention"
-    elif key.shape[2:] != query.shape[2:] or query.shape[1] % key.shape[1]:
+    elif key.shape != (query.shape[0], key.shape[1], *query.shape[2:]) or (
+        query.shape[1] % key.shape[1]
+    ):
         given = f"cross-attention (query {list(query.shape)}, key {list(key.shape)})"
     elif kwargs.get("output_attentions"):
         given = "output_attentions=True"

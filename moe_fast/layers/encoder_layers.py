@@ -150,7 +150,8 @@ def layer_class(architecture: Architecture) -> type[MoELayer]:
     """Make the layer class of an architecture's mixture, and add it to this module."""
     dense = architecture.dense_layer
     signature = inspect.signature(dense.forward)
-    extra = tuple(signature.parameters)[3:]  # after self, the hidden states and the mask
+    # Behind self, the hidden states and the mask.
+    extra = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][3:]
 
     def forward(
         self: Any,
@@ -159,7 +160,9 @@ def layer_class(architecture: Architecture) -> type[MoELayer]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        kwargs.update(zip(extra[: len(args)], args, strict=True))
+        if args:
+            signature.bind(self, hidden_states, attention_mask, *args, **kwargs)  # or a TypeError
+            kwargs.update(zip(extra, args, strict=False))
         return self.routed(hidden_states, attention_mask, kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]

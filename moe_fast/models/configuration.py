@@ -99,10 +99,11 @@ class MoEConfigFields(AttentionOfTheCall):
                 "fused_output must be False with shared_bias=True, whose bias stands between the "
                 "experts and what is fused with them; got True."
             )
-        reason = self.architecture.not_fused
+        architecture = type(self).architecture  # a dense configuration may have such a field
+        reason = architecture.not_fused
         if self.fused_output and reason is not None:
             raise ValueError(
-                f"fused_output must be False: {self.architecture.name}'s layers {reason}; got True."
+                f"fused_output must be False: {architecture.name}'s layers {reason}; got True."
             )
         if self.route_by_token_type and self.routing != "enforced":
             raise ValueError(
@@ -198,7 +199,7 @@ class MoEConfigFields(AttentionOfTheCall):
         """As transformers'; that of a portable mixture with its code beside it."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if is_portable(self):
-            code = portable_code(self.architecture)
+            code = portable_code(type(self).architecture)
             Path(save_directory, code_file(self)).write_text(code, encoding="utf-8")
 
 

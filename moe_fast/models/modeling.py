@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
+    BaseModelOutputWithCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 
@@ -40,7 +41,7 @@ _ROUTING_OUTPUTS = {
 
 
 @dataclass
-class MoEModelOutput(BaseModelOutput):
+class MoEModelOutput(BaseModelOutputWithCrossAttentions):
     """The dense output, plus each MoE layer's routing where it was asked for.
 
     Attributes:
@@ -252,8 +253,9 @@ class MoEModelMixin(PreTrainedModel):
             self._refuse_reentrant_checkpointing()
         input_ids, attention_mask = dense_inputs["input_ids"], dense_inputs["attention_mask"]
         like = input_ids if input_ids is not None else dense_inputs["inputs_embeds"]
-        if like is None:
-            raise ValueError("give exactly one of input_ids and inputs_embeds; got neither.")
+        if like is None or (input_ids is not None and dense_inputs["inputs_embeds"] is not None):
+            got = "neither" if like is None else "both"
+            raise ValueError(f"give exactly one of input_ids and inputs_embeds; got {got}.")
         self._check_inputs(like, attention_mask)
         if like.shape[0] == 0:
             return self._empty_batch(like, return_dict, output_router_logits)

@@ -51,8 +51,13 @@ def is_portable(config: Any) -> bool:
 
 def auto_map(config: Any) -> dict[str, str]:
     """How ``config.json`` names the classes in that file; of a configuration or of its class."""
-    stem = f"{code_file(config).removesuffix('.py')}.MoE{config.architecture.name}"
+    stem = f"{code_file(config).removesuffix('.py')}.MoE{_architecture(config).name}"
     return {"AutoConfig": f"{stem}Config", "AutoModel": f"{stem}Model"}
+
+
+def _architecture(config: Any) -> Architecture:
+    # Of the class, for a configuration may have a field of that name.
+    return (config if isinstance(config, type) else type(config)).architecture
 
 
 def set_portable(model: PreTrainedModel, portable: bool | None) -> None:
@@ -70,7 +75,7 @@ def set_portable(model: PreTrainedModel, portable: bool | None) -> None:
 
 
 def _check(model: PreTrainedModel) -> None:
-    parts = model.config.architecture
+    parts = _architecture(model.config)
     classes = (parts.dense_model, parts.dense_layer, parts.dense_config)
     foreign = [c for c in classes if not c.__module__.startswith("transformers.")]
     why = None

@@ -34,7 +34,7 @@ OPS = (
     "info_nce",
 )
 BACKENDS = ("triton", "cpp", "tiled", "torch")  # in the order "auto" tries them
-_CHOICES = ("auto", *BACKENDS)
+CHOICES = ("auto", *BACKENDS)
 _WORDS = {
     "triton": "Triton kernels (triton)",
     "cpp": "the compiled library (cpp)",
@@ -156,7 +156,7 @@ def select(
             message says why.
     """
     if backend is not None and not isinstance(backend, str):
-        check_choice("backend", backend, _CHOICES)
+        check_choice("backend", backend, CHOICES)
     needs = Needs(device.type, dtype, act, gradients, dropout)
     chosen = _backend_for(op, backend, needs)
     automatic = (default if backend is None else backend) == "auto"
@@ -167,8 +167,8 @@ def select(
 
 def _backend_for(op: str, backend: str | None, needs: Needs) -> str:
     chosen = default if backend is None else backend
-    if chosen not in _CHOICES:
-        check_choice("backend" if backend is not None else "MOE_FAST_BACKEND", chosen, _CHOICES)
+    if chosen not in CHOICES:
+        check_choice("backend" if backend is not None else "MOE_FAST_BACKEND", chosen, CHOICES)
     if chosen == "auto":
         return _automatic(op, needs)
     reason = _why_not(op, chosen, needs)
@@ -263,7 +263,7 @@ def use_backend(backend: str) -> Iterator[None]:
     unknown backend.
     """
     global default
-    check_choice("backend", backend, _CHOICES)
+    check_choice("backend", backend, CHOICES)
     previous, default = default, backend
     try:
         yield

@@ -46,7 +46,8 @@ def once_per_signature(find_out: Callable[..., T]) -> Callable[..., T]:
             found = find_out(first, *args)
             if len(known) >= _MOST:
                 known.clear()
-            known[signature] = found
+            if backends.default == signature[0]:  # another thread may have changed it meanwhile
+                known[signature] = found
         return found
 
     return run
@@ -66,6 +67,7 @@ def _signature(first: Tensor, args: tuple[Any, ...]) -> tuple:
             device = value.is_cpu or value.device
             signature += (value.shape, value.dtype, device, grad and value.requires_grad)
         else:
+            signature.append(kind)
             for index in value.indices:
                 signature += (index.shape, index.dtype, index.is_cpu or index.device)
     return tuple(signature)

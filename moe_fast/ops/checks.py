@@ -100,8 +100,7 @@ def check_like(
                 f"{name} must be on the device of {reference_name}, {reference.device}; "
                 f"got {tensor.device}."
             )
-        differs = dtype and tensor.dtype != reference.dtype
-        if differs and not torch.is_autocast_enabled(reference.device.type):
+        if dtype and autocast_dtype(tensor) != autocast_dtype(reference):
             raise TypeError(
                 f"{name} must have the dtype of {reference_name}, {reference.dtype} (or run under "
                 f"torch.autocast); got {tensor.dtype}."
@@ -123,12 +122,13 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which autocast would multiply this float tensor.
+    """Return the dtype in which autocast would multiply this tensor.
 
-    float64 stays float64; without autocast it is the tensor's own dtype.
+    float64 and what is no real float keep their dtype, as does everything without autocast.
     """
     device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    keeps = tensor.dtype == torch.float64 or not tensor.is_floating_point()
+    if keeps or not torch.is_autocast_enabled(device_type):
         return tensor.dtype
     return torch.get_autocast_dtype(device_type)
 

@@ -112,3 +112,10 @@ def test_bad_files(tmp_path):
         list(read_texts(tmp_path / "t.txt"))
     with pytest.raises(ValueError, match="domain_column='domain' needs a file with columns"):
         list(read_texts(tmp_path / "t.txt", domain_column="domain"))
+
+
+@pytest.mark.parametrize("name", ["texts.txt", "texts.jsonl"])
+def test_an_empty_file_is_an_error(name, tmp_path):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=f"{name}: no texts in this file"):
+        list(read_texts(tmp_path / name))

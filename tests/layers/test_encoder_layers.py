@@ -164,3 +164,12 @@ def test_only_a_mixture_of_whole_mlps_is_fused():
     config.fused_output = True
     with pytest.raises(ValueError, match="output_block must be None with target='output'"):
         MoEBertLayer(config, 0)(torch.randn(1, 2, 32))
+
+
+def test_positional_arguments_are_pythons():
+    layer = MoEBertLayer(_config())
+    x = torch.zeros(1, 2, 32)
+    with pytest.raises(TypeError, match="multiple values for argument 'encoder_hidden_states'"):
+        layer(x, None, None, encoder_hidden_states=x)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        layer(x, None, None, None, None, "junk")

@@ -105,3 +105,8 @@ def test_fields_set_afterwards_are_checked_when_a_model_is_built():
     config.moe_layers = [7]
     with pytest.raises(ValueError, match=r"moe_layers must be .*\[0, 2\).*got \[7\]"):
         AutoModel.from_config(config)
+
+
+def test_a_dense_configuration_may_have_a_field_called_architecture():
+    config = MoEBertConfig.from_dict({"architecture": "bert-base", "num_hidden_layers": 1})
+    assert config.to_dict()["architecture"] == "bert-base"

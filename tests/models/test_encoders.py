@@ -152,6 +152,26 @@ def test_padding_does_not_change_a_text(name):
     assert relative_error(got, want) <= 1e-12
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_attentions_are_the_dense_models(name, batch):
+    dense = build(name, attn_implementation="eager")
+    moe = moe_fast.upcycle(dense, num_experts=2)
+    with torch.no_grad():
+        got, want = (model(**batch, output_attentions=True).attentions for model in (moe, dense))
+    assert len(got) == len(want) > 0
+    real = batch["attention_mask"][:, None, :, None]  # what padding looks at is not computed
+    for ours, theirs in zip(got, want, strict=True):
+        assert relative_error(ours * real, theirs * real) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_ids_and_embeddings_at_once_are_refused(name, batch):
+    moe = moe_fast.upcycle(build(name), num_experts=2)
+    embeddings = moe.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds; got both"):
+        moe(**batch, inputs_embeds=embeddings)
+
+
 @pytest.mark.parametrize("name", ["mpnet", "deberta", "deberta_v2"])
 def test_own_forwards_give_attentions_and_take_embeddings(name, batch):
     """Encoders whose dense forward is written anew: what a caller may ask for is all there."""

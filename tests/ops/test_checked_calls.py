@@ -1,12 +1,13 @@
 """A check runs once for all calls that look alike, and again for each that does not."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moe_fast import ops
-from moe_fast.ops import checked_calls
+from moe_fast.ops import backends, checked_calls
 from moe_fast.ops.checked_calls import once_per_signature
 
 X = torch.zeros(3, 2)
@@ -115,3 +116,38 @@ def test_an_op_refuses_wrong_shapes_after_right_ones():
         ops.expert_linear(X, weight.double(), None, weights, PLAN)
     with pytest.raises(TypeError, match="plan must be a RoutingPlan"):
         ops.expert_linear(X, weight, None, weights, PLAN.indices)
+
+
+def test_what_only_looks_like_a_plan_is_refused_after_one():
+    weight, weights = torch.zeros(2, 4, 2), torch.ones(3, 1)
+    ops.expert_linear(X, weight, None, weights, PLAN)
+    with pytest.raises(TypeError, match="plan must be a RoutingPlan"):
+        ops.expert_linear(X, weight, None, weights, SimpleNamespace(**vars(PLAN)))
+
+
+def test_what_another_thread_changed_meanwhile_is_not_remembered():
+    found_out = []
+
+    @once_per_signature
+    def find_out(x):
+        found_out.append(backends.default)
+        if len(found_out) == 1:
+            backends.default = "torch"  # as another thread's use_backend
+        return backends.default
+
+    before = backends.default
+    try:
+        assert find_out(X) == "torch"
+    finally:
+        backends.default = before
+    assert find_out(X) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_autocast_casts_no_integers(dtype):
+    weight, weights = torch.zeros(2, 4, 2, dtype=dtype), torch.ones(3, 1)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match="weight must have the dtype of x"),
+    ):
+        ops.expert_linear(X, weight, None, weights, PLAN)

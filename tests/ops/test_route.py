@@ -632,3 +632,11 @@ def test_nan_in_the_router_weight_is_found_too():
     with pytest.raises(ValueError) as error:
         ops.route(**good(router_weight=torch.full((E, D), float("nan"))))
     assert_says(error, "router logits", "NaN")
+
+
+def test_enforced_routing_refuses_an_unknown_backend():
+    ids = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ops.route(
+            torch.zeros(2, 3), None, 1, mode="enforced", expert_ids=ids, num_experts=2, backend="x"
+        )

@@ -166,6 +166,7 @@ def _prepare(
     check_experts_per_tok(mode, num_experts_per_tok, num_experts)
     _check_tokens(x, token_mask, cu_seqlens)
     if mode == "enforced":
+        check_choice("backend", backend, (None, *backends.CHOICES))
         _check_expert_ids(expert_ids, x, cu_seqlens)
         return num_experts, weight_mode, compute_dtype(x.dtype), route_enforced
     if expert_ids is not None:
