@@ -28,7 +28,7 @@ _LARGEST = sys.float_info.max
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loading that refuses a key given twice, and reads 2e-5 as a number (as YAML 1.2)."""
+    """A safe loader that refuses a key given twice, and reads 2e-5 as a number (as YAML 1.2)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -55,7 +55,7 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 
 
 def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a YAML file, checked.
+    """Read and check the settings in a YAML file.
 
     Args:
         path: the file, a mapping of names to values.
@@ -103,7 +103,7 @@ def write_config(path: Path, settings: Mapping[str, Any], title: str) -> None:
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they are written: by the flags' names, paths as text, without ``None``."""
+    """Convert settings to the form that is written: flags' names, paths as text, no ``None``."""
     return {
         name.replace("_", "-"): _plain(value)
         for name, value in settings.items()
@@ -112,7 +112,7 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_mapping(path: Path) -> dict[Any, Any]:
-    """What a YAML file says, unchecked but for its form; see `read_config`."""
+    """Read a YAML file that must be a mapping, without checking its settings; see `read_config`."""
     if not path.is_file():
         raise FileNotFoundError(f"--config: there is no file {path}")
     if (size := path.stat().st_size) > MAX_BYTES:
@@ -131,7 +131,7 @@ def load_mapping(path: Path) -> dict[Any, Any]:
 
 
 def _named(values: dict[Any, Any], where: str) -> list[str]:
-    """NAME=VALUE of each name and value of a mapping."""
+    """Convert a mapping to a list of NAME=VALUE."""
     found = []
     for name, value in values.items():
         every = value if isinstance(value, list) else [value]
@@ -152,7 +152,7 @@ def _unknown(key: str, allowed: Mapping[str, Any]) -> str:
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    """The types that a union is made of; any other type alone."""
+    """Return the types in a union; for any other type, this type alone."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 

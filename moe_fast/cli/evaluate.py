@@ -173,9 +173,9 @@ def run_command(
 
 
 def _read_tasks(options: SimpleNamespace) -> dict[str, Callable[..., Evaluation]]:
-    """{name: function of a model}; all data is read, and checked, before any model is loaded.
+    """Read and check all data, before any model is loaded, and return {task: its evaluation}.
 
-    ``options`` are the command's parameters.
+    An evaluation is a function of a model. ``options`` are the command's parameters.
     """
     from moe_fast.cli.training_data import read_sources, reading_of
     from moe_fast.data import read_pairs, read_sts
@@ -203,7 +203,7 @@ def _read_tasks(options: SimpleNamespace) -> dict[str, Callable[..., Evaluation]
 
 
 def _read_retrieval(source: str, on_missing: Literal["error", "drop"]) -> Retrieval:
-    """The set in FOLDER or FILE, or in DOMAIN=FOLDER, which gives its texts that domain."""
+    """Read a retrieval set from FOLDER or FILE; DOMAIN=FOLDER gives its texts that domain."""
     from moe_fast.data import read_retrieval
     from moe_fast.data.sources import split_domain
 
@@ -227,7 +227,7 @@ def _measure(
     device: str | None,
     common: dict[str, Any],
 ) -> dict[str, Evaluation]:
-    """The evaluations of one model, which is not kept in memory."""
+    """Load a model, and return its evaluations; the model is not kept in memory."""
     from moe_fast.inference import load_model
 
     model = load_model(path, device=device)

@@ -26,7 +26,7 @@ def draw(folder: Path, trainer: Any, texts: Any, options: SimpleNamespace) -> li
     encoder = trainer.model.transformers_model
     if not hasattr(encoder, "moe_mlps"):
         return ["training.png"]
-    # spread over all rows: the first ones may be of one file, and so of one domain
+    # rows spread over the whole data set, because the first rows may all have the same domain
     rows = texts.select(range(0, len(texts), -(-len(texts) // _USAGE_TEXTS)))
     with _as_trained(trainer.model, options.max_length_passage):
         names, usage = usage_by_domain(
@@ -44,7 +44,7 @@ def draw(folder: Path, trainer: Any, texts: Any, options: SimpleNamespace) -> li
 
 @contextmanager
 def _as_trained(model: Any, max_length: int | None) -> Iterator[None]:
-    """Texts are cut as in training, which has said so."""
+    """Cut texts as in training, within the block, and without the warnings that training gave."""
     limit = model.max_seq_length
     model.max_seq_length = max_length or limit
     try:

@@ -109,7 +109,7 @@ def run_command(
 
 
 def make_mixture(model: Any, options: SimpleNamespace, names: list[str], **further: Any) -> Any:
-    """The model upcycled as the options say, with enforced routing where there are domains."""
+    """Upcycle a model as the options say; with domains, the default routing is enforced."""
     import moe_fast
 
     return moe_fast.upcycle(
@@ -127,7 +127,7 @@ def make_mixture(model: Any, options: SimpleNamespace, names: list[str], **furth
 
 
 def parse_layers(values: list[str]) -> str | list[int]:
-    """``["all"]`` as "all", ``["0,2"]`` as [0, 2]."""
+    """Parse the values of ``--layers``: ``["all"]`` gives "all", ``["0,2"]`` gives [0, 2]."""
     if len(values) == 1 and values[0] in ("all", "single", "alternate"):
         return values[0]
     return numbers(values, "--layers", "all, single, alternate, or layer numbers such as 0,2,4")
