@@ -1,9 +1,9 @@
-"""Settings from a YAML file, and the settings of a run written as one.
+"""Reads settings from a YAML file, and writes the settings of a run to one.
 
-A file's keys are the names of the command's flags and arguments, with dashes or underscores. Flags
-go before the file, the file before the defaults. The file is checked as a whole before anything
-runs: nothing in it is ignored, and no value is cast to another type. Where a flag may be given
-several times, a text alone stands for a list of one, as on the command line.
+The keys of a file are the names of the command's flags and arguments, with dashes or underscores.
+Flags override the file, and the file overrides the defaults. The whole file is checked before
+anything runs: unknown keys are errors, and no value is cast to another type. For a flag that may be
+given several times, a single text counts as a list of one, as on the command line.
 """
 
 from __future__ import annotations
