@@ -21,7 +21,7 @@ import yaml
 from moe_fast.files import write_text
 from moe_fast.messages import reason, shown
 
-# Settings of NAME=VALUE, which a file may also hold as a mapping of names to values.
+# Settings with values NAME=VALUE, which may also be written as a mapping of names to values.
 NAMED = ("data", "eval_data", "columns", "models")
 MAX_BYTES = 1 << 18  # of a file; PyYAML takes its time
 _LARGEST = sys.float_info.max
@@ -61,16 +61,17 @@ def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
         path: the file, a mapping of names to values.
         allowed: {name of a parameter, with underscores: its type}. Types are ``str``, ``int``,
             ``float``, ``bool``, ``Path``, ``Literal``, lists of them, and unions with ``None``.
-            What is in `NAMED` may be a mapping of names to a text or a list of texts: ``data: {law:
-            law.jsonl}`` is ``data: [law=law.jsonl]``.
+            A parameter in `NAMED` may be a mapping of names to a text or a list of texts: ``data:
+            {law: law.jsonl}`` means ``data: [law=law.jsonl]``.
 
     Returns:
         {name with underscores: value}; keys whose value is null are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no YAML mapping, or too long or deep a one; a key twice, an unknown key
-            (with the nearest known ones), or a value of a wrong type.
+        ValueError: the file is no YAML mapping, or is too long or too deeply nested.
+        ValueError: a key is unknown or given twice; the error names the nearest known keys.
+        ValueError: a value is of the wrong type.
     """
     settings = {}
     for key, value in load_mapping(path).items():
@@ -97,7 +98,7 @@ def write_config(path: Path, settings: Mapping[str, Any], title: str) -> None:
     """Write settings as YAML that ``--config`` reads back; a comment line holds ``title``."""
     plain = plain_settings(settings)
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    if yaml.load(body, _Loader) != plain:  # rare characters that YAML takes for line ends
+    if yaml.load(body, _Loader) != plain:  # YAML reads some rare characters as line ends
         body = yaml.safe_dump(plain, sort_keys=False)
     write_text(path, f"# {title}\n{body}")
 

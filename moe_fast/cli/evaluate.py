@@ -44,14 +44,16 @@ def run_command(
         list[str] | None,
         option(
             _DATA,
-            "File or dataset of pairs, with labels 0 and 1 or of positives alone; DOMAIN=FILE "
+            "File or dataset of pairs, with labels 0 and 1 or with positives only; DOMAIN=FILE "
             "gives all of them that domain. May be given several times.",
         ),
     ] = None,
     dev: Annotated[
         list[str] | None,
         option(
-            _DATA, "Likewise labelled pairs, which choose the threshold of the pairs' accuracy."
+            _DATA,
+            "File or dataset of labelled pairs, as for --pairs, on which the threshold of the "
+            "accuracy is chosen.",
         ),
     ] = None,
     retrieval: Annotated[
@@ -73,8 +75,8 @@ def run_command(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id of another model: show the differences to it, paired by query "
-            "or pair."
+            help="Folder or hub id of another model; shows the differences from it, paired by "
+            "query or pair."
         ),
     ] = None,
     json_output: Annotated[
@@ -97,8 +99,8 @@ def run_command(
         Literal["error", "drop"],
         option(
             _RETRIEVAL,
-            "What happens to judgements of documents or queries that the set lacks; what is "
-            "dropped is counted.",
+            "Whether judgements of documents or queries that do not exist are an error, or are "
+            "dropped and counted.",
         ),
     ] = "error",
     threshold: Annotated[
@@ -114,8 +116,8 @@ def run_command(
     domain: Annotated[
         str | None,
         typer.Option(
-            help="Domain of texts whose file names none, for a model with domains; other models "
-            "do without."
+            help="Domain of the texts that have none, for a model with domains; other models "
+            "ignore it."
         ),
     ] = None,
     query_prompt: Annotated[

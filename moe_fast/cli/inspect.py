@@ -66,7 +66,7 @@ def run_command(
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
-    """Show a model's layers, experts, parameters and routing, and where tokens go."""
+    """Show a model's layers, experts, parameters and routing, and the tokens of each expert."""
     from moe_fast.cli.models import describe_model
     from moe_fast.encoding.loading import load_as_saved, load_model
     from moe_fast.files import check_output

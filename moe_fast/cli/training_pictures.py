@@ -1,4 +1,4 @@
-"""The pictures that ``moe-fast train`` leaves beside the model."""
+"""Draws the pictures that ``moe-fast train`` saves with the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _USAGE_TEXTS = 500
 
 
 def draw(folder: Path, trainer: Any, texts: Any, options: SimpleNamespace) -> list[str]:
-    """The curves and, of a mixture, the experts' usage; returns the files' names."""
+    """Draw the training curves and, for a mixture, the experts' usage.
+
+    Returns:
+        The names of the files, or a note that there are no pictures because a library is missing.
+    """
     from moe_fast.evaluation.plots import plot_expert_usage, plot_training
 
     try:

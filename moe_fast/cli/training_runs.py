@@ -86,7 +86,7 @@ def replaced_results(output: Path) -> list[str]:
     """Return patterns of the files that the previous run has written, which may be replaced."""
     try:
         listed = json.loads((output / LOG).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or none of ours
+    except (OSError, ValueError, LookupError, TypeError):  # no log, or one that is not ours
         listed = []
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return [glob.escape(name) for name in (*names, *_PICTURES)]

@@ -49,7 +49,7 @@ Layers = Annotated[
 ]
 Target = Annotated[
     Literal["mlp", "intermediate", "output"],
-    _experts("What each expert has a copy of: the whole MLP, or one of its two projections."),
+    _experts("Part of the MLP that each expert copies: all, or one of its two projections."),
 ]
 Domains = Annotated[
     list[str] | None,
@@ -73,7 +73,7 @@ def run_command(
     target: Target = "mlp",
     domains: Domains = None,
     default_domain: Annotated[
-        str | None, _experts("Domain of texts that name none; by default that is an error.")
+        str | None, _experts("Domain of texts given without one, by default an error.")
     ] = None,
     domain_tokens: DomainTokens = True,
     router_init: Annotated[

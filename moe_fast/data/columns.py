@@ -210,7 +210,7 @@ class Columns:
 
     @cached_property
     def reads(self) -> frozenset[str]:
-        """The source's names of all columns that are read."""
+        """The source's names of all columns to read, including those in `keep`."""
         return frozenset([*self.sources.values(), *self.keep])
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:

@@ -145,7 +145,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     def attempt(read: Callable[[], Any]) -> Any:
         try:
             return read()
-        except Exception as error:  # damaged files raise whatever Arrow's readers stumble on
+        except Exception as error:  # damaged files make Arrow raise many kinds of errors
             raise ValueError(
                 f"{path}, after row {number}: not readable as Parquet ({reason(error)})"
             ) from error

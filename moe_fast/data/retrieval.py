@@ -213,7 +213,7 @@ def _read_qrels(path: Path) -> Qrels:
                 "relevance"
             )
         query, document, relevance = cells
-        whole = re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", relevance)  # int() takes more, as 1_0
+        whole = re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", relevance)  # int() would also accept 1_0
         value = _relevance(int(relevance) if whole else relevance, where)
         if (query, document) in lines:
             raise ValueError(

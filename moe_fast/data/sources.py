@@ -200,7 +200,7 @@ def _open_folder(path: Path, split: str, name: str | None, streaming: bool) -> S
     datasets = require_datasets()
     try:
         data = datasets.load_from_disk(str(path))
-    except Exception as error:  # a damaged folder raises whatever its readers stumble on
+    except Exception as error:  # damaged folders raise many kinds of errors
         raise ValueError(f"{path}: not readable as a saved dataset ({reason(error)})") from error
     splits = data if isinstance(data, dict) else {str(data.split or split): data}
     if split not in splits:
@@ -217,7 +217,7 @@ def _load(source: str, split: str, name: str | None, streaming: bool) -> Source:
             f"{source!r} is no file or folder with data here, and could not be loaded as the id "
             f"of a Hugging Face dataset: {error}"
         ) from error
-    except Exception as error:  # whatever a damaged folder or an id that is none leads to
+    except Exception as error:  # damaged folders and invalid ids raise many kinds of errors
         cause = reason(error.__cause__ or error)
         raise ValueError(f"{source}: not readable ({cause})") from error
     return DatasetSource(data, f"{source}, split {split}")

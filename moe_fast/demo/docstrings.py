@@ -192,8 +192,8 @@ def walk_modules(
         depth: levels of submodules to go down.
 
     Yields:
-        Each module that could be imported; one that needs a package or platform that is not there
-        is passed over.
+        Each module that can be imported; modules that need another platform or a missing package
+        are skipped.
     """
     if name in skip or not _is_public(name):
         return
@@ -218,7 +218,7 @@ def _own_docstring(thing: Any) -> str | None:
 
 def _belongs(thing: Any, owners: frozenset[str]) -> bool:
     if isinstance(thing, functools.cached_property):
-        thing = thing.func  # the property itself would say that it comes from functools
+        thing = thing.func  # the module of the property itself is functools
     module = getattr(thing, "__module__", None)
     return not isinstance(module, str) or module.split(".")[0] in owners
 

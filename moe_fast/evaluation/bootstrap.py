@@ -63,7 +63,7 @@ def bootstrap_bounds(
         value = statistic(np.concatenate(strata)[None])[:, 0]
         return value, value
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # undefined statistics come out as NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # undefined statistics become NaN
         interval = (
             require("scipy.stats")
             .bootstrap(

@@ -43,7 +43,7 @@ def flag_row_columns(num_negatives: int, negative_queries: bool) -> list[str]:
 def draw_passages(
     row: Mapping[str, Any], num_negatives: int, seed: int = 0, epoch: int | None = None
 ) -> dict[str, Any]:
-    """Samples one positive and ``num_negatives`` negatives of a FlagEmbedding row.
+    """Sample one positive and ``num_negatives`` negatives of a FlagEmbedding row.
 
     Args:
         row: ``query`` (str), ``pos`` and ``neg`` (lists of str); optionally ``neg_q`` (for each
