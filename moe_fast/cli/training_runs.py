@@ -175,8 +175,8 @@ def check_same_inputs(checkpoints: Path, inputs: dict[str, str | None]) -> None:
 class Interruption(TrainerCallback):
     """Makes Ctrl-C end a run after the current step, with a checkpoint of this step.
 
-    A second Ctrl-C ends the run at once. With several processes the first one does so, without a
-    checkpoint, because the processes could not agree on the step.
+    A second Ctrl-C ends the run at once. With several processes the first Ctrl-C does so, without
+    a checkpoint, because the processes could not agree on the step.
 
     Attributes:
         step: the number of steps done; ``None`` before the first.

@@ -93,8 +93,8 @@ def off_diagonal_ladder(
 
     The levels of the totals are the cosines of the positives and the intervals between them.
     Metrics from these counts are exact, because the number of true positives is the same for all
-    thresholds in an interval. The counts per row use at most about `MAX_RESAMPLED_POSITIVES` of
-    these cosines.
+    thresholds in an interval. The counts per row use at most `MAX_RESAMPLED_POSITIVES` of these
+    cosines.
 
     Args:
         a, b: [N, d], unit vectors of the whole data set, dense or sparse.
