@@ -21,7 +21,7 @@ def run_command(
     operations: Annotated[
         list[str] | None,
         typer.Argument(
-            help="What to measure: route, plan, rows, expert_mlp, moe_mlp, info_nce, "
+            help="Operations to measure: route, plan, rows, expert_mlp, moe_mlp, info_nce, "
             "training_step, growth, peak_memory; by default all of these. Or whole jobs, which "
             "take long: embedding, natural_step, cached_step, import_time."
         ),
@@ -37,25 +37,27 @@ def run_command(
     processes: Annotated[
         int,
         typer.Option(
-            min=1, help="Fresh processes to measure in, one after the other; 1: this process alone."
+            min=1,
+            help="Number of new processes to measure in, one after another; 1: only this process.",
         ),
     ] = 3,
     seconds: Annotated[
         float,
         typer.Option(
-            min=0, help="Seconds for each comparison in each process, once five rounds are done."
+            min=0,
+            help="Seconds for each comparison in each process; at least five rounds are done.",
         ),
     ] = 0.4,
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, max=MOST_THREADS, help="Threads of PyTorch; by default its own number."
+            min=1, max=MOST_THREADS, help="Number of PyTorch's threads; by default PyTorch's own."
         ),
     ] = None,
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
-    """Measure moe_fast on this machine beside what would be used instead, as ratios."""
+    """Measure moe_fast on this machine against alternatives, and show the ratios of the times."""
     from moe_fast.files import check_output
 
     check_output(output, overwrite)
@@ -72,7 +74,7 @@ def run_command(
 
 
 def _bench() -> ModuleType:
-    """``bench``: a part of the package where it is installed, beside it in a checkout."""
+    """Import ``bench``, which is beside the package in a checkout, and in it when installed."""
     if (_CHECKOUT / "bench" / "harness.py").is_file():
         if str(_CHECKOUT) not in sys.path:
             sys.path.append(str(_CHECKOUT))

@@ -27,26 +27,36 @@ _FRACTIONS = [".8,.1,.1"]
 
 def run_command(
     papers: Annotated[
-        Path, typer.Argument(help="Rows of id, abstract, citing, cited_by and, maybe, domain.")
+        Path,
+        typer.Argument(
+            help="File of papers: id, abstract, citing or cited_by, and optionally domain."
+        ),
     ],
     *,
     output: Output,
-    min_cocitations: Annotated[int, typer.Option(min=1, help="Papers that must cite both.")] = 1,
+    min_cocitations: Annotated[
+        int, typer.Option(min=1, help="Number of papers that must cite both papers of a positive.")
+    ] = 1,
     negatives_per_positive: Annotated[
-        int, typer.Option(min=0, help="0: positive pairs only, without labels.")
+        int,
+        typer.Option(
+            min=0, help="Negative pairs per positive pair; with 0 the pairs have no labels."
+        ),
     ] = 1,
     fractions: Annotated[
-        list[str], typer.Option(help="Of the papers in train, dev and test.")
+        list[str], typer.Option(help="Shares of the papers in train, dev and test.")
     ] = _FRACTIONS,
     max_references: Annotated[
-        int | None, typer.Option(min=2, help="Papers that cite more count for no pair.")
+        int | None, typer.Option(min=2, help="Ignore papers with more references than this.")
     ] = None,
     max_pairs: Annotated[
-        int | None, typer.Option(min=1, help="Draw so many positive pairs at most.")
+        int | None,
+        typer.Option(min=1, help="Draw this many positive pairs at random if there are more."),
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Add the columns a_id and b_id.")] = False,
     file_format: Annotated[
-        Literal["jsonl", "csv", "parquet"], typer.Option("--format", help="Of the files.")
+        Literal["jsonl", "csv", "parquet"],
+        typer.Option("--format", help="Format of the files to write."),
     ] = "jsonl",
     columns: Columns = None,
     delimiter: Delimiter = None,

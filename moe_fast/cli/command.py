@@ -1,4 +1,4 @@
-"""What every command shares: the global options, the configuration file, errors and exit codes."""
+"""Adds to every command the global options, the configuration file, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from moe_fast.messages import printable
 
 _PANEL = "Global options"
 _NOT_SETTINGS = ("config", "quiet", "debug")
-_NOT_SAVED = ("overwrite", "resume")  # consent to this once, which no other run inherits
+_NOT_SAVED = ("overwrite", "resume")  # consent for one run, which a later run must not inherit
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a command: what its global options ask for.
+    """One run of a command, with its settings and global options.
 
     Attributes:
         command: the command's name.
-        settings: every parameter of the command with its resolved value.
-        seed: of every random draw.
+        settings: {parameter of the command: its value}.
+        seed: of all random numbers.
         quiet: no progress bars, notes or warnings; results and errors are still printed.
-        held: what the command enters here, such as a lock on its output, is left when it ends.
+        held: context managers that the command enters, such as a lock on its output; they are left
+            when it ends.
     """
 
     command: str
@@ -46,15 +47,15 @@ class Run:
     held: ExitStack = field(default_factory=ExitStack)
 
     def say(self, text: str) -> None:
-        """Print a note, unless quiet; of several processes the first one does."""
+        """Print a note, unless quiet; of several processes only the first one prints it."""
         if not self.quiet and is_first_process():
             print(text, flush=True)
 
     def save_settings(self, result: str | Path) -> None:
-        """Write the resolved settings beside a result file, or into a result folder.
+        """Write the settings beside a result file, or into a result folder.
 
-        Called before the file takes its place: a run that is killed between the two leaves no
-        result that would keep the same command from being run again.
+        Call it before the result file gets its name. If the run is killed between the two, there is
+        no result, which would be an error when the same command is run again.
         """
         from moe_fast.version import __version__
 
@@ -67,17 +68,20 @@ class Run:
 
 
 def is_first_process() -> bool:
-    """Whether this process writes the results: of those that torchrun started, the first."""
+    """Return whether this process writes the results, as the first of torchrun's processes does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def add_command(app: typer.Typer, name: str, function: Callable, example: str) -> None:
     """Make a function a command of ``app``.
 
-    The function's parameters are the command's, and its ``run`` is a :class:`Run`. The global
-    options are added; an error ends the process with exit code 1 and one line on stderr.
+    The command has the function's parameters, except ``run``, which gets a :class:`Run`, and the
+    global options. An error ends the process with exit code 1 and one line on stderr.
 
     Args:
+        app: the application.
+        name: the command's name.
+        function: the function to call.
         example: a command line that works, shown at the end of the help.
     """
     own = [parameter for parameter in _parameters(function) if parameter.name != "run"]
@@ -107,7 +111,11 @@ def add_command(app: typer.Typer, name: str, function: Callable, example: str) -
 
 
 def _load_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Take a file's settings for the command's defaults; ``ctx.obj`` says what it may hold."""
+    """Use a file's settings as the command's defaults; ``ctx.obj`` has the allowed parameters.
+
+    Raises:
+        typer.BadParameter: the file cannot be read, or has an unknown or invalid setting.
+    """
     if path is not None and not ctx.resilient_parsing:
         try:
             ctx.default_map = read_config(path, ctx.obj)
@@ -122,7 +130,7 @@ def _global_options(
         Path | None,
         option(
             _PANEL,
-            "YAML file of settings, named as the flags; a flag given as well wins.",
+            "YAML file of settings with the names of the flags; flags override the file.",
             is_eager=True,
             callback=_load_config,
         ),
@@ -135,7 +143,7 @@ def _global_options(
         int,
         option(
             _PANEL,
-            "Where every random draw begins; the same seed gives the same result.",
+            "Seed of all random numbers; the same seed gives the same result.",
             min=0,
             max=2**32 - 1,
         ),
@@ -148,7 +156,7 @@ def _global_options(
         bool, option(_PANEL, "On failure, show Python's traceback.", "--debug")
     ] = False,
 ) -> None:
-    """Has the options of every command for its parameters."""
+    """Define, by its parameters, the options that every command has."""
 
 
 def _parameters(function: Callable) -> list[inspect.Parameter]:
@@ -157,7 +165,7 @@ def _parameters(function: Callable) -> list[inspect.Parameter]:
 
 
 def _check_finite(values: Mapping[str, Any]) -> None:
-    """No setting means anything as NaN or infinity."""
+    """Raise typer.BadParameter for a setting that is NaN or infinite."""
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             flag = key.replace("_", "-")
@@ -170,7 +178,7 @@ def _without_metadata(annotation: Any) -> Any:
 
 @contextmanager
 def _errors(name: str, debug: bool) -> Iterator[None]:
-    """Exit code 1 and one line on stderr for whatever goes wrong."""
+    """Convert any error in the block to exit code 1 and one line on stderr; raise it if `debug`."""
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -188,7 +196,7 @@ def _errors(name: str, debug: bool) -> Iterator[None]:
 
 
 def _close_progress_bars() -> None:
-    """End the line of a bar that was running, or the error would stand behind it."""
+    """End the line of a progress bar, so that the error message starts on a new line."""
     from tqdm import tqdm
 
     from moe_fast.compat import running_bars
@@ -200,7 +208,7 @@ def _close_progress_bars() -> None:
 
 @contextmanager
 def _environment(backend: str, run: Run) -> Iterator[None]:
-    """The backend, the global random state and the libraries' talk, for one command."""
+    """Set the backend, the seed and the libraries' messages within the block."""
     _load_package()
     from transformers import set_seed
 
@@ -212,7 +220,7 @@ def _environment(backend: str, run: Run) -> Iterator[None]:
 
 
 def _load_package() -> None:
-    """Run ``moe_fast/__init__.py``, where the program (moe_fast_cli.py) has put that off."""
+    """Run ``moe_fast/__init__.py`` if the program (moe_fast_cli.py) has postponed that."""
     package = sys.modules["moe_fast"]
     if not hasattr(package, "__version__"):
         package.__spec__.loader.exec_module(package)  # type: ignore[union-attr]
@@ -220,7 +228,7 @@ def _load_package() -> None:
 
 @contextmanager
 def _talk() -> Iterator[None]:
-    """The libraries say what concerns the user; afterwards as before."""
+    """Turn off messages and bars of libraries that do not concern the user, within the block."""
     from transformers.utils import logging as library
 
     verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
@@ -237,7 +245,7 @@ def _talk() -> Iterator[None]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """No warnings, by logging or by ``warnings``, and no bars, here and in worker processes."""
+    """Turn off warnings and progress bars within the block, also in worker processes."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     later = {"PYTHONWARNINGS": "ignore", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -251,7 +259,7 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def _variables(**values: str) -> Iterator[None]:
-    """Environment variables for what starts within the block: libraries, worker processes."""
+    """Set environment variables within the block, for libraries and worker processes."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

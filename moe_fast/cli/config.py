@@ -1,9 +1,9 @@
-"""Settings from a YAML file, and the settings of a run written as one.
+"""Reads settings from a YAML file, and writes the settings of a run to one.
 
-A file's keys are the names of the command's flags and arguments, with dashes or underscores. Flags
-go before the file, the file before the defaults. The file is checked as a whole before anything
-runs: nothing in it is ignored, and no value is cast to another type. Where a flag may be given
-several times, a text alone stands for a list of one, as on the command line.
+The keys of a file are the names of the command's flags and arguments, with dashes or underscores.
+Flags override the file, and the file overrides the defaults. The whole file is checked before
+anything runs: unknown keys are errors, and no value is cast to another type. For a flag that may be
+given several times, a single text counts as a list of one, as on the command line.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import yaml
 from moe_fast.files import write_text
 from moe_fast.messages import reason, shown
 
-# Settings of NAME=VALUE, which a file may also hold as a mapping of names to values.
+# Settings with values NAME=VALUE, which may also be written as a mapping of names to values.
 NAMED = ("data", "eval_data", "columns", "models")
 MAX_BYTES = 1 << 18  # of a file; PyYAML takes its time
 _LARGEST = sys.float_info.max
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loading that refuses a key given twice, and reads 2e-5 as a number (as YAML 1.2)."""
+    """A safe loader that refuses a key given twice, and reads 2e-5 as a number (as YAML 1.2)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -55,22 +55,23 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 
 
 def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a YAML file, checked.
+    """Read and check the settings in a YAML file.
 
     Args:
         path: the file, a mapping of names to values.
         allowed: {name of a parameter, with underscores: its type}. Types are ``str``, ``int``,
             ``float``, ``bool``, ``Path``, ``Literal``, lists of them, and unions with ``None``.
-            What is in `NAMED` may be a mapping of names to a text or a list of texts: ``data: {law:
-            law.jsonl}`` is ``data: [law=law.jsonl]``.
+            A parameter in `NAMED` may be a mapping of names to a text or a list of texts: ``data:
+            {law: law.jsonl}`` means ``data: [law=law.jsonl]``.
 
     Returns:
         {name with underscores: value}; keys whose value is null are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no YAML mapping, or too long or deep a one; a key twice, an unknown key
-            (with the nearest known ones), or a value of a wrong type.
+        ValueError: the file is no YAML mapping, or is too long or too deeply nested.
+        ValueError: a key is unknown or given twice; the error names the nearest known keys.
+        ValueError: a value is of the wrong type.
     """
     settings = {}
     for key, value in load_mapping(path).items():
@@ -97,13 +98,13 @@ def write_config(path: Path, settings: Mapping[str, Any], title: str) -> None:
     """Write settings as YAML that ``--config`` reads back; a comment line holds ``title``."""
     plain = plain_settings(settings)
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    if yaml.load(body, _Loader) != plain:  # rare characters that YAML takes for line ends
+    if yaml.load(body, _Loader) != plain:  # YAML reads some rare characters as line ends
         body = yaml.safe_dump(plain, sort_keys=False)
     write_text(path, f"# {title}\n{body}")
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they are written: by the flags' names, paths as text, without ``None``."""
+    """Convert settings to the form that is written: flags' names, paths as text, no ``None``."""
     return {
         name.replace("_", "-"): _plain(value)
         for name, value in settings.items()
@@ -112,7 +113,7 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_mapping(path: Path) -> dict[Any, Any]:
-    """What a YAML file says, unchecked but for its form; see `read_config`."""
+    """Read a YAML file that must be a mapping, without checking its settings; see `read_config`."""
     if not path.is_file():
         raise FileNotFoundError(f"--config: there is no file {path}")
     if (size := path.stat().st_size) > MAX_BYTES:
@@ -131,7 +132,7 @@ def load_mapping(path: Path) -> dict[Any, Any]:
 
 
 def _named(values: dict[Any, Any], where: str) -> list[str]:
-    """NAME=VALUE of each name and value of a mapping."""
+    """Convert a mapping to a list of NAME=VALUE."""
     found = []
     for name, value in values.items():
         every = value if isinstance(value, list) else [value]
@@ -152,7 +153,7 @@ def _unknown(key: str, allowed: Mapping[str, Any]) -> str:
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    """The types that a union is made of; any other type alone."""
+    """Return the types in a union; for any other type, this type alone."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 

@@ -68,7 +68,9 @@ def run_command(
     chunk_size: Annotated[
         int,
         typer.Option(
-            min=1, help="Texts that are computed and kept together; a kill loses one such chunk."
+            min=1,
+            help="Texts that are computed and saved together; a kill loses one such chunk per "
+            "process.",
         ),
     ] = 1024,
     processes: Annotated[

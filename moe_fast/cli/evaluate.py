@@ -44,14 +44,16 @@ def run_command(
         list[str] | None,
         option(
             _DATA,
-            "File or dataset of pairs, with labels 0 and 1 or of positives alone; DOMAIN=FILE "
+            "File or dataset of pairs, with labels 0 and 1 or with positives only; DOMAIN=FILE "
             "gives all of them that domain. May be given several times.",
         ),
     ] = None,
     dev: Annotated[
         list[str] | None,
         option(
-            _DATA, "Likewise labelled pairs, which choose the threshold of the pairs' accuracy."
+            _DATA,
+            "File or dataset of labelled pairs, as for --pairs, on which the threshold of the "
+            "accuracy is chosen.",
         ),
     ] = None,
     retrieval: Annotated[
@@ -73,8 +75,8 @@ def run_command(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id of another model: show the differences to it, paired by query "
-            "or pair."
+            help="Folder or hub id of another model; shows the differences from it, paired by "
+            "query or pair."
         ),
     ] = None,
     json_output: Annotated[
@@ -97,8 +99,8 @@ def run_command(
         Literal["error", "drop"],
         option(
             _RETRIEVAL,
-            "What happens to judgements of documents or queries that the set lacks; what is "
-            "dropped is counted.",
+            "Whether judgements of documents or queries that do not exist are an error, or are "
+            "dropped and counted.",
         ),
     ] = "error",
     threshold: Annotated[
@@ -114,8 +116,8 @@ def run_command(
     domain: Annotated[
         str | None,
         typer.Option(
-            help="Domain of texts whose file names none, for a model with domains; other models "
-            "do without."
+            help="Domain of the texts that have none, for a model with domains; other models "
+            "ignore it."
         ),
     ] = None,
     query_prompt: Annotated[
@@ -173,9 +175,9 @@ def run_command(
 
 
 def _read_tasks(options: SimpleNamespace) -> dict[str, Callable[..., Evaluation]]:
-    """{name: function of a model}; all data is read, and checked, before any model is loaded.
+    """Read and check all data, before any model is loaded, and return {task: its evaluation}.
 
-    ``options`` are the command's parameters.
+    An evaluation is a function of a model. ``options`` are the command's parameters.
     """
     from moe_fast.cli.training_data import read_sources, reading_of
     from moe_fast.data import read_pairs, read_sts
@@ -203,7 +205,7 @@ def _read_tasks(options: SimpleNamespace) -> dict[str, Callable[..., Evaluation]
 
 
 def _read_retrieval(source: str, on_missing: Literal["error", "drop"]) -> Retrieval:
-    """The set in FOLDER or FILE, or in DOMAIN=FOLDER, which gives its texts that domain."""
+    """Read a retrieval set from FOLDER or FILE; DOMAIN=FOLDER gives its texts that domain."""
     from moe_fast.data import read_retrieval
     from moe_fast.data.sources import split_domain
 
@@ -227,7 +229,7 @@ def _measure(
     device: str | None,
     common: dict[str, Any],
 ) -> dict[str, Evaluation]:
-    """The evaluations of one model, which is not kept in memory."""
+    """Load a model, and return its evaluations; the model is not kept in memory."""
     from moe_fast.inference import load_model
 
     model = load_model(path, device=device)

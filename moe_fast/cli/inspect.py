@@ -66,7 +66,7 @@ def run_command(
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
-    """Show a model's layers, experts, parameters and routing, and where tokens go."""
+    """Show a model's layers, experts, parameters and routing, and the tokens of each expert."""
     from moe_fast.cli.models import describe_model
     from moe_fast.encoding.loading import load_as_saved, load_model
     from moe_fast.files import check_output
@@ -107,7 +107,7 @@ def _shown(value: Any) -> str:
 def _read_texts(
     files: list[tuple[Path, str | None, str | None]], columns: tuple[str, ...], most: int
 ) -> list[tuple[str, str | None]]:
-    """(text, domain) of the first texts of each (file, domain, column of domains)."""
+    """Read (text, domain) of the first `most` texts of each (file, domain, column of domains)."""
     from itertools import islice
 
     from moe_fast.data import read_texts
@@ -124,7 +124,7 @@ def _read_texts(
 def _usage(
     model: Any, rows: list[tuple[str, str | None]], **options: Any
 ) -> tuple[list[str], NDArray]:
-    """Names of the domains, and the shares [domain, layer, expert] of their tokens."""
+    """Compute (names of the domains, shares [domain, layer, expert] of their tokens)."""
     from moe_fast.cli.models import usage_by_domain
 
     if not hasattr(model, "truncate"):
@@ -136,7 +136,7 @@ def _usage(
 
 
 def expert_names(config: Any) -> list[str]:
-    """What the experts are called: by their domain where it chooses them, else by number."""
+    """Name the experts by their domains if routing is enforced, otherwise by number."""
     if config.routing == "enforced" and len(config.domains) == config.num_experts:
         return list(config.domains)
     return [str(expert) for expert in range(config.num_experts)]
@@ -145,7 +145,7 @@ def expert_names(config: Any) -> list[str]:
 def _print_usage(
     domains: list[str], experts: list[str], usage: NDArray, layers: Sequence[int]
 ) -> None:
-    """A line per domain and layer: the share of the tokens that each expert got."""
+    """Print, for each domain and layer, the share of the tokens that each expert received."""
     width = max(len("domain"), *map(len, domains))
     widths = [max(6, len(name) + 1) for name in experts]
     heads = "".join(f"{name:>{w}}" for name, w in zip(experts, widths, strict=True))

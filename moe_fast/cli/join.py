@@ -34,7 +34,7 @@ def run_command(
     shared: Annotated[
         Literal["first", "mean"],
         typer.Option(
-            help="Where all weights but the experts come from: the first model, or the mean of all."
+            help="Source of all weights except the experts': the first model, or the mean of all."
         ),
     ] = "first",
     routing: Routing = None,

@@ -33,34 +33,65 @@ def run_command(
     ],
     *,
     output: Output,
-    model: Annotated[str | None, option(_SEARCH, "Model folder or hub id that ranks.")] = None,
-    bm25: Annotated[bool, option(_SEARCH, "Rank by words instead.", "--bm25")] = False,
-    corpus: Annotated[
-        Path | None, option(_SEARCH, "Texts to search beside all rows' positives.")
+    model: Annotated[
+        str | None, option(_SEARCH, "Folder or hub id of the model that ranks the documents.")
     ] = None,
-    negatives: Annotated[int, option(_SEARCH, "Per row, at most.", min=1)] = 7,
-    depth: Annotated[int, option(_SEARCH, "Best ranked that are looked at.", min=1)] = 100,
-    sample: Annotated[
-        bool, option(_SEARCH, "Draw from them, instead of the first.", "--sample")
+    bm25: Annotated[
+        bool, option(_SEARCH, "Rank the documents by words (BM25) instead.", "--bm25")
     ] = False,
-    skip: Annotated[int, option(_LEAVE_OUT, "Best ranked to pass over.", min=0)] = 0,
+    corpus: Annotated[
+        Path | None, option(_SEARCH, "File of texts to search besides all rows' positives.")
+    ] = None,
+    negatives: Annotated[int, option(_SEARCH, "Largest number of negatives per row.", min=1)] = 7,
+    depth: Annotated[
+        int,
+        option(_SEARCH, "Number of highest-ranked documents per query that are considered.", min=1),
+    ] = 100,
+    sample: Annotated[
+        bool,
+        option(
+            _SEARCH,
+            "Draw the negatives at random from the considered documents, instead of taking the "
+            "first.",
+            "--sample",
+        ),
+    ] = False,
+    skip: Annotated[
+        int,
+        option(_LEAVE_OUT, "Number of highest-ranked documents per query to skip.", min=0),
+    ] = 0,
     max_ratio: Annotated[
-        float, option(_LEAVE_OUT, "Scores above this share of the best positive's; 0: no limit.")
+        float,
+        option(
+            _LEAVE_OUT,
+            "Leave out documents whose score exceeds this share of the best positive's score; 0: "
+            "no limit.",
+        ),
     ] = 0.95,
     margin: Annotated[
-        float | None, option(_LEAVE_OUT, "Scores less than this below the best positive's.")
+        float | None,
+        option(
+            _LEAVE_OUT,
+            "Leave out documents whose score is not lower than the best positive's by at least "
+            "this much.",
+        ),
     ] = None,
     group_column: Annotated[
-        str | None, option(_LEAVE_OUT, "Positives of rows with the same value in this column.")
+        str | None,
+        option(_LEAVE_OUT, "Leave out positives of rows with the same value in this column."),
     ] = None,
     same_domain: Annotated[
-        bool, option(_LEAVE_OUT, "Other domains than the query's.", "--same-domain")
+        bool,
+        option(
+            _LEAVE_OUT, "Leave out documents of other domains than the query's.", "--same-domain"
+        ),
     ] = False,
     known_queries: Annotated[
-        bool, option(_LEAVE_OUT, "Texts whose query is not known.", "--known-queries")
+        bool,
+        option(_LEAVE_OUT, "Leave out documents whose own query is not known.", "--known-queries"),
     ] = False,
     positives_only: Annotated[
-        bool, option(_LEAVE_OUT, "Pairs with label 0.", "--positives-only")
+        bool, option(_LEAVE_OUT, "Leave out pairs with label 0.", "--positives-only")
     ] = False,
     columns: Columns = None,
     delimiter: Delimiter = None,
@@ -77,9 +108,9 @@ def run_command(
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
-    """Find hard negatives for training; writes FlagEmbedding rows.
+    """Find hard negatives for training, and write FlagEmbedding rows.
 
-    Each negative's own query goes with it, as neg_q, where all of them are known.
+    The column neg_q has the query of each negative, if all of them are known.
     """
     from moe_fast.cli.training_data import read_data
     from moe_fast.data import MiningSettings, mine_hard_negatives, write_flag_rows
@@ -111,7 +142,7 @@ def run_command(
         skip_invalid=skip_invalid,
     )
     if "neg" in rows.column_names and not any(rows["neg"]):
-        rows = rows.remove_columns("neg")  # the reader's empty lists
+        rows = rows.remove_columns("neg")  # empty lists that the reader has added
     retriever, options = _retriever(
         model,
         device,
@@ -134,7 +165,7 @@ def run_command(
 
 
 def _retriever(model: str | None, device: str | None, **options: Any) -> tuple[Any, Any]:
-    """What mine_hard_negatives takes: a model and how to call it, or BM25."""
+    """Return the retriever and the encode options for mine_hard_negatives."""
     if model is None:
         from moe_fast.data.mining import BM25
 

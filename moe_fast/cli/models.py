@@ -1,4 +1,4 @@
-"""Models in and out of the commands that convert them."""
+"""Saves and describes models for the commands."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ _ALL = "all texts"
 
 
 def save_converted(model: Any, output: Path, source: str, run: Run) -> None:
-    """Save a model, a bare encoder's tokenizer and the run's settings, all at once.
+    """Save a model, the tokenizer of a bare encoder and the run's settings, in one step.
 
     Args:
-        source: the model that `model` was made of.
+        model: the model to save.
+        output: the folder to write.
+        source: the model that `model` was made from, which has the tokenizer.
+        run: the run of the command.
     """
     from moe_fast.files import atomic_folder
     from moe_fast.models.loading import tokenizer_beside
@@ -32,7 +35,7 @@ def save_converted(model: Any, output: Path, source: str, run: Run) -> None:
 
 
 def in_model_order(names: Iterable[str], known: Sequence[str]) -> list[str]:
-    """Names of domains, each once: those the model knows in its order, then the others sorted."""
+    """Sort names of domains: those the model knows in its order, then the others by name."""
     found = set(names)
     return [name for name in known if name in found] + sorted(found - set(known))
 
@@ -40,11 +43,16 @@ def in_model_order(names: Iterable[str], known: Sequence[str]) -> list[str]:
 def usage_by_domain(
     model: Any, texts: Sequence[str], domains: Sequence[str], **options: Any
 ) -> tuple[list[str], NDArray]:
-    """Names of the domains, and the shares [domain, layer, expert] of their texts' tokens.
+    """Compute the share of each domain's tokens that each expert received.
 
     Args:
-        domains: one per text, or none: then all texts are one.
-        options: of `moe_fast.evaluation.expert_usage`.
+        model: a mixture.
+        texts: the texts to encode.
+        domains: one domain per text; if empty, all texts count as one domain.
+        options: further arguments of `moe_fast.evaluation.expert_usage`.
+
+    Returns:
+        (names of the domains, shares [domain, layer, expert]).
     """
     from moe_fast.evaluation import expert_usage
 
@@ -56,7 +64,7 @@ def usage_by_domain(
 
 
 def describe_size(model: Any) -> str:
-    """Parameters, and those that one token visits where they are fewer."""
+    """Return the number of parameters, and for a mixture also those that one token uses."""
     encoder = getattr(model, "transformers_model", model)
     total = sum(parameter.numel() for parameter in model.parameters())
     if not hasattr(encoder, "moe_mlps"):
@@ -66,11 +74,11 @@ def describe_size(model: Any) -> str:
 
 
 def describe_model(model: Any, name: str) -> dict[str, Any]:
-    """What a model is: layers, experts, parameters, routing, domains; ready for JSON.
+    """Describe a model's layers, experts, parameters, routing and domains, as JSON can hold it.
 
     Args:
         model: a bare encoder or a SentenceTransformer, dense or mixture.
-        name: as the user gave it.
+        name: the model's name or path as the user gave it.
     """
     encoder = getattr(model, "transformers_model", model)
     config = encoder.config

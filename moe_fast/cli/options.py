@@ -1,4 +1,4 @@
-"""Parameters that several commands share, and the forms their values come in."""
+"""Defines the parameters that several commands share, and parses their values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 
 def option(panel: str, text: str, *flags: str, **settings: Any) -> Any:
-    """An option, by its help text, in a panel of the help."""
+    """Make an option with a help text, which is shown in a panel of the help."""
     return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
 
 
@@ -28,7 +28,9 @@ Output = Annotated[
 Overwrite = Annotated[
     bool,
     typer.Option(
-        "--overwrite", help="Replace an output that exists; without, that is an error and it stays."
+        "--overwrite",
+        help="Replace an existing output. Without this flag an existing output is an error, and it "
+        "is kept.",
     ),
 ]
 Device = Annotated[
@@ -55,29 +57,32 @@ TextColumn = Annotated[
 ]
 TEXT = ["text"]
 Domain = Annotated[
-    str | None, typer.Option(help="Domain of all texts, one of the model's by name.")
+    str | None, typer.Option(help="Name of the domain of all texts, one that the model knows.")
 ]
 DomainColumn = Annotated[
-    str | None, typer.Option(help="Column of the file that holds each text's domain by name.")
+    str | None, typer.Option(help="Column of the file that has the name of each text's domain.")
 ]
 MOST_THREADS = 4 * (os.cpu_count() or 1)
-"""Beyond it threads only wait for each other, and far beyond it the process dies."""
+"""More threads only wait for each other, and with far more the process is killed."""
 
 
 def file_and_domain(
     source: str, domain: str | None, domain_column: str | None
 ) -> tuple[Path, str | None, str | None]:
-    """The file of ``FILE`` or ``DOMAIN=FILE``, and where the domains of its texts come from.
+    """Split ``FILE`` or ``DOMAIN=FILE``, and decide where the domains of its texts come from.
 
     Args:
-        source: as given.
-        domain, domain_column: what --domain and --domain-column say of files that name no domain.
+        source: the value that the user gave.
+        domain, domain_column: values of ``--domain`` and ``--domain-column``, which are used for
+            ``FILE`` and ignored for ``DOMAIN=FILE``.
 
     Returns:
-        (path, domain of all texts, column of the domains); of the last two one at most.
+        (path, domain of all texts, column of the domains). At most one of the last two is not
+        None.
 
     Raises:
-        typer.BadParameter: a file without a domain, and both flags.
+        typer.BadParameter: both flags are given for a ``FILE``.
+        ValueError: nothing stands before or after the "=".
     """
     from moe_fast.data.sources import split_domain
 
@@ -93,15 +98,24 @@ def file_and_domain(
 
 Columns = Annotated[
     list[str] | None,
-    typer.Option(help="Columns called otherwise: a=question,b=answer,domain=source."),
+    typer.Option(
+        help="Names of the file's columns, if they differ from ours: a=question,b=answer,"
+        "domain=source."
+    ),
 ]
 TextColumns = Annotated[
     list[str] | None,
-    typer.Option(help="Columns called otherwise: text=body,id=key,domain=source."),
+    typer.Option(
+        help="Names of the file's columns, if they differ from ours: text=body,id=key,"
+        "domain=source."
+    ),
 ]
 Delimiter = Annotated[
     str | None,
-    typer.Option(help="Between the cells of CSV files, or 'tab'; by default as the header says."),
+    typer.Option(
+        help="Character between the cells of CSV files, or 'tab'; by default it is found from the "
+        "header."
+    ),
 ]
 SkipInvalid = Annotated[
     bool,
@@ -112,21 +126,21 @@ SkipInvalid = Annotated[
 
 
 def column_names(values: Sequence[str] | None) -> dict[str, str]:
-    """{our name: the file's name} of ``--columns a=question,b=answer``.
+    """Parse ``--columns a=question,b=answer`` to {our name: the file's name}.
 
     Raises:
-        typer.BadParameter: for a value that is no OURS=ITS, or a name of ours given twice.
+        typer.BadParameter: a value has not the form OURS=ITS, or one of our names is given twice.
     """
     return named_paths(split_commas(values), "--columns", "OURS=ITS")
 
 
 def delimiter_for(path: str, delimiter: str | None) -> str | None:
-    """The character of ``--delimiter`` for a CSV file, None for any other file.
+    r"""Return the character of ``--delimiter`` for a CSV file, None for any other file.
 
-    ``tab`` and a backslash with t stand for a tab.
+    ``tab`` and ``\t`` mean a tab.
 
     Raises:
-        typer.BadParameter: a delimiter that is no single character.
+        typer.BadParameter: the delimiter is not a single character, or cannot separate cells.
     """
     from moe_fast.data.file_formats import CSV_FORMATS
 
@@ -138,7 +152,7 @@ def delimiter_for(path: str, delimiter: str | None) -> str | None:
 
 
 def check_delimiter(delimiter: str | None, sources: Iterable[str]) -> None:
-    """Raise ValueError where ``--delimiter`` is given and no source is a CSV file."""
+    """Raise ValueError if ``--delimiter`` is given and no source is a CSV file."""
     if delimiter is not None and not any(delimiter_for(source, delimiter) for source in sources):
         raise ValueError(f"--delimiter {delimiter!r}: there is no CSV file among the data")
 
@@ -149,10 +163,10 @@ def text_reading(
     domain_column: str | None,
     skip_invalid: bool,
 ) -> dict[str, Any]:
-    """How :func:`moe_fast.inference.embed_file` reads texts, by the flags of these names.
+    """Convert these flags to arguments of :func:`moe_fast.inference.embed_file`.
 
     Raises:
-        typer.BadParameter: an unknown name in ``--columns``, or one that two flags give.
+        typer.BadParameter: ``--columns`` has an unknown name, or two flags give the same column.
     """
     names = column_names(columns)
     if unknown := sorted(names.keys() - {"text", "id", "domain"}):
@@ -175,12 +189,15 @@ def text_reading(
 def file_and_reading(
     source: str, domain: str | None, reading: dict[str, Any], delimiter: str | None
 ) -> tuple[Path, str | None, dict[str, Any]]:
-    """(path, domain of all texts, how it is read) of ``FILE`` or ``DOMAIN=FILE``.
+    """Split ``FILE`` or ``DOMAIN=FILE``, and return how the file is read.
 
     Args:
         source, domain: see `file_and_domain`.
-        reading: what `text_reading` says of all files.
-        delimiter: value of ``--delimiter``.
+        reading: the result of `text_reading`, which is for all files.
+        delimiter: the value of ``--delimiter``.
+
+    Returns:
+        (path, domain of all texts, `reading` with the domain column and delimiter of this file).
     """
     path, domain, column = file_and_domain(source, domain, reading["domain_column"])
     own = {"domain_column": column, "delimiter": delimiter_for(str(path), delimiter)}
@@ -188,15 +205,15 @@ def file_and_reading(
 
 
 def split_commas(values: Sequence[str] | None) -> list[str]:
-    """The names in ``--names a,b --names c``: a, b, c."""
+    """Split the values of ``--names a,b --names c`` to the list a, b, c."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
 
 
 def numbers(values: Sequence[str] | None, flag: str, allowed: str = "whole numbers") -> list[int]:
-    """The whole numbers in ``--flag 64,32``.
+    """Parse the whole numbers in ``--flag 64,32``.
 
     Raises:
-        typer.BadParameter: for anything else, saying what is allowed.
+        typer.BadParameter: a value is no whole number; the error has `allowed`.
     """
     parts = split_commas(values)
     if not all(part.isdecimal() for part in parts):
@@ -205,10 +222,10 @@ def numbers(values: Sequence[str] | None, flag: str, allowed: str = "whole numbe
 
 
 def named_paths(values: Sequence[str], flag: str, form: str = "NAME=PATH") -> dict[str, str]:
-    """The pairs in ``law=folder medicine=other``.
+    """Parse ``law=folder medicine=other`` to {"law": "folder", "medicine": "other"}.
 
     Raises:
-        typer.BadParameter: for a value that has not the form, or a name given twice.
+        typer.BadParameter: a value has not the form NAME=PATH, or a name is given twice.
     """
     found: dict[str, str] = {}
     for value in values:

@@ -1,4 +1,4 @@
-"""What a command writes: its name says its format, and it replaces nothing that is needed."""
+"""Checks the outputs of a command: their formats, and that no input is overwritten."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _FORMATS: dict[str, dict[str, tuple[str, ...]]] = {  # command: {parameter: its 
     "mine": {"output": (".jsonl", ".jsonl.gz", ".parquet")},
     "bench": {"output": (".json",)},
 }
-_FILES = (  # suffixes of files, which no folder should be called by
+_FILES = (  # suffixes of files, which the name of a folder must not have
     *(".json", ".jsonl", ".csv", ".tsv", ".txt", ".yaml", ".yml", ".md", ".parquet", ".npy"),
     *(".trec", ".gz", ".zip", ".tar", ".tgz", ".safetensors", ".bin", ".pt", ".faiss", *PICTURES),
 )
 
 
 def check_names(command: str, settings: Mapping[str, Any]) -> None:
-    """Look at the names of a command's outputs, before it does anything.
+    """Check the names of a command's outputs before it does anything.
 
     Raises:
-        typer.BadParameter: a name that promises a format which the command does not write there.
+        typer.BadParameter: the suffix of a name is not that of a format which the command writes.
     """
     formats = _FORMATS.get(command, {"output": _FOLDER})
     for name, allowed in formats.items():
@@ -55,7 +55,7 @@ def check_names(command: str, settings: Mapping[str, Any]) -> None:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON, compressed where the name ends in ``.gz``; whole or not at all."""
+    """Write JSON, compressed if the name ends in ``.gz``; the file is complete or not written."""
     from moe_fast.data.write import open_text
     from moe_fast.files import atomic_write
 
@@ -64,11 +64,13 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def check_inputs_survive(settings: Mapping[str, Any]) -> None:
-    """Look at a command's parameters before it runs. A model may be replaced by its successor.
+    """Raise an error, before a command runs, if ``--overwrite`` would remove an input.
+
+    An output folder may replace an input folder, such as a model its fine-tuned version.
 
     Raises:
-        ValueError: an output that is a file the command reads, or a folder with an input or the
-            working folder in it.
+        ValueError: an output is a file that the command reads.
+        ValueError: an output is a folder that contains an input or the working folder.
     """
     if not settings.get("overwrite"):
         return  # what exists is kept
@@ -87,7 +89,7 @@ def check_inputs_survive(settings: Mapping[str, Any]) -> None:
 
 
 def _paths(value: Any) -> Iterator[Path]:
-    """What exists on the disk of a parameter's value: PATH, NAME=PATH, or a list of them."""
+    """Yield the existing paths in a parameter's value: PATH, NAME=PATH, or a list of them."""
     for entry in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(entry, (str, Path)) and str(entry):
             found = [Path(part) for part in (str(entry), str(entry).partition("=")[2]) if part]

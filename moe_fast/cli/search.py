@@ -52,7 +52,10 @@ def run_command(
     ] = None,
     queries: Annotated[
         str | None,
-        typer.Option(help="Likewise texts or vectors; without, the index is only built and saved."),
+        typer.Option(
+            help="File of texts or vectors, as for --documents; without it the index is only built "
+            "and saved."
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -183,7 +186,7 @@ def run_command(
 
 
 def _is_vectors(path: Path) -> bool:
-    """Whether the file holds vectors, by its name and, for Parquet, its columns."""
+    """Return whether a file holds vectors, by its name and, for Parquet, its columns."""
     if path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet as pq
 
@@ -194,9 +197,10 @@ def _is_vectors(path: Path) -> bool:
 def _hits(
     built: VectorIndex, queries: Vectors, k: int, ignore_own: bool
 ) -> tuple[dict[str, dict[str, float]], int]:
-    """{query id: {document id: score}}, best first, and how many documents were left out.
+    """Search, and return {query id: {document id: score}}, best first, and a count.
 
-    Left out are those with their query's id, unless the ids only count rows.
+    The count is the number of documents left out because they have the id of their query. None is
+    left out if the ids are row numbers.
     """
     from moe_fast.inference.index import search_index
 
@@ -219,5 +223,5 @@ def _hits(
 
 
 def _are_row_numbers(ids: Iterable[str]) -> bool:
-    """Whether they only count rows, as the ids of texts that have none: equal ones mean nothing."""
+    """Return whether ids are row numbers; equal ones do not mean that the texts are the same."""
     return all(key == str(row) for row, key in enumerate(ids))

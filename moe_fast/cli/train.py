@@ -56,7 +56,11 @@ def run_command(
     ] = False,
     allow_one_domain: Annotated[
         bool,
-        option(_DATA, "Train a mixture of several domains on one.", "--allow-one-domain"),
+        option(
+            _DATA,
+            "Allow training data of one domain only for a mixture with several domains.",
+            "--allow-one-domain",
+        ),
     ] = False,
     batches: Annotated[
         Literal["mixed", "single"] | None,
@@ -69,17 +73,17 @@ def run_command(
         int | None,
         option(
             _DATA,
-            "Negatives drawn of each FlagEmbedding row, anew each epoch; 1 by default.",
+            "Number of negatives to draw from each FlagEmbedding row in each epoch; by default 1.",
             min=0,
         ),
     ] = None,
     max_length_query: Annotated[
         int | None,
-        option(_DATA, "Cut queries after so many tokens; by default the model's limit.", min=1),
+        option(_DATA, "Cut queries after this many tokens; by default the model's limit.", min=1),
     ] = None,
     max_length_passage: Annotated[
         int | None,
-        option(_DATA, "Cut passages after so many tokens; by default the model's limit.", min=1),
+        option(_DATA, "Cut passages after this many tokens; by default the model's limit.", min=1),
     ] = None,
     query_prompt: Annotated[
         str | None, option(_DATA, "Text put before every query; saved with the model.")
@@ -108,14 +112,21 @@ def run_command(
     temperature: Annotated[
         float | None,
         option(
-            _LOSS, "What similarities are divided by; by default the loss's own, .05 for infonce."
+            _LOSS,
+            "Temperature that similarities are divided by; by default that of the loss, .05 for "
+            "infonce.",
         ),
     ] = None,
     learn_temperature: Annotated[
         bool | None, option(_LOSS, "Train the temperature, too; by default sigmoid does.")
     ] = None,
     symmetric: Annotated[
-        bool, option(_LOSS, "Also from passage to query (infonce, clp).", "--symmetric")
+        bool,
+        option(
+            _LOSS,
+            "Compute the loss in both directions, also from passage to query (infonce, clp).",
+            "--symmetric",
+        ),
     ] = False,
     negatives_from: Annotated[
         Literal["all", "same_domain"],
@@ -140,11 +151,16 @@ def run_command(
     ] = 0.0,
     mutual_information: Annotated[
         float,
-        option(_LOSS, "Weight of the term that ties experts to domains, such as .1.", min=0),
+        option(
+            _LOSS,
+            "Weight of the mutual information between domains and experts, such as .1; it makes "
+            "experts specialise.",
+            min=0,
+        ),
     ] = 0.0,
     expert_supervision: Annotated[
         float,
-        option(_LOSS, "Weight of the term that gives domain i expert i, such as .1.", min=0),
+        option(_LOSS, "Weight of the term that assigns expert i to domain i, such as .1.", min=0),
     ] = 0.0,
     router_reduction: Annotated[
         Literal["sum", "mean"],
@@ -162,7 +178,8 @@ def run_command(
         int | None,
         option(
             _STEPS,
-            "Encode a batch in chunks of so many tokens, for less memory; 0: measured and chosen.",
+            "Encode a batch in chunks of this many tokens, to save memory; 0: choose the number by "
+            "measuring.",
             min=0,
         ),
     ] = None,
@@ -197,7 +214,7 @@ def run_command(
     ] = None,
     early_stopping: Annotated[
         int | None,
-        option(_KEEP, "Stop after so many evaluations without a better loss.", min=1),
+        option(_KEEP, "Stop after this many evaluations without a better loss.", min=1),
     ] = None,
     logging_steps: Annotated[int, option(_KEEP, "Steps between logs.", min=1)] = 10,
     report_to: Annotated[
@@ -207,7 +224,7 @@ def run_command(
         bool,
         option(
             _KEEP,
-            "Go on with the interrupted run in the output, from its last checkpoint.",
+            "Continue the interrupted run in the output folder from its last checkpoint.",
             "--resume",
         ),
     ] = False,
@@ -215,7 +232,7 @@ def run_command(
         int,
         option(
             _STEPS,
-            "Processes that read and tokenize beside the training; 0: none beside it.",
+            "Processes that read and tokenize during training; 0: the training process does so.",
             min=0,
         ),
     ] = 0,

@@ -1,4 +1,4 @@
-"""What ``moe-fast train`` does with its options, step by step.
+"""Runs ``moe-fast train``: reads the data, makes the model, trains it and saves the results.
 
 ``options`` is the namespace of the command's parameters, see :mod:`moe_fast.cli.train`.
 """
@@ -40,11 +40,15 @@ from moe_fast.cli.upcycle import make_mixture
 from moe_fast.files import atomic_folder
 from moe_fast.training.locks import hold_folder
 
-_INTERRUPTED = 130  # as a shell says of a program that Ctrl-C has ended
+_INTERRUPTED = 130  # a shell's exit code for a program that Ctrl-C has ended
 
 
 def train_model(options: SimpleNamespace, run: Run) -> None:
-    """Everything, from the files to the saved model."""
+    """Train a model as the options say, and save it.
+
+    Raises:
+        typer.Exit: the run was interrupted by Ctrl-C.
+    """
     check_settings(options)
     checkpoints = Path(options.output) / runs.CHECKPOINTS
     interruption = runs.Interruption()
@@ -71,19 +75,19 @@ def _train(
     if is_first_process():
         inputs = runs.describe_inputs(options.model, train, evaluation)
         run.held.enter_context(hold_folder(checkpoints))
-        _start_of(options, run, checkpoints)  # another run may have been faster
+        _start_of(options, run, checkpoints)  # check again: another run may have begun meanwhile
         if last is not None:
             runs.check_same_inputs(checkpoints, inputs)
         else:
             runs.forget_checkpoints(checkpoints)
-            run.save_settings(checkpoints)  # to go on with, should it be interrupted
+            run.save_settings(checkpoints)  # needed to resume the run if it is interrupted
             runs.save_inputs(checkpoints, inputs)
     run.say(f"{describe_size(model)}; {len(train):,} training rows")
     try:
         with interruption.listening(run.quiet):
             result = trainer.train(resume_from_checkpoint=last)
     except ValueError:
-        check_weights(model)  # the cause, where the loss only sees embeddings that are NaN
+        check_weights(model)  # if embeddings were NaN, this error names the cause
         raise
     check_weights(trainer.model)
     if trainer.is_world_process_zero():
@@ -94,12 +98,14 @@ def _train(
 
 
 def _start_of(options: SimpleNamespace, run: Run, checkpoints: Path) -> str | None:
-    """The checkpoint to go on from; ``None`` to begin, also a run interrupted before its first.
+    """Return the checkpoint to resume from; None to start from the beginning.
+
+    It is also None for a run that was interrupted before its first checkpoint.
 
     Raises:
-        FileExistsError: the output is not to be written to.
-        FileNotFoundError: nothing to resume.
-        ValueError: other settings than the run to resume has.
+        FileExistsError: a new run may not write to the output.
+        FileNotFoundError: there is no run to resume.
+        ValueError: the settings differ from those of the run to resume.
     """
     if not options.resume:
         if is_first_process():
@@ -114,7 +120,7 @@ def _start_of(options: SimpleNamespace, run: Run, checkpoints: Path) -> str | No
 
 
 def _read(options: SimpleNamespace, run: Run) -> tuple[Any, Any]:
-    """The rows to train on, and those to evaluate on, if any."""
+    """Read the rows to train on and the rows to evaluate on, which may be None."""
     check_delimiter(options.delimiter, [*options.data, *(options.eval_data or ())])
     reading = reading_of(options)
     train, evaluation = (
@@ -127,10 +133,12 @@ def _read(options: SimpleNamespace, run: Run) -> tuple[Any, Any]:
 
 
 def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -> Any:
-    """The model to train: loaded, in float32, made a mixture where asked for, frozen in part.
+    """Load the model in float32, make it a mixture and freeze a part of it as the options say.
 
     Raises:
-        ValueError: experts asked for of a model that has some; parts of a dense model to freeze.
+        ValueError: the options ask for experts, and the model is a mixture already.
+        ValueError: the number of experts is not known.
+        ValueError: a part of a dense model is to be frozen.
     """
     from moe_fast.conversion import set_trainable
     from moe_fast.inference import load_model
@@ -173,14 +181,16 @@ def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -
 def build_loss(
     options: SimpleNamespace, model: Any, column_names: list[str], data_domains: list[str]
 ) -> Any:
-    """The loss, with what is wrapped around it.
+    """Make the loss, and wrap it in the Matryoshka, router and cached losses asked for.
 
     Args:
-        column_names: of the training data.
-        data_domains: names of the domains in the data, of which a model may know nothing.
+        options: the command's parameters.
+        model: the model to train.
+        column_names: the columns of the training data.
+        data_domains: the names of the domains in the data, which the model may not know.
 
     Raises:
-        ValueError: a setting that the loss does not have, or out of its range.
+        ValueError: the loss does not have a setting, or its value is out of range.
     """
     from moe_fast import losses
 
@@ -216,14 +226,14 @@ def build_loss(
 
 
 def _with_router_terms(options: SimpleNamespace, loss: Any, data_domains: list[str]) -> Any:
-    """The loss plus what the routers are to learn, if anything."""
+    """Add the router terms with a weight above 0 to the loss, if there are any."""
     from moe_fast.losses import RouterLoss
 
     terms = ("load_balance", "z_loss", "mutual_information", "expert_supervision")
     coefficients = {name: getattr(options, name) for name in terms}
     if not any(coefficients.values()):
         return loss
-    # the collator numbers the model's domains or, where it names none, those of the data
+    # domain ids are indices into the model's domains or, if it has none, into those of the data
     named = getattr(loss.model.transformers_model.config, "domains", ())
     num_domains = None if named else len(data_domains) or None
     return RouterLoss(
@@ -238,7 +248,11 @@ def _with_router_terms(options: SimpleNamespace, loss: Any, data_domains: list[s
 def build_arguments(
     options: SimpleNamespace, run: Run, loss: Any, column_names: list[str], checkpoints: Path
 ) -> Any:
-    """The trainer's arguments."""
+    """Make the trainer's arguments.
+
+    Raises:
+        ValueError: an option needs domains or evaluation data, and there are none.
+    """
     from sentence_transformers.sentence_transformer.training_args import (
         SentenceTransformerTrainingArguments,
     )
@@ -267,7 +281,7 @@ def build_arguments(
         bf16=options.bf16,
         logging_steps=options.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is NaN is to be seen
+        logging_nan_inf_filter=False,  # a NaN loss must be visible in the logs
         save_total_limit=options.save_total_limit,
         report_to=[] if options.report_to == "none" else [options.report_to],
         use_cpu=options.device == "cpu",
@@ -282,7 +296,7 @@ def build_arguments(
 
 
 def _schedule(options: SimpleNamespace) -> dict[str, Any]:
-    """When to evaluate and when to save."""
+    """Return the arguments that say when to evaluate and when to save."""
     if options.early_stopping is not None and not options.eval_data:
         raise ValueError("--early-stopping needs --eval-data")
     if options.eval_steps is not None and not options.eval_data:
@@ -291,13 +305,13 @@ def _schedule(options: SimpleNamespace) -> dict[str, Any]:
     evaluating = {"eval_strategy": when, "eval_steps": options.eval_steps}
     if not options.eval_data:
         evaluating = {"eval_strategy": "no"}
-    if options.early_stopping is not None:  # the best model is taken back: save it when measured
+    if options.early_stopping is not None:  # the best model is restored: save at each evaluation
         return evaluating | {
             "save_strategy": when,
             "save_steps": options.eval_steps or 1,
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
-            "restore_callback_states_from_checkpoint": True,  # how often it was no better
+            "restore_callback_states_from_checkpoint": True,  # evaluations without a better loss
         }
     saving = "steps" if options.save_steps else "no"
     return evaluating | {"save_strategy": saving, "save_steps": options.save_steps or 1}
@@ -306,7 +320,7 @@ def _schedule(options: SimpleNamespace) -> dict[str, Any]:
 def build_trainer(
     options: SimpleNamespace, run: Run, model: Any, train: Any, evaluation: Any, checkpoints: Path
 ) -> Any:
-    """The trainer, its arguments and the loss checked against the data."""
+    """Make the loss, the arguments and the trainer, which checks them against the data."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     from moe_fast.training import ExpertUsageCallback, MoESentenceTransformerTrainer
@@ -337,7 +351,7 @@ def build_trainer(
 
 
 def _by_column(column_names: list[str], query: Any, passage: Any) -> dict[str, Any]:
-    """{column of texts: setting}, for those of queries and of passages that have one."""
+    """Return {text column: setting}; columns whose setting is None are left out."""
     queries, passages = columns_of(column_names)
     settings = {**dict.fromkeys(queries, query), **dict.fromkeys(passages, passage)}
     return {column: value for column, value in settings.items() if value is not None}
@@ -346,7 +360,10 @@ def _by_column(column_names: list[str], query: Any, passage: Any) -> dict[str, A
 def save_results(
     options: SimpleNamespace, trainer: Any, metrics: dict[str, Any], texts: Any, run: Run
 ) -> None:
-    """The model, the settings and the log, all at once, then the pictures; checkpoints stay."""
+    """Save the model, the settings and the log in one step, then the pictures.
+
+    The checkpoints are kept.
+    """
     from moe_fast.training import ExpertUsageCallback
     from moe_fast.training.loss_state import save_loss_state
 

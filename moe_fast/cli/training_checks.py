@@ -1,4 +1,4 @@
-"""What ``moe-fast train`` refuses: settings that do nothing or differ, models that are none."""
+"""Checks the settings, the data and the trained weights of ``moe-fast train``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from moe_fast.cli.config import load_mapping, plain_settings
 
 _OF_EXPERTS = {"num_experts_per_tok": 1, "weight_mode": "auto", "layers": "all", "target": "mlp"}
 _BY_DOMAIN = ("mutual_information", "expert_supervision")
-_MAY_CHANGE = {  # when a run is resumed: where and how long it runs, what it writes
+_MAY_CHANGE = {  # settings that may change when a run is resumed
     *("output", "overwrite", "resume", "device", "backend", "workers", "epochs", "max-steps"),
     *("save-steps", "save-total-limit", "eval-steps", "logging-steps", "report-to"),
 }
-_COMPARING = ("infonce", "clp", "mnr_plus")  # what they learn comes from negatives alone
+_COMPARING = ("infonce", "clp", "mnr_plus")  # losses that are 0 without negatives
 
 
 def wants_experts(options: SimpleNamespace) -> bool:
-    """Whether the options ask to make a mixture of a dense model."""
+    """Return whether the options ask to make a mixture of a dense model."""
     return bool(options.num_experts or options.domains or options.routing)
 
 
 def check_settings(options: SimpleNamespace) -> None:
-    """Look at the options alone.
+    """Check the options without the data.
 
     Raises:
-        ValueError: a number out of its range; an option that does nothing without another.
+        ValueError: a number is out of range, or an option has no effect without another.
     """
     if options.epochs <= 0:
         raise ValueError(f"--epochs must be above 0; got {options.epochs:g}")
@@ -43,11 +43,11 @@ def check_settings(options: SimpleNamespace) -> None:
 
 
 def check_batches(options: SimpleNamespace, rows: Any) -> None:
-    """Look at the options beside the training data.
+    """Check the options together with the training data.
 
     Raises:
-        ValueError: router terms that need domains, of data without; batches of one row without a
-            negative, where every loss that compares is 0.
+        ValueError: router terms need domains, and the data have none.
+        ValueError: the loss takes its negatives from the batch, and batches have one row.
     """
     needed = [name for name in _BY_DOMAIN if getattr(options, name) > 0]
     if needed and "domain" not in rows.column_names:
@@ -65,7 +65,7 @@ def check_batches(options: SimpleNamespace, rows: Any) -> None:
 
 
 def check_dims(dims: list[int], size: int) -> None:
-    """Raise ``ValueError`` where --matryoshka-dims go beyond the model's embeddings."""
+    """Raise ``ValueError`` if --matryoshka-dims are larger than the model's embedding size."""
     if max(dims) > size:
         raise ValueError(
             f"--matryoshka-dims must be at most the model's embedding size, {size}; got {max(dims)}"
@@ -73,7 +73,7 @@ def check_dims(dims: list[int], size: int) -> None:
 
 
 def check_weights(model: Any) -> None:
-    """Raise ``RuntimeError`` where training has ended in NaN or infinity; nothing is saved then."""
+    """Raise ``RuntimeError``, before the model is saved, if a weight is NaN or infinite."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise RuntimeError(
@@ -83,18 +83,18 @@ def check_weights(model: Any) -> None:
 
 
 def check_resumed(settings: Mapping[str, Any], saved: Path) -> None:
-    """Refuse to go on with a run under settings that would make it another one.
+    """Raise an error if a run is resumed with settings that would change its result.
 
     Args:
-        settings: of this run.
-        saved: the file of the interrupted run's.
+        settings: the settings of this run.
+        saved: the file with the settings of the interrupted run.
 
     Raises:
-        ValueError: a setting that differs and is none of those that may; the first is named.
+        ValueError: a setting differs that may not; the error names the first.
     """
     before, now = load_mapping(saved), plain_settings(settings)
     fixed = (before.keys() | now.keys()) - _MAY_CHANGE
-    if "early-stopping" in now:  # what is measured when decides when it stops
+    if "early-stopping" in now:  # when it is evaluated determines when it stops
         fixed |= {"eval-steps"}
     for name in sorted(fixed):
         if before.get(name) != now.get(name):

@@ -1,4 +1,4 @@
-"""Training data from files with a domain each, or with a column of domains."""
+"""Reads training data from files that have one domain each or a column of domains."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from moe_fast.cli.options import column_names, delimiter_for
 def read_data(
     sources: list[str], positives_only: bool, keep: Sequence[str] = (), **reading: Any
 ) -> Any:
-    """One dataset of all sources.
+    """Read training data from all sources into one dataset.
 
     Args:
-        sources: files or dataset ids, each maybe as DOMAIN=FILE, which gives all rows that domain.
-        positives_only: leave out pairs with label 0; otherwise they are an error, for a
-            contrastive loss would take them for positives.
+        sources: files or dataset ids. DOMAIN=FILE gives all rows of the file that domain.
+        positives_only: leave out pairs with label 0. Otherwise they are an error, because a
+            contrastive loss would treat them as positives.
         keep: further columns to read.
-        **reading: of `read_sources`.
+        **reading: further arguments of `read_sources`.
 
     Raises:
-        ValueError: sources with different columns; a domain for a file that has a column of them;
-            pairs with label 0; as the reader.
+        ValueError: there are pairs with label 0, unless `positives_only`, or none with label 1.
+        ValueError: as `read_sources` and `moe_fast.data.read_training_data`.
     """
     from moe_fast.data import read_training_data
 
@@ -35,7 +35,7 @@ def read_data(
 
 
 def reading_of(options: SimpleNamespace) -> dict[str, Any]:
-    """What of a command's parameters says how sources are read, for `read_sources`."""
+    """Return those of a command's parameters that `read_sources` takes."""
     return {name: getattr(options, name) for name in ("columns", "delimiter", "skip_invalid")}
 
 
@@ -47,17 +47,19 @@ def read_sources(
     delimiter: str | None = None,
     skip_invalid: bool = False,
 ) -> Any:
-    """One dataset of all sources, each maybe as DOMAIN=FILE, which gives its rows that domain.
+    """Read all sources into one dataset; DOMAIN=FILE gives all rows of the file that domain.
 
     Args:
         sources: see `read_data`.
-        read: reads a path, with ``columns``, ``delimiter`` and ``skip_invalid``.
-        columns: values of ``--columns``, for every source.
-        delimiter: value of ``--delimiter``, for the CSV files among the sources.
+        read: a function that reads a path, with ``columns``, ``delimiter`` and ``skip_invalid``.
+        columns: the values of ``--columns``, for every source.
+        delimiter: the value of ``--delimiter``, for the CSV files among the sources.
         skip_invalid: leave out rows that cannot be read, with a warning.
 
     Raises:
-        ValueError: sources with different columns; a domain for a file that has a column of them.
+        ValueError: the sources have different columns.
+        ValueError: DOMAIN=FILE names a file that has a column ``domain``.
+        typer.BadParameter: `columns` or `delimiter` cannot be parsed.
     """
     from datasets import concatenate_datasets
 
@@ -83,7 +85,11 @@ def read_sources(
 
 
 def _positives(rows: Any, path: str, positives_only: bool) -> Any:
-    """Pairs that belong together, without the label."""
+    """Keep the pairs with label 1, and remove the column ``label``.
+
+    Raises:
+        ValueError: there are pairs with label 0, unless `positives_only`, or none with label 1.
+    """
     if "label" not in rows.column_names:
         return rows
     positive = [row for row, label in enumerate(rows["label"]) if label == 1]
@@ -99,10 +105,12 @@ def _positives(rows: Any, path: str, positives_only: bool) -> Any:
 
 
 def for_loss(rows: Any, loss: str, run: Run) -> Any:
-    """The rows without what the loss would take for something else.
+    """Drop the column ``neg_q`` unless the loss is clp, the only one that uses it.
+
+    Other losses would treat these queries as hard negatives. A note says that they are dropped.
 
     Raises:
-        ValueError: no teacher scores, for distillation.
+        ValueError: the loss is distillation, and the rows have no teacher scores.
     """
     if loss == "distillation" and not {"pos_scores", "neg_scores"} <= set(rows.column_names):
         raise ValueError(
@@ -116,23 +124,23 @@ def for_loss(rows: Any, loss: str, run: Run) -> Any:
 
 
 def passages_of(rows: Any) -> list[str]:
-    """The passage of each row, the first one where it has several."""
+    """Return the passage of each row, or the first if it has several."""
     if "pos" in rows.column_names:
         return [texts[0] for texts in rows["pos"]]
     return list(rows["b"])
 
 
 def domains_of(rows: Any) -> list[str]:
-    """The names of the domains, sorted; none where there is no such column."""
+    """Return the names of the domains, sorted; none if there is no column ``domain``."""
     return sorted(rows.unique("domain")) if "domain" in rows.column_names else []
 
 
 def check_domains(model: Any, rows: Any, allow_one: bool) -> None:
-    """Raise where the data's domains cannot be what the model should learn from.
+    """Raise an error if the domains of the training data do not suit the model.
 
     Raises:
-        ValueError: one domain only, for a model that has several; no domains, for a model that
-            routes by them.
+        ValueError: the data have only one domain and the model several, unless `allow_one`.
+        ValueError: the data have no domains, and the model routes by domain and has no default.
     """
     config = model.transformers_model.config
     known, found = list(getattr(config, "domains", ())), domains_of(rows)
@@ -150,10 +158,14 @@ def check_domains(model: Any, rows: Any, allow_one: bool) -> None:
 
 
 def columns_of(names: list[str]) -> tuple[list[str], list[str]]:
-    """The columns of texts that hold queries, and those that hold passages, as the loss sees them.
+    """Return the text columns of a batch that hold queries, and those that hold passages.
 
-    FlagEmbedding rows have their columns only when they are drawn; "negative" stands for
-    negative_1, negative_2, ...
+    Args:
+        names: the columns of the training data. The columns of FlagEmbedding rows in a batch are
+            those that `moe_fast.training.row_sampling.draw_passages` makes.
+
+    Returns:
+        (columns of queries, columns of passages); "negative" is for negative_1, negative_2, ...
     """
     if "pos" in names:
         queries, passages = ["query"], ["positive", "negative"]

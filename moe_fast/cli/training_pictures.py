@@ -1,4 +1,4 @@
-"""The pictures that ``moe-fast train`` leaves beside the model."""
+"""Draws the pictures that ``moe-fast train`` saves with the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _USAGE_TEXTS = 500
 
 
 def draw(folder: Path, trainer: Any, texts: Any, options: SimpleNamespace) -> list[str]:
-    """The curves and, of a mixture, the experts' usage; returns the files' names."""
+    """Draw the training curves and, for a mixture, the experts' usage.
+
+    Returns:
+        The names of the files, or a note that there are no pictures because a library is missing.
+    """
     from moe_fast.evaluation.plots import plot_expert_usage, plot_training
 
     try:
@@ -26,7 +30,7 @@ def draw(folder: Path, trainer: Any, texts: Any, options: SimpleNamespace) -> li
     encoder = trainer.model.transformers_model
     if not hasattr(encoder, "moe_mlps"):
         return ["training.png"]
-    # spread over all rows: the first ones may be of one file, and so of one domain
+    # rows spread over the whole data set, because the first rows may all have the same domain
     rows = texts.select(range(0, len(texts), -(-len(texts) // _USAGE_TEXTS)))
     with _as_trained(trainer.model, options.max_length_passage):
         names, usage = usage_by_domain(
@@ -44,7 +48,7 @@ def draw(folder: Path, trainer: Any, texts: Any, options: SimpleNamespace) -> li
 
 @contextmanager
 def _as_trained(model: Any, max_length: int | None) -> Iterator[None]:
-    """Texts are cut as in training, which has said so."""
+    """Cut texts as in training, within the block, and without the warnings that training gave."""
     limit = model.max_seq_length
     model.max_seq_length = max_length or limit
     try:

@@ -1,4 +1,4 @@
-"""The folder of a training run: whose it is, how an interrupted one goes on, what is replaced."""
+"""Manages the folder of a training run: checks it, resumes interrupted runs, replaces results."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ from moe_fast.files import check_output, write_text
 
 CHECKPOINTS, SETTINGS, INPUTS, LOG = "checkpoints", "train.yaml", "inputs.json", "training_log.json"
 _PICTURES = ("training.png", "expert_usage.png")
-_BEGUN = (SETTINGS, INPUTS, "runs")  # what a run has there before its first checkpoint
+_BEGUN = (SETTINGS, INPUTS, "runs")  # files that a run writes before its first checkpoint
 _ROWS_AT_ONCE = 10_000
 
 
 def last_checkpoint(checkpoints: Path) -> str | None:
-    """The newest checkpoint of a run, if there is any."""
+    """Return the newest checkpoint of a run; None if there is none."""
     return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Raise unless a new run may write to the folder.
+    """Raise an error unless a new run may write to the folder.
 
     Raises:
-        FileExistsError: a file; a run that is finished, or that was interrupted and can go on;
-            with ``overwrite`` a folder that no run has written.
+        FileExistsError: `output` is a file.
+        FileExistsError: the folder has anything in it, such as a finished or an interrupted run,
+            unless `overwrite` or unless the run was interrupted before its first checkpoint.
+        FileExistsError: with `overwrite`, no run of ``moe-fast train`` has written the folder.
     """
     checkpoints = output / CHECKPOINTS
     if output.is_file():
@@ -64,7 +66,7 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 
 def _has_only_begun(output: Path) -> bool:
-    """Whether all there is of a run that was interrupted before its first checkpoint."""
+    """Return whether the folder only holds a run interrupted before its first checkpoint."""
     if not output.is_dir() or [path.name for path in output.iterdir()] != [CHECKPOINTS]:
         return False
     names = [path.name for path in (output / CHECKPOINTS).iterdir()]
@@ -72,7 +74,7 @@ def _has_only_begun(output: Path) -> bool:
 
 
 def forget_checkpoints(checkpoints: Path) -> None:
-    """Remove what another run has saved there; anything else stays."""
+    """Remove the checkpoints, settings and inputs of another run; any other files are kept."""
     for path in checkpoints.glob("checkpoint-*"):
         if path.is_dir() and (path / "trainer_state.json").is_file():
             shutil.rmtree(path)
@@ -81,22 +83,22 @@ def forget_checkpoints(checkpoints: Path) -> None:
 
 
 def replaced_results(output: Path) -> list[str]:
-    """Patterns of the files that the run before has written; what others put there stays."""
+    """Return patterns of the files that the previous run has written, which may be replaced."""
     try:
         listed = json.loads((output / LOG).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or none of ours
+    except (OSError, ValueError, LookupError, TypeError):  # no log, or one that is not ours
         listed = []
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return [glob.escape(name) for name in (*names, *_PICTURES)]
 
 
 def step_of(checkpoint: str) -> int:
-    """The step at which a checkpoint was saved, by its name."""
+    """Return the step at which a checkpoint was saved, which is in its name."""
     return int(checkpoint.rpartition("-")[2])
 
 
 def resume_command(checkpoints: Path) -> str:
-    """The command line with which an interrupted run goes on."""
+    """Return the command line that resumes an interrupted run."""
     start = ["moe-fast", "train"]
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if processes.isdecimal() and int(processes) > 1:
@@ -108,7 +110,11 @@ def resume_command(checkpoints: Path) -> str:
 
 
 def describe_inputs(model: str, rows: Any, evaluation: Any) -> dict[str, str | None]:
-    """What must not change under an interrupted run: the contents of its model and its data."""
+    """Fingerprints of the model and the data of a run, which must be unchanged when it is resumed.
+
+    Returns:
+        {"model", "data" or "eval-data": fingerprint}; None without evaluation data.
+    """
     from moe_fast.encoding.model_paths import model_fingerprint
 
     return {
@@ -119,7 +125,7 @@ def describe_inputs(model: str, rows: Any, evaluation: Any) -> dict[str, str | N
 
 
 def rows_digest(rows: Any) -> str:
-    """The SHA-256 of a dataset's columns and values, in hexadecimal."""
+    """Return the SHA-256 of a dataset's columns and values, in hexadecimal."""
     import pyarrow as pa
 
     digest = hashlib.sha256()
@@ -133,15 +139,18 @@ def rows_digest(rows: Any) -> str:
 
 
 def save_inputs(checkpoints: Path, inputs: dict[str, str | None]) -> None:
-    """Write what :func:`describe_inputs` gives beside the checkpoints."""
+    """Write the result of :func:`describe_inputs` beside the checkpoints."""
     write_text(checkpoints / INPUTS, json.dumps(inputs, indent=2) + "\n")
 
 
 def check_same_inputs(checkpoints: Path, inputs: dict[str, str | None]) -> None:
-    """Refuse to go on with other contents than a run has begun with.
+    """Raise an error if the model or the data have changed since the run began.
+
+    Nothing is checked if the run did not save its inputs.
 
     Raises:
-        ValueError: the model or the data have changed; the option that names them is named.
+        ValueError: they have changed; the error names the option.
+        ValueError: the file of the inputs cannot be read.
     """
     path = checkpoints / INPUTS
     if not path.is_file():
@@ -164,13 +173,13 @@ def check_same_inputs(checkpoints: Path, inputs: dict[str, str | None]) -> None:
 
 
 class Interruption(TrainerCallback):
-    """Ctrl-C ends a run after the step that is going on, with a checkpoint of it.
+    """Makes Ctrl-C end a run after the current step, with a checkpoint of this step.
 
-    A second Ctrl-C ends it at once. Of several processes all end at once, without a checkpoint:
-    they could not agree on the step.
+    A second Ctrl-C ends the run at once. With several processes the first Ctrl-C does so, without
+    a checkpoint, because the processes could not agree on the step.
 
     Attributes:
-        step: steps that are done; ``None`` before the first.
+        step: the number of steps done; ``None`` before the first.
     """
 
     def __init__(self) -> None:
@@ -179,7 +188,11 @@ class Interruption(TrainerCallback):
 
     @contextmanager
     def listening(self, quiet: bool) -> Iterator[None]:
-        """The block is the training."""
+        """Handle Ctrl-C within the block, which must be the training.
+
+        Args:
+            quiet: print no note at the first Ctrl-C.
+        """
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if not alone or threading.current_thread() is not threading.main_thread():
             yield
@@ -202,13 +215,13 @@ class Interruption(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A resumed run begins at the step of its checkpoint."""
+        """Set the step, which in a resumed run is that of its checkpoint."""
         self.step = state.global_step or None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Has the trainer save, where it saves at all."""
+        """After Ctrl-C, let the trainer save a checkpoint; end the run if it saves none."""
         self.step = state.global_step
         if self._asked:
             if args.save_strategy == "no":
@@ -218,12 +231,12 @@ class Interruption(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ends the run when its checkpoint is whole."""
+        """After Ctrl-C, end the run, as its checkpoint is complete."""
         if self._asked:
             raise KeyboardInterrupt
 
     def message(self, checkpoints: Path) -> str:
-        """What was interrupted, and how it goes on."""
+        """Say at which step the run was interrupted, and how to resume it."""
         last = last_checkpoint(checkpoints)
         where = "before the first step" if self.step is None else f"at step {self.step}"
         if last is None:

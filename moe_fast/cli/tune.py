@@ -16,13 +16,13 @@ def run_command(
     model: ModelArgument,
     *,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Number of tokens of a typical batch, padding left out.")
+        int, typer.Option(min=1, help="Number of tokens of a typical batch, without padding.")
     ] = 65_536,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
         typer.Option(help="Type of the numbers that the model computes with, autocast included."),
     ] = "bfloat16",
-    seconds: Annotated[float, typer.Option(min=1, help="Seconds to search, about.")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Approximate time of the search.")] = 120.0,
     device: Device = None,
     run: Run,
 ) -> None:
@@ -53,10 +53,10 @@ def run_command(
 
 
 def _first_mixture(model: str) -> Any:
-    """The model's first mixture; all of its layers have the same sizes.
+    """Load a model and return its first MoE MLP; all of its MoE layers have the same sizes.
 
     Raises:
-        ValueError: for a dense model.
+        ValueError: the model is dense.
     """
     from moe_fast.encoding.loading import load_as_saved
 
@@ -69,7 +69,7 @@ def _first_mixture(model: str) -> Any:
 
 
 def _describe(choice: Any) -> str:
-    """What changed, setting by setting."""
+    """List the changed settings, with the times before and after."""
     before, after = vars(choice.before), vars(choice.after)
     changed = [f"{n} {before[n]} -> {after[n]}" for n in after if after[n] != before[n]]
     times = f"{choice.before_ms:.3f} -> {choice.after_ms:.3f} ms" if changed else "unchanged"

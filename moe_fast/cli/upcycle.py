@@ -49,7 +49,7 @@ Layers = Annotated[
 ]
 Target = Annotated[
     Literal["mlp", "intermediate", "output"],
-    _experts("What each expert has a copy of: the whole MLP, or one of its two projections."),
+    _experts("Part of the MLP that each expert copies: all, or one of its two projections."),
 ]
 Domains = Annotated[
     list[str] | None,
@@ -73,7 +73,7 @@ def run_command(
     target: Target = "mlp",
     domains: Domains = None,
     default_domain: Annotated[
-        str | None, _experts("Domain of texts that name none; by default that is an error.")
+        str | None, _experts("Domain of texts given without one, by default an error.")
     ] = None,
     domain_tokens: DomainTokens = True,
     router_init: Annotated[
@@ -109,7 +109,7 @@ def run_command(
 
 
 def make_mixture(model: Any, options: SimpleNamespace, names: list[str], **further: Any) -> Any:
-    """The model upcycled as the options say, with enforced routing where there are domains."""
+    """Upcycle a model as the options say; with domains, the default routing is enforced."""
     import moe_fast
 
     return moe_fast.upcycle(
@@ -127,7 +127,7 @@ def make_mixture(model: Any, options: SimpleNamespace, names: list[str], **furth
 
 
 def parse_layers(values: list[str]) -> str | list[int]:
-    """``["all"]`` as "all", ``["0,2"]`` as [0, 2]."""
+    """Parse the values of ``--layers``: ``["all"]`` gives "all", ``["0,2"]`` gives [0, 2]."""
     if len(values) == 1 and values[0] in ("all", "single", "alternate"):
         return values[0]
     return numbers(values, "--layers", "all, single, alternate, or layer numbers such as 0,2,4")

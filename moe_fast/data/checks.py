@@ -1,7 +1,8 @@
-"""Checks the values of a row, and says in the error what a value must be.
+"""Checks the values of a row; the error says what a value must be.
 
-Every check takes the value, its column and its place (file and line), and gives the value back.
-Values and names from a file stand in messages through `moe_fast.messages` only.
+Every check takes a value, the name of its column and its place (file and line). It returns the
+value, or raises ValueError. Values and names that come from a file are put into messages by
+`moe_fast.messages` only, which shortens and escapes them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from moe_fast.messages import listed, nearest, shown, simplified
 
-# What a label says by its name, in the words of common datasets (GLUE, NLI, BEIR).
+# Names that common datasets (GLUE, NLI, BEIR) give to the labels 1 and 0.
 POSITIVE = {"1", "1.0", "true", "positive", "entailment", "duplicate", "equivalent"}
 POSITIVE |= {"paraphrase", "relevant"}
 NEGATIVE = {"0", "0.0", "false", "negative", "contradiction", "not_entailment", "not_duplicate"}
@@ -22,7 +23,7 @@ _LONGEST_LABEL = 100  # characters
 
 
 def text(value: Any, name: str, where: str) -> str:
-    """A string that is more than white space."""
+    """Check that the value is a string with more than white space in it."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name} must be a string, got {_typed(value)}")
     if not value.strip():
@@ -31,7 +32,7 @@ def text(value: Any, name: str, where: str) -> str:
 
 
 def texts(value: Any, name: str, where: str, *, allow_none: bool = False) -> list[str]:
-    """A list of strings, at least one unless `allow_none`; a string is a list of one."""
+    """Check a list of texts, which may be empty if `allow_none`; a string becomes a list of one."""
     if isinstance(value, str):
         return [text(value, name, where)]
     items = _each(text, value, name, where)
@@ -41,7 +42,7 @@ def texts(value: Any, name: str, where: str, *, allow_none: bool = False) -> lis
 
 
 def identifier(value: Any, name: str, where: str) -> str:
-    """An id: a string that is not empty, or a whole number, given back as a string."""
+    """Check an id, a string that is not empty or a whole number; return it as a string."""
     if isinstance(value, int) and not isinstance(value, bool):
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"{where}: {name}={shown(value)} does not fit 64 bits")
@@ -52,12 +53,12 @@ def identifier(value: Any, name: str, where: str) -> str:
 
 
 def identifiers(value: Any, name: str, where: str) -> list[str]:
-    """A list of ids, maybe empty."""
+    """Check a list of ids, which may be empty; return them as strings."""
     return _each(identifier, value, name, where)
 
 
 def number(value: Any, name: str, where: str) -> float:
-    """A finite number, or a string that spells one, as in CSV."""
+    """Check a finite number, which may be a string as in CSV; return it as a float."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -70,17 +71,21 @@ def number(value: Any, name: str, where: str) -> float:
 
 
 def numbers(value: Any, name: str, where: str) -> list[float]:
-    """A list of finite numbers."""
+    """Check a list of finite numbers; return them as floats."""
     return _each(number, value, name, where)
 
 
 def label(value: Any, name: str, where: str) -> int:
-    """1 or 0, of two texts that belong together or not.
+    """Convert the label of a pair to 1 (the texts belong together) or 0 (they do not).
 
     Args:
-        value: a number or truth value that is 0 or 1, or a text that says so: a number, "true",
-            or a name in `POSITIVE` or `NEGATIVE`. Of a class label this is its name, never its
-            number: 0 is "entailment" in one dataset and "not_entailment" in another.
+        value: the number 0 or 1, a truth value, or one of the names in `POSITIVE` and `NEGATIVE`,
+            such as "true" or "not_entailment". The class labels of a dataset must be given by
+            their names, because their numbers differ: 0 is "entailment" in one dataset and
+            "not_entailment" in another.
+
+    Raises:
+        ValueError: any other value.
     """
     if isinstance(value, str):
         said = simplified(value) if len(value) <= _LONGEST_LABEL else ""
@@ -95,7 +100,7 @@ def label(value: Any, name: str, where: str) -> int:
 
 
 def scalar(value: Any, name: str, where: str) -> str | bool | int | float:
-    """A value of a column that is kept as it is: text, a number or a truth value."""
+    """Check a value of a column that is kept unchanged: text, a number or a truth value."""
     if isinstance(value, str):
         return _unicode(value, name, where)
     if not isinstance(value, bool | int | float):
@@ -108,7 +113,7 @@ def scalar(value: Any, name: str, where: str) -> str | bool | int | float:
 
 
 def present(row: Mapping[str, Any], names: Iterable[str], where: str) -> None:
-    """Every one of `names` is a column of the row."""
+    """Raise ValueError unless every one of `names` is a column of the row."""
     for name in names:
         if name not in row:
             near = nearest(name, list(row)[:1000])
@@ -129,7 +134,7 @@ def _unicode(value: str, name: str, where: str) -> str:
 
 
 def _each(check: Callable[[Any, str, str], Any], value: Any, name: str, where: str) -> list[Any]:
-    """A list whose every item passes the check."""
+    """Check every item of a list; return the list of the results."""
     if not isinstance(value, list):
         raise ValueError(f"{where}: {name} must be a list, got {_typed(value)}")
     return [check(item, f"{name}[{i}]", where) for i, item in enumerate(value)]

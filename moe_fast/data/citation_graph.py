@@ -1,7 +1,7 @@
-"""Finds papers that are cited together in a citation graph, and papers without a link.
+"""Finds pairs of papers that are cited together, and pairs that have no link.
 
-Throughout, ``citations`` is [N, N], sparse and of integers: 1 where the row's paper cites the
-column's, with an empty diagonal.
+In this module ``citations`` is a sparse integer matrix [N, N] that is 1 where the row's paper cites
+the column's paper; its diagonal is empty.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-BLOCK_PRODUCTS = 10_000_000  # of one block of the co-citation matrix, some 16 bytes each
+BLOCK_PRODUCTS = 10_000_000  # products per block of the co-citation matrix, about 16 bytes each
 Ints = NDArray[np.int64]
 
 
 def cocited(citations: csr_array, min_cocitations: int) -> Ints:
-    """[2, P] int64: the pairs of papers, the lower number first, that are cited together.
+    """Find the pairs of papers that are cited together by at least `min_cocitations` papers.
+
+    Blocks of rows of citations^T citations are computed one at a time, so that memory holds the
+    result and one block (or one row, if that is larger).
 
     Args:
         citations: [N, N], 1 where the row's paper cites the column's; no self-citations.
-        min_cocitations: by at least so many papers.
+        min_cocitations: the number of papers that must cite both.
 
     Returns:
-        Each pair once, sorted. Column blocks of citations^T citations are made one at a time, so
-        that memory is bounded by the result and one block (or one row, where that is larger).
+        [2, P] int64: each pair once, the paper with the lower number first, sorted.
     """
     from scipy.sparse import csr_array
 
@@ -44,18 +46,20 @@ def cocited(citations: csr_array, min_cocitations: int) -> Ints:
 
 
 def unlinked(citations: csr_array, wanted: Ints, pools: Ints, rng: np.random.Generator) -> Ints:
-    """[2, M] int64: pairs of papers of one pool with no link, no pair twice.
+    """Draw pairs of papers of the same pool that have no link; no pair is drawn twice.
 
-    No link: neither cites the other, and no paper cites both.
+    Two papers have no link if neither cites the other and no paper cites both. The partner of a
+    paper is drawn uniformly from those that are allowed.
 
     Args:
         citations: [N, N], as for `cocited`.
-        wanted: [N], how many pairs each paper should be the first of.
-        pools: [N], the pool of each paper.
-        rng: of the draws, uniform over what is allowed.
+        wanted: [N], the number of pairs to draw for each paper, as their first paper.
+        pools: [N] integers from 0, the pool of each paper.
+        rng: the generator that draws the partners.
 
     Returns:
-        The pairs sorted by their first paper; fewer than wanted only where no partner is left.
+        [2, M] int64: the pairs sorted by their first paper. A paper has fewer pairs than wanted
+        only if no further partner is left.
     """
     from scipy.sparse import csr_array
 
@@ -84,8 +88,11 @@ def _draw(
     taken: set[tuple[int, int]],
     rng: np.random.Generator,
 ) -> list[int]:
-    """Up to `wanted` of the pool that are neither linked nor taken, which is then noted."""
-    # a few more than wanted are nearly always enough, and cheaper than to shuffle the pool
+    """Draw up to `wanted` partners of a paper that are not linked to it, and add them to `taken`.
+
+    Pairs that are in `taken` already are not drawn again.
+    """
+    # to draw a few more than wanted is nearly always enough, and cheaper than to shuffle the pool
     for size in (min(len(pool), 2 * wanted + 16), len(pool)):
         drawn = rng.choice(pool, size, replace=False)
         free = drawn[~np.isin(drawn, linked)].tolist()
@@ -98,7 +105,7 @@ def _draw(
 
 
 def _blocks(citers: csr_array, citations: csr_array) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of ``citers @ citations`` of about `BLOCK_PRODUCTS` products each."""
+    """Yield ranges of rows of ``citers @ citations`` with about `BLOCK_PRODUCTS` products each."""
     references = np.diff(citations.indptr).astype(np.int64)
     products = np.cumsum(citers @ references)
     start = 0
@@ -111,7 +118,11 @@ def _blocks(citers: csr_array, citations: csr_array) -> Iterator[tuple[int, int]
 
 
 def without_surveys(citations: csr_array, max_references: int) -> tuple[csr_array, int]:
-    """Removes the citations of papers with too many references, and counts these papers."""
+    """Remove the citations made by papers with more than `max_references` references.
+
+    Returns:
+        The remaining citations, and the number of papers whose citations were removed.
+    """
     references = np.diff(citations.indptr)
     counted = references <= max_references
     kept = citations.copy()

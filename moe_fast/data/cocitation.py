@@ -1,8 +1,9 @@
 """Makes positive and negative pairs of papers from a citation graph.
 
-Two papers that others cite together are about the same thing (Small 1973, co-citation). After
-Hallee et al. (arXiv 2401.15713), who train on pairs of co-cited abstracts; they publish the
-cleaning of their data only, the rest is from the paper's description and ours where it is silent.
+Two papers that are often cited together are about the same thing (co-citation, Small 1973). The
+method follows Hallee et al. (arXiv 2401.15713), who train on pairs of co-cited abstracts. Their
+published code only cleans the data: the rest follows the description in the paper, and is our own
+choice where the paper says nothing.
 """
 
 from __future__ import annotations
@@ -29,23 +30,24 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class CocitationReport:
-    """What became of the papers and their links.
+    """Counts of the papers, their links and the pairs made of them.
 
     Attributes:
         rows: papers in the file.
-        papers: different abstracts among them.
-        links: citations between these papers, each once.
-        links_outside: links of which one end is not in the file; dropped.
-        self_citations: links of a paper to itself; dropped.
-        passed_over: citing papers with more than ``max_references`` references; not counted as
-            citing anything together.
-        cocited: pairs of papers cited together by at least ``min_cocitations`` others.
-        across_domains: of these, pairs of two domains; dropped.
-        across_splits: of the rest, pairs whose papers fell into two splits; dropped.
-        not_drawn: of the rest, pairs beyond ``max_pairs``; dropped.
-        papers_per_split: {split: papers}, in pairs or not.
-        positives, negatives: {split: pairs} that are left.
-        negatives_missing: negatives asked for where a paper had no further unlinked partner.
+        papers: papers with different abstracts.
+        links: citations between these papers, each counted once.
+        links_outside: citations with one end that is not in the file; they are dropped.
+        self_citations: citations of a paper by itself; they are dropped.
+        passed_over: papers with more than ``max_references`` references, which are not counted as
+            citing two papers together.
+        cocited: pairs of papers that at least ``min_cocitations`` other papers cite together.
+        across_domains: those of these pairs whose papers have different domains; dropped.
+        across_splits: those of the remaining pairs whose papers are in different splits; dropped.
+        not_drawn: the number of remaining pairs beyond ``max_pairs``; dropped.
+        papers_per_split: {split: number of papers}, whether they are in a pair or not.
+        positives, negatives: {split: number of pairs} in the result.
+        negatives_missing: negatives that could not be made, because a paper had no further paper
+            without a link.
     """
 
     rows: int
@@ -64,16 +66,16 @@ class CocitationReport:
     negatives_missing: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the counts as a dict that JSON can hold."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class CocitationPairs:
-    """The pairs of each split, and how they came about.
+    """The pairs of each split, and the counts of how they were made.
 
     Attributes:
-        splits: {"train", "dev", "test": dataset}; those with a fraction above 0.
+        splits: {"train", "dev" or "test": dataset}, for the splits with a fraction above 0.
         report: the counts.
     """
 
@@ -95,42 +97,45 @@ def cocitation_pairs(
     ids: bool = False,
     seed: int = 0,
 ) -> CocitationPairs:
-    """Pairs of co-cited papers, and of papers with no link, in splits that share no paper.
+    """Make pairs of co-cited papers and pairs without a link, in splits that share no paper.
 
     - *Positive*: two papers of one domain cited together by at least `min_cocitations` papers of
       the file other than themselves.
     - *Negative*: a paper of a positive pair (either, at random) with a paper of the same split and
-      domain, drawn uniformly among those with *no link*: neither cites the other, and no paper of
-      the file cites both, not even one passed over for `max_references`. No pair comes twice.
+      domain, drawn uniformly from those with *no link*: neither cites the other, and no paper of
+      the file cites both, not even one that `max_references` leaves out. No pair occurs twice.
     - *Splits*: the papers of each domain are divided at random by `fractions` before any pair is
       made; pairs across splits are dropped. With the default fractions about .64 of the pairs end
-      in train and .01 each in dev and test: larger fractions keep more of them.
+      in train and .01 each in dev and test; the others are dropped.
 
-    Time and memory: the co-citation matrix is made block by block, of which only positives are
-    kept. A paper with r references in the file makes r (r - 1) / 2 co-cited pairs: a survey of
-    5,000 makes 12 million. `max_references` leaves such papers out, `max_pairs` bounds what is
-    kept: each pair holds its two texts in memory.
+    Time and memory: the co-citation matrix is computed block by block, and only the positives of a
+    block are kept. A paper with r references in the file makes r (r - 1) / 2 co-cited pairs: a
+    survey with 5,000 makes 12 million. `max_references` leaves such papers out, and `max_pairs`
+    bounds the size of the result, which holds the two texts of every pair in memory.
 
     Args:
         papers: see `read_papers`.
         columns, delimiter, skip_invalid: see `read_papers`.
-        min_cocitations: at least 1.
+        min_cocitations: the number of papers that must cite both papers of a positive, at least 1.
         negatives_per_positive: at least 0; with 0 there is no column ``label``.
-        fractions: of the papers in train, dev and test, adding up to 1; a split may be 0.
-        max_references: citing papers with more references in the file count for no pair.
-        max_pairs: draw so many positives at random if there are more.
-        ids: add the columns ``a_id`` and ``b_id``; `read_pairs` leaves them out, a trainer must
-            not see them.
-        seed: of splits, draws and the order of the two papers in a pair.
+        fractions: the shares of the papers in train, dev and test, adding up to 1. A split with
+            share 0 is not made.
+        max_references: ignore the citations of papers with more references in the file than this,
+            at least 2; ``None``: no limit.
+        max_pairs: draw this many positives at random if there are more; ``None``: no limit.
+        ids: add the columns ``a_id`` and ``b_id``. `read_pairs` leaves them out; remove them before
+            training, because a trainer takes them for texts.
+        seed: of the splits, the draws and the order of the two papers in a pair.
 
     Returns:
-        For each split a dataset with the columns ``a``, ``b`` (str, abstracts), ``domain`` (str)
-        where the file has it, and ``label`` (int64; positives, 1, come first).
+        For each split a dataset with the columns ``a`` and ``b`` (str, abstracts), ``domain`` (str)
+        if the file has it, and ``label`` (int64); positives (1) come before negatives (0).
 
     Raises:
-        ValueError: an argument out of range; no positive pair in a split that was asked for; as
-            `read_papers`.
-        FileNotFoundError, ImportError: as `read_papers`.
+        ValueError: an argument is out of range.
+        ValueError: a split with a share above 0 gets no positive pair.
+        TypeError: a count is not an int.
+        FileNotFoundError, ValueError, ImportError: as `read_papers`.
     """
     check_count("min_cocitations", min_cocitations)
     check_count("negatives_per_positive", negatives_per_positive, at_least=0)
@@ -175,7 +180,12 @@ def cocitation_pairs(
 def _keep(
     pairs: Ints, domains: Ints, split_of: Ints, max_pairs: int | None, rng: np.random.Generator
 ) -> tuple[Ints, dict[str, int]]:
-    """The positives that count, each in random order, and how many pairs went where."""
+    """Drop pairs across domains and splits, and draw `max_pairs` of the rest.
+
+    Returns:
+        The positives [2, P], each with its two papers in random order, and the counts of the pairs
+        found and dropped, as in `CocitationReport`.
+    """
     counts = {"cocited": pairs.shape[1]}
     for reason, group in (("across_domains", domains), ("across_splits", split_of)):
         together = group[pairs[0]] == group[pairs[1]]
@@ -188,7 +198,7 @@ def _keep(
 
 
 def _split_papers(domains: Ints, fractions: Sequence[float], seed: np.random.SeedSequence) -> Ints:
-    """[N], the split of each paper, divided domain by domain."""
+    """Assign papers to splits, each domain separately; returns [N], the split of each paper."""
     split_of = np.empty_like(domains)
     for domain, domain_seed in enumerate(seed.spawn(int(domains.max()) + 1)):
         chosen = domains == domain
@@ -197,7 +207,10 @@ def _split_papers(domains: Ints, fractions: Sequence[float], seed: np.random.See
 
 
 def _dataset(graph: Papers, labelled: Sequence[tuple[int, Ints]], ids: bool) -> Dataset:
-    """Rows of the pairs of each label, in this order; the label only where there are several."""
+    """Make a dataset of the pairs of each label, in this order.
+
+    It has a column ``label`` only if there are several labels.
+    """
 
     def row(first: int, second: int, label: int) -> Row:
         values: Row = {"a": graph.abstracts[first], "b": graph.abstracts[second]}

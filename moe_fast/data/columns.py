@@ -1,8 +1,9 @@
 """Decides which columns of a source are read, and under which names.
 
 A column is found by the name that the caller gives, else by our own name, else by one of its
-`SPELLINGS`: the names of sentence-transformers and of common datasets, in any case, with spaces or
-dashes for underscores. What is found twice is an error; what is not read is named once.
+`SPELLINGS`: the names that sentence-transformers and common datasets use, in upper or lower case,
+with underscores, spaces or dashes. If two columns fit one of our names, that is an error. Columns
+that are not read are named in one warning.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "id": ("_id",),
     "_id": ("id",),
 }
-"""{our name: what it may also be called}, simplified as `checks.simplified` does."""
+"""{our name: other names for it}, as `moe_fast.messages.simplified` writes them."""
 
-NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?(?:_?([0-9]{1,6}))?")  # of a simplified name
+NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?(?:_?([0-9]{1,6}))?")  # matches a simplified name
 
 
 def match_columns(
@@ -51,14 +52,15 @@ def match_columns(
     Args:
         present: the source's columns.
         wanted: our names.
-        given: {our name: the source's name}, taken as they are.
-        where: the place, for the message.
+        given: {our name: the source's name}, used without a check.
+        where: the place, for the error message.
 
     Returns:
-        {our name: the source's name} for what was given and what was found.
+        {our name: the source's name} for the columns given and found. A wanted column that is not
+        found is not in it.
 
     Raises:
-        ValueError: two columns may each be meant by one of our names, and neither has it.
+        ValueError: two columns have spellings of one of our names, and neither has the name itself.
     """
     present = dict.fromkeys(present)
     found = dict(given or {})
@@ -90,10 +92,11 @@ def match_negatives(
         present, given, where: as for `match_columns`.
 
     Returns:
-        {``negative_k``: the source's name}, by k; a name without a number is ``negative_1``.
+        {``negative_k``: the source's name}, sorted by k. A name without a number counts as
+        ``negative_1``.
 
     Raises:
-        ValueError: two columns have one number, and neither has our name.
+        ValueError: two columns have the same number k, and neither is called ``negative_k``.
     """
     given = {name: column for name, column in (given or {}).items() if numbered(name)}
     columns: dict[int, list[str]] = {}
@@ -111,15 +114,15 @@ def match_negatives(
 
 
 def numbered(column: str) -> int | None:
-    """The number of a column of hard negatives; None for any other column."""
+    """Return the number of a column of hard negatives (1 without one), None for other columns."""
     match = NEGATIVE.fullmatch(simplified(column)) if len(column) < 100 else None
     return None if match is None else int(match.group(1) or 1)
 
 
 def our_name(column: str) -> str | None:
-    """What a column of pairs or triplets is: ``a``, ``b``, ``negative_k``, ``label``, ``domain``.
+    """Return our name for a column: ``a``, ``b``, ``negative_k``, ``label`` or ``domain``.
 
-    None for a name that is none of their spellings.
+    Returns None if the name is a spelling of none of these.
     """
     if (number := numbered(column)) is not None:
         return f"negative_{number}"
@@ -129,7 +132,7 @@ def our_name(column: str) -> str | None:
 
 
 def ignored_note(ignored: Collection[str], known: Iterable[str]) -> str:
-    """What to say of columns that are not read, with the near misses among them named."""
+    """Write a warning about columns that are not read; it names those close to a known name."""
     known = list(known)
     spellings = [*known, *(other for name in known for other in SPELLINGS.get(name, ()))]
     near = []
@@ -148,14 +151,18 @@ class Columns:
     """The columns of one layout of rows: how each is checked, and what the source calls it.
 
     Args:
-        required: {our name: check}; must be in every row.
-        optional: {our name: check}; read where the row has them, not null.
-        renamed: {our name: the source's name}; a column named here is required.
-        keep: further columns of the source that are handed on unchanged; required as well.
+        required: {our name: check} of the columns that must be in every row.
+        optional: {our name: check} of the columns that are read if the row has them and they are
+            not null.
+        renamed: {our name: the source's name}; every row must have a column named here.
+        keep: further columns of the source that are passed on unchanged; every row must have them.
         spelt: {our name: the source's name} as found by their spelling; see `matched`.
 
     Raises:
-        ValueError: a name in `renamed` or `keep` that cannot be meant.
+        ValueError: `renamed` has a key that is none of our names.
+        ValueError: two of our names are given the same column, or `keep` names a column twice or
+            has one of our names.
+        ValueError: `keep` is a string.
     """
 
     required: Mapping[str, Value]
@@ -176,20 +183,23 @@ class Columns:
 
     @property
     def known(self) -> list[str]:
-        """Our names, required and optional."""
+        """Our names of the required and the optional columns."""
         return [*self.required, *self.optional]
 
     def matched(self, present: Iterable[str], where: str) -> Self:
-        """The same columns, found by their spellings among those of the first row.
+        """Return a copy in which the columns `present` are found by their spellings.
 
         Raises:
-            ValueError: two columns may each be meant by one of our names.
+            ValueError: two columns have spellings of one of our names; see `match_columns`.
         """
         return replace(self, spelt=match_columns(present, self.known, self.renamed, where))
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """{our name: the source's name}, without what the source's name is another one of ours."""
+        """{our name: the source's name} of all columns to read.
+
+        An optional column is left out if `renamed` gives its column of the source to another name.
+        """
         given = set(self.renamed.values())
         names = {name: self.renamed.get(name, self.spelt.get(name, name)) for name in self.known}
         return {
@@ -200,14 +210,14 @@ class Columns:
 
     @cached_property
     def reads(self) -> frozenset[str]:
-        """The source's names of all columns that are read."""
+        """The source's names of all columns to read, including those in `keep`."""
         return frozenset([*self.sources.values(), *self.keep])
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
-        """The columns of one row, checked, under our names.
+        """Check the columns of a row, and return them under our names.
 
         Raises:
-            ValueError: a column is missing, or a value is not what its check allows.
+            ValueError: a column is missing, or a value fails its check.
         """
         must = [self.sources[name] for name in (*self.required, *self.renamed)]
         checks.present(row, [*must, *self.keep], where)

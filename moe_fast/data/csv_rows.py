@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_fast.data.lines import Refuse, read_lines, refuse
 
 logger = logging.getLogger(__name__)
-CELL_LIMIT = 1 << 28  # characters; Python's own 131,072 refuses long documents
+CELL_LIMIT = 1 << 28  # characters; Python's default of 131,072 refuses long documents
 DELIMITERS = (",", ";", "\t", "|")
 _UNCLOSED = "unexpected end of data"
 _EXPLAINED = {  # what the csv module's messages mean for the file
@@ -20,7 +20,7 @@ _EXPLAINED = {  # what the csv module's messages mean for the file
 
 
 def check_delimiter(delimiter: str) -> None:
-    """Raise ValueError unless it is one character that can stand between cells."""
+    """Raise ValueError unless the delimiter is one character that can separate cells."""
     if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n\0':
         raise ValueError(
             f"delimiter must be one character, such as ',', ';' or a tab; got {delimiter!r}"
@@ -28,9 +28,10 @@ def check_delimiter(delimiter: str) -> None:
 
 
 def guess_delimiter(path: Path) -> str:
-    """Guesses the delimiter: the one of comma, semicolon, tab and bar that gives the most cells.
+    """Guess the delimiter from the first line of a file that is not blank.
 
-    A word is said about it unless it is a comma.
+    Of comma, semicolon, tab and bar it is the one that splits the line into the most cells. Unless
+    it is the comma, a warning says so.
     """
     line = next((text for _, text in read_lines(path) if text.strip()), "")
     cells = {delimiter: _count(line, delimiter) for delimiter in DELIMITERS}
@@ -49,17 +50,19 @@ def guess_delimiter(path: Path) -> str:
 def read_cells(
     path: Path, delimiter: str = ",", invalid: Refuse = refuse
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield (place, cells) of each record, the header's included; blank lines are passed over.
+    """Yield (place, cells) of each record, including the header; blank lines are skipped.
 
     Args:
-        path: of the file.
-        delimiter: between cells.
-        invalid: takes the error of a record that cannot be parsed; where it returns, reading goes
-            on with the line after it.
+        path: the file.
+        delimiter: the character between cells.
+        invalid: called with the error of a record that cannot be parsed. If it returns, reading
+            goes on with the next line.
 
     Raises:
-        ValueError: as `read_lines`; quotes in the wrong place; quotes that are never closed, with
-            the line where their record begins.
+        FileNotFoundError, ValueError: as `read_lines`.
+        ValueError: the delimiter cannot separate cells; see `check_delimiter`.
+        ValueError: the header cannot be parsed, or `invalid` raises for a later record.
+        ValueError: a quote is never closed; the error names the line where its record begins.
     """
     check_delimiter(delimiter)
     _raise_cell_limit()
@@ -102,5 +105,8 @@ def _count(line: str, delimiter: str) -> int:
 
 
 def _raise_cell_limit() -> None:
-    """Python has one limit for all readers; raising it changes what no other could read."""
+    """Raise Python's limit on the size of a cell.
+
+    The limit is global. A higher one affects other readers only in cells that they refused before.
+    """
     csv.field_size_limit(max(csv.field_size_limit(), CELL_LIMIT))

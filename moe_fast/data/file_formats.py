@@ -1,8 +1,8 @@
 """Reads the rows of JSONL, CSV and Parquet files, each with its place in the file.
 
-Every reader of this package goes through here, so that a broken file is reported in the same words
-wherever it is read: the file, and the line (text formats) or the row (Parquet), counted from 1. A
-record of several lines has the number of its first.
+All readers of this package use it, so that all report a broken file in the same way: with the file
+and the line (text formats) or the row (Parquet), counted from 1. A record of several lines has the
+number of its first line.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Row = dict[str, Any]
 
 
 def file_format(path: str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> str:
-    """The format of a file by its name, without ``.gz``: ``".jsonl"``, ``".csv"``, ...
+    """Return the format of a file by its name, without ``.gz``: ``".jsonl"``, ``".csv"``, ...
 
     Raises:
-        ValueError: none of `formats`, which are listed.
+        ValueError: the name ends in none of `formats`; the error lists them.
     """
     name = Path(path).name.lower()
     for suffix in formats:
@@ -43,22 +43,25 @@ def file_format(path: str | os.PathLike[str], formats: Sequence[str] = FORMATS) 
 def read_rows(
     path: str | os.PathLike[str], *, delimiter: str | None = None, invalid: Refuse = refuse
 ) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) of a file of any size, holding a part of it in memory.
+    """Yield (place, row) of each record of a file; only a part of the file is in memory at a time.
 
     Args:
-        path: ``.jsonl``, ``.csv`` or ``.tsv``, all also as ``.gz``, in UTF-8, or ``.parquet``.
-            JSONL: one object per line. CSV: a header line names the columns; all values are
-            strings. Blank lines are passed over in both.
-        delimiter: between the cells of a CSV file; by default a tab for ``.tsv``, else what the
-            header says, with a word about it where that is no comma.
-        invalid: takes the error of one record that cannot be read; where it returns, reading goes
-            on with the next. By default it raises.
+        path: a ``.jsonl``, ``.csv`` or ``.tsv`` file in UTF-8, also with ``.gz`` appended, or a
+            ``.parquet`` file. JSONL has one object per line. The first line of CSV names the
+            columns, and all values are strings. Blank lines are skipped in both.
+        delimiter: the character between the cells of a CSV file. By default it is a tab for
+            ``.tsv``; for ``.csv`` it is guessed from the header, with a warning if it is no comma.
+        invalid: called with the error of a record that cannot be read. If it returns, reading goes
+            on with the next record. By default it raises.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: unknown format; no regular file; not UTF-8; a broken or truncated file; a line
-            that cannot be parsed; a name given twice in an object or a header; a delimiter for a
-            file that has none.
+        ValueError: the format is unknown, or the path is not a regular file.
+        ValueError: a text file is not UTF-8.
+        ValueError: the file is broken or truncated, or a line cannot be parsed.
+        ValueError: an object or a header has the same name twice.
+        ValueError: a delimiter is given for a file that is not CSV.
+        ImportError: pyarrow, which reads Parquet, is not installed.
     """
     path = Path(path)
     kind = file_format(path)
@@ -70,10 +73,10 @@ def read_rows(
 
 
 def resolve_delimiter(path: Path, delimiter: str | None = None) -> str | None:
-    """The delimiter of a file of cells, given or guessed; None for a file of another format.
+    """Return the delimiter of a CSV file, given or guessed; None for a file of another format.
 
     Raises:
-        ValueError: a delimiter that is none, or for a file without one.
+        ValueError: the delimiter cannot separate cells, or the file is not CSV.
     """
     kind = file_format(path)
     if delimiter is not None:
@@ -87,7 +90,10 @@ def resolve_delimiter(path: Path, delimiter: str | None = None) -> str | None:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> Row:
-    """An ``object_pairs_hook`` for json that refuses a key given twice: json keeps the last one."""
+    """Raise ValueError for a key given twice; an ``object_pairs_hook`` for json.
+
+    Without it json silently keeps the last value of such a key.
+    """
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = _twice(key for key, _ in pairs)
@@ -139,7 +145,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     def attempt(read: Callable[[], Any]) -> Any:
         try:
             return read()
-        except Exception as error:  # damaged files raise whatever Arrow's readers stumble on
+        except Exception as error:  # damaged files make Arrow raise many kinds of errors
             raise ValueError(
                 f"{path}, after row {number}: not readable as Parquet ({reason(error)})"
             ) from error
@@ -156,7 +162,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """{column: names of its classes}, as the datasets library writes them beside a table."""
+    """Read {column: names of its classes} from the metadata that the datasets library writes."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return {
@@ -169,7 +175,12 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
 
 
 def name_classes(row: Row, classes: dict[str, list[str]], where: str) -> Row:
-    """The row with the names of its class labels in place of their numbers; null for -1, unknown.
+    """Replace the numbers of class labels in a row by their names, and -1 (unknown) by None.
+
+    Args:
+        row: the row; it is not changed.
+        classes: {column: the names of its classes}.
+        where: the place of the row, for the error message.
 
     Raises:
         ValueError: a number that is no class.
@@ -192,5 +203,5 @@ def _check_names(names: Sequence[str], where: str) -> None:
 
 
 def _twice(names: Iterable[str]) -> str:
-    """The first of the names that is there twice."""
+    """Return the first name that occurs more than once."""
     return next(name for name, times in Counter(names).items() if times > 1)

@@ -1,8 +1,8 @@
 """Reads FlagEmbedding rows: a query with lists of positives and negatives.
 
-``{"query": str, "pos": [str, ...], "neg": [str, ...]}``, and optionally ``"neg_q"`` (for each
-negative a query that it does answer), ``"pos_scores"`` and ``"neg_scores"`` (a teacher's score of
-each) and ``"domain"``.
+A row is ``{"query": str, "pos": [str, ...], "neg": [str, ...]}``. Optional columns are ``"neg_q"``
+(for each negative a query that it answers), ``"pos_scores"`` and ``"neg_scores"`` (the scores that
+a teacher model gives to the positives and negatives) and ``"domain"``.
 """
 
 from __future__ import annotations
@@ -43,22 +43,24 @@ def read_flag_rows(
     delimiter: str | None = None,
     skip_invalid: bool = False,
 ) -> Dataset | IterableDataset:
-    """Read FlagEmbedding rows; a CSV file holds one positive and one negative each at the most.
+    """Read FlagEmbedding rows, from a CSV file with at most one positive and one negative each.
 
     Args:
         source, columns, keep, split, name, streaming, delimiter, skip_invalid: see `read_pairs`.
 
     Returns:
-        A dataset with the columns ``query`` (str), ``pos`` and ``neg`` (lists of str), and where
-        the source has them ``neg_q`` (list of str, as long as ``neg``), ``pos_scores`` and
+        A dataset with the columns ``query`` (str), ``pos`` and ``neg`` (lists of str). If the
+        source has them, also ``neg_q`` (list of str, as long as ``neg``), ``pos_scores`` and
         ``neg_scores`` (lists of float64, as long as ``pos`` and ``neg``) and ``domain`` (str).
-        ``neg`` is the empty list where a row has none: such rows wait to be mined. A text in place
-        of a list is a list of one.
+        ``neg`` is an empty list in rows without negatives, for which they can be mined. A text in
+        place of a list counts as a list of one text.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as `read_pairs`; and ValueError for an empty
-            ``pos``, lists of different lengths, scores that are not finite or that only one of
-            ``pos`` and ``neg`` has, and a text that is in ``pos`` and in ``neg`` of one row.
+        FileNotFoundError, ValueError, TypeError, ImportError: as `read_pairs`.
+        ValueError: ``pos`` is empty.
+        ValueError: ``neg_q`` or the scores are not as long as the texts they belong to.
+        ValueError: a score is not finite, or ``pos_scores`` or ``neg_scores`` is there alone.
+        ValueError: a text is both in ``pos`` and in ``neg`` of a row.
     """
     wanted = FlagRowColumns(REQUIRED, OPTIONAL, columns or {}, keep)
     opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)
@@ -66,10 +68,14 @@ def read_flag_rows(
 
 
 class FlagRowColumns(Columns):
-    """Columns, and what they must be to each other."""
+    """The columns of FlagEmbedding rows, checked against each other."""
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
-        """The row's columns, checked; ValueError with the place otherwise."""
+        """Check the columns of a row and their lengths; a missing ``neg`` becomes an empty list.
+
+        Raises:
+            ValueError: as `read_flag_rows`; the error names the place.
+        """
         read = super().read(row, where)
         read.setdefault("neg", [])
         for name, other in PARALLEL.items():

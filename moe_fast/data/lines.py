@@ -1,4 +1,4 @@
-"""Reads the lines of UTF-8 text files, compressed or not, and limits how large they may become."""
+"""Reads the lines of UTF-8 text files, compressed or not, up to a limit on their size."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import IO, Any
 
 from moe_fast.messages import reason, shown
 
-MAX_LINE = 1 << 28  # bytes; a file without line ends is no file of lines
-BOMB_BYTES, BOMB_RATIO = 1 << 28, 200  # text shrinks to a tenth or so, at the most 1,030-fold
+MAX_LINE = 1 << 28  # bytes; a longer line means that the file is not made of lines
+# gzip makes text about 10 times smaller, and any data at most 1,030 times.
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 200
 _ENCODINGS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -26,16 +27,16 @@ Refuse = Callable[[ValueError], None]
 
 
 def refuse(error: ValueError) -> None:
-    """Raises the error of a record that cannot be read, unless the caller handles it otherwise."""
+    """Raise the error of a record that cannot be read; the default of the readers' `invalid`."""
     raise error
 
 
 def check_file(path: Path) -> None:
-    """Raises unless there is a regular file of that name.
+    """Raise an error unless the path is a regular file.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: a folder, a pipe or a device, or a name that cannot be one.
+        FileNotFoundError: nothing has this path.
+        ValueError: it is a folder, a pipe or a device, or no valid path.
     """
     try:
         mode = os.stat(path).st_mode
@@ -49,7 +50,7 @@ def check_file(path: Path) -> None:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """Open a regular file to read bytes, through gzip where its name ends so.
+    """Open a regular file to read bytes, which are uncompressed if its name ends in ``.gz``.
 
     Raises:
         FileNotFoundError, ValueError: as `check_file`.
@@ -63,16 +64,20 @@ def open_binary(path: Path) -> IO[bytes]:
 def read_lines(path: Path, invalid: Refuse = refuse) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line with its line feed) of a UTF-8 text file, ``.gz`` or not.
 
-    Only a line feed ends a line. A leading byte order mark, as spreadsheet programs write it, is
-    dropped.
+    Only a line feed ends a line. The byte order mark that spreadsheet programs write at the start
+    of a file is removed.
 
     Args:
-        path: of a regular file.
-        invalid: takes the error of a line that is no text; where it returns, reading goes on.
+        path: a regular file.
+        invalid: called with the error of a line that is not UTF-8. If it returns, reading goes on
+            with the next line. By default it raises.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_file`; a truncated or broken gzip file, or one that
-            is made to unfold without end; a line that is too long or not UTF-8.
+        FileNotFoundError, ValueError: as `check_file`.
+        ValueError: a gzip file is truncated or broken, or becomes more than `BOMB_RATIO` times
+            larger when it is uncompressed.
+        ValueError: a line is longer than `MAX_LINE` bytes.
+        ValueError: a line is not UTF-8, unless `invalid` returns.
     """
     number = 0
     try:
@@ -110,7 +115,11 @@ def _decode(raw: bytes, where: str, *, first: bool) -> str:
 
 
 class _Unzipped(io.RawIOBase):
-    """The bytes in a gzip file; stops where they are many times those of the file."""
+    """A stream of the uncompressed bytes of a gzip file.
+
+    Reading raises ValueError once they are many times more than the bytes of the file, so that a
+    malicious file cannot fill the memory.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -122,7 +131,7 @@ class _Unzipped(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._unzipped.read1(len(buffer))  # whole reads lose what precedes a broken part
+        data = self._unzipped.read1(len(buffer))  # read() would lose the data before a broken part
         buffer[: len(data)] = data
         self._bytes += len(data)
         if self._bytes > BOMB_BYTES and self._bytes > BOMB_RATIO * self._file.tell():

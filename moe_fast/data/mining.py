@@ -1,19 +1,20 @@
-"""Mines hard negatives: documents ranked high for a query that do not answer it.
+"""Mines hard negatives: documents that rank high for a query but do not answer it.
 
-Many of the best ranked do answer it, and nobody has said so: these false negatives do more harm
-than easy ones. What is left out, in this order, and counted:
+Many of the highest-ranked documents answer the query although no label says so; such false
+negatives harm training more than easy negatives do. A candidate is left out, and counted, for the
+first of these reasons that holds:
 
-    positive     a positive of the row, or of another row with the same query
-    same_text    the query's own text
-    group        a positive of another row of the same group (a topic, a source document)
-    domain       of another domain, where only the query's own is wanted
-    no_query     whose own query is not known, where that is wanted
-    no_word      shares no word with the query, where words rank: found at random, and not hard
-    margin       scores too close to the query's best positive, or above it
+    positive     it is a positive of the row, or of another row with the same query
+    same_text    it has the text of the query
+    group        it is a positive of a row of the same group (a topic, a source document)
+    domain       its domain is not the query's, and `same_domain` is set
+    no_query     it is no row's positive, and `known_queries` is set
+    no_word      the ranking is BM25, and it shares no word with the query (an easy negative)
+    margin       its score is above the limits that `max_ratio` and `margin` set
 
-Texts that differ in case and white space alone are one text throughout.
+Texts that differ only in case and white space count as the same text.
 
-Source of the margin as a share of the positive's score: Moreira et al. (NV-Retriever), arXiv
+The limit as a share of the positive's score is from Moreira et al. (NV-Retriever), arXiv
 2407.15831, who find .95 best.
 """
 
@@ -44,15 +45,15 @@ REASONS = ("positive", "same_text", "group", "domain", "no_query", "no_word", "m
 
 @dataclass(frozen=True)
 class MiningReport:
-    """What was found and what was left out.
+    """Counts of the negatives found and the candidates left out.
 
     Attributes:
-        rows: in the result.
+        rows: rows in the result.
         documents: different texts that were searched.
-        negatives: in all rows together.
-        short_rows: rows that got some negatives, and fewer than asked for.
-        lost_rows: rows that got none, and are not in the result.
-        left_out: how many candidates for each of the reasons in the module's docstring.
+        negatives: negatives in all rows together.
+        short_rows: rows of the result with fewer negatives than asked for.
+        lost_rows: rows without any negative, which are not in the result.
+        left_out: {reason: number of candidates}, for the reasons in the module's docstring.
     """
 
     rows: int
@@ -65,7 +66,7 @@ class MiningReport:
 
 @dataclass(frozen=True)
 class MinedRows:
-    """FlagEmbedding rows with their negatives, and the counts."""
+    """FlagEmbedding rows with mined negatives, and the counts of the mining."""
 
     rows: list[Row]
     report: MiningReport
@@ -76,21 +77,25 @@ class MiningSettings:
     """Which candidates become negatives.
 
     Attributes:
-        num_negatives: per row, at most.
-        depth: how many of the best ranked are looked at.
-        skip: how many of the best ranked are passed over.
-        max_ratio: a negative scores at most this share of the best positive's score; ``None``:
-            no limit. Where that score is negative it says nothing and is not applied.
-        margin: a negative scores at least this much less than the best positive; ``None``: no
-            limit. Cosines for a model, BM25's own scale for words.
-        group: column of the rows whose equal values make one group; ``None``: no groups.
-        same_domain: negatives of the query's own domain only.
-        known_queries: negatives whose own query is known only; ``neg_q`` is then always there.
-        sample: draw from what is left, instead of taking the best ranked.
-        seed: of the draw, which is a function of it and of the row.
+        num_negatives: the largest number of negatives per row.
+        depth: the number of highest-ranked documents per query that are considered. The query's
+            positives do not count.
+        skip: the number of highest-ranked documents, of these, to skip.
+        max_ratio: leave out documents whose score exceeds this share of the best positive's score;
+            ``None``: no limit. It is not applied if the best positive's score is 0 or less.
+        margin: leave out documents whose score is not lower than the best positive's by at least
+            this much; ``None``: no limit. The scores are cosines of a model, or those of BM25.
+        group: the column whose equal values make rows a group; ``None``: no groups.
+        same_domain: take only negatives of the query's own domain.
+        known_queries: take only negatives that are some row's positive. The result then has
+            ``neg_q``.
+        sample: draw the negatives at random from the documents not left out, instead of taking the
+            highest-ranked.
+        seed: of the draws. The draw of a row depends on the seed and on the row alone.
 
     Raises:
-        ValueError, TypeError: for a value out of range, naming it.
+        TypeError: `num_negatives`, `depth` or `skip` is not an int.
+        ValueError: a value is out of range, or `skip` is not less than `depth`.
     """
 
     num_negatives: int = 7
@@ -127,28 +132,36 @@ def mine_hard_negatives(
     """Find each row's hard negatives among the positives of all rows, and in a corpus.
 
     Args:
-        rows: pairs (``a``, ``b``) or FlagEmbedding rows (``query``, ``pos``, and no negatives
-            yet), also under their other names, with an optional ``domain`` and the settings'
-            ``group`` column. Read once.
-        retriever: a model with ``encode``, whose cosines rank (mixtures get each text's domain
-            where the rows have it), or ``"bm25"``.
-        settings: see :class:`MiningSettings`.
-        corpus: further texts, which answer no query that is known; of no domain.
-        encode_options: :class:`moe_fast.encoding.options.EncodeOptions`; for a model only.
+        rows: pairs (``a``, ``b``) or FlagEmbedding rows (``query``, ``pos``, without negatives),
+            also under the names in `moe_fast.data.columns.SPELLINGS`, with an optional ``domain``
+            and the settings' ``group`` column. May be an iterator; it is consumed once.
+        retriever: a model with ``encode``, whose cosines rank the documents, or ``"bm25"``. A
+            mixture gets each text's domain if the rows have it.
+        settings: see :class:`MiningSettings`; by default its defaults.
+        corpus: extra candidate texts. They are assumed to answer none of the queries, and have no
+            domain.
+        encode_options: :class:`moe_fast.encoding.options.EncodeOptions`, used only with a model.
 
     Returns:
-        Rows of ``query``, ``pos``, ``neg`` and the rows' ``domain`` and group column; with
-        ``neg_q`` where the own query of every negative of every row is known: the first row's
-        that has it as a positive. Rows without any negative are left out, and counted.
+        Rows of ``query``, ``pos``, ``neg`` and, if given, ``domain`` and the group column. Rows
+        without any negative are left out, and counted. If every negative chosen, in every row, is
+        some row's positive (so none came from the corpus), the rows also have ``neg_q``: for each
+        negative, the query it answers. If several rows have that positive, it is the query of the
+        first.
 
     Raises:
-        ValueError: no rows, a row that is no pair or FlagEmbedding row, has negatives already or
-            label 0, lacks a column; a corpus for a mixture that needs domains; settings for which
-            no row has a negative, with the counts.
+        ValueError: there are no rows.
+        ValueError: a row is no pair or FlagEmbedding row, or a value in it is invalid.
+        ValueError: a row has negatives already, or the label 0.
+        ValueError: a row lacks the group column, or ``domain`` with `same_domain`.
+        ValueError: some rows have a ``domain`` and others none.
+        ValueError: `retriever` is a string other than ``"bm25"``.
+        ValueError: a corpus is given to a mixture that needs each text's domain.
+        ValueError: no row has a negative left; the error has the counts.
         ImportError: faiss or bm25s is not installed.
     """
     settings = settings or MiningSettings()
-    read = DatasetSource(rows, "rows").rows()  # class labels of a dataset by their names
+    read = DatasetSource(rows, "rows").rows()  # replaces a dataset's class labels by their names
     asked = [_query_row(row, settings, f"row {n}") for n, (_, row) in enumerate(read, start=1)]
     if not asked:
         raise ValueError("rows is empty; there is nothing to mine for.")
@@ -180,7 +193,11 @@ def mine_hard_negatives(
 
 
 def _query_row(row: Mapping[str, Any], settings: MiningSettings, where: str) -> Row:
-    """``query``, ``pos`` and the columns that are kept, of either layout."""
+    """Read ``query``, ``pos``, ``domain`` and the group column of a pair or FlagEmbedding row.
+
+    Raises:
+        ValueError: as `mine_hard_negatives` for the row.
+    """
     found = match_columns(row, ("query", "pos", "domain", "label"), where=where)
     label = row.get(found.get("label", "label"))
     if label is not None and checks.label(label, "label", where) != 1:
@@ -208,15 +225,15 @@ def _query_row(row: Mapping[str, Any], settings: MiningSettings, where: str) -> 
 
 @dataclass
 class _Pool:
-    """All documents, each text once, and what is known of them.
+    """All candidate documents, each text once, with what is known of each.
 
     Attributes:
-        texts: as first written.
-        domains: of the first row that has it as a positive.
-        queries: likewise; ``None`` for a text of the corpus.
-        groups: of all rows that have it as a positive.
-        positives: of each row, places in ``texts``.
-        answers: {query, without its case and white space: places of its positives in all rows}.
+        texts: each text as it was first written.
+        domains: for each text, the domain of the first row that has it as a positive, or ``None``.
+        queries: for each text, the query of that row; ``None`` for a text of the corpus.
+        groups: for each text, the groups of all rows that have it as a positive.
+        positives: for each row, the places of its positives in ``texts``.
+        answers: {query as `plain` writes it: places of its positives in all rows}.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -252,7 +269,7 @@ class _Pool:
 
 
 def plain(text: str) -> str:
-    """Normalizes a text, so that texts that differ in case and white space alone are equal."""
+    """Normalize a text, so that texts that differ only in case and white space become equal."""
     return " ".join(text.split()).casefold()
 
 
@@ -263,7 +280,10 @@ def _search(
     settings: MiningSettings,
     options: EncodeOptions | None,
 ) -> Found:
-    """The best documents of every row's query, its own positives not counted in the depth."""
+    """Find the best documents of every row's query.
+
+    There are `depth` of them, and as many more as a query has positives at the most.
+    """
     queries = [row["query"] for row in rows]
     k = settings.depth + max(map(len, pool.answers.values()))
     if isinstance(retriever, str):
@@ -297,7 +317,10 @@ def _with_negatives(
     left_out: Counter[str],
     by_words: bool,
 ) -> Row:
-    """The row with ``neg`` and ``neg_q``; counts what is left out."""
+    """Return the row with ``neg`` and ``neg_q``, and count the candidates left out.
+
+    An entry of ``neg_q`` is ``None`` if the negative is no row's positive.
+    """
     limit = _highest_score(float(found.positive_scores[number]), settings)
     answers = pool.answers[plain(row["query"])]
     candidates: list[int] = []
@@ -335,7 +358,7 @@ def _with_negatives(
 
 
 def _why_not(row: Row, place: int, pool: _Pool, settings: MiningSettings) -> str | None:
-    """The reason to leave a candidate out whatever its score, or ``None``."""
+    """Return the reason, other than its score, to leave a candidate out, or ``None``."""
     if plain(pool.texts[place]) == plain(row["query"]):
         return "same_text"
     if settings.group is not None and row[settings.group] in pool.groups[place]:
@@ -348,7 +371,7 @@ def _why_not(row: Row, place: int, pool: _Pool, settings: MiningSettings) -> str
 
 
 def _highest_score(positive: float, settings: MiningSettings) -> float:
-    """Returns the highest score that a negative may have."""
+    """Return the highest score that a negative may have, given the best positive's score."""
     limit = math.inf
     if settings.max_ratio is not None and positive > 0:
         limit = settings.max_ratio * positive

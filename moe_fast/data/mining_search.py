@@ -1,7 +1,7 @@
 """Searches for hard negatives, by the vectors of a model or by words.
 
-Both answer the same question, and tell what a row's own positives score, to which the others are
-compared.
+Both searches return a `Found`: the best documents of each query with their scores, and the score of
+the query's own best positive, with which the others are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moe_fast.data.words import words
 from moe_fast.extras import require
 
 Positives = Sequence[Sequence[int]]
-"""Of each query, the rows of the documents that answer it."""
+"""For each query, the rows (indices) of the documents that answer it."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Found:
     """The best k documents of each of Q queries.
 
     Attributes:
-        rows: [Q, k] int64, best first.
-        scores: [Q, k] float64.
-        positive_scores: [Q] float64, of the best of the query's positives, found or not.
+        rows: [Q, k] int64, indices of documents, best first.
+        scores: [Q, k] float64, their scores.
+        positive_scores: [Q] float64, the score of the query's best positive, even if it is not
+            among the best k documents.
     """
 
     rows: NDArray[np.int64]
@@ -37,13 +38,13 @@ class Found:
 def search_vectors(
     queries: NDArray[np.floating], documents: NDArray[np.floating], positives: Positives, k: int
 ) -> Found:
-    """By dot product, exactly, with faiss.
+    """Search for the documents with the largest dot products, exactly, with faiss.
 
     Args:
         queries: [Q, d].
         documents: [N, d].
-        positives: rows of each query's positives, at least one.
-        k: documents per query; all N where there are fewer.
+        positives: the rows of each query's positives, at least one per query.
+        k: documents per query; all N if there are fewer than k.
 
     Raises:
         ImportError: faiss is not installed.
@@ -60,13 +61,13 @@ def search_vectors(
 def search_words(
     queries: Sequence[str], documents: Sequence[str], positives: Positives, k: int
 ) -> Found:
-    """By BM25, with bm25s and its defaults (Lucene's form, k1 = 1.5, b = .75; no stop words).
+    """Search by BM25, with the defaults of bm25s (Lucene's form, k1 = 1.5, b = .75; no stop words).
 
-    A score is 0 where query and document share no word, and positive otherwise.
+    A score is 0 if query and document share no word, and positive otherwise.
 
     Args:
-        queries, documents: texts, taken apart by :func:`moe_fast.data.words.words`; what is no
-            word of any document is ignored.
+        queries, documents: texts, which :func:`moe_fast.data.words.words` splits into words. Words
+            of a query that are in no document are ignored.
         positives, k: as in :func:`search_vectors`.
 
     Raises:
@@ -76,7 +77,7 @@ def search_words(
     of_documents = [words(text) for text in documents]
     vocabulary = {word for found in of_documents for word in found}
     index = bm25s.BM25()
-    if vocabulary:  # it cannot be made of nothing
+    if vocabulary:  # bm25s cannot index documents without words
         index.index(of_documents, show_progress=False)
     k = min(k, len(documents))
     rows = np.empty((len(queries), k), np.int64)
@@ -84,9 +85,9 @@ def search_words(
     own = np.empty(len(queries), np.float64)
     for number, query in enumerate(queries):
         known = [word for word in words(query) if word in vocabulary]
-        # It cannot be asked for no words at all.
+        # bm25s cannot score a query without words.
         of_all = index.get_scores(known) if known else np.zeros(len(documents))
-        best = np.argsort(-of_all, kind="stable")[:k]  # equal scores: lower row first
+        best = np.argsort(-of_all, kind="stable")[:k]  # of equal scores the lower row comes first
         rows[number], scores[number] = best, of_all[best]
         own[number] = of_all[list(positives[number])].max()
     return Found(rows, scores, own)

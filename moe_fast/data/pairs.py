@@ -1,8 +1,8 @@
-"""Reads text pairs: two texts that belong together, or that a label says do or do not.
+"""Reads pairs of texts that belong together, or whose label says whether they do.
 
-Columns: `a` and `b`, the two texts; optional `label`, 0 or 1; optional `domain`, a name. Everything
-is checked while it is read, so that a mistake is reported with the file and the line, and not as a
-strange loss an hour later.
+The columns are `a` and `b`, the two texts, and optionally `label`, 0 or 1, and `domain`, a name.
+Everything is checked while it is read, so that a mistake is reported with the file and the line,
+and not noticed an hour later by a strange loss.
 """
 
 from __future__ import annotations
@@ -40,32 +40,39 @@ def read_pairs(
             ``.parquet`` file; a folder written by ``Dataset.save_to_disk`` or laid out as a dataset
             repository; the id of a Hugging Face dataset, a str; or a ``Dataset`` or
             ``IterableDataset``.
-        columns: {our name: the source's name} as ``{"a": "title"}``, for what is called neither by
-            our name nor by one of `moe_fast.data.columns.SPELLINGS`.
-        keep: further columns of the source, text or numbers, to hand on, for `split_by` say. The
-            trainer would take them for texts: remove them before.
-        split: of a dataset; a file has none.
-        name: of a dataset's configuration, where it has several.
-        streaming: give an ``IterableDataset`` that reads as it goes, for sets larger than memory.
-        delimiter: between the cells of a CSV file; by default a tab for ``.tsv``, otherwise what
-            the header says.
-        skip_invalid: leave out rows that are not what they must be, and warn how many and which
-            were the first; otherwise the first one is an error. The file must still be readable.
+        columns: {our name: the source's name} such as ``{"a": "title"}``, for columns that have
+            neither our name nor one of the names in `moe_fast.data.columns.SPELLINGS`.
+        keep: further columns of the source, text or numbers, that the result shall have too, for
+            example for `split_by`. Remove them before training, because a trainer takes them for
+            texts.
+        split: the split of a dataset; a file has no splits.
+        name: the configuration of a dataset that has several.
+        streaming: return an ``IterableDataset`` that reads the source while it is iterated, for
+            data larger than memory.
+        delimiter: the character between the cells of a CSV file. By default it is a tab for
+            ``.tsv``; for ``.csv`` it is guessed from the header.
+        skip_invalid: leave out invalid rows, and warn how many there were and what is wrong with
+            the first ones. By default the first invalid row is an error. A file that cannot be
+            read to its end is always an error.
 
     Returns:
         A dataset with the columns ``a`` and ``b`` (str), and ``domain`` (str) and ``label`` (int64)
-        where the source has them and they are not null; other columns are left out, and named in
-        one warning. Class labels are read by their names. In memory, or streaming: then the first
-        row is checked now and the others as they are read.
+        if the source has them and they are not null. Other columns are left out, and named in one
+        warning. Class labels are read by their names. If streaming, only the first row is checked
+        at once, and the others while they are read.
 
     Raises:
         FileNotFoundError: there is no such file or dataset.
-        ValueError: unknown format; a column is missing, or two may be meant; a line cannot be
-            parsed; text that is not UTF-8; a text that is empty or no string; a label that says
-            neither 0 nor 1 (`moe_fast.data.checks.label`); an optional column in some rows only; no
-            rows; a file that breaks off. The line is that where the record begins.
-        TypeError: a source that is none of these.
+        ValueError: the format is unknown, there are no rows, or the file is broken or truncated.
+        ValueError: a column is missing, or two columns fit one of our names.
+        ValueError: a line is not UTF-8 or cannot be parsed.
+        ValueError: a text is empty or not a string, or `moe_fast.data.checks.label` refuses a
+            label.
+        ValueError: only some rows have an optional column.
+        TypeError: `source` is none of the above.
         ImportError: ``datasets`` is not installed.
+
+    An error names the file and the line where the record begins.
     """
     wanted = Columns(REQUIRED, OPTIONAL, columns or {}, keep)
     opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)

@@ -31,18 +31,18 @@ OPTIONAL: dict[str, Value] = {
 
 @dataclass(frozen=True)
 class Papers:
-    """The papers of a file and the links between them. N papers, numbered in the file's order.
+    """The N papers of a file, in the file's order, and the citations between them.
 
-    Papers with the same abstract are one paper, with the links of all and the id and domain of the
-    first: as two, they would be near copies in two splits.
+    Papers with the same abstract are merged into one, with the citations of all and the id and
+    domain of the first. Otherwise the same text could be in two splits.
 
     Attributes:
-        ids, abstracts: N each.
-        domains: N, or None where the file has none.
-        citations: [N, N] int32, 1 where the row's paper cites the column's.
-        rows: of the file.
-        links_outside: links of which one end is not in the file; they are not in `citations`.
-        self_citations: links of a paper to itself; likewise.
+        ids, abstracts: the id and abstract of each of the N papers.
+        domains: the domain of each paper, or None if the file has none.
+        citations: sparse [N, N] int32, 1 where the row's paper cites the column's.
+        rows: the number of rows of the file.
+        links_outside: citations with one end that is not in the file; `citations` lacks them.
+        self_citations: citations of a paper by itself; `citations` lacks them.
     """
 
     ids: list[str]
@@ -66,22 +66,24 @@ def read_papers(
 ) -> Papers:
     """Read papers ``{"id", "abstract", "citing": [id, ...], "cited_by": [id, ...], "domain"}``.
 
-    A link counts where either of its ends names it, and once.
+    A citation may be listed by the citing paper, by the cited paper or by both; it counts once.
 
     Args:
-        source: a file or a dataset as in `read_pairs`. In the cells of a CSV file ids are parted by
-            white space, or stand in a JSON list. ``citing`` (the papers that this one cites) or
-            ``cited_by`` may be absent, not both; ``domain`` is in every row or in none. Ids are
-            strings or whole numbers; 7 is "7".
+        source: a file or a dataset as in `read_pairs`. In the cells of a CSV file ids are separated
+            by white space, or are a JSON list. A row needs ``citing`` (the papers that this one
+            cites) or ``cited_by``, or has both; ``domain`` is in every row or in none. Ids are
+            strings or whole numbers; 7 and "7" are the same id.
         columns: {our name: the source's name} where they differ.
         delimiter: see `read_pairs`.
-        skip_invalid: see `read_pairs`; an id given twice is an error nevertheless.
+        skip_invalid: see `read_pairs`. An id given twice, a row without citations and a domain in
+            some rows only are errors nevertheless.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an id given twice (both lines are named); ids that are neither strings
-            nor whole numbers; as
-            `read_pairs` otherwise.
+        FileNotFoundError, TypeError: as `read_pairs`.
+        ValueError: an id is given twice; the error names both lines.
+        ValueError: an id is neither a string nor a whole number.
+        ValueError: a row has neither ``citing`` nor ``cited_by``.
+        ValueError: as `read_pairs` otherwise.
         ImportError: scipy or datasets is not installed.
     """
     opened = open_source(source, delimiter=delimiter)
@@ -96,7 +98,11 @@ def read_papers(
 
 
 def _ids_in_cell(value: str, name: str, where: str) -> list[str]:
-    """The ids in a cell of a CSV file, which may hold none."""
+    """Read the ids in a cell of a CSV file, which may be empty.
+
+    Raises:
+        ValueError: the cell begins with "[" but is no JSON list of ids.
+    """
     if not value.startswith("["):
         return value.split()
     try:
@@ -108,7 +114,7 @@ def _ids_in_cell(value: str, name: str, where: str) -> list[str]:
 
 @dataclass
 class _Reading:
-    """The papers so far. Every id that is named anywhere gets a key, a small integer."""
+    """The papers read so far. Every id, also one only cited, gets an integer key."""
 
     keys: dict[str, int] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
@@ -176,6 +182,6 @@ class _Reading:
 def _unique_pairs(
     first: NDArray[np.int64], second: NDArray[np.int64], size: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Pairs of numbers below `size`, each once, sorted."""
+    """Sort pairs of numbers below `size`, and remove duplicates."""
     keys = np.unique(first.astype(np.int64) * size + second)
     return keys // size, keys % size

@@ -1,4 +1,4 @@
-"""Reads retrieval sets: documents, queries, and which documents answer which query."""
+"""Reads retrieval sets: documents, queries, and judgements of which documents answer a query."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from moe_fast.data.lines import open_binary, read_lines
 from moe_fast.messages import reason, shown
 
 logger = logging.getLogger(__name__)
-MAX_RELEVANCE = 1_000_000  # trec_eval's memory and time grow with the largest
+MAX_RELEVANCE = 1_000_000  # trec_eval's memory and time grow with the largest relevance
 
 Texts = dict[str, str]
 Qrels = dict[str, dict[str, int]]
-Drops = Counter[str] | None  # how many of what a lenient reading leaves out; None: a strict one
+Drops = Counter[str] | None  # {kind: number left out} with on_missing="drop"; None for "error"
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """A retrieval set. Every query is judged, and every id that the judgements name exists.
+    """A retrieval set, in which every query has judgements and every id in them exists.
 
     Attributes:
         corpus: {document id: text}.
         queries: {query id: text}.
-        qrels: {query id: {document id: relevance}}; relevance > 0 means relevant, and every query
-            has such a document.
-        domains: {query id: domain}, for all queries, or None.
-        corpus_domains: {document id: domain}, for all documents, or None.
-        dropped: how many ``documents``, ``queries`` and ``judgements`` a lenient reading left out.
+        qrels: {query id: {document id: relevance}}. A relevance above 0 means relevant; every query
+            has a relevant document.
+        domains: {query id: domain} of all queries, or None.
+        corpus_domains: {document id: domain} of all documents, or None.
+        dropped: {kind: how many were left out} with ``on_missing="drop"``. The kinds are
+            ``documents``, ``texts of queries``, ``queries`` and ``judgements``.
     """
 
     corpus: Texts
@@ -55,7 +56,7 @@ def read_retrieval(
     split: str | None = None,
     on_missing: Literal["error", "drop"] = "error",
 ) -> Retrieval:
-    """Read a retrieval set, checked whole.
+    """Read a retrieval set, and check that documents, queries and judgements fit together.
 
     Args:
         path: a folder in BEIR's layout: ``corpus.jsonl`` (``_id`` or ``id``, ``text``, optional
@@ -64,22 +65,32 @@ def read_retrieval(
             whole-number relevance; a header line or none). Or one ``.json`` or ``.json.gz`` file
             ``{"corpus": {id: text}, "queries": {id: text}, "qrels": {id: {id: relevance}}}``,
             optionally with ``"domains"`` and ``"corpus_domains"`` ``{id: domain}``.
-        split: which file of the folder's qrels; by default the only one, or else ``test``.
-        on_missing: what becomes of judgements whose document or query is not there or has no text,
-            as some published sets have them: ``"error"``, or ``"drop"``, which leaves them out,
-            with the texts that are empty and the queries that then have no relevant document, and
-            warns how many. Ids are strings or whole numbers; 7 is "7".
+            Ids are strings or whole numbers; 7 and "7" are the same id.
+        split: the name of a file in the folder's ``qrels``, without ``.tsv``; by default the only
+            file, or ``test`` if there are several.
+        on_missing: what to do if judgements name a document or query that does not exist or has no
+            text, which occurs in some published sets. ``"error"`` raises. ``"drop"`` leaves out
+            these judgements, empty texts, and queries that then have no relevant document; a
+            warning says how many.
 
     Returns:
-        The set. A title is put before its document's text with a space between, as BEIR does.
-        Queries of a folder that the split does not name belong to other splits and are left out.
+        The retrieval set. A document's title is put before its text with a space between, as BEIR
+        does. Queries of a folder without judgements in the split are left out.
 
     Raises:
-        FileNotFoundError: the folder, or a file that it must have, is not there.
-        ValueError: an id given twice (both lines are named); an empty text; judgements that name
-            unknown documents or queries (how many, and which); a query without a relevant document;
-            a relevance that is no whole number or beyond a million; a pair judged twice; text that
-            is not UTF-8, or a line that cannot be parsed; several qrels files and no ``split``.
+        FileNotFoundError: the folder, or a file that it must have, does not exist.
+        ValueError: `on_missing` is neither ``"error"`` nor ``"drop"``.
+        ValueError: the path is of no supported format, or `split` is given for a file.
+        ValueError: the split does not exist, or there are several qrels files, none of them
+            ``test``, and no `split`.
+        ValueError: a file is broken or truncated, or a line is not UTF-8 or cannot be parsed.
+        ValueError: an id is given twice; the error names both lines.
+        ValueError: a text is empty.
+        ValueError: only some rows have a domain.
+        ValueError: judgements name unknown documents or queries; the error says how many, and
+            names some.
+        ValueError: a query has no relevant document.
+        ValueError: a relevance is no whole number or beyond a million, or a pair is judged twice.
     """
     if on_missing not in ("error", "drop"):
         raise ValueError(f"on_missing must be 'error' or 'drop'; got {on_missing!r}")
@@ -105,7 +116,10 @@ def read_retrieval(
 
 
 def _judged(qrels: Qrels, corpus: Texts, queries: Texts, drops: Drops) -> Qrels:
-    """The judgements whose document and query are there, of queries with a relevant one."""
+    """Remove and count the judgements to drop; all judgements stay if `drops` is None.
+
+    What stays are judgements whose document and query exist, of queries with a relevant document.
+    """
     if drops is None:
         return qrels
     kept: Qrels = {}
@@ -151,7 +165,7 @@ def _find_qrels(folder: Path, split: str | None) -> Path:
 
 
 def _read_records(path: Path, kind: str, drops: Drops) -> tuple[Texts, Texts | None]:
-    """{id: text} and {id: domain} of a corpus or queries file."""
+    """Read {id: text} and {id: domain} (None without domains) of a corpus or queries file."""
     texts: Texts = {}
     domains: Texts = {}
     places: dict[str, str] = {}
@@ -180,7 +194,7 @@ def _text(row: Mapping[str, Any], where: str) -> str:
     if not title:
         return checks.text(row["text"], "text", where)
     title = checks.text(title, "title", where)
-    if row["text"] == "":  # BEIR's sets hold documents that are their title alone
+    if row["text"] == "":  # some documents of BEIR's sets consist of a title only
         return title
     return f"{title} {checks.text(row['text'], 'text', where)}"
 
@@ -199,7 +213,7 @@ def _read_qrels(path: Path) -> Qrels:
                 "relevance"
             )
         query, document, relevance = cells
-        whole = re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", relevance)  # int() takes more, as 1_0
+        whole = re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", relevance)  # int() would also accept 1_0
         value = _relevance(int(relevance) if whole else relevance, where)
         if (query, document) in lines:
             raise ValueError(

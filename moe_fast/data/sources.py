@@ -1,4 +1,4 @@
-"""Where training data comes from: a file, a folder, a dataset, or a Hugging Face dataset id."""
+"""Opens sources of training data: a file, a folder, a dataset, or a Hugging Face dataset id."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from moe_fast.messages import reason
 
 
 class Source(Protocol):
-    """Something that can be read from its start any number of times."""
+    """Rows that can be read from the start any number of times."""
 
     def __str__(self) -> str:
-        """As a message names it."""
+        """Return the name of the source for messages."""
 
     def rows(self, invalid: Refuse = refuse) -> Iterator[tuple[str, Row]]:
-        """Yield (place, row); `invalid` takes the error of a record that cannot be read."""
+        """Yield (place, row); `invalid` is called with the error of a record that is unreadable."""
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A JSONL, CSV or Parquet file; the delimiter is that of a CSV file."""
+    """A JSONL, CSV or Parquet file; only CSV has a delimiter."""
 
     path: Path
     delimiter: str | None = None
@@ -48,7 +48,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A dataset of the datasets library, loaded or streaming, or any other rows of the caller's."""
+    """A dataset of the datasets library, loaded or streaming, or any other iterable of rows."""
 
     dataset: Any
     name: str
@@ -57,7 +57,7 @@ class DatasetSource:
         return self.name
 
     def rows(self, invalid: Refuse = refuse) -> Iterator[tuple[str, Row]]:
-        """Yield (place, row), rows counted from 1; class labels by their names."""
+        """Yield (place, row), counted from 1, with class labels replaced by their names."""
         classes = class_names(self.dataset)
         for number, row in enumerate(self.dataset, start=1):
             where = f"{self.name}, row {number}"
@@ -65,11 +65,11 @@ class DatasetSource:
 
 
 AnySource: TypeAlias = "str | os.PathLike[str] | Source | Any"
-"""What the readers take: a name, or a ``Dataset`` or ``IterableDataset`` of datasets."""
+"""What the readers accept: a path, a dataset id, or a ``Dataset`` or ``IterableDataset``."""
 
 
 def class_names(dataset: Any) -> dict[str, list[str]]:
-    """{column: the names of its classes} for the ``ClassLabel`` columns of a dataset."""
+    """Return {column: the names of its classes} for the ``ClassLabel`` columns of a dataset."""
     features = getattr(dataset, "features", None)
     if not features:  # a stream may not know them, and plain rows have none
         return {}
@@ -85,21 +85,24 @@ def open_source(
     streaming: bool = False,
     delimiter: str | None = None,
 ) -> Source:
-    """Find out what `source` is, and that it is there.
+    """Find out what kind of source `source` is, check that it exists, and open it.
 
     Args:
         source: a file in one of `FORMATS`; a folder written by ``Dataset.save_to_disk`` or laid
             out as a dataset repository; as a str, the id of a Hugging Face dataset; a ``Dataset``
-            or ``IterableDataset``; or what this function gave, which it gives back.
-        split: of a dataset; a file has none.
-        name: of a dataset's configuration, where it has several.
-        streaming: read a dataset's files as they are, without converting them into a cache.
-        delimiter: between the cells of a CSV file; by default as its header says.
+            or ``IterableDataset``; or the result of this function, which is returned unchanged.
+        split: the split of a dataset; a file has no splits.
+        name: the configuration of a dataset that has several.
+        streaming: read a dataset's files directly, without converting them into a cache.
+        delimiter: the character between the cells of a CSV file. By default it is a tab for
+            ``.tsv``; for ``.csv`` it is guessed from the header.
 
     Raises:
-        FileNotFoundError: nothing of that name, here or on the hub.
-        ValueError: unknown format; a split, configuration or delimiter that is not there or that
-            is asked of what has none; a dataset that cannot be read.
+        FileNotFoundError: there is nothing of that name, here or on the hub.
+        ValueError: the format is unknown.
+        ValueError: the split or configuration does not exist, or the source has none.
+        ValueError: a delimiter is given for a source that is not CSV.
+        ValueError: the dataset cannot be read.
         TypeError: `source` is none of these.
         ImportError: ``datasets`` is not installed.
     """
@@ -125,10 +128,14 @@ def open_source(
 
 
 def first_row(source: Source, skip_invalid: bool = False) -> tuple[str, Row]:
-    """(place, row) of the first row of a source, which tells its columns.
+    """Read (place, row) of the first row of a source, to find out its columns.
+
+    Args:
+        source: the source.
+        skip_invalid: skip records that cannot be read.
 
     Raises:
-        ValueError: no rows, or from the source.
+        ValueError: there are no rows, or the source cannot be read.
     """
     for where, row in source.rows((lambda error: None) if skip_invalid else refuse):
         return where, row
@@ -136,10 +143,12 @@ def first_row(source: Source, skip_invalid: bool = False) -> tuple[str, Row]:
 
 
 def split_domain(source: str) -> tuple[str | None, str]:
-    """(domain, path) of DOMAIN=FILE; a file whose own name has a "=" is taken as it is.
+    """Split DOMAIN=FILE into (domain, path).
+
+    The domain is None if there is no "=", or if a file exists whose own name has the "=".
 
     Raises:
-        ValueError: nothing before or behind the "=".
+        ValueError: there is nothing before or after the "=".
     """
     domain, equals, path = source.partition("=")
     if not equals or os.path.exists(source):
@@ -161,7 +170,7 @@ def require_datasets() -> Any:
 
 
 def _given(source: Any, split: str, name: str | None, delimiter: str | None) -> Source:
-    """A dataset of the caller's."""
+    """Make a source of a dataset object; raise TypeError for any other object."""
     if not hasattr(source, "column_names") or isinstance(source, dict):
         kind = type(source).__name__
         splits = (
@@ -191,7 +200,7 @@ def _open_folder(path: Path, split: str, name: str | None, streaming: bool) -> S
     datasets = require_datasets()
     try:
         data = datasets.load_from_disk(str(path))
-    except Exception as error:  # a damaged folder raises whatever its readers stumble on
+    except Exception as error:  # damaged folders raise many kinds of errors
         raise ValueError(f"{path}: not readable as a saved dataset ({reason(error)})") from error
     splits = data if isinstance(data, dict) else {str(data.split or split): data}
     if split not in splits:
@@ -208,7 +217,7 @@ def _load(source: str, split: str, name: str | None, streaming: bool) -> Source:
             f"{source!r} is no file or folder with data here, and could not be loaded as the id "
             f"of a Hugging Face dataset: {error}"
         ) from error
-    except Exception as error:  # whatever a damaged folder or an id that is none leads to
+    except Exception as error:  # damaged folders and invalid ids raise many kinds of errors
         cause = reason(error.__cause__ or error)
         raise ValueError(f"{source}: not readable ({cause})") from error
     return DatasetSource(data, f"{source}, split {split}")

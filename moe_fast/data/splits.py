@@ -1,7 +1,7 @@
-"""Splits a dataset so that no document is on both sides.
+"""Splits a dataset so that no document is in two splits.
 
-Rows that share a document (the same answer, the same topic) are near copies of each other: split by
-row, a model is tested on what it was trained on.
+Rows that share a document (the same answer, the same topic) are near copies of each other. If rows
+were split at random, a model would be tested on texts that it was trained on.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ def split_by(
 ) -> dict[str, Dataset]:
     """Split a dataset so that no value of a column is in two splits.
 
-    Rows are joined into groups: two rows are in one group where they share a value of any of the
-    columns, directly or through other rows (the connected components). Groups are shuffled and
-    stay whole.
+    Rows are joined into groups: two rows are in one group if they share a value in any of the
+    columns, directly or through other rows (connected components). Groups are shuffled, and no
+    group is in two splits.
 
     Args:
-        dataset: with a length, not streaming.
-        columns: one column or several, as ``["focus", "b"]``. Texts are compared exactly.
-        fractions: {split: share of the rows}, adding up to 1; met to about half a group each.
-        sizes: {split: rows} instead: exactly as many; of the group that a split ends in, and of
-            the groups after the last split, rows are left out.
+        dataset: a dataset with a length, not a streaming one.
+        columns: one column or several, such as ``["focus", "b"]``. Texts are compared exactly.
+        fractions: {split: share of the rows}, adding up to 1. A split's size differs from its
+            share by at most half a group at each of its ends.
+        sizes: {split: exact number of rows}, instead of `fractions`. The rows of a group that do
+            not fit into a split any more, and the groups after the last split, are left out.
         seed: of the shuffle; the same seed gives the same splits.
 
     Returns:
-        {split: dataset}, each in the order of the dataset given.
+        {split: dataset}, each with its rows in the order of the dataset given.
 
     Raises:
-        ValueError: a column is missing; neither or both of `fractions` and `sizes`; fractions that
-            are negative or do not add up to 1; too few rows or groups for a split, with how many
-            there are; no rows.
+        ValueError: no column is named, or a column is missing.
+        ValueError: both or neither of `fractions` and `sizes` are given.
+        ValueError: a fraction is negative, the fractions do not add up to 1, or a size is below 1.
+        ValueError: there are no rows, or too few rows or groups for a split.
     """
     names = [columns] if isinstance(columns, str) else list(columns)
     if not names:
@@ -75,16 +77,19 @@ def split_by(
 
 
 def group_rows(columns: Sequence[Sequence[Any]]) -> NDArray[np.int64]:
-    """[N] int64, the group of each row: rows are joined by an equal value in any column.
+    """Group the rows that share a value in any column, directly or through other rows.
 
     Args:
-        columns: each of length N, of hashable values.
+        columns: one sequence of N hashable values per column.
+
+    Returns:
+        [N] int64: the group of each row, numbered from 0.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     rows = len(columns[0])
-    # a graph of rows and values: a row is joined to each value that it has
+    # a graph whose nodes are rows and values, with an edge from a row to each of its values
     values: dict[tuple[int, Any], int] = {}
     edges = [
         values.setdefault((column, value), rows + len(values))
@@ -101,19 +106,22 @@ def group_rows(columns: Sequence[Sequence[Any]]) -> NDArray[np.int64]:
 def assign_groups(
     groups: NDArray[np.int64], fractions: Sequence[float], seed: int | np.random.SeedSequence
 ) -> NDArray[np.int64]:
-    """[N] int64, the split of each row; the rows of a group are in one split.
+    """Assign groups of rows to splits, each group as a whole.
 
-    The groups are laid end to end in random order, and each goes where its middle lies among the
-    fractions: large and small ones alike, and no split is off by more than half a group at each of
-    its ends.
+    The groups are put in random order, one after the other, and the fractions divide this sequence
+    of rows into intervals. A group belongs to the split whose interval contains the group's middle,
+    so that a split is wrong by at most half a group at each of its ends.
 
     Args:
-        groups: [N], 0 .. G-1, each in use.
-        fractions: of the rows, adding up to 1.
-        seed: of the order.
+        groups: [N], the group of each row; every number 0 .. G-1 occurs.
+        fractions: the shares of the rows, adding up to 1.
+        seed: of the order of the groups.
+
+    Returns:
+        [N] int64: the split of each row, an index into `fractions`.
 
     Raises:
-        ValueError: fractions that are negative or do not add up to 1.
+        ValueError: a fraction is negative, or they do not add up to 1.
     """
     check_fractions(fractions)
     order = np.random.default_rng(seed).permutation(groups.max(initial=-1) + 1)
@@ -127,13 +135,20 @@ def assign_groups(
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Raise ValueError unless all are finite and >= 0 and they add up to 1."""
+    """Raise ValueError unless all fractions are at least 0 and they add up to 1."""
     if any(not f >= 0 for f in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise ValueError(f"fractions must be >= 0 and add up to 1; got {list(fractions)}")
 
 
 def _take(groups: NDArray[np.int64], sizes: Mapping[str, int], seed: int) -> NDArray[np.int64]:
-    """[N] int64, the split of each row, -1 for none: groups in random order fill one by one."""
+    """Fill the splits one after the other with groups in random order.
+
+    Returns:
+        [N] int64: the split of each row, an index into `sizes`; -1 for rows left out.
+
+    Raises:
+        ValueError: a size is below 1, or there are too few rows.
+    """
     order = np.random.default_rng(seed).permutation(groups.max() + 1)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))

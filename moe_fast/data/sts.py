@@ -1,4 +1,4 @@
-"""Reads pairs of sentences with a gold score of their similarity, as in STS-B."""
+"""Reads pairs of sentences with a human score of their similarity, as in STS-B."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ def read_sts(
     """Read scored sentence pairs.
 
     Args:
-        source: as for `read_pairs`, with columns ``a`` and ``b``, also by their other names, as
-            ``sentence1`` and ``sentence2``, and ``score``; or a CSV file without a header whose
-            three cells are these, recognised by a number in the third cell of its first line.
-        columns: {our name: the source's name} for what is called otherwise.
+        source: a source as for `read_pairs`, with the columns ``a``, ``b`` and ``score``, or names
+            in `moe_fast.data.columns.SPELLINGS` such as ``sentence1`` and ``sentence2``; or a CSV
+            file without a header that has these three cells in each line. A file has no header if
+            its first line has three cells and the third is a number.
+        columns: {our name: the source's name} for columns with other names.
         split, name, delimiter, skip_invalid: see `read_pairs`.
 
     Returns:
         A dataset with the columns ``a``, ``b`` (str), ``score`` (float64, on the source's scale),
-        and ``domain`` (str) where the source has it.
+        and ``domain`` (str) if the source has it.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as `read_pairs`; and ValueError for a score that
-            is no finite number.
+        FileNotFoundError, ValueError, TypeError, ImportError: as `read_pairs`.
+        ValueError: a score is not a finite number.
     """
     opened: Source = open_source(source, split=split, name=name, delimiter=delimiter)
     if isinstance(opened, FileSource) and opened.delimiter is not None and _has_no_header(opened):

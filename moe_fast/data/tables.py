@@ -26,17 +26,19 @@ SHOWN_PLACES = 10
 def build_dataset(
     source: Source, wanted: Columns, *, streaming: bool = False, skip_invalid: bool = False
 ) -> Dataset | IterableDataset:
-    """The rows of a source, every one checked; the first tells what its columns are called.
+    """Make a dataset of the rows of a source, and check every row.
 
-    In memory the rows become Arrow columns batch by batch: about the size of the texts, without a
-    copy in a cache that could outlive a change of the file. Streaming holds a few rows at a time;
-    the first is checked at once, the others as they are read.
+    The columns are found among those of the first row. A dataset in memory takes about the size of
+    the texts as Arrow columns. There is no copy in a cache, which could be used after the file has
+    changed. A streaming dataset holds a few rows at a time; the first row is checked at once, the
+    others while they are read.
 
-    Columns that are not read are named in one warning at the end of a pass, as are the rows that
-    were skipped.
+    Columns that are not read are named in one warning, and rows that were skipped in one at the
+    end.
 
     Raises:
-        ValueError: from `wanted`; a row with other columns or types than the first; no rows.
+        ValueError: a row fails a check of `wanted`, or its columns or types differ from the first.
+        ValueError: there are no rows.
     """
     where, row = first_row(source, skip_invalid)
     check = wanted.matched(row, where)
@@ -58,15 +60,20 @@ def checked_rows(
     skip_invalid: bool = False,
     said: Collection[str] = frozenset(),
 ) -> Iterator[Row]:
-    """Yield `check` of every row, all with the columns and types of the first.
+    """Yield the checked columns of every row; all rows have the same columns and types.
 
     Args:
-        source: of the rows.
-        check: what is read of them.
-        skip_invalid: leave out rows that are not what they must be, count them and name the first
-            ten; otherwise the first one is an error. The columns of the file are then those of
-            the fullest of its first `BATCH_ROWS` rows.
-        said: columns of which it was said before that they are not read.
+        source: the source of the rows.
+        check: the columns to read.
+        skip_invalid: leave out invalid rows, and warn how many there were and what is wrong with
+            the first ten. By default the first invalid row is an error. Rows must have the columns
+            and types of the first row; with `skip_invalid` those of the row with the most columns
+            among the first `BATCH_ROWS`.
+        said: columns that are not read, and that a warning has named before.
+
+    Raises:
+        ValueError: a row is invalid, unless such rows are skipped.
+        ValueError: there are no rows, or no valid ones.
     """
     skipped = Skipped(str(source))
     invalid = skipped if skip_invalid else refuse
@@ -85,10 +92,11 @@ def checked_rows(
 
 
 def placed_rows(source: Source, check: Columns, skip_invalid: bool) -> Iterator[tuple[str, Row]]:
-    """Yield (place, `check`) of every row; the columns may differ from row to row.
+    """Yield (place, checked row) of every row; the columns may differ from row to row.
 
     Raises:
-        ValueError: from `check`, unless such rows are skipped; no rows.
+        ValueError: a row is invalid, unless such rows are skipped.
+        ValueError: there are no rows.
     """
     skipped = Skipped(str(source))
     place = ""
@@ -102,12 +110,12 @@ def placed_rows(source: Source, check: Columns, skip_invalid: bool) -> Iterator[
 
 @dataclass
 class Skipped:
-    """Counts the rows that cannot be read, and knows the first of them.
+    """Counts the invalid rows of a source, and keeps the errors of the first ones.
 
     Attributes:
-        source: as messages begin.
-        count: of the rows.
-        first: what is wrong with the first `SHOWN_PLACES`.
+        source: the name of the source; it is removed where an error begins with it.
+        count: the number of invalid rows.
+        first: the errors of the first `SHOWN_PLACES` of them.
     """
 
     source: str
@@ -115,13 +123,13 @@ class Skipped:
     first: list[str] = field(default_factory=list)
 
     def __call__(self, error: ValueError) -> None:
-        """Take note of a row."""
+        """Count a row, given its error."""
         self.count += 1
         if self.count <= SHOWN_PLACES:
             self.first.append(str(error).removeprefix(f"{self.source}, "))
 
     def summary(self) -> str:
-        """How many rows were skipped and why the first ones."""
+        """Say how many rows were skipped, and what is wrong with the first ones."""
         more = ", the first" if self.count > SHOWN_PLACES else ""
         return f"{self.count:,} invalid rows skipped{more}: {'; '.join(self.first)}"
 
@@ -129,7 +137,10 @@ class Skipped:
 def _read(
     source: Source, check: Columns, invalid: Refuse, said: Collection[str]
 ) -> Iterator[tuple[str, Row]]:
-    """(place, checked row) of each row; names at the end which columns were not read."""
+    """Yield (place, checked row) of each valid row; warn at the end of columns that are not read.
+
+    Columns in `said` were named in an earlier warning, and are not named again.
+    """
     reads = {*check.reads, *said}
     ignored: dict[str, None] = {}
     for where, row in source.rows(invalid):
@@ -154,9 +165,9 @@ def _types(row: Row) -> dict[str, type]:
 
 
 def dataset_from_rows(rows: Iterable[Row]) -> Dataset:
-    """A dataset in memory, from rows with the same columns, of which there must be one.
+    """Make a dataset in memory from rows with the same columns; there must be at least one row.
 
-    The rows are consumed once, `BATCH_ROWS` at a time.
+    `rows` may be an iterator; it is consumed once, `BATCH_ROWS` rows at a time.
     """
     datasets = require_datasets()
     import pyarrow as pa
@@ -171,7 +182,10 @@ def dataset_from_rows(rows: Iterable[Row]) -> Dataset:
 
 
 def features_of(row: Row) -> Features:
-    """The types of a row's columns: text, truth values, int64, float64 and lists of these."""
+    """Return the types of a row's columns: string, bool, int64, float64, or a list.
+
+    A list holds float64 if its column is in `LIST_VALUES`, otherwise strings.
+    """
     datasets = require_datasets()
     names = {str: "string", bool: "bool", int: "int64", float: "float64"}
     return datasets.Features(

@@ -1,4 +1,4 @@
-"""Texts of a file of any size, one after the other, each with its id, domain and place."""
+"""Reads the texts of a file of any size one after the other, with their ids and domains."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class TextRow:
     """A text of a file.
 
     Attributes:
-        text: never empty.
-        id: the row's ``id`` or ``_id``; the text's number, counted from 0, where it has neither.
-        domain: where asked for.
+        text: the text, never empty.
+        id: the row's ``id`` or ``_id``; if it has neither, the number of the text, from 0.
+        domain: the text's domain; None unless a column for it was given.
         where: the file and line, for messages.
     """
 
@@ -43,24 +43,26 @@ def read_texts(
     delimiter: str | None = None,
     invalid: Refuse = refuse,
 ) -> Iterator[TextRow]:
-    """Yield the texts of a file, holding a part of it in memory.
+    """Yield the texts of a file; only a part of the file is in memory at a time.
 
     Args:
-        path: ``.txt`` (one text per line), ``.jsonl``, ``.csv`` (any of the three also ``.gz``), or
-            ``.parquet``.
-        columns: the columns that hold the text; several are joined by a space, and of several
-            some may be empty. Not used for ``.txt``.
+        path: a ``.txt`` file (one text per line), ``.jsonl``, ``.csv`` or ``.tsv`` file, also with
+            ``.gz`` appended, or a ``.parquet`` file.
+        columns: the columns that hold the text. Several are joined by spaces; some of them may be
+            empty, but not all. Not used for ``.txt``.
         domain_column: the column that holds the text's domain.
-        id_column: the column that holds the text's id, where it is neither ``id`` nor ``_id``.
-        delimiter: between the cells of a CSV file; by default as its header says.
-        invalid: takes the error of a row that cannot be read; where it returns, reading goes on
-            with the next. By default it raises.
+        id_column: the column that holds the text's id, if it is neither ``id`` nor ``_id``.
+        delimiter: the character between the cells of a CSV file. By default it is a tab for
+            ``.tsv``; for ``.csv`` it is guessed from the header.
+        invalid: called with the error of a row that cannot be read. If it returns, reading goes on
+            with the next row. By default it raises.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: unknown format, a column that is missing, an empty text, a broken line; with
-            the file and the line; a file without a row. A blank line in a ``.txt`` file is an empty
-            text.
+        ValueError: the format is unknown, or the file has no row.
+        ValueError: a ``.txt`` file is read with a domain column, an id column or a delimiter.
+        ValueError: a column is missing, a text is empty, or a line cannot be parsed; the error
+            names the file and the line. A blank line in a ``.txt`` file is an empty text.
     """
     path = Path(path)
     check_file(path)

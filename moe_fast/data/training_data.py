@@ -1,4 +1,4 @@
-"""Reads training data of any layout, which the columns tell."""
+"""Reads training data as pairs, triplets or FlagEmbedding rows, depending on its columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_fast.messages import listed, simplified
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-FLAG_NAMES = {*flag_rows.REQUIRED, *flag_rows.OPTIONAL} - {"domain"}  # no pair has these
+FLAG_NAMES = {*flag_rows.REQUIRED, *flag_rows.OPTIONAL} - {"domain"}  # which pairs do not have
 
 
 def read_training_data(
@@ -31,20 +31,20 @@ def read_training_data(
     delimiter: str | None = None,
     skip_invalid: bool = False,
 ) -> Dataset | IterableDataset:
-    """Read pairs, triplets or FlagEmbedding rows, whichever the first row's columns say.
+    """Read pairs, triplets or FlagEmbedding rows, depending on the columns of the first row.
 
     Args:
         source, columns, keep, split, name, streaming, delimiter, skip_invalid: see `read_pairs`.
 
     Returns:
-        What `read_flag_rows` gives where there are ``query`` and ``pos``, or a pair and a list of
-        negatives; `read_triplets` where there are ``a``, ``b`` and ``negative_1``; `read_pairs`
-        where there are ``a`` and ``b``; each also by the other names in
+        The result of `read_flag_rows` if there is a column ``pos``, or a pair with a list of
+        positives or negatives; of `read_triplets` if there are ``a``, ``b`` and a numbered negative
+        such as ``negative_1``; otherwise of `read_pairs`. The columns may have other names, see
         `moe_fast.data.columns.SPELLINGS`.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError, ImportError: as these; and ValueError where none
-            of the three fits.
+        FileNotFoundError, ValueError, TypeError, ImportError: as these functions.
+        ValueError: the columns fit none of the three.
     """
     opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)
     where, row = first_row(opened, skip_invalid)
@@ -55,7 +55,11 @@ def read_training_data(
 def _layout(
     row: Row, columns: dict[str, str], where: str
 ) -> tuple[Callable[..., Any], dict[str, str]]:
-    """The reader for the first row's layout, and the columns to tell it."""
+    """Return the reader for the layout of the first row, and its argument `columns`.
+
+    Raises:
+        ValueError: the columns fit no reader.
+    """
     pair_is_named = "a" in columns or "b" in columns
     if FLAG_NAMES & columns.keys() or ("pos" in row and not pair_is_named):
         return read_flag_rows, columns

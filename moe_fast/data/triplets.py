@@ -1,4 +1,4 @@
-"""Reads triplets: a pair and the hard negatives of its first text, one column each."""
+"""Reads triplets: a pair and hard negatives of its first text, one column for each negative."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ def read_triplets(
 
     Args:
         source, keep, split, name, streaming, delimiter, skip_invalid: see `read_pairs`.
-        columns: {our name: the source's name} where they differ, as
+        columns: {our name: the source's name} where they differ, such as
             ``{"a": "title", "negative_1": "wrong"}``. ``anchor``, ``positive``, ``negative`` and
-            other spellings are known.
+            other names in `moe_fast.data.columns.SPELLINGS` are found without it.
 
     Returns:
         A dataset with the columns ``a``, ``b``, ``negative_1`` .. ``negative_G`` (str), and
-        ``domain`` (str) where the source has it; other columns are left out, and named in one
-        warning.
+        ``domain`` (str) if the source has it. Other columns are left out, and named in one warning.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError, ImportError: as `read_pairs`; and ValueError for
-            negatives that are not numbered 1 .. G, and for a negative with the same text as ``b``.
+        FileNotFoundError, ValueError, TypeError, ImportError: as `read_pairs`.
+        ValueError: there are no negatives, or they are not numbered 1 .. G.
+        ValueError: a row has more negatives than the first.
+        ValueError: a negative has the same text as ``b``.
     """
     columns = dict(columns or {})
     opened = open_source(source, split=split, name=name, streaming=streaming, delimiter=delimiter)

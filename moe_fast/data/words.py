@@ -1,10 +1,10 @@
 """Splits a text into words, in any script, for searches and filters by words.
 
-A word is a run of letters, digits, underscores and the marks upon them, however short: "C" and "5"
-are words. Scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese)
-give the pairs of neighbouring characters of a run, and a single character itself, as Lucene's
-CJKAnalyzer does (which takes Korean so as well). Full-width and half-width forms are one (NFKC), as
-are capitals and small letters.
+A word is a run of letters, digits, underscores and combining marks of any length: "C" and "5" are
+words. In scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese)
+and in Korean the words are all pairs of neighbouring characters of a run; a run of one character is
+a word. Lucene's CJKAnalyzer does the same for Chinese, Japanese and Korean. Full-width and
+half-width forms (NFKC) and upper and lower case are not distinguished.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PARTS = re.compile(rf"(?P<dense>[{_DENSE}]+)|[^{_DENSE}]+")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in their order, casefolded."""
+    """Return the words of a text in their order, casefolded."""
     if text.isascii():
         return _ASCII_WORDS.findall(text.lower())
     found: list[str] = []
@@ -41,7 +41,7 @@ def words(text: str) -> list[str]:
 
 @cache
 def _runs() -> re.Pattern[str]:
-    r"""Runs of what words are made of: Python's ``\w`` has letters without the marks upon them."""
-    last = 0x1FFFF  # planes 0 and 1; all marks beyond select a variant of a character
+    r"""A pattern for runs of word characters and combining marks, which ``\w`` alone excludes."""
+    last = 0x1FFFF  # planes 0 and 1; all marks beyond them only select a variant of a character
     marks = "".join(c for c in map(chr, range(last)) if unicodedata.category(c)[0] == "M")
     return re.compile(rf"[\w{marks}]+")

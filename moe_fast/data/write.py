@@ -1,4 +1,7 @@
-"""Writes rows that the readers of this package read back; a file appears once it is whole."""
+"""Writes rows to files that the readers of this package can read.
+
+A file gets its name only when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +33,18 @@ def write_pairs(rows: Rows, path: str | os.PathLike[str]) -> int:
 
     Args:
         rows: a dataset or any iterable of rows: ``a``, ``b``, optional ``domain`` and ``label``,
-            and further columns of text or numbers. Consumed once; may be larger than memory.
-        path: ``.jsonl``, ``.csv`` or ``.tsv``, each also as ``.gz``, or ``.parquet``; replaced
-            where it exists. The same rows give the same bytes, compressed or not.
+            and further columns of text or numbers. May be an iterator, which is consumed once, and
+            larger than memory.
+        path: a ``.jsonl``, ``.csv`` or ``.tsv`` file, also with ``.gz`` appended, or a ``.parquet``
+            file. An existing file is replaced. The same rows give the same bytes, compressed or
+            not.
 
     Returns:
-        How many rows were written.
+        The number of rows written.
 
     Raises:
-        ValueError: unknown format, no rows, or a row that `read_pairs` would refuse; then there is
-            no file, or still the old one.
+        ValueError: the format is unknown, there are no rows, or `read_pairs` would refuse a row. No
+            file is written, and an existing file is kept.
     """
     return _write(rows, path, Columns(pairs.REQUIRED, pairs.OPTIONAL), FORMATS)
 
@@ -49,16 +54,18 @@ def write_flag_rows(rows: Rows, path: str | os.PathLike[str]) -> int:
 
     Args:
         rows: a dataset or any iterable of rows with the columns of `read_flag_rows`, and further
-            columns of text or numbers. Consumed once; may be larger than memory.
-        path: ``.jsonl``, ``.jsonl.gz`` or ``.parquet``; replaced where it exists.
+            columns of text or numbers. May be an iterator, which is consumed once, and larger than
+            memory.
+        path: a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file. An existing file is replaced.
 
     Returns:
-        How many rows were written.
+        The number of rows written.
 
     Raises:
-        ValueError: as `write_pairs`, by the rules of `read_flag_rows`.
+        ValueError: the format is unknown, there are no rows, or `read_flag_rows` would refuse a
+            row. No file is written, and an existing file is kept.
     """
-    formats = (".jsonl", ".jsonl.gz", ".parquet")  # a cell of CSV holds no list
+    formats = (".jsonl", ".jsonl.gz", ".parquet")  # a cell of CSV cannot hold a list
     wanted = flag_rows.FlagRowColumns(flag_rows.REQUIRED, flag_rows.OPTIONAL)
     return _write(rows, path, wanted, formats)
 
@@ -66,7 +73,7 @@ def write_flag_rows(rows: Rows, path: str | os.PathLike[str]) -> int:
 def _write(
     rows: Rows, path: str | os.PathLike[str], wanted: Columns, formats: Sequence[str]
 ) -> int:
-    """Write the columns that are wanted, and keep what else the first row has."""
+    """Check and write the `wanted` columns, and all further columns of the first row unchanged."""
     path, rows = Path(path), iter(rows)
     write = _WRITERS[file_format(path, formats)]
     first = list(itertools.islice(rows, 1))
@@ -87,7 +94,7 @@ def _write_jsonl(rows: Iterator[Row], path: Path) -> int:
 def _write_csv(rows: Iterator[Row], path: Path, delimiter: str = ",") -> int:
     count = 0
     with open_text(path) as file:
-        # all text in quotes: a lone carriage return or an empty cell is then text as well
+        # With all text in quotes, a lone carriage return or an empty cell is read back as text.
         writer = csv.writer(
             file, delimiter=delimiter, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"
         )
@@ -115,10 +122,10 @@ def _write_parquet(rows: Iterator[Row], path: Path) -> int:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[IO[str]]:
-    """Open a UTF-8 file to write, through gzip where its name ends so."""
+    """Open a UTF-8 file to write, compressed if its name ends in ``.gz``."""
     with ExitStack() as stack:
         file: Any = stack.enter_context(path.open("wb"))
-        if path.suffix.lower() == ".gz":  # no name and no time inside: equal rows, equal bytes
+        if path.suffix.lower() == ".gz":  # without name and time, equal rows give equal bytes
             file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
         yield stack.enter_context(io.TextIOWrapper(file, "utf-8", newline=""))
 

@@ -43,13 +43,13 @@ def main(
     quick: Quick = False,
     output: Output = Path("demo-output"),
     train_pairs: TrainPairs = None,
-    seed: Annotated[int, typer.Option(min=0, help="Where every random draw begins.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     device: Device = "cpu",
 ) -> None:
     """Fine-tune a dense model and two mixtures of experts, offline, and measure them.
 
-    They learn from the documentation of five installed packages; what is measured are held-out
-    pairs of it.
+    They learn from the documentation of five installed packages, and are measured on held-out pairs
+    of it.
     """
     go_offline()
     try:

@@ -43,30 +43,32 @@ from moe_fast.training import DomainBatchSampler, MoESentenceTransformerTrainer
 TFIDF, PRETRAINED, DENSE = "TF-IDF", "pretrained", "dense"
 ENFORCED, ROUTED = "MoE, enforced", "MoE, routed"
 PLACES = ("everything", "own domain")
-"""Where queries are searched. A system that is told the domains cannot gain in the second place by
-telling domains apart."""
+"""The sets of documents that are searched: all, or those of the query's domain. In the second, a
+system that knows the domains has no advantage from distinguishing domains."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every number of a comparison that somebody chose.
+    """The settings of a comparison.
 
-    The learning rate was chosen on other pairs of the demo: 960 to train on, 500 to score. nDCG@10
-    of a dense copy there: .748 before training, then .778 with 2e-5, .790 with 5e-5, .798 with
-    1e-4, .783 with 2e-4. The mixtures take over what suited the dense model. One run each:
-    differences of .01 are noise.
+    The learning rate was chosen with other pairs of the demo, 960 for training and 500 for scoring.
+    The nDCG@10 of the dense model was .748 before training, .778 with a learning rate of 2e-5, .790
+    with 5e-5, .798 with 1e-4 and .783 with 2e-4, from one run each: differences of .01 are noise.
+    The mixtures use the learning rate that was best for the dense model.
 
     Attributes:
-        train_pairs: each variant sees each of them once.
-        tokens: of a text; longer ones are cut.
+        train_pairs: the number of training pairs; each variant sees each pair once.
+        tokens: the largest number of tokens per text; longer texts are cut.
         batch_size: pairs per step; each query's negatives are the batch's other documents.
-        learning_rate: the largest one, reached after ``warmup`` of the steps; it then falls to 0.
-        temperature: of the loss.
+        learning_rate: the largest learning rate, reached after the share ``warmup`` of the steps;
+            it then falls to 0.
+        temperature: the temperature of the loss.
         load_balance, mutual_information: coefficients of the learned router's losses.
-        router_learning_rate: of a router that has such losses; the encoder's hardly moves it.
-        usage_texts: per domain, that the picture of the experts is drawn from.
+        router_learning_rate: the learning rate of a router that has such losses, because the
+            encoder's hardly changes it.
+        usage_texts: texts per domain, for the picture of the experts.
         seed: of the data, the routers, the dropout, the order of batches and the bootstrap.
-        device: where models run.
+        device: the device that models run on.
     """
 
     train_pairs: int = 2950
@@ -85,13 +87,13 @@ class Settings:
 
 @dataclass
 class System:
-    """One row of the table.
+    """A model or baseline with its scores and costs, one row of the table.
 
     Attributes:
-        scores: by the place where queries are searched.
-        run: what was found, searching everything.
-        costs: parameters that a token visits, all parameters and, where trained, seconds; TF-IDF
-            has none.
+        scores: {set of documents searched: `Evaluation`}.
+        run: the hits among all documents.
+        costs: the parameters that a token uses, all parameters and, if it was trained, the
+            seconds; empty for TF-IDF.
         history: what the trainer logged at each step.
     """
 
@@ -101,7 +103,7 @@ class System:
     history: list[dict[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the scores, costs and history as JSON can hold them."""
         scores = {place: scores.to_dict() for place, scores in self.scores.items()}
         return {**scores, "costs": self.costs, "history": self.history}
 
@@ -109,7 +111,9 @@ class System:
 def compare_variants(
     train: Dataset, test: Retrieval, model: Path, output: Path, name: str, settings: Settings
 ) -> tuple[dict[str, System], Any]:
-    """Baselines, then the three fine-tunes; writes ``name``'s table, record and pictures.
+    """Measure the baselines, fine-tune and measure the three variants, and write the results.
+
+    The results are the files ``name.md`` and ``name.json``, and pictures.
 
     Returns:
         The systems by name, and the mixture with the higher nDCG@10.
@@ -144,7 +148,7 @@ def compare_variants(
 
 
 def domains_of(train: Dataset, test: Retrieval) -> list[str]:
-    """All there are, sorted."""
+    """Return the domains of the training pairs and of the documents, sorted."""
     return sorted(set(train["domain"]) | set((test.corpus_domains or {}).values()))
 
 
@@ -152,7 +156,7 @@ def domains_of(train: Dataset, test: Retrieval) -> list[str]:
 
 
 def build(variant: str, model: Path, domains: Sequence[str], settings: Settings) -> Any:
-    """A fresh copy of the pretrained model, dense or upcycled to one expert per domain."""
+    """Load the pretrained model, and upcycle it to one expert per domain unless it stays dense."""
     dense = SentenceTransformer(str(model), device=settings.device)
     dense.max_seq_length = settings.tokens
     upcycle = partial(moe_fast.upcycle, dense, num_experts=len(domains), seed=settings.seed)
@@ -162,7 +166,7 @@ def build(variant: str, model: Path, domains: Sequence[str], settings: Settings)
 
 
 def loss_of(variant: str, model: Any, settings: Settings) -> nn.Module:
-    """Symmetric InfoNCE; with a learned router, its losses too where they have a coefficient."""
+    """Make symmetric InfoNCE; for a learned router, add router losses with nonzero coefficients."""
     loss = InfoNCELoss(model, temperature=settings.temperature, symmetric=True)
     if variant != ROUTED or not (settings.load_balance or settings.mutual_information):
         return loss
@@ -177,10 +181,13 @@ def loss_of(variant: str, model: Any, settings: Settings) -> nn.Module:
 def fine_tune(
     model: Any, train: Dataset, loss: nn.Module, settings: Settings, **arguments: Any
 ) -> tuple[list[dict[str, float]], float]:
-    """One pass over the pairs, in place: (what was logged at each step, seconds).
+    """Train a model in place for one pass over the pairs.
 
     Args:
-        arguments: of the trainer, in the place of those that the settings give.
+        arguments: arguments of the trainer, which override those from the settings.
+
+    Returns:
+        (what was logged at each step, seconds).
     """
     set_seed(settings.seed)
     router = {r"mlp\.router\.": settings.router_learning_rate}
@@ -217,10 +224,10 @@ def fine_tune(
 
 
 class OneLineProgress(ProgressCallback):
-    """A progress bar that shows the loss behind it, where the stock one prints a line per log."""
+    """A progress bar with the loss behind it, instead of transformers' line for each log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Called by the trainer."""
+        """Show the loss behind the progress bar; the trainer calls this."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
@@ -236,7 +243,7 @@ def measure(
     history: Sequence[dict[str, float]] = (),
     seconds: float | None = None,
 ) -> System:
-    """Scores over everything and within the query's own domain, and what the system costs."""
+    """Measure a system over all documents and within the query's domain, and its costs."""
     options = EncodeOptions(batch_size=64, truncate=True if name != TFIDF else None)
     run = retrieve(model, test, depth=len(test.corpus), encode=options)
     evaluate = partial(
@@ -257,12 +264,12 @@ def measure(
 
 
 def ndcg(system: System) -> float:
-    """nDCG@10 over all queries, searched among everything."""
+    """Return nDCG@10 over all queries, searched among all documents."""
     return system.scores[PLACES[0]].scores["all"]["nDCG@10"].value
 
 
 def own_domain(run: Run, test: Retrieval) -> Run:
-    """Each query's hits of its own domain alone, as if nothing else had been searched."""
+    """Keep each query's hits of its own domain, as if only this domain had been searched."""
     assert test.domains is not None and test.corpus_domains is not None
     return {
         query: {
@@ -275,7 +282,11 @@ def own_domain(run: Run, test: Retrieval) -> Run:
 
 
 def usage(model: Any, test: Retrieval, domains: Sequence[str], settings: Settings) -> Any:
-    """Where the tokens of each domain's first documents go: [domain, layer, expert]."""
+    """Return the experts' shares of the tokens of each domain's first documents.
+
+    Returns:
+        [domain, layer, expert].
+    """
     assert test.corpus_domains is not None
     ids: list[str] = []
     for domain in domains:
@@ -304,10 +315,10 @@ def write(
     settings: Mapping[str, Any],
     minutes: float,
 ) -> None:
-    """``name.json``, everything to the last digit, and ``name.md``, the tables; prints these.
+    """Write ``name.json`` with all numbers, and ``name.md`` with the tables, which are printed.
 
     Args:
-        others: of some systems, those that they are compared with.
+        others: {system: the systems that it is compared with}.
     """
     differences = {
         place: [
@@ -339,7 +350,7 @@ def markdown(
     data: Mapping[str, Any],
     minutes: float,
 ) -> str:
-    """A table for each place that was searched, one of the costs, and what was measured on."""
+    """Format a table for each set of documents searched, a table of costs, and the data's sizes."""
     parts = []
     for place in PLACES:
         scores = [system.scores[place] for system in systems.values()]
@@ -358,7 +369,7 @@ def markdown(
 
 
 def describe(train: Dataset, test: Retrieval) -> dict[str, dict[str, int]]:
-    """How many of what, by domain."""
+    """Return the numbers of training pairs, queries and documents by domain."""
     assert test.domains is not None and test.corpus_domains is not None
     counted = {
         "training pairs": train["domain"],
@@ -369,7 +380,7 @@ def describe(train: Dataset, test: Retrieval) -> dict[str, dict[str, int]]:
 
 
 def machine() -> dict[str, Any]:
-    """What the seconds depend on, and the versions."""
+    """Return the processor and threads, which the times depend on, and the packages' versions."""
     packages = ("torch", "transformers", "sentence-transformers", "ir-measures", "scikit-learn")
     return {
         "processor": platform.machine(),

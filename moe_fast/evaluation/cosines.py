@@ -1,4 +1,4 @@
-"""Cosines of texts: pairs row by row, and all with all."""
+"""Computes the cosines of pairs of texts, row by row or of all combinations."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DECIMALS = 12
 def embed_pairs(
     model: Any, columns: Mapping[str, Sequence[Any]], options: EncodeOptions | None
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Unit vectors of the columns ``a`` (as queries) and ``b`` (as documents), row by row.
+    """Encode the columns ``a`` (as queries) and ``b`` (as documents) to unit vectors.
 
     Returns:
-        (a [N, d], b [N, d], the settings of the encoding, ready for JSON).
+        (vectors of a [N, d], vectors of b [N, d], the settings of the encoding as JSON can hold).
     """
     options = options or EncodeOptions()
     pass_domain = passes_domain(model, options, "domain" in columns)
@@ -32,16 +32,28 @@ def embed_pairs(
 
 
 def pairwise_cosine(a: Any, b: Any) -> NDArray[np.float64]:
-    """Row by row, of unit vectors [N, d], dense or sparse -> [N] float64, see `all_cosines`."""
+    """Compute the cosine of each row of `a` with the same row of `b`.
+
+    Args:
+        a, b: unit vectors [N, d], dense or sparse.
+
+    Returns:
+        [N] float64, rounded as in `all_cosines`.
+    """
     if hasattr(a, "multiply"):
         return np.round(np.asarray(a.multiply(b).sum(axis=1)).ravel(), _DECIMALS)
     return np.round(np.einsum("nd,nd->n", a, b), _DECIMALS)
 
 
 def all_cosines(a: Any, b: Any) -> NDArray[np.float64]:
-    """Of unit vectors [N, d] and [M, d], dense or sparse -> [N, M] float64.
+    """Compute the cosines of all rows of `a` with all rows of `b`.
 
-    Rounded to 12 decimals, or the order of summation would decide between equal cosines.
+    Args:
+        a, b: unit vectors [N, d] and [M, d], dense or sparse.
+
+    Returns:
+        [N, M] float64, rounded to 12 decimals, so that cosines that differ only by the order of
+        summation are equal.
     """
     product = a @ b.T
     dense = product.toarray() if hasattr(product, "toarray") else product

@@ -1,8 +1,8 @@
-"""Evaluates during training models that take a domain with every text.
+"""Evaluates models with domains during training.
 
-sentence-transformers' own evaluators call ``encode`` without a domain: with a learned router, or a
-``default_domain``, they are all that is needed, and give the numbers of this package. This one is
-for the rest, and reports every domain.
+sentence-transformers' own evaluators call ``encode`` without a domain. They are sufficient for a
+model with a learned router or a ``default_domain``, and give the same numbers as this package. The
+evaluator here gives each text's domain to the model, and reports every domain.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from moe_fast.evaluation.result import ALL_DOMAINS, Bootstrap, Evaluation
 
 
 class DomainEvaluator(BaseEvaluator):
-    """An evaluator for sentence-transformers' trainer from one of the ``evaluate_*`` functions.
+    """Makes an evaluator for sentence-transformers' trainer from an ``evaluate_*`` function.
 
-    Gives ``{name}_{domain}_{metric}`` for every domain and for ``all``, such as
-    ``dev_all_ROC-AUC``, without intervals. `primary_metric` is the first metric over all.
+    It reports ``{name}_{domain}_{metric}`` for every domain and for ``all``, such as
+    ``dev_all_ROC-AUC``, without intervals. Its `primary_metric`, which chooses the best checkpoint,
+    is `metric` over all domains.
 
     Args:
         evaluate: `evaluate_pairs`, `evaluate_retrieval` or `evaluate_sts`.
-        data: what it takes beside the model.
-        name: the beginning of the metrics' names; may be empty.
-        metric: the one that chooses the best checkpoint; ``None``: the first.
-        **options: the function's own, such as ``encode=EncodeOptions(truncate=True)``.
+        data: the data that this function takes after the model.
+        name: the first part of the metrics' names; may be empty.
+        metric: the metric that chooses the best checkpoint; ``None``: the function's first.
+        **options: further arguments of the function, such as
+            ``encode=EncodeOptions(truncate=True)``.
     """
 
     def __init__(
@@ -45,10 +47,14 @@ class DomainEvaluator(BaseEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Called by the trainer.
+        """Evaluate the model; the trainer calls this.
+
+        Returns:
+            {metric's name: value}.
 
         Raises:
-            ValueError: `metric` is none of the function's, or as the function.
+            ValueError: the function has no metric called `metric`.
+            ValueError: as the function.
         """
         result = self.evaluate(model, self.data, bootstrap=Bootstrap(resamples=0), **self.options)
         over_all = result.scores[ALL_DOMAINS]

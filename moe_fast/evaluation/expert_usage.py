@@ -1,4 +1,4 @@
-"""Counts which experts the tokens of each domain go to."""
+"""Counts how many tokens of each domain are routed to each expert."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ def expert_usage(
     pass_domain: bool = False,
     **encode_options: Any,
 ) -> NDArray[np.float64]:
-    """Returns the share of each domain's real tokens that each expert got, layer by layer.
+    """Return the share of each domain's tokens that each expert received, layer by layer.
 
     Args:
         model: a ``SentenceTransformer`` with MoE layers (anything that has ``encode`` and holds
             `MoERouter` modules).
-        texts: what to encode.
+        texts: the texts to encode.
         domains: one name per text.
-        order: the domains in the order wanted; by default in order of first appearance.
-        pass_domain: hand each text's domain to ``encode``, as enforced routing wants it.
-        **encode_options: go to ``encode``, e.g. ``truncate=True`` or ``batch_size=64``.
+        order: the domains of the result, in this order; by default all, in order of first
+            appearance.
+        pass_domain: give each text's domain to ``encode``, as enforced routing requires.
+        **encode_options: arguments of ``encode``, such as ``truncate=True`` or ``batch_size=64``.
 
     Returns:
-        [domain, layer, expert] float64; sums to 1 over experts. With several experts per token each
-        of them counts. Padding counts nowhere.
+        [domain, layer, expert] float64, which sums to 1 over the experts. With several experts per
+        token, each of them counts. Padding is not counted.
 
     Raises:
-        ValueError: lengths that differ, no texts, a domain in `order` without texts, or a model
-            without MoE layers.
+        ValueError: there are no texts, or `texts` and `domains` have different lengths.
+        ValueError: a domain in `order` has no texts.
+        ValueError: the model has no MoE layers.
     """
     names = list(order) if order is not None else list(dict.fromkeys(domains))
     if len(texts) != len(domains) or not texts:
@@ -63,7 +65,10 @@ def expert_usage(
 
 @contextmanager
 def _counted_tokens(model: nn.Module) -> Iterator[NDArray[np.float64]]:
-    """An array [layer, expert] that grows with this thread's forward passes inside the block."""
+    """Count the tokens [layer, expert] of this thread's forward passes inside the block.
+
+    The array that the block gets is updated with every forward pass.
+    """
     routers = [module for module in model.modules() if isinstance(module, MoERouter)]
     if not routers:
         raise ValueError("model has no MoE layers; moe_fast.upcycle gives it some")

@@ -1,4 +1,4 @@
-"""Retrieval metrics of single queries, by ir-measures (trec_eval's and MS MARCO's programs)."""
+"""Computes retrieval metrics per query by ir-measures, with trec_eval's and MS MARCO's code."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from numpy.typing import NDArray
 
 from moe_fast.evaluation.optional import require
 
-# the names people use -> those of ir-measures
+# {common name of a measure: its name in ir-measures}
 _IR_MEASURES_NAMES = {"nDCG": "nDCG", "MRR": "RR", "Recall": "R", "MAP": "AP"}
 MAP_DEPTH = 1000  # trec_eval's usual depth of a run
 
 
 def check_measures(measures: Sequence[str]) -> int:
-    """How many documents per query the measures look at.
+    """Return the number of documents per query that the measures need.
 
     Args:
         measures: ``"nDCG@k"``, ``"MRR@k"``, ``"Recall@k"``, ``"MAP@k"`` with k >= 1, or ``"MAP"``,
-            which looks at 1,000.
+            which needs 1,000.
 
     Raises:
-        ValueError: an unknown measure, one twice, or none.
+        ValueError: a measure is unknown or given twice, or there are none.
     """
     if not measures or len(set(measures)) < len(measures):
         raise ValueError(f"measures must be different, at least one; got {list(measures)}")
@@ -34,16 +34,16 @@ def query_scores(
     qrels: Mapping[str, Mapping[str, int]],
     measures: Sequence[str],
 ) -> dict[str, NDArray[np.float64]]:
-    """Metrics of every query.
+    """Compute the metrics of every query.
 
     Args:
-        run: {query: {document: score}}; equal scores are ranked trec_eval's way.
+        run: {query: {document: score}}; equal scores are ranked as trec_eval does.
         qrels: {query: {document: relevance}}.
-        measures: as in `check_measures`. nDCG is trec_eval's (linear gains); MRR, Recall and MAP
-            count a relevance of 1 or more.
+        measures: as in `check_measures`. nDCG is trec_eval's, with linear gains. For MRR, Recall
+            and MAP a document with a relevance of 1 or more is relevant.
 
     Returns:
-        {measure: [Q]}, in the order of `qrels`; 0 for a query that the run lacks.
+        {measure: [Q]}, in the order of `qrels`; 0 for a query that is not in the run.
 
     Raises:
         ValueError: as `check_measures`.
@@ -62,7 +62,7 @@ def query_scores(
 
 
 def _parse(name: str) -> tuple[str, int]:
-    """ir-measures' name of a measure, and how many documents it looks at."""
+    """Return ir-measures' name of a measure, and the number of documents it needs."""
     base, at, cutoff = name.partition("@")
     if name == "MAP":
         return f"AP@{MAP_DEPTH}", MAP_DEPTH

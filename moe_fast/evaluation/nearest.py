@@ -1,4 +1,4 @@
-"""Exact search: the nearest documents by dot product, in chunks."""
+"""Searches exactly for the documents with the largest dot products, in chunks."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from numpy.typing import NDArray
 def search(
     queries: Any, documents: Any, *, k: int = 10, chunk_size: int = 4096
 ) -> tuple[NDArray[np.floating[Any]], NDArray[np.int64]]:
-    """The k documents with the largest dot product for each query; equal scores: lower index first.
+    """Find the k documents with the largest dot products for each query.
 
-    Exact, in chunks: never more than ``chunk_size`` x ``chunk_size`` scores are held at once. For
-    the cosine hand in normalised vectors.
+    Of equal scores the document with the lower index comes first. The search is exact, and computes
+    ``chunk_size`` x ``chunk_size`` scores at a time. Use normalized vectors for cosines.
 
     Args:
         queries: [Q, d], an array or a SciPy sparse matrix (TF-IDF).
         documents: [N, d], likewise.
-        k: hits per query; all N documents when there are fewer.
+        k: documents per query; all N if there are fewer than k.
         chunk_size: queries, and documents, per block of scores.
 
     Returns:
         (scores [Q, k], document indices [Q, k] int64), best first.
 
     Raises:
-        ValueError: shapes that do not fit, no documents, or k or chunk_size below 1.
+        ValueError: the shapes do not match, there are no documents, or `k` or `chunk_size` is below
+            1.
     """
     _check_search(queries, documents, k, chunk_size)
-    starts = range(0, max(queries.shape[0], 1), chunk_size)  # one block, too, of no queries
+    starts = range(0, max(queries.shape[0], 1), chunk_size)  # one block even without queries
     blocks = [_search_block(queries[s : s + chunk_size], documents, k, chunk_size) for s in starts]
     scores, indices = zip(*blocks, strict=True)
     return np.concatenate(scores), np.concatenate(indices)
@@ -59,7 +60,7 @@ def _search_block(
         if best is not None:
             scores = np.concatenate([best[0], scores], axis=1)
             indices = np.concatenate([best[1], indices], axis=1)
-        # earlier columns have lower indices, so a stable sort settles ties as promised
+        # columns are sorted by index, so a stable sort puts lower indices first among equal scores
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         best = np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
     assert best is not None

@@ -1,4 +1,4 @@
-"""Imports libraries that only the evaluation needs."""
+"""Imports optional libraries that only the evaluation needs."""
 
 from __future__ import annotations
 

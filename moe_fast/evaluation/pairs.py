@@ -1,8 +1,8 @@
-"""Pair classification: does the cosine tell pairs that belong together from others?
+"""Evaluates pair classification: how well the cosine separates positives from negatives.
 
-The measures are those of Hallee et al. (arXiv 2401.15713), F1max and the mean cosines of both
-kinds, with ROC-AUC and average precision beside them: F1max fits its threshold on the test set, and
-on balanced pairs cannot fall below 2/3.
+The measures are those of Hallee et al. (arXiv 2401.15713), F1max and the mean cosines of positives
+and negatives, and in addition ROC-AUC and average precision, because F1max chooses its threshold on
+the test set, and is at least 2/3 on balanced pairs.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ Threshold = Literal["shared", "per_domain"]
 
 
 class PairItems:
-    """Scored pairs.
+    """Pairs with their cosines, whose metrics are those of classification by a threshold.
+
+    A group is a domain, or ``"all"``, which is last.
 
     Args:
-        ladders: {domain, last ``"all"``: its `Ladder`}.
-        cosines: [N] of the pairs given.
-        labels: [N] bool; ``None``: all are positives, compared with everything off the diagonal.
-        threshold: one for all domains, or one for each.
-        accuracy_thresholds: {group: threshold} chosen elsewhere, or ``None``.
-        fingerprint: of the data.
+        ladders: {group: its `Ladder`}.
+        cosines: [N], the cosines of the pairs given.
+        labels: [N] bool; ``None``: all pairs are positives, and the other combinations of their
+            texts are negatives.
+        threshold: whether F1 has one threshold for all domains or one for each.
+        accuracy_thresholds: {group: threshold} chosen on a dev set, or ``None``.
+        fingerprint: a hash of the data.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class PairItems:
         return [rows[self.labels[rows]], rows[~self.labels[rows]]]
 
     def metrics(self) -> Metrics:
-        """ROC-AUC, AP, F1max and, with a threshold from elsewhere, accuracy of every group."""
+        """Compute ROC-AUC, AP, F1max and, if there was a dev set, the accuracy of every group."""
         thresholds = self.f1_thresholds()
         correct = self._correct()
         found: Metrics = {}
@@ -87,14 +90,17 @@ class PairItems:
         return found
 
     def f1_thresholds(self) -> dict[str, float]:
-        """{group: the threshold of its F1}; for "all" only where one is shared."""
+        """{group: the threshold of its F1}; "all" has one only if all domains share it."""
         if self.threshold == "shared":
             shared = best_f1(self.ladders[ALL_DOMAINS].totals)[1]
             return dict.fromkeys(self.ladders, shared)
         return {group: best_f1(self.ladders[group].totals)[1] for group in self.domains}
 
     def counts(self, group: str, thresholds: dict[str, float]) -> tuple[float, float, float]:
-        """(true positives, false positives, positives) of a group, each pair at its threshold."""
+        """Count (true positives, false positives, positives) of a group at the given thresholds.
+
+        For a group without a threshold, the counts of the domains are added up.
+        """
         if group in thresholds:
             return counts_at(self.ladders[group].totals, thresholds[group])
         parts = [counts_at(self.ladders[d].totals, thresholds[d]) for d in self.domains]
@@ -102,7 +108,10 @@ class PairItems:
         return true, false, positives
 
     def _correct(self) -> NDArray[np.float64] | None:
-        """[N] 1 where a pair is on its side of the threshold chosen elsewhere."""
+        """Return [N]: 1 if the dev set's threshold classifies a pair correctly, else 0.
+
+        The result is ``None`` without a dev set or without labels.
+        """
         if self.accuracy_thresholds is None or self.labels is None:
             return None
         correct = np.empty(len(self.cosines))
@@ -113,7 +122,13 @@ class PairItems:
         return correct
 
     def resampled(self, rows: NDArray[np.int64]) -> Metrics:
-        """The same of resamples; the thresholds of F1 are chosen anew in each."""
+        """Compute the metrics of R resamples, given as indices of pairs [R, N].
+
+        The thresholds of F1 are chosen anew in each resample.
+
+        Returns:
+            {group: {metric: [R]}}.
+        """
         size = len(self.cosines)
         flat = rows + size * np.arange(len(rows))[:, None]
         drawn_counts = np.bincount(flat.ravel(), minlength=size * len(rows))
@@ -150,44 +165,49 @@ def evaluate_pairs(
     encode: EncodeOptions | None = None,
     bootstrap: Bootstrap | None = None,
 ) -> Evaluation:
-    """Score pairs by their cosine.
+    """Evaluate how well a model's cosine separates pairs that belong together from others.
 
-    With labels the negatives are the pairs labelled 0. Without (or with nothing but 1) every pair
-    is a positive, and its `a` is compared with every other pair's `b`: of the same domain in that
-    domain's numbers, of any domain over all. A combination of texts that is itself one of the
-    pairs is no negative, nor is a text beside itself. All N^2 combinations are counted, in tiles.
+    With labels, the negatives are the pairs labelled 0. Without labels (or if all are 1), every
+    pair is a positive, and its `a` with the `b` of any other pair is a negative: of pairs of the
+    same domain for the domain's metrics, of all pairs over all. Combinations that are themselves
+    one of the pairs, or the same text twice, are no negatives. All N^2 combinations are used.
 
     Args:
         model: anything with ``encode``, see `moe_fast.evaluation.embed`.
         dataset: columns ``a``, ``b`` and, optionally, ``label`` (0 or 1) and ``domain``; see
             `moe_fast.data.read_pairs`.
-        dev: labelled pairs, on which the threshold of the accuracy is chosen (with
-            ``threshold="per_domain"`` one for each domain). Without, no accuracy is reported.
-        threshold: whether F1max takes the one threshold that is best over all pairs (``"shared"``;
-            a domain's F1 is then the one at that threshold) or each domain's best
-            (``"per_domain"``; over all, every pair is judged at its domain's).
-        name: of the model in the result; by default that of its class.
-        by_domain: also give each domain's numbers.
+        dev: labelled pairs on which the threshold of the accuracy is chosen (with
+            ``threshold="per_domain"`` one for each domain). Without them there is no accuracy.
+        threshold: ``"shared"``: F1max has one threshold, the best over all pairs, and a domain's F1
+            is the one at this threshold. ``"per_domain"``: each domain has its best threshold, and
+            over all, every pair is classified by the threshold of its domain.
+        name: the model's name in the result; by default that of its class.
+        by_domain: also compute each domain's metrics.
         encode: how texts are encoded.
-        bootstrap: settings of the intervals. Resampled are the pairs, within each domain and
-            label, with the threshold of F1 chosen anew; without labels, the anchors with all that
-            they are compared with, the `b` being the same (beyond 1,000 positives, with
-            thresholds at up to 1,000 of their cosines only).
+        bootstrap: settings of the intervals. Pairs are resampled within each domain and label, and
+            the threshold of F1 is chosen anew. Without labels, each `a` is resampled together with
+            all its comparisons, while the `b` stay the same; if there are more than 1,000
+            positives, at most 1,000 of their cosines are used as thresholds.
 
     Returns:
         An `Evaluation`. Metrics: ``"ROC-AUC"``, ``"AP"`` (average precision), ``"F1max"`` and, with
-        `dev`, ``"accuracy"``. Details: numbers of pairs, positives and negatives; ``threshold``
-        (``None`` over all with one per domain), ``precision`` and ``recall`` of F1max;
-        ``positive_mean`` and ``negative_mean``, the mean cosines, and their ``ratio``.
+        `dev`, ``"accuracy"``. Details: the numbers of ``pairs``, ``positives`` and ``negatives``;
+        the ``threshold`` (``None`` over all if there is one per domain), ``precision`` and
+        ``recall`` of F1max; ``positive_mean`` and ``negative_mean``, the mean cosines, and their
+        ``ratio``.
 
     Raises:
-        ValueError: a missing column; a label that is not 0 or 1; a domain, or the whole, without
-            positives or without negatives; a `dev` set for pairs without labels, or without one of
-            the domains; an unknown `threshold`; or as `moe_fast.evaluation.embed`.
+        ValueError: a column is missing, or a value is invalid; see
+            `moe_fast.evaluation.columns.read_columns`.
+        ValueError: a domain, or the whole data set, has no positives or no negatives.
+        ValueError: `dev` is given and one of the data sets has no labels, or `dev` lacks a domain
+            that needs a threshold.
+        ValueError: `threshold` is unknown, or ``"per_domain"`` without domains.
+        ValueError: as `moe_fast.evaluation.embed`.
         ImportError: scikit-learn or scipy is not installed.
     """
     data = PairData(dataset, by_domain=by_domain)
-    # a shared threshold needs nothing of the dev set's domains
+    # with a shared threshold the dev set's domains are not used
     dev_domains = by_domain and threshold == "per_domain"
     dev_data = None if dev is None else PairData(dev, "dev", by_domain=dev_domains)
     _check_threshold(threshold, data, dev_data)
@@ -218,12 +238,15 @@ def evaluate_pairs(
 
 
 class PairData:
-    """A data set of pairs, checked.
+    """A checked data set of pairs.
 
     Attributes:
-        columns: ``a``, ``b`` and, where there are any, ``label`` and ``domain``.
-        labels: [N] bool, or ``None`` where all are positives.
-        groups: {domain, last ``"all"``: numbers of its pairs}.
+        columns: ``a``, ``b`` and, if there are any, ``label`` and ``domain``.
+        labels: [N] bool, or ``None`` if all pairs are positives.
+        groups: {domain, last ``"all"``: indices of its pairs}.
+
+    Raises:
+        ValueError: as `read_columns`; a group has no positives or no negatives.
     """
 
     def __init__(self, dataset: Any, argument: str = "dataset", *, by_domain: bool = True) -> None:
@@ -244,7 +267,7 @@ class PairData:
                 )
 
     def _has(self, rows: NDArray[np.int64]) -> tuple[bool, bool]:
-        """Whether these pairs have positives, negatives."""
+        """Return whether these pairs have positives, and whether they have negatives."""
         if self.labels is not None:
             return bool(self.labels[rows].any()), not self.labels[rows].all()
         return True, any(len(np.setdiff1d(rows, self._known[row])) for row in rows)
@@ -252,14 +275,14 @@ class PairData:
     def ladder(
         self, a: Any, b: Any, cosines: NDArray[np.float64], rows: NDArray[np.int64]
     ) -> Ladder:
-        """Of some of the pairs, from all pairs' unit vectors [N, d] and cosines [N]."""
+        """Make the ladder of the pairs `rows`, from all pairs' vectors [N, d] and cosines [N]."""
         if self.labels is None:
             return off_diagonal_ladder(a, b, cosines, self._known, rows)
         return labelled_ladder(cosines, self.labels, rows)
 
 
 def _known_pairs(columns: dict[str, list[Any]]) -> list[NDArray[np.int64]]:
-    """For each a the numbers of all b that belong to it, or are the same text."""
+    """Return for each `a` the indices of all `b` that are paired with it or are the same text."""
     places: dict[str, list[int]] = {}
     partners: dict[str, set[str]] = {}
     for row, (a, b) in enumerate(zip(columns["a"], columns["b"], strict=True)):
@@ -291,7 +314,7 @@ def _check_threshold(threshold: str, data: PairData, dev: PairData | None) -> No
 def _dev_thresholds(
     model: Any, dev: PairData, data: PairData, threshold: str, encode: EncodeOptions | None
 ) -> dict[str, float]:
-    """The most accurate threshold on the dev set: {group of the data: threshold}."""
+    """Return {group of the data: the threshold with the largest accuracy on the dev set}."""
     a, b, _ = embed_pairs(model, dev.columns, encode)
     cosines = pairwise_cosine(a, b)
     groups = [ALL_DOMAINS] if threshold == "shared" else list(data.groups)
@@ -303,7 +326,7 @@ def _dev_thresholds(
 
 
 def _details(items: PairItems) -> dict[str, dict[str, Any]]:
-    """Numbers without an interval."""
+    """Return the numbers of every group that have no interval."""
     thresholds = items.f1_thresholds()
     details: dict[str, dict[str, Any]] = {}
     for group, ladder in items.ladders.items():

@@ -14,7 +14,7 @@ from moe_fast.evaluation.optional import require
 from moe_fast.files import atomic_write
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
-# wide to narrow and solid to dotted, so that curves on top of each other all show
+# wide to narrow and solid to dotted, so that curves on top of each other are all visible
 _STYLES = (("-", 4.0), ("--", 2.2), (":", 2.2))
 
 
@@ -26,20 +26,21 @@ def plot_expert_usage(
     columns: int = 4,
     layers: Sequence[int] | None = None,
 ) -> None:
-    """Heat maps of the share of each domain's tokens that each expert got.
+    """Draw heat maps of the share of each domain's tokens that each expert received.
 
-    One panel per model and layer; a model whose layers all agree (enforced routing) gets one panel.
+    There is one panel per model and layer. A model whose layers all have the same shares (enforced
+    routing) gets one panel.
 
     Args:
         usages: {name of the model: [domain, layer, expert]}, from `expert_usage`.
-        domains: names of the rows.
-        path: file to write, e.g. ``usage.png``; the suffix gives the format.
-        columns: panels side by side.
-        layers: their numbers in the model, counted from 0, where not all of its layers have
+        domains: the names of the domains, in the order of the arrays.
+        path: the file to write, such as ``usage.png``; the suffix gives the format.
+        columns: the number of panels side by side.
+        layers: the numbers of the layers in the model, from 0, if not all of its layers have
             experts (a mixture's ``config.moe_layers``).
 
     Raises:
-        ValueError: no usages, or an array that does not fit the domains or layers.
+        ValueError: there are no usages, or an array does not match the domains or layers.
         ImportError: matplotlib is not installed.
     """
     panels = _usage_panels(usages, len(domains), layers)
@@ -80,16 +81,16 @@ def plot_losses(
     y_label: str = "training loss (InfoNCE)",
     window: int = 10,
 ) -> None:
-    """Loss curves in one picture: the raw values pale, their running mean on top.
+    """Draw loss curves in one picture: the raw values pale, and their running means on top.
 
     Args:
-        curves: {name: [(x, loss), ...]}, x rising.
-        path: file to write.
-        x_label, y_label: what the axes show.
-        window: values in the running mean (the last ones; fewer at the start).
+        curves: {name: [(x, loss), ...]}, with rising x.
+        path: the file to write; the suffix gives the format.
+        x_label, y_label: the labels of the axes.
+        window: the number of values in the running mean (fewer at the start).
 
     Raises:
-        ValueError: no curves, or one without points.
+        ValueError: there are no curves, or one has no points.
         ImportError: matplotlib is not installed.
     """
     empty = [name for name, points in curves.items() if not len(points)]
@@ -121,20 +122,20 @@ def plot_training(
     *,
     window: int = 10,
 ) -> None:
-    """Loss, in-batch accuracy and temperature of one training run, over its steps.
+    """Draw the loss, in-batch accuracy and temperature of one training run over its steps.
 
-    A panel for each of the three that was logged; evaluation's values, where there are any, beside
-    those of training. On top the epochs.
+    Each of the three that was logged has a panel, with the values of evaluation too if there are
+    any. The axis at the top shows epochs.
 
     Args:
-        log_history: of the trainer's state (``trainer.state.log_history``, also in a checkpoint's
-            ``trainer_state.json``): entries with ``step`` and some of ``loss``, ``eval_loss``,
-            ``in_batch_accuracy``, ``eval_in_batch_accuracy``, ``temperature``, ``epoch``.
-        path: file to write; the suffix gives the format.
-        window: values in the running mean drawn on top of training's raw values.
+        log_history: the trainer's ``state.log_history``, also found in a checkpoint's
+            ``trainer_state.json``: entries with ``step`` and some of ``loss``, ``eval_loss``,
+            ``in_batch_accuracy``, ``eval_in_batch_accuracy``, ``temperature`` and ``epoch``.
+        path: the file to write; the suffix gives the format.
+        window: the number of values in the running mean drawn over training's raw values.
 
     Raises:
-        ValueError: nothing to draw.
+        ValueError: none of the three was logged.
         ImportError: matplotlib is not installed.
     """
     panels = [
@@ -165,7 +166,7 @@ def plot_training(
     _save(figure, path)
 
 
-# what is drawn of a training log: title, key of training's values, key of evaluation's
+# panels of a training log: title, key of training's values, key of evaluation's values
 _TRAINING = (
     ("loss", "loss", "eval_loss"),
     ("in-batch accuracy", "in_batch_accuracy", "eval_in_batch_accuracy"),
@@ -176,7 +177,7 @@ _TRAINING = (
 def _curves(
     log_history: Sequence[Mapping[str, Any]], keys: Sequence[str]
 ) -> dict[str, list[tuple[float, float]]]:
-    """{"training" and "evaluation", where logged: [(step, value), ...]}."""
+    """Return {"training" or "evaluation": [(step, value), ...]} for those that were logged."""
     curves = {
         name: [(float(row["step"]), float(row[key])) for row in log_history if key in row]
         for name, key in zip(("training", "evaluation"), keys, strict=True)
@@ -203,7 +204,7 @@ def _steps_per_epoch(log_history: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def running_mean(values: ArrayLike, window: int) -> NDArray[np.float64]:
-    """Mean of the last `window` values at each position, of all so far at the start. [N] -> [N]."""
+    """Compute the mean of the last `window` values at each position (fewer at the start), [N]."""
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     ends = np.arange(1, len(sums))
     starts = np.maximum(0, ends - window)
@@ -236,7 +237,7 @@ def _usage_panels(
 
 
 def _alike(layers: int, numbers: Sequence[int] | None) -> str:
-    """The title of the one panel of layers that agree."""
+    """Return the title of the one panel that is drawn for several layers with equal shares."""
     if numbers is None or len(numbers) > 6:
         return f"all {layers} layers alike"
     return f"layers {', '.join(map(str, numbers))} alike"
@@ -249,7 +250,7 @@ def _write_cells(axis: Any, shares: NDArray[np.float64]) -> None:
 
 
 def _new_figure(size: tuple[float, float]) -> Any:
-    """A figure for the Agg canvas: needs no display, leaves pyplot's global state alone."""
+    """Make a figure for the Agg canvas, without a display and without pyplot's global state."""
     require("matplotlib.backends.backend_agg")
     return require("matplotlib.figure").Figure(figsize=size, layout="constrained", dpi=130)
 
@@ -257,5 +258,5 @@ def _new_figure(size: tuple[float, float]) -> Any:
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     canvas = require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:
-        # tight: what is wider than the figure, such as a long title, is not cropped
+        # tight: parts that are wider than the figure, such as a long title, are not cropped
         canvas.print_figure(temporary, bbox_inches="tight", pad_inches=0.1)

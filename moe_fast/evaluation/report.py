@@ -16,19 +16,19 @@ def format_table(
     *,
     markdown: bool = False,
 ) -> str:
-    """Formats a table: a row per model and domain, then over all, then the differences.
+    """Format a table with a row for each model and domain, followed by rows for the differences.
 
     Args:
-        evaluations: of one task, with the same metrics.
-        comparisons: their differences, shown with a sign.
-        markdown: with pipes and a rule, as Markdown wants it; otherwise columns of plain text.
+        evaluations: evaluations of one task, with the same metrics.
+        comparisons: differences of such evaluations, shown with a sign.
+        markdown: format it as a Markdown table; otherwise as columns of plain text.
 
     Returns:
-        The table, without a newline at its end. A cell is the value and its interval, such as
-        ``.614 [.588, .640]``, or ``-`` where it is undefined.
+        The table, without a newline at its end. A cell is a value with its interval, such as
+        ``.614 [.588, .640]``, or ``-`` if the value is undefined.
 
     Raises:
-        ValueError: no evaluations, or metrics or tasks that differ.
+        ValueError: there are no evaluations, or the tasks or metrics differ.
     """
     if not evaluations:
         raise ValueError("evaluations is empty; there is nothing to show")
@@ -75,7 +75,7 @@ def _cell(score: Score, *, signed: bool = False) -> str:
 
 
 def format_number(value: float, *, signed: bool = False) -> str:
-    """Three decimals, no zero in front of the point: ``.614``, ``-.050``, ``1.000``."""
+    """Format with three decimals and no zero before the point: ``.614``, ``-.050``, ``1.000``."""
     text = f"{value:{'+' if signed else ''}.3f}"
     return text.replace("0.", ".", 1) if abs(value) < 0.9995 else text
 

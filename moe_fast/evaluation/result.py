@@ -1,4 +1,4 @@
-"""The result of an evaluation: metrics with intervals, per domain and over all."""
+"""Holds and compares results of evaluations: metrics with intervals, per domain and over all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from moe_fast.evaluation.bootstrap import bootstrap_bounds, check_bootstrap
 
 ALL_DOMAINS = "all"
-_SAME_SETTINGS = ("f1_threshold",)  # that give one metric two meanings
+_SAME_SETTINGS = ("f1_threshold",)  # settings that must be equal for metrics to be comparable
 
 Metrics = dict[str, dict[str, Any]]  # {domain or "all": {metric: ...}}
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric, and its bootstrap interval (NaN where there is none)."""
+    """The value of a metric, and the bounds of its bootstrap interval (NaN if there is none)."""
 
     value: float
     low: float = math.nan
@@ -31,12 +31,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Settings of the intervals.
+    """Settings of the bootstrap intervals.
 
     Attributes:
-        confidence: between 0 and 1.
-        resamples: how many; 0 for no intervals.
+        confidence: the confidence level, between 0 and 1.
+        resamples: the number of resamples; 0 for no intervals.
         seed: of the resampling.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     confidence: float = 0.95
@@ -53,9 +56,10 @@ class Items(Protocol):
     """The scored items of one evaluation (pairs, or queries), which can be resampled.
 
     Attributes:
-        fingerprint: of the data alone, so that two models' items can be known to be the same.
-        strata: numbers of the items of each stratum; sizes stay the same in every resample.
-        sizes: {group: number of items}.
+        fingerprint: a hash of the data alone, which is equal for two models evaluated on the same
+            items.
+        strata: the indices of the items of each stratum; its size is the same in every resample.
+        sizes: {group: number of items}. A group is a domain, or ``"all"``.
     """
 
     fingerprint: str
@@ -63,21 +67,21 @@ class Items(Protocol):
     sizes: dict[str, int]
 
     def metrics(self) -> Metrics:
-        """{group: {metric: value}}, by the library of the task."""
+        """Return {group: {metric: value}}, computed by the library of the task."""
         ...
 
     def resampled(self, rows: NDArray[np.int64]) -> Metrics:
-        """The same of resamples: items [R, N] -> {group: {metric: [R] float64}}."""
+        """Compute {group: {metric: [R]}} of R resamples, given as indices of items [R, N]."""
         ...
 
 
 class GroupedItems(Items):
-    """Items in groups that are resampled within their domain; a subclass has `resampled`.
+    """Items that are resampled within their domains; a subclass implements `resampled`.
 
     Args:
-        domains: [N] names, or ``None``.
+        domains: the domain of each of the N items, or ``None``.
         size: N, at least 1.
-        fingerprint: of the data.
+        fingerprint: a hash of the data.
     """
 
     def __init__(self, domains: Sequence[str] | None, size: int, fingerprint: str) -> None:
@@ -85,12 +89,12 @@ class GroupedItems(Items):
         self.groups = by_group(domains, size)
         self.strata = list(self.groups.values())[:-1] or [self.groups[ALL_DOMAINS]]
         self.sizes = {group: len(rows) for group, rows in self.groups.items()}
-        # where each group stands in a resample, whose columns are the strata side by side
+        # the columns of each group in a resample, whose columns are the strata side by side
         self.drawn = np.concatenate(self.strata)
         self.columns = {g: np.isin(self.drawn, rows) for g, rows in self.groups.items()}
 
     def metrics(self) -> Metrics:
-        """Those of the one sample that has every item once."""
+        """Return {group: {metric: value}} of the sample that has every item once."""
         return {
             group: {name: float(values[0]) for name, values in metrics.items()}
             for group, metrics in self.resampled(self.drawn[None]).items()
@@ -118,7 +122,7 @@ class Evaluation:
     items: Any = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the items, ready for JSON; what is undefined is ``None``."""
+        """Return everything except the items as JSON can hold it; undefined values are ``None``."""
         return json_ready({name: value for name, value in vars(self).items() if name != "items"})
 
 
@@ -140,7 +144,7 @@ class Comparison:
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; what is undefined is ``None``."""
+        """Return the comparison as JSON can hold it; undefined values are ``None``."""
         return json_ready(vars(self))
 
 
@@ -153,7 +157,7 @@ def evaluation_of(
     settings: dict[str, Any],
     bootstrap: Bootstrap | None,
 ) -> Evaluation:
-    """The metrics of `items` with their intervals; none for a group of fewer than two items."""
+    """Compute the metrics of `items` with intervals; a group of one item has no intervals."""
     bootstrap = bootstrap or Bootstrap()
     scores = _with_intervals(items.metrics(), items, items.resampled, bootstrap)
     settings = settings | {"bootstrap": asdict(bootstrap)}
@@ -163,17 +167,19 @@ def evaluation_of(
 def compare(
     first: Evaluation, second: Evaluation, *, bootstrap: Bootstrap | None = None
 ) -> Comparison:
-    """Returns the metrics' differences, first minus second, with paired bootstrap intervals.
+    """Compute the differences of the metrics, first minus second, with paired bootstrap intervals.
 
-    Both are computed on the same resamples of the same items, so what makes an item hard for both
-    cancels. A difference is significant where its interval leaves out zero.
+    Both models' metrics are computed on the same resamples of the same items, so that the
+    difficulty of the items, which affects both, cancels. A difference is significant if its
+    interval does not contain zero.
 
     Args:
         first, second: evaluations of two models on the same data, with the same settings.
         bootstrap: settings of the intervals; by default those of `first`.
 
     Raises:
-        ValueError: another task, other items, other metrics, or F1 at thresholds of another kind.
+        ValueError: the tasks, the items or the metrics differ.
+        ValueError: F1 has one shared threshold in one evaluation, and one per domain in the other.
     """
     if first.task != second.task or first.items.fingerprint != second.items.fingerprint:
         raise ValueError(
@@ -190,7 +196,8 @@ def compare(
     if names != {group: list(scores) for group, scores in second.scores.items()}:
         raise ValueError("first and second have different metrics: use the same settings for both")
     bootstrap = bootstrap or Bootstrap(**first.settings["bootstrap"])
-    # Pairs have no ids, and equal fingerprints only in the same order; queries go by their ids.
+    # Pairs have no ids; their fingerprints are equal only if the order is. Queries may be in
+    # another order, and are matched by id.
     ordered = hasattr(second.items, "in_order_of")
     items = second.items.in_order_of(first.items) if ordered else second.items
     values = _subtract(first.items.metrics(), items.metrics())
@@ -213,7 +220,7 @@ def _subtract(first: Metrics, second: Metrics) -> Metrics:
 def _with_intervals(
     values: Metrics, items: Items, resampled: Any, bootstrap: Bootstrap
 ) -> dict[str, dict[str, Score]]:
-    """`values` as scores, with bounds from the `resampled` metrics."""
+    """Convert `values` to scores, with bounds from the `resampled` metrics."""
     places = [(group, name) for group, metrics in values.items() for name in metrics]
     low = high = np.full(len(places), np.nan)
     if bootstrap.resamples:
@@ -231,16 +238,18 @@ def _with_intervals(
 
 
 def fingerprint(*data: Any) -> str:
-    """A hash of what JSON can hold, and of NumPy's numbers."""
+    """Hash data that JSON can hold, which may contain NumPy's numbers."""
     text = json.dumps(data, default=lambda number: number.item())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def by_group(domains: Sequence[str] | None, size: int) -> dict[str, NDArray[np.int64]]:
-    """Items of each domain, sorted by name, and last of all; ``None``: of all only.
+    """Return {domain: indices of its items}, sorted by name, and last ``"all"`` with all indices.
+
+    If `domains` is ``None``, there is only ``"all"``.
 
     Raises:
-        ValueError: a domain called ``"all"``, the name of the whole.
+        ValueError: a domain is called ``"all"``.
     """
     names = np.asarray(domains if domains is not None else [])
     if ALL_DOMAINS in names:
@@ -250,7 +259,7 @@ def by_group(domains: Sequence[str] | None, size: int) -> dict[str, NDArray[np.i
 
 
 def json_ready(value: Any) -> Any:
-    """`value` with scores as dicts, and ``None`` for NaN and infinities, which JSON cannot hold."""
+    """Convert scores to dicts, and NaN and infinities, which JSON cannot hold, to ``None``."""
     if isinstance(value, Score):
         value = vars(value)
     if isinstance(value, dict):

@@ -1,7 +1,8 @@
 """Evaluates retrieval: searches a corpus with a model and scores the hits.
 
-BEIR's conventions: the document with the query's own id is no hit of it (``ignore_identical_ids``),
-a relevance above 0 is relevant, and queries without judgements are not scored.
+The conventions are BEIR's: the document with the query's own id is removed from its hits
+(``ignore_identical_ids``), a relevance above 0 means relevant, and queries without judgements are
+not scored.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ RUN_DEPTH = 1000
 
 
 class QueryItems(GroupedItems):
-    """Scored queries, whose metrics are means over the queries of every group.
+    """Q queries with their scores; the metrics are the means over the queries of each group.
 
     Attributes:
-        queries: [Q] their ids.
+        queries: the ids of the queries.
         scores: {measure: [Q] float64}.
-        domains: [Q] names, or ``None``.
-        fingerprint: of the data; the order of queries, documents and judgements is not in it.
+        domains: the domains of the queries, or ``None``.
+        fingerprint: a hash of the data, which does not depend on the order of queries, documents
+            and judgements.
     """
 
     def __init__(
@@ -60,14 +62,14 @@ class QueryItems(GroupedItems):
         self.queries, self.scores, self.domains = list(queries), scores, domains
 
     def in_order_of(self, other: QueryItems) -> QueryItems:
-        """The same scores, by the queries' ids in the order of `other`'s queries."""
+        """Return a copy with the scores reordered to match the queries of `other`, by query id."""
         place = {query: row for row, query in enumerate(self.queries)}
         rows = np.array([place[query] for query in other.queries])
         scores = {name: values[rows] for name, values in self.scores.items()}
         return QueryItems(other.queries, scores, other.domains, self.fingerprint)
 
     def resampled(self, rows: NDArray[np.int64]) -> Metrics:
-        """The means of resamples: queries [R, Q] -> [R] each."""
+        """Compute the means of R resamples, given as indices of queries [R, Q]; [R] for each."""
         drawn = {name: values[rows] for name, values in self.scores.items()}
         return {
             group: {name: values[:, columns].mean(-1) for name, values in drawn.items()}
@@ -85,20 +87,20 @@ def evaluate_retrieval(
     encode: EncodeOptions | None = None,
     bootstrap: Bootstrap | None = None,
 ) -> Evaluation:
-    """Search the corpus exactly, by cosine, and score each query's hits.
+    """Search the corpus exactly, by cosine, and score the hits of each query.
 
     Args:
         model: anything with ``encode``, see `moe_fast.evaluation.embed`.
         retrieval: corpus, queries and qrels, see `moe_fast.data.read_retrieval`.
         measures: ``"nDCG@k"``, ``"MRR@k"``, ``"Recall@k"``, ``"MAP@k"``, ``"MAP"``.
-        ignore_identical_ids: leave out of a query's hits the document with its own id, as BEIR and
-            MTEB do (in ArguAna and Quora the queries are documents).
-        name: of the model in the result; by default that of its class.
+        ignore_identical_ids: remove the document with the query's own id from the query's hits, as
+            BEIR and MTEB do (in ArguAna and Quora the queries are documents of the corpus).
+        name: the model's name in the result; by default that of its class.
         encode: how texts are encoded.
-        bootstrap: settings of the intervals; queries are resampled, within their domain.
+        bootstrap: settings of the intervals; queries are resampled within their domains.
 
     Returns:
-        As `evaluate_run`.
+        The `Evaluation` that `evaluate_run` returns.
 
     Raises:
         ValueError: as `retrieve` and `evaluate_run`.
@@ -126,24 +128,25 @@ def retrieve(
     ignore_identical_ids: bool = True,
     encode: EncodeOptions | None = None,
 ) -> Run:
-    """Finds the best documents for each query, by an exact search with the cosine.
+    """Find the documents with the largest cosines for each query, by an exact search.
 
     Args:
-        model: anything with ``encode``; its ``encode_query`` and ``encode_document``, where it has
-            them, unless ``encode.roles`` says otherwise.
+        model: anything with ``encode``. If it has ``encode_query`` and ``encode_document``, these
+            are used, unless ``encode.roles`` is False.
         retrieval: corpus and queries.
-        depth: documents per query; all where there are fewer.
+        depth: documents per query; all if there are fewer.
         ignore_identical_ids: leave out the document with the query's own id, as BEIR does.
         encode: how texts are encoded.
 
     Returns:
-        {query: {document: score}}, best first. Cosines equal to the last bit are ranked in the
-        corpus's order, and the later one is given the next smaller float32, so that every program
-        that sorts by score ranks the same.
+        {query: {document: score}}, best first. Documents with equal cosines are in the corpus's
+        order, and each later one gets the next smaller float32 as its score, so that every program
+        that sorts by score gives the same ranking.
 
     Raises:
-        ValueError: no queries or no corpus, depth below 1, domains that the model does not know, or
-            as `moe_fast.evaluation.embed`.
+        ValueError: there are no queries or no documents, or `depth` is below 1.
+        ValueError: the model does not know a domain.
+        ValueError: as `moe_fast.evaluation.embed`.
         ImportError: scikit-learn is not installed.
     """
     return _retrieve(model, retrieval, depth, encode, ignore_identical_ids)[0]
@@ -156,7 +159,7 @@ def _retrieve(
     encode: EncodeOptions | None,
     ignore_identical_ids: bool,
 ) -> tuple[Run, dict[str, Any]]:
-    """`retrieve`, and the settings of the encoding."""
+    """Do what `retrieve` does, and return the settings of the encoding as well."""
     options = encode or EncodeOptions()
     if options.roles is None:
         roles = hasattr(model, "encode_query") and hasattr(model, "encode_document")
@@ -186,12 +189,12 @@ def _retrieve(
 
 
 def _others(query: str, hits: Mapping[str, float], depth: int | None = None) -> dict[str, float]:
-    """The first hits but the query's own document."""
+    """Return the first `depth` hits without the query's own document; all if it is None."""
     return dict([hit for hit in hits.items() if hit[0] != query][:depth])
 
 
 def _check_domains(model: Any, retrieval: Retrieval) -> None:
-    """Raise before anything is encoded where a text's domain is none of the model's."""
+    """Raise ValueError, before anything is encoded, if the model does not know a domain."""
     known = set(domains_of(model))
     for kind, domains in (("queries", retrieval.domains), ("corpus", retrieval.corpus_domains)):
         unknown = sorted(set((domains or {}).values()) - known)
@@ -205,7 +208,7 @@ def _check_domains(model: Any, retrieval: Retrieval) -> None:
 def _as_run(
     queries: list[str], documents: list[str], scores: NDArray[Any], hits: NDArray[np.int64]
 ) -> Run:
-    """Hits by id, with scores that fall at every rank."""
+    """Return {query id: {document id: score}}, with scores that decrease at every rank."""
     single = scores.astype(np.float32)
     for rank in range(1, single.shape[1]):
         below = np.nextafter(single[:, rank - 1], np.float32(-np.inf))
@@ -229,24 +232,25 @@ def evaluate_run(
     """Score a run, such as one that another program wrote (`read_run`).
 
     Args:
-        run: {query: {document: score}}; a query that it lacks scores 0.
-        retrieval: queries, qrels and, where known, the queries' domains.
+        run: {query: {document: score}}; a query that is not in it scores 0.
+        retrieval: the corpus, queries, qrels and, if known, the queries' domains.
         measures, ignore_identical_ids: see `evaluate_retrieval`.
-        name: of the run in the result.
+        name: the run's name in the result.
         bootstrap: settings of the intervals.
-        settings: what else to say in the result about how the run was made.
+        settings: further settings of the run, which are added to those of the result.
 
     Returns:
-        An `Evaluation`: means over the judged queries, by ir-measures (nDCG is trec_eval's, with
-        linear gains), per domain where the queries have domains, and over all. As in BEIR and
-        trec_eval, a query without judgements is not scored, and one whose judgements are all 0 or
-        less scores 0. Details: the numbers of queries (scored), of those without a relevant
-        document and, over all, of queries without judgements and of those whose own document
-        is in the corpus and ignored.
+        An `Evaluation` with the means over the judged queries, computed by ir-measures (nDCG is
+        trec_eval's, with linear gains), for each domain if the queries have domains, and over all.
+        As in BEIR and trec_eval, a query without judgements is not scored, and a query without a
+        relevant document scores 0. Details: the number of scored ``queries`` and of
+        ``queries_without_relevant``; over all also ``queries_without_judgements``, and
+        ``own_documents_ignored``, the queries whose own document in the corpus is ignored.
 
     Raises:
-        ValueError: an unknown measure; no query with a relevant document; qrels of unknown
-            documents or queries; a run with queries or documents that are not in `retrieval`.
+        ValueError: a measure is unknown.
+        ValueError: the judgements cannot be scored, see `check_qrels`.
+        ValueError: the run has a query or document that is not in `retrieval`.
         ImportError: ir-measures or scipy is not installed.
     """
     check_measures(measures)
@@ -296,7 +300,7 @@ def _check_run(run: Mapping[str, Mapping[str, float]], retrieval: Retrieval) -> 
 def _warn_of_judgements(
     qrels: Mapping[str, Mapping[str, int]], queries: int, ignore_identical_ids: bool
 ) -> None:
-    """Say how many queries are not scored, or cannot score."""
+    """Warn of queries that are not scored, or whose relevant documents are missing or ignored."""
     if len(qrels) < queries:
         logger.warning(
             "%d of %d queries have no judgements and are not scored.", queries - len(qrels), queries
@@ -328,7 +332,7 @@ def _details(
 
 
 def _fingerprint(retrieval: Retrieval, ignore_identical_ids: bool) -> str:
-    """Of everything but the order."""
+    """Hash the queries, judgements, domains and document ids, independently of their order."""
     parts = (retrieval.queries, retrieval.qrels, retrieval.domains or {})
     return fingerprint(
         *(sorted((key, _sorted(value)) for key, value in part.items()) for part in parts),
@@ -342,11 +346,12 @@ def _sorted(value: Any) -> Any:
 
 
 def check_qrels(retrieval: Retrieval) -> None:
-    """Raises for judgements that cannot be scored; call it before anything is encoded.
+    """Raise an error if the judgements cannot be scored; call it before anything is encoded.
 
     Raises:
-        ValueError: no query with a relevant document, judgements of an unknown query or document,
-            or a query without a domain where others have one.
+        ValueError: the judgements name a query or document that does not exist.
+        ValueError: no query has a relevant document.
+        ValueError: only some queries have a domain.
     """
     for query, judged in retrieval.qrels.items():
         if query not in retrieval.queries:

@@ -1,4 +1,4 @@
-"""Evaluates semantic textual similarity: how well the cosine ranks pairs scored by people."""
+"""Evaluates semantic textual similarity: how well cosines agree with human scores."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 class StsItems(GroupedItems):
-    """Scored pairs, whose metrics are the correlations of every group.
+    """N pairs with cosines and human scores; the metrics are the correlations in each group.
 
     Attributes:
-        cosines, gold: [N] float64, the model's and people's similarity.
+        cosines: [N] float64, the model's similarities.
+        gold: [N] float64, the human scores.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class StsItems(GroupedItems):
         self.gold = np.asarray(columns["score"], dtype=np.float64)
 
     def details(self) -> dict[str, dict[str, Any]]:
-        """Of every group, how many pairs it has, and from where to where their scores go."""
+        """Return the number of pairs, and the lowest and highest human score, of every group."""
         return {
             group: {
                 "pairs": len(rows),
@@ -55,7 +56,7 @@ class StsItems(GroupedItems):
         }
 
     def resampled(self, rows: NDArray[np.int64]) -> Metrics:
-        """The correlations of resamples: items [R, N] -> [R] each."""
+        """Compute the correlations of R resamples, given as indices of pairs [R, N]; [R] each."""
         stats = require("scipy.stats")
         found = {}
         for group, columns in self.columns.items():
@@ -66,11 +67,11 @@ class StsItems(GroupedItems):
 
 
 def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pearson's r along the last axis; NaN where too few or constant."""
+    """Compute Pearson's r along the last axis; NaN for fewer than two or constant values."""
     if x.shape[-1] < 2:
         return np.full(x.shape[0], np.nan)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of constants, whose result is NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # for constant values, which give NaN
         return np.asarray(require("scipy.stats").pearsonr(x, y, axis=-1).statistic)
 
 
@@ -83,27 +84,29 @@ def evaluate_sts(
     encode: EncodeOptions | None = None,
     bootstrap: Bootstrap | None = None,
 ) -> Evaluation:
-    """Correlates the cosine with people's scores, by Spearman and by Pearson.
+    """Compute the Spearman and Pearson correlations of a model's cosines with human scores.
 
     Args:
         model: anything with ``encode``, see `moe_fast.evaluation.embed`.
         dataset: columns ``a``, ``b``, ``score`` and, optionally, ``domain``; see
             `moe_fast.data.read_sts`.
-        name: of the model in the result; by default that of its class.
-        by_domain: also give each domain's correlations.
+        name: the model's name in the result; by default that of its class.
+        by_domain: also compute each domain's correlations.
         encode: how texts are encoded.
-        bootstrap: settings of the intervals; pairs are resampled within their domain.
+        bootstrap: settings of the intervals; pairs are resampled within their domains.
 
     Returns:
-        An `Evaluation` with the metrics ``"Spearman"`` and ``"Pearson"``, NaN (and no interval)
-        where the cosines or the scores of a domain, or of a resample of it, are all the same.
-        Details: numbers of pairs, and the lowest and the highest score, which tell the scale. A
-        correlation does not depend on the scale, but over all domains it mixes different ones: a
-        warning says so.
+        An `Evaluation` with the metrics ``"Spearman"`` and ``"Pearson"``. A metric is NaN if all
+        cosines or all scores of a domain are the same; if this is so in a resample, there is no
+        interval. Details: the number of ``pairs``, and ``lowest_score`` and ``highest_score``,
+        which show the scale. The correlation over all domains mixes their scales; a warning says so
+        if these seem to differ.
 
     Raises:
-        ValueError: a missing column, fewer than two pairs, a score that is no finite number,
-            scores that are all the same, or as `moe_fast.evaluation.embed`.
+        ValueError: a column is missing, or a value is invalid; see
+            `moe_fast.evaluation.columns.read_columns`.
+        ValueError: a score is not a finite number, or all scores are the same.
+        ValueError: as `moe_fast.evaluation.embed`.
         ImportError: scipy or scikit-learn is not installed.
     """
     columns = read_columns(dataset, ("a", "b", "score"), ("domain",))
@@ -123,7 +126,7 @@ def evaluate_sts(
 
 
 def _warn_of_scales(details: dict[str, dict[str, Any]]) -> None:
-    """Say where one domain's scores all lie in a small part of another's range."""
+    """Warn if the range of one domain's scores is more than twice as wide as another's."""
     ranges = {
         domain: (found["lowest_score"], found["highest_score"])
         for domain, found in details.items()

@@ -1,4 +1,4 @@
-"""A baseline that compares texts by their words alone."""
+"""Provides a baseline that compares texts by their words alone."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from moe_fast.evaluation.optional import require
 
 
 class TfidfEncoder:
-    """TF-IDF vectors, with the ``encode`` of a model: words in common, weighted by rarity.
+    """Encodes texts as TF-IDF vectors, with an ``encode`` method like a model's.
 
     Args:
-        texts: what the vocabulary and the rarities are taken from, such as the training texts or
-            the corpus searched.
-        **options: of scikit-learn's ``TfidfVectorizer``. Unless they say otherwise, term
-            frequencies are logarithmic (``sublinear_tf=True``) and texts are taken apart by
-            :func:`moe_fast.data.words.words`, which knows scripts without spaces and words of one
-            letter.
+        texts: the texts that give the vocabulary and the document frequencies, such as the training
+            texts or the corpus to search.
+        **options: options of scikit-learn's ``TfidfVectorizer``. By default term frequencies are
+            logarithmic (``sublinear_tf=True``), and :func:`moe_fast.data.words.words` splits texts
+            into words; it supports scripts without spaces and words of one letter.
 
     Raises:
-        ValueError: no texts, or texts without a word.
+        ValueError: there are no texts, or they have no words.
         ImportError: scikit-learn is not installed.
     """
 
@@ -38,5 +37,5 @@ class TfidfEncoder:
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> Any:
-        """Unit vectors [N, words], a SciPy CSR matrix; both options are ignored."""
+        """Encode texts as unit vectors [N, words], a SciPy CSR matrix; the options are ignored."""
         return self.vectorizer.transform(texts)

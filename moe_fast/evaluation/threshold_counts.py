@@ -1,10 +1,11 @@
-"""Cosines of pairs as a ladder of levels, from which every metric of a threshold follows.
+"""Counts positives and negatives per level of the cosine, and computes metrics from the counts.
 
-A ladder says for each row of the data (a pair, or an anchor with everything it is compared with)
-how many positives and negatives it has at each level. Metrics of the whole come from scikit-learn,
-with the counts as weights. Those of thousands of resamples come from the same counts multiplied by
-how often each row was drawn, all resamples at once, which scikit-learn has no form for; the tests
-compare them with scikit-learn one by one.
+The range of the cosines is divided into levels by thresholds, like the rungs of a ladder. A
+`Ladder` has, for each row of the data (a labelled pair, or an `a` with all the `b` it is compared
+with), the number of positives and negatives at each level. scikit-learn computes the metrics of the
+data set, with the counts as weights. For thousands of resamples the counts are multiplied by how
+often each row was drawn, and the metrics of all resamples are computed at once, which scikit-learn
+cannot do; the tests compare them with scikit-learn.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ MAX_RESAMPLED_POSITIVES = 1000  # distinct cosines of positives that a resampled
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts over all rows.
+    """The numbers of positives and negatives at each level, over all rows.
 
     Attributes:
-        thresholds: [L] float64, rising; "positive" means a cosine of at least this much.
-        positives, negatives: [L], how many of each have a cosine at this level.
+        thresholds: [L] float64, rising: the smallest cosine of each level.
+        positives, negatives: [L], how many of them have a cosine at each level.
     """
 
     thresholds: NDArray[np.float64]
@@ -37,13 +38,13 @@ class Totals:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Counts by row.
+    """The numbers of positives and negatives at each level, for each row.
 
     Attributes:
-        rows: [n] the numbers of the rows in the data set.
-        totals: the exact counts over all rows.
-        thresholds: [L] float64, rising, of the levels below.
-        positives, negatives: [n, L], dense or sparse: what each row has at each level.
+        rows: [n], the indices of the rows in the data set.
+        totals: the exact counts over all rows, with levels of their own.
+        thresholds: [L] float64, rising: the smallest cosine of each level of the counts per row.
+        positives, negatives: [n, L], dense or sparse: each row's number at each level.
         negative_mean: mean cosine of the negatives.
         positive_mean: mean cosine of the positives.
     """
@@ -60,12 +61,12 @@ class Ladder:
 def labelled_ladder(
     cosines: NDArray[np.float64], labels: NDArray[np.bool_], rows: NDArray[np.int64]
 ) -> Ladder:
-    """Of labelled pairs, each of them one row.
+    """Make a ladder of labelled pairs; each pair is one row.
 
     Args:
-        cosines: [N] of the whole data set.
-        labels: [N] bool, whether a pair is a positive.
-        rows: [n] the pairs that count.
+        cosines: [N], the cosines of all pairs of the data set.
+        labels: [N] bool, whether each pair is a positive.
+        rows: [n], the indices of the pairs to use.
     """
     scores, positive = cosines[rows], labels[rows]
     thresholds, level = np.unique(scores, return_inverse=True)
@@ -92,18 +93,19 @@ def off_diagonal_ladder(
     *,
     tile: int = 256,
 ) -> Ladder:
-    """Of positives only: every other `b` among `rows` is a negative of an `a`, in tiles.
+    """Make a ladder of pairs that are all positives; an `a` with another pair's `b` is a negative.
 
-    The total counts are exact: between two positives' cosines all thresholds give the same true
-    positives, so that counting the negatives there loses nothing. By row, at most
-    `MAX_RESAMPLED_POSITIVES` of the positives' cosines are kept.
+    The levels of the totals are the cosines of the positives and the intervals between them.
+    Metrics from these counts are exact, because the number of true positives is the same for all
+    thresholds in an interval. The counts per row use at most `MAX_RESAMPLED_POSITIVES` of these
+    cosines.
 
     Args:
-        a, b: [N, d] unit vectors of the whole data set, dense or sparse.
-        cosines: [N] of the positives.
-        known: for each a the numbers of all b that are no negatives of it.
-        rows: [n] the pairs that count.
-        tile: rows of `a` at a time, so that no more than ``tile`` x n cosines are held.
+        a, b: [N, d], unit vectors of the whole data set, dense or sparse.
+        cosines: [N], the cosines of the pairs.
+        known: for each `a` the indices of all `b` that are no negatives of it.
+        rows: [n], the indices of the pairs to use.
+        tile: the number of rows of `a` at a time; ``tile`` x n cosines are in memory.
     """
     exact = np.unique(cosines[rows])
     kept = _kept(exact)
@@ -144,10 +146,10 @@ def off_diagonal_ladder(
 
 
 def _kept(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
-    """At most `MAX_RESAMPLED_POSITIVES` of the rising `cosines`, the first and the last among them.
+    """Choose at most `MAX_RESAMPLED_POSITIVES` of the rising `cosines`, with the first and last.
 
-    Closest together at the top, where precision turns on single pairs, and at the bottom, where a
-    good model has its negatives: in steps of a constant share of the positives beyond.
+    They are closest together at the top, where single pairs change the precision, and at the
+    bottom, where a good model has its negatives. The steps grow geometrically from both ends.
     """
     count = len(cosines)
     if count <= MAX_RESAMPLED_POSITIVES:
@@ -157,14 +159,17 @@ def _kept(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _levels(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Thresholds of 2 n + 1 levels: below the first value, at it, above it, at the second, ..."""
+    """Return thresholds of 2 n + 1 levels: below the first value, at it, above it, at the second.
+
+    The levels alternate in this way to the last one, above all values.
+    """
     levels = np.empty(2 * len(values) + 1)
     levels[0], levels[1::2], levels[2::2] = -np.inf, values, np.nextafter(values, np.inf)
     return levels
 
 
 def _level_of(scores: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The level of each score in ``_levels(values)``."""
+    """Return the index of each score's level in ``_levels(values)``."""
     below = np.searchsorted(values, scores)
     at = values[np.minimum(below, len(values) - 1)] == scores
     return 2 * below + at
@@ -174,7 +179,7 @@ def _level_of(scores: NDArray[np.float64], values: NDArray[np.float64]) -> NDArr
 
 
 def ranking_metrics(totals: Totals) -> dict[str, float]:
-    """ROC-AUC and average precision, by scikit-learn."""
+    """Compute ROC-AUC and average precision, by scikit-learn."""
     metrics = require("sklearn.metrics")
     sample = _as_sample(totals)
     return {
@@ -184,7 +189,7 @@ def ranking_metrics(totals: Totals) -> dict[str, float]:
 
 
 def best_f1(totals: Totals) -> tuple[float, float]:
-    """(the largest F1 of any threshold, the highest such threshold), by scikit-learn."""
+    """Return the largest F1 of any threshold, and the highest threshold that has it."""
     sample = _as_sample(totals)
     precision, recall, levels = require("sklearn.metrics").precision_recall_curve(**sample)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
@@ -193,19 +198,19 @@ def best_f1(totals: Totals) -> tuple[float, float]:
 
 
 def best_accuracy_threshold(totals: Totals) -> float:
-    """The highest of the thresholds with the largest accuracy, by scikit-learn's ROC curve."""
+    """Return the highest threshold with the largest accuracy."""
     false_rate, true_rate, levels = require("sklearn.metrics").roc_curve(
         **_as_sample(totals), drop_intermediate=False
     )
     correct = true_rate * totals.positives.sum() + (1 - false_rate) * totals.negatives.sum()
     best = int(np.argmax(correct))
-    if best == 0:  # nothing is called a positive
+    if best == 0:  # best if no pair is classified as positive
         return float(np.nextafter(totals.thresholds[-1], np.inf))
     return float(totals.thresholds[int(levels[best])])
 
 
 def counts_at(totals: Totals, threshold: float) -> tuple[float, float, float]:
-    """(true positives, false positives, all positives) when positive means >= threshold."""
+    """Count (true positives, false positives, all positives) at a threshold."""
     above = totals.thresholds >= threshold
     return (
         float(totals.positives[above].sum()),
@@ -215,7 +220,7 @@ def counts_at(totals: Totals, threshold: float) -> tuple[float, float, float]:
 
 
 def _as_sample(totals: Totals) -> dict[str, Any]:
-    """Arguments of scikit-learn's metrics; scores are the levels' numbers."""
+    """Make the arguments of scikit-learn's metrics, with the indices of the levels as scores."""
     levels = np.arange(len(totals.thresholds))
     return {
         "y_true": np.repeat([1, 0], len(levels)),
@@ -228,17 +233,16 @@ def _as_sample(totals: Totals) -> dict[str, Any]:
 
 
 class Resampled:
-    """A ladder's counts in R resamples, summed from the top.
+    """The counts of a ladder in R resamples, and their sums from the top.
 
     Args:
-        ladder: of the data set.
-        counts: [R, N], how often each of its rows was drawn.
+        ladder: the ladder of the data set, or of one of its domains.
+        counts: [R, N], how often each row of the data set was drawn.
 
     Attributes:
-        thresholds: [L] rising.
-        positives: [R, L] at each level.
-        negatives: [R, L] likewise.
-        true_positives, false_positives: [R, L] at each level and above.
+        thresholds: [L], rising: the smallest cosine of each level.
+        positives, negatives: [R, L], their numbers at each level.
+        true_positives, false_positives: [R, L], their numbers at each level and above.
     """
 
     def __init__(self, ladder: Ladder, counts: NDArray[np.float32]) -> None:
@@ -250,9 +254,9 @@ class Resampled:
         self.false_positives = _from_the_top(self.negatives)
 
     def ranking_metrics(self) -> dict[str, NDArray[np.float64]]:
-        """As the function of this name, [R] each."""
+        """Compute ROC-AUC and average precision, [R] each."""
         tp, fp = self.true_positives, self.false_positives
-        # a negative beaten by every positive above it, and by half of those at its level
+        # ROC-AUC counts, for each negative, the positives above it and half of those at its level
         beaten = (self.negatives * (tp - self.positives / 2)).sum(-1)
         with np.errstate(invalid="ignore"):
             precision = np.where(tp > 0, tp / (tp + fp), 0.0)
@@ -262,13 +266,13 @@ class Resampled:
             }
 
     def best_f1(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """As the function of this name: (F1 [R], threshold [R])."""
+        """Return the largest F1 of any threshold, and the highest threshold with it; [R] each."""
         f1 = f1_of(self.true_positives, self.false_positives, self.true_positives[:, :1])
         best = f1.shape[1] - 1 - np.argmax(f1[:, ::-1], axis=1)
         return np.take_along_axis(f1, best[:, None], 1)[:, 0], self.thresholds[best]
 
     def counts_at(self, thresholds: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-        """As the function of this name, at one threshold per resample."""
+        """Count (true positives, false positives, all positives), [R] each, at thresholds [R]."""
         first = np.searchsorted(self.thresholds, thresholds)[:, None]
         inside = first < len(self.thresholds)
         at = np.minimum(first, len(self.thresholds) - 1)
@@ -280,7 +284,7 @@ class Resampled:
 
 
 def f1_of(true_positives: Any, false_positives: Any, positives: Any) -> Any:
-    """F1 = 2 TP / (TP + FP + all positives), of numbers or arrays."""
+    """Compute F1 = 2 TP / (TP + FP + all positives), of numbers or arrays."""
     return 2 * true_positives / (true_positives + false_positives + positives)
 
 

@@ -20,13 +20,14 @@ def write_run(
     """Write a run file.
 
     Args:
-        run: {query: {document: score}}, best first, scores not rising.
-        path: file to write, whole or not at all; compressed where its name ends in ``.gz``.
-        tag: the run's name, its last column.
+        run: {query: {document: score}}, best first.
+        path: the file to write, compressed if its name ends in ``.gz``. After an error there is no
+            file, or still the old one.
+        tag: the run's name, which is the last column.
 
     Raises:
-        ValueError: an id or a tag that is empty or has white space in it, which the format has no
-            way to quote; a score that is not finite; scores that rise.
+        ValueError: an id or the tag is empty or has white space, which the format cannot quote.
+        ValueError: a score is not finite, or is higher than the one before it.
     """
     _check_word(tag, "tag")
     with atomic_write(path) as temporary, open_text(temporary) as file:
@@ -45,12 +46,13 @@ def write_run(
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a run file (``.gz`` too); a query's hits are put in the order of their scores.
+    """Read a run file, compressed (``.gz``) or not, and sort each query's hits by score.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line without six columns, a score that is no finite number, a document twice
-            for one query (each with file and line), or no lines.
+        ValueError: a line does not have six columns, its score is no finite number, or a query has
+            the same document twice; the error names the file and the line.
+        ValueError: the file has no hits.
     """
     run: Run = {}
     for line, text in read_lines(Path(path)):

@@ -1,6 +1,6 @@
-"""Using trained models on files: embeddings of texts in bulk, and search in them.
+"""Embeds files of texts with trained models, and searches in the embeddings.
 
-Needs the extras ``train`` (sentence-transformers, pyarrow) and, for search, ``search`` (faiss).
+The extra ``train`` (sentence-transformers, pyarrow) is needed, and for search ``search`` (faiss).
 """
 
 from __future__ import annotations

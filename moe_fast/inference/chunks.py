@@ -1,4 +1,4 @@
-"""A chunk of the texts of a file, and its embedding, in whichever process."""
+"""Embeds one chunk of the texts of a file, in the main process or in a worker."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moe_fast.inference.text_encoder import TextEncoder
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of texts.
+    """Consecutive texts of a file.
 
     Attributes:
-        number: of the chunk, from 0.
-        rows: its texts.
+        number: the number of the chunk, from 0.
+        rows: the texts of the chunk.
     """
 
     number: int
@@ -24,11 +24,15 @@ class Chunk:
 
 
 EmbeddedChunk = tuple[int, TruncatedTexts]
-"""What became of a :class:`Chunk`: its number of texts, and of those that were cut."""
+"""The number of texts of an embedded :class:`Chunk`, and which of them were truncated."""
 
 
 def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> EmbeddedChunk:
-    """Compute and write one chunk."""
+    """Embed the texts of one chunk, and write the vectors and ids to `parts`.
+
+    Raises:
+        ValueError: the texts cannot be embedded; the error names the place of the first text.
+    """
     texts = [row.text for row in chunk.rows]
     try:
         with counted_truncation() as truncated:
@@ -42,5 +46,5 @@ def embed_chunk(encoder: TextEncoder, parts: Parts, chunk: Chunk) -> EmbeddedChu
 
 
 def domains_of_rows(rows: list[TextRow]) -> list[str] | None:
-    """The domain of each row; ``None`` where the file was not asked for them."""
+    """Return the domain of each row; ``None`` if the rows have no domains."""
     return [row.domain for row in rows if row.domain is not None] or None

@@ -1,12 +1,12 @@
-"""embed_file: the embeddings of a file of any size, on several processes, resumable at any point.
+"""Embeds a file of any size, with several processes, so that an interrupted run can be resumed.
 
-The texts are cut into chunks of equal size. Each chunk's vectors go to a file of their own in
-``OUTPUT.parts``, written whole or not at all, beside a manifest of what is being computed. A run
-that was killed is started again with the same arguments: chunks that are there are not computed
-again, and one that was killed while it cleaned up ends that. A second run with the same output is
-refused meanwhile. Chunk i holds the same texts and is computed in the same way (same model, batches
-and threads) whichever process does it and whenever, so the result has the same bytes however often
-the run was stopped. At the end the chunks are copied into the output one by one.
+The texts are divided into chunks of equal size. The vectors of each chunk are written to a file of
+their own in ``OUTPUT.parts``, completely or not at all, beside a manifest with the settings of the
+run. To resume a run that was killed, start it again with the same arguments: chunks that exist are
+not computed again. While a run is alive, a second run with the same output is refused. Every chunk
+is computed in the same way (model, batches and threads) in any process, so that the result has the
+same bytes whether the run was interrupted or not. At the end the chunks are copied into the output
+one by one, and removed.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EmbeddedFile:
-    """What :func:`embed_file` did.
+    """The result of :func:`embed_file`.
 
     Attributes:
         path: the output.
-        rows, dimension: its shape.
-        resumed_rows: rows that an earlier, interrupted run had computed.
-        truncated_rows: texts that this run cut, see ``EncoderSettings.truncate``.
+        rows, dimension: the shape of the vectors.
+        resumed_rows: the number of rows that an earlier, interrupted run had computed.
+        truncated_rows: the number of texts that this run truncated, see
+            ``EncoderSettings.truncate``.
     """
 
     path: Path
@@ -74,45 +75,49 @@ def embed_file(
     progress: bool = True,
     finish: Callable[[], None] | None = None,
 ) -> EmbeddedFile:
-    """Embed every text of a file; start it again after an interruption and it goes on.
+    """Embed every text of a file; called again after an interruption, it resumes.
 
-    The file is read through once before any text is embedded, so that a broken line at its end is
-    reported at once.
+    The file is read once before any text is embedded, so that a broken line at its end is reported
+    at once.
 
     Args:
-        source: ``.txt``, ``.jsonl``, ``.csv`` (also ``.gz``) or ``.parquet``.
-        output: ``.npy``, an array [N, d], with the ids beside it (see
-            :mod:`moe_fast.inference.vectors`), or ``.parquet`` with the columns ``id`` and
-            ``embedding``. Ids are the source's ``id`` or ``_id``, else the row number from 0, as
-            text.
+        source: a ``.txt``, ``.jsonl``, ``.csv`` or ``.tsv`` file, also with ``.gz`` appended, or a
+            ``.parquet`` file.
+        output: a ``.npy`` file with an array [N, d], and the ids in a file beside it (see
+            :mod:`moe_fast.inference.vectors`), or a ``.parquet`` file with the columns ``id`` and
+            ``embedding``. The ids are the source's ``id`` or ``_id``, or the row numbers from 0.
         settings: the model and how to call it.
         columns, domain_column, id_column, delimiter: see
             :func:`moe_fast.data.read_texts`.
-        skip_invalid: leave out rows that cannot be read, with a warning that counts them and names
-            the first; otherwise the first one is an error.
-        chunk_size: texts per chunk: what a kill can lose, per process.
-        processes: how many embed at the same time, each with a copy of the model.
-        threads: of PyTorch in each process. ``None``: those of the interrupted run; on a new one
-            PyTorch's own number divided by `processes`. Results may differ in the last bit
-            between numbers of threads, and in nothing between numbers of processes.
-        overwrite: replace an `output` that exists, and what is left of a run with other settings.
-        progress: show a bar that counts texts.
-        finish: called when the output is there and before the chunks go, for what else belongs to
-            it: a run that was killed before its end calls it when it is started again.
+        skip_invalid: leave out rows that cannot be read, and warn how many there were and what is
+            wrong with the first ones. By default the first such row is an error.
+        chunk_size: texts per chunk. If the run is killed, each process loses at most one chunk.
+        processes: the number of processes that embed, each with a copy of the model.
+        threads: PyTorch's threads in each process. ``None``: those of the interrupted run or, for a
+            new run, PyTorch's default divided by `processes`. The number of threads may change the
+            last bit of the result; the number of processes does not.
+        overwrite: replace an existing `output`, and discard the chunks of a run with other
+            settings.
+        progress: show a progress bar that counts texts.
+        finish: called when the output is complete and before the chunks are removed, to write
+            further files that belong to it. If the run is killed before the end of this call, it is
+            called again when the run is resumed.
 
     Raises:
-        FileExistsError: `output` exists; an interrupted run with other settings left its chunks.
-            The message names what differs.
-        FileNotFoundError: no such source or model.
-        ValueError: bad settings or texts, with the file and line; no texts.
-        RuntimeError: another run is writing `output`; a worker process died.
+        FileExistsError: `output` exists, unless `overwrite`.
+        FileExistsError: an interrupted run with other settings has left its chunks, unless
+            `overwrite`; the error names what differs.
+        FileNotFoundError: the source or the model does not exist.
+        ValueError, TypeError: a setting is invalid.
+        ValueError: there are no texts, or a text is invalid; the error names the file and the line.
+        RuntimeError: another run is writing `output`, or a worker process died.
     """
     check_count("chunk_size", chunk_size)
     check_threads("processes", processes)
     check_threads("threads", 1 if threads is None else threads)
     source, output = Path(source), Path(output)
     check_vector_format(output)
-    # With chunks beside it the output may be this very run's, killed before it had cleaned up.
+    # If there are chunks, the output may be that of this run, killed before it removed them.
     check_output(output, overwrite or has_parts(output))
     if settings.domain is not None and domain_column is not None:
         raise ValueError(
@@ -133,7 +138,7 @@ def embed_file(
         encoder = TextEncoder(settings)
         encoder.check_domains(sorted(domains))
         # One text shows whether any can be embedded, before anything is written.
-        with counted_truncation():  # it is counted where it is embedded
+        with counted_truncation():  # no warning here: the text is counted with its chunk
             dimension = encoder.encode([first.text], domains_of_rows([first])).shape[1]
         sizes = [min(chunk_size, count - start) for start in range(0, count, chunk_size)]
         parts = open_parts(
@@ -149,7 +154,7 @@ def embed_file(
         computed, truncated = 0, TruncatedTexts()
         if not parts.are_in_output(sizes):
             check_output(output, overwrite)
-            again = Skipped(str(source)) if skip_invalid else refuse  # said above
+            again = Skipped(str(source)) if skip_invalid else refuse  # the warning is given above
             chunks = _chunks(read_texts(source, **reading, invalid=again), chunk_size)
             with tqdm(total=count, unit=" texts", desc="embed", disable=not progress) as bar:
                 missing = _missing(chunks, parts, bar)
@@ -173,7 +178,11 @@ def embed_file(
 def _look_through(
     source: Path, reading: dict[str, Any], invalid: Refuse
 ) -> tuple[TextRow, int, set[str]]:
-    """The first text, the number of texts and the domains' names; every row is checked."""
+    """Check every row, and return the first text, the number of texts and the domains' names.
+
+    Raises:
+        ValueError: there are no texts, or `invalid` raises for a row.
+    """
     first, count, domains = None, 0, set()
     for row in read_texts(source, **reading, invalid=invalid):
         first = first or row
@@ -189,7 +198,10 @@ def _look_through(
 def _manifest(
     source: Path, settings: EncoderSettings, reading: dict[str, Any], chunk_size: int, output: Path
 ) -> dict[str, Any]:
-    """All that the vectors depend on, but the number of threads; ``truncate`` only adds vectors."""
+    """Return everything that the vectors depend on, except the number of threads.
+
+    ``truncate`` is not in it, because it does not change vectors of texts that are not too long.
+    """
     import sentence_transformers
     import transformers
 
@@ -223,11 +235,11 @@ def _chunks(rows: Iterator[TextRow], size: int) -> Iterator[Chunk]:
 
 
 def _missing(chunks: Iterable[Chunk], parts: Parts, bar: Any) -> Iterator[Chunk]:
-    """The chunks that an earlier run did not finish; the bar passes over the others."""
+    """Yield the chunks that an earlier run did not finish, and add the others to the bar."""
     for chunk in chunks:
         if parts.holds(chunk.number, len(chunk.rows)):
             bar.update(len(chunk.rows))
-            bar.initial = bar.n  # the rate counts what is computed now
+            bar.initial = bar.n  # leave them out of the rate
         else:
             yield chunk
 
@@ -235,7 +247,7 @@ def _missing(chunks: Iterable[Chunk], parts: Parts, bar: Any) -> Iterator[Chunk]
 def _in_this_process(
     chunks: Iterable[Chunk], encoder: TextEncoder, parts: Parts
 ) -> Iterator[EmbeddedChunk]:
-    """The chunks as they get done."""
+    """Embed the chunks one by one, and yield each result."""
     with torch_threads(parts.threads):
         for chunk in chunks:
             yield embed_chunk(encoder, parts, chunk)

@@ -1,7 +1,7 @@
-"""A faiss index over a file of vectors: build, save, load, search.
+"""Builds, saves, loads and searches a faiss index of a file of vectors.
 
-Scores are dot products, of unit vectors (the cosine) unless told otherwise. The index is exact by
-default; others by faiss' own factory strings, such as "IVF256,Flat" or "HNSW32,Flat".
+Scores are dot products. By default vectors are scaled to length 1, so that scores are cosines. The
+default index is exact; faiss' factory strings, such as "IVF256,Flat" or "HNSW32,Flat", give others.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _INDEX, _CONTENT = "index.faiss", "content.json"
 
 @dataclass(frozen=True)
 class VectorIndex:
-    """A faiss index and the ids of what it holds.
+    """A faiss index with the ids of its vectors.
 
     Attributes:
         index: the ``faiss.Index``.
-        ids: ids [N], in the index's order.
-        normalize: whether its vectors, and so the queries', were scaled to length 1.
-        factory: faiss' description of the index.
+        ids: the ids of the N vectors, in the index's order.
+        normalize: whether the vectors are scaled to length 1, and queries are when searching.
+        factory: faiss' factory string of the index.
     """
 
     index: Any
@@ -51,15 +51,16 @@ def build_index(
     """Put every vector of a file into an index, piece by piece.
 
     Args:
-        documents: from :func:`moe_fast.inference.open_vectors`.
+        documents: vectors opened by :func:`moe_fast.inference.open_vectors`.
         factory: faiss' index factory string; "Flat" is exact.
         normalize: scale vectors to length 1, so that scores are cosines.
-        train_rows: vectors, spread evenly over the file, that an index which must be trained
-            (such as IVF) is trained on.
+        train_rows: an index that must be trained, such as IVF, is trained on at most this many
+            vectors, spread evenly over the file.
 
     Raises:
-        ValueError: no vectors, an id twice, a factory string that faiss does not know, or too few
-            vectors to train it.
+        TypeError: `train_rows` is not an int.
+        ValueError: `train_rows` is below 1, there are no vectors, or an id occurs twice.
+        ValueError: faiss does not know the factory string, or has too few vectors to train.
         ImportError: faiss is not installed.
     """
     faiss = require_faiss()
@@ -84,18 +85,20 @@ def build_index(
 def search_index(
     index: VectorIndex, queries: NDArray[np.floating], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k best documents of each query.
+    """Find the k documents with the highest scores for each query.
 
     Args:
+        index: an index of N documents.
         queries: [Q, d].
-        k: hits per query; all N documents where there are fewer.
+        k: documents per query; all N if there are fewer than k.
 
     Returns:
-        (scores [Q, k] float32, rows [Q, k] int64), best first. An approximate index that finds
-        fewer than k fills up with row -1.
+        (scores [Q, k] float32, rows [Q, k] int64), best first. If an approximate index finds fewer
+        than k documents, the remaining rows are -1.
 
     Raises:
-        ValueError: queries of another width than the index's.
+        TypeError: `k` is not an int.
+        ValueError: `k` is below 1, or the queries have another dimension than the index.
     """
     check_count("k", k)
     if queries.ndim != 2 or queries.shape[1] != index.index.d:
@@ -106,7 +109,11 @@ def search_index(
 
 
 def save_index(index: VectorIndex, folder: str | os.PathLike[str]) -> None:
-    """Write an index and its ids into a folder, which appears when it is whole."""
+    """Write an index and its ids into a folder, which gets its name when it is complete.
+
+    Raises:
+        ImportError: faiss is not installed.
+    """
     faiss = require_faiss()
     content = {"factory": index.factory, "normalize": index.normalize, "ids": index.ids}
     with atomic_folder(folder, replaces=("*",)) as temporary:
@@ -115,11 +122,12 @@ def save_index(index: VectorIndex, folder: str | os.PathLike[str]) -> None:
 
 
 def load_index(folder: str | os.PathLike[str]) -> VectorIndex:
-    """An index written by :func:`save_index`.
+    """Load an index that :func:`save_index` has written.
 
     Raises:
-        FileNotFoundError: no index there.
-        ValueError: a file that cannot be read, or files that do not belong together.
+        FileNotFoundError: the folder has no index.
+        ValueError: a file cannot be read, or the files do not belong together.
+        ImportError: faiss is not installed.
     """
     faiss = require_faiss()
     folder = Path(folder)
@@ -142,7 +150,7 @@ def load_index(folder: str | os.PathLike[str]) -> VectorIndex:
 
 
 def _check_content(content: Any, path: Path) -> None:
-    """Raise unless this is what `save_index` writes."""
+    """Raise ValueError unless this is content that `save_index` writes."""
     kinds = {"factory": str, "normalize": bool, "ids": list}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a JSON object; got {type(content).__name__}")
@@ -155,12 +163,12 @@ def _check_content(content: Any, path: Path) -> None:
 
 
 def require_faiss() -> Any:
-    """The library, or an error that says how to get it."""
+    """Import faiss, or raise ImportError with the command to install it."""
     return require("faiss", "search", "search")
 
 
 def _prepared(vectors: NDArray[np.floating], normalize: bool) -> NDArray[np.float32]:
-    """A float32 copy, scaled to length 1 where asked for."""
+    """Return a float32 copy, with vectors scaled to length 1 if `normalize`."""
     prepared = np.array(vectors, dtype=np.float32, order="C")
     if normalize:
         require_faiss().normalize_L2(prepared)
@@ -168,7 +176,7 @@ def _prepared(vectors: NDArray[np.floating], normalize: bool) -> NDArray[np.floa
 
 
 def _sample(documents: Vectors, rows: int, normalize: bool) -> NDArray[np.float32]:
-    """At most `rows` vectors, evenly spread over the file."""
+    """Return at most `rows` vectors, evenly spread over the file."""
     step = -(-documents.rows // rows)
     chosen, start = [], 0
     for _, vectors in documents.pieces():

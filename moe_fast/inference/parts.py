@@ -1,4 +1,4 @@
-"""The chunks of an unfinished ``embed_file``, in a folder beside its output."""
+"""Keeps the chunks of an unfinished ``embed_file`` in a folder beside its output."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from moe_fast.inference.vectors import open_vectors
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
-_KIND = {"kind": "moe_fast embed, unfinished"}  # what a manifest of ours says of itself
-_BOOKKEEPING = ("kind", "finished")  # what is no setting
-# A chunk's vectors and ids; the manifest; and what a killed process was writing.
+_KIND = {"kind": "moe_fast embed, unfinished"}  # marks a manifest as one of ours
+_BOOKKEEPING = ("kind", "finished")  # entries of a manifest that are no settings
+# Names of a chunk's vectors and ids, of the manifest, and of files that a killed process left.
 _OURS = re.compile(
     rf"\d{{8}}-[0-9a-f]{{16}}\.(npy|json)|{re.escape(_MANIFEST)}"
     rf"|\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}\.(npy|json)"
@@ -34,15 +34,15 @@ _OURS = re.compile(
 
 @dataclass(frozen=True)
 class Parts:
-    """The folder ``OUTPUT.parts``: a manifest, and per finished chunk its vectors and ids.
+    """The folder ``OUTPUT.parts`` with a manifest, and the vectors and ids of each finished chunk.
 
-    The names of the chunks hold a hash of the manifest that they were computed by: those of two
-    different runs are never taken for each other.
+    The file names of the chunks have a hash of the run's manifest, so that chunks of different runs
+    are not confused.
 
     Attributes:
-        output: the file that the chunks are for.
-        dimension, dtype: of the vectors.
-        threads: that they are computed with.
+        output: the file that will be made from the chunks.
+        dimension, dtype: the dimension and dtype of the vectors.
+        threads: the number of threads that compute them.
         key: the hash of the manifest.
     """
 
@@ -53,33 +53,33 @@ class Parts:
     key: str
 
     def write(self, number: int, vectors: NDArray[np.floating], ids: list[str]) -> None:
-        """Keep chunk `number`: vectors [n, d] and n ids."""
-        # The ids first: a chunk whose vectors are there is finished.
+        """Write chunk `number`: vectors [n, d] and n ids."""
+        # The ids come first, because a chunk counts as finished if its vectors exist.
         write_text(self._path(number, ".json"), json.dumps(ids))
         with atomic_write(self._path(number, ".npy")) as temporary:
             np.save(temporary, vectors, allow_pickle=False)
 
     def holds(self, number: int, rows: int) -> bool:
-        """Whether chunk `number` is there and has as many rows."""
+        """Return whether chunk `number` exists, is readable and has this many rows."""
         path = self._path(number, ".npy")
         if not path.exists():
             return False
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
             ids = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        except (ValueError, EOFError, OSError, RecursionError):  # after a power cut, say: again
+        except (ValueError, EOFError, OSError, RecursionError):  # damaged, e.g. by a power cut
             return False
         fits = isinstance(ids, list) and len(ids) == rows and all(isinstance(i, str) for i in ids)
         return fits and found.shape == (rows, self.dimension) and found.dtype == self.dtype
 
     def read(self, chunks: int) -> Iterator[tuple[list[str], NDArray[np.floating]]]:
-        """Yield (ids, vectors) of the chunks, in order."""
+        """Yield (ids, vectors) of the first `chunks` chunks, in order."""
         for number in range(chunks):
             ids = json.loads(self._path(number, ".json").read_text(encoding="utf-8"))
             yield ids, np.load(self._path(number, ".npy"), allow_pickle=False)
 
     def are_in_output(self, sizes: list[int]) -> bool:
-        """Whether the output is what these chunks make: the run ended before it had cleaned up.
+        """Return whether the output was made from these chunks, so that only cleaning up is left.
 
         Args:
             sizes: the number of texts of each chunk.
@@ -98,7 +98,10 @@ class Parts:
         return found == _digest(vectors for _, vectors in self.read(len(sizes)))
 
     def remove(self) -> None:
-        """Delete the chunks, the output being whole; files that are not ours stay, with a word."""
+        """Delete the chunks when the output is complete.
+
+        Files that are not ours are kept, with a warning.
+        """
         folder = _folder(self.output)
         manifest = _read_manifest(folder) or {}
         _write_manifest(folder, {**manifest, "finished": _identity(self.output)})
@@ -109,7 +112,7 @@ class Parts:
 
 
 def has_parts(output: Path) -> bool:
-    """Whether an unfinished run left its chunks beside `output`."""
+    """Return whether an unfinished run has left its chunks beside `output`."""
     return _read_manifest(_folder(output)) is not None
 
 
@@ -122,19 +125,22 @@ def open_parts(
     default_threads: int,
     overwrite: bool,
 ) -> Parts:
-    """Begin, or go on with an interrupted run of the same manifest.
+    """Open the folder of chunks for a new run, or to resume a run with the same manifest.
 
     Args:
-        output: the file that the chunks are for.
-        manifest: all that its content depends on, but the threads.
-        shape: dimension and dtype of the vectors.
-        threads: to compute with; ``None``: the interrupted run's, or the default.
+        output: the file that will be made from the chunks.
+        manifest: everything that its content depends on, except the threads.
+        shape: the dimension and dtype of the vectors.
+        threads: the number of threads; ``None``: that of the interrupted run, or
+            `default_threads`.
+        default_threads: the number of threads of a new run.
         overwrite: discard the chunks of a run with another manifest.
 
     Raises:
-        FileExistsError: the chunks of a run with another manifest, unless `overwrite` (the message
-            names what differs); a folder of that name that is none of ours, in any case.
-        ValueError: an interrupted run with an absurd number of threads.
+        FileExistsError: there are chunks of a run with another manifest, unless `overwrite`; the
+            error names what differs.
+        FileExistsError: the folder's name is taken by something that is not ours.
+        ValueError: the interrupted run's number of threads is not possible on this machine.
     """
     folder = _folder(output)
     before = _read_manifest(folder)
@@ -167,7 +173,7 @@ def _folder(output: Path) -> Path:
 
 
 def _identity(path: Path) -> list[int]:
-    """What tells a file from another one of the same name."""
+    """Return values that distinguish a file from another one of the same name."""
     about = path.stat()
     return [about.st_ino, about.st_size, about.st_mtime_ns]
 
@@ -180,7 +186,7 @@ def _digest(pieces: Iterable[NDArray[np.floating]]) -> str:
 
 
 def _check_free(folder: Path) -> None:
-    """Raise unless nothing is there but what a run of ours leaves that was killed at its start."""
+    """Raise if the folder contains anything but the files of a run of ours killed at its start."""
     if not os.path.lexists(folder):
         return
     others = [folder.name] if folder.is_symlink() or not folder.is_dir() else _others(folder)
@@ -192,7 +198,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _others(folder: Path) -> list[str]:
-    """What is in a folder and not by its name a file of ours."""
+    """Return the names of the entries of a folder that are not files of ours."""
     others = [
         entry.name
         for entry in os.scandir(folder)
@@ -203,7 +209,7 @@ def _others(folder: Path) -> list[str]:
 
 
 def _remove_ours(folder: Path) -> None:
-    """Delete our files, the manifest last, and the folder where nothing else is in it."""
+    """Delete our files, the manifest last, and the folder if nothing else is in it."""
     others = _others(folder)
     ours = {entry.name for entry in os.scandir(folder)} - {*others, _MANIFEST}
     for name in sorted(ours):
@@ -212,7 +218,7 @@ def _remove_ours(folder: Path) -> None:
     if others:
         logger.warning("%s is kept: it holds files of others (%s).", folder, ", ".join(others[:3]))
         return
-    with contextlib.suppress(OSError):  # somebody put a file there just now
+    with contextlib.suppress(OSError):  # another program may have just put a file there
         folder.rmdir()
 
 
@@ -221,7 +227,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of ours in a folder; ``None`` where there is none, or somebody else's."""
+    """Read our manifest in a folder; ``None`` if there is none, or one that is not ours."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -231,7 +237,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], names: list[str]) -> str:
-    """What differs, by name; hashes are not shown."""
+    """List the settings that differ, with both values except for hashes."""
     shown = [
         name
         if name in ("source", "model")

@@ -1,4 +1,4 @@
-"""A model and how to call it: what one process needs to embed one chunk of texts."""
+"""Loads a model and embeds texts with it, as settings say."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ PRECISIONS = ("float32", "float16")
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How texts become vectors.
+    """Settings of how texts are embedded.
 
     Attributes:
         model: folder or hub id, as in :func:`moe_fast.inference.load_model`.
         domain: the domain of every text, for a mixture that knows domains.
-        prompt_name: which of the model's prompts goes in front of each text.
+        prompt_name: the name of the model's prompt that is put in front of each text.
         batch_size: texts per forward pass.
-        dtype: of the vectors: "float32" or "float16".
+        dtype: the dtype of the vectors, "float32" or "float16".
         normalize: scale every vector to length 1.
         truncate: cut texts longer than the model's ``max_seq_length``, with a warning that says
-            how many; otherwise such a text is an error.
-        device: as in PyTorch; ``None``: a GPU where there is one, else the CPU.
+            how many. Otherwise such a text is an error.
+        device: a device as in PyTorch; ``None``: a GPU if there is one, else the CPU.
+
+    Raises:
+        TypeError: `batch_size` is not an int.
+        ValueError: `batch_size` is below 1, or `dtype` is unknown.
     """
 
     model: str
@@ -52,11 +56,11 @@ class EncoderSettings:
 
 
 class TextEncoder:
-    """The loaded model of some :class:`EncoderSettings`.
+    """The model of an :class:`EncoderSettings`, loaded.
 
     Raises:
-        ValueError: an unknown domain or prompt; a domain for a model that knows none.
-        TypeError: a model of several encoders.
+        ValueError: the model does not know the domain or the prompt.
+        TypeError: the model consists of several encoders.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
@@ -68,7 +72,7 @@ class TextEncoder:
         self.check_domains([settings.domain])
 
     def check_domains(self, names: Sequence[str | None]) -> None:
-        """Raise for a name that is none of the model's domains."""
+        """Raise ValueError if a name, unless it is None, is not one of the model's domains."""
         known = domains_of(self.model)
         for name in names:
             if name is not None and name not in known:
@@ -76,14 +80,15 @@ class TextEncoder:
                 raise ValueError(f"domain must be one of the model's ({listed}); got {name!r}")
 
     def encode(self, texts: Sequence[str], domains: Sequence[str] | None) -> NDArray[np.floating]:
-        """Vectors [N, d] of N texts, in the settings' dtype.
+        """Embed N texts as vectors [N, d], in the settings' dtype.
 
         Args:
             texts: N texts.
-            domains: one per text; ``None``: as the settings say.
+            domains: one domain per text; ``None``: the settings' domain.
 
         Raises:
-            ValueError: texts that are too long; a vector with NaN or infinite numbers.
+            ValueError: a text is too long, unless the settings truncate.
+            ValueError: a vector has NaN or infinite numbers.
         """
         options: dict[str, Any] = {"prompt_name": self.settings.prompt_name}
         domain = self.settings.domain if domains is None else list(domains)
@@ -104,7 +109,7 @@ class TextEncoder:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """PyTorch on this many threads within the block."""
+    """Set PyTorch's number of threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,4 +1,4 @@
-"""How many threads and processes there can be."""
+"""Checks numbers of threads and processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ _PER_PROCESSOR = 4
 
 
 def check_threads(name: str, value: Any) -> None:
-    """Raise unless `value` is a number of threads or processes that this machine could run.
+    """Raise an error unless this machine can run `value` threads or processes.
 
-    More than a few per processor only slow each other down, and PyTorch ends with a signal where
-    the system refuses it a thread.
+    More than a few per processor only slow each other down. With far more, the system refuses to
+    start a thread, and PyTorch is killed by a signal.
 
     Raises:
-        TypeError, ValueError: naming `name`, what it is and what is allowed.
+        TypeError: `value` is not an int.
+        ValueError: `value` is below 1, or above 4 per processor.
     """
     check_count(name, value)
     most = _PER_PROCESSOR * (os.cpu_count() or 1)

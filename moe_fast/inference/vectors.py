@@ -1,8 +1,7 @@
-"""Files of vectors with ids, read and written in pieces.
+"""Reads and writes files of vectors with ids, in pieces.
 
-Parquet holds both. The ids of ``vectors.npy`` lie beside it in ``vectors.npy.ids.jsonl``: a line
-per row, each a JSON string. The two appear together: at no moment do ids lie beside the vectors of
-another run.
+A Parquet file has both. The ids of ``vectors.npy`` are in ``vectors.npy.ids.jsonl`` beside it, with
+a JSON string per line. Vectors are never beside the ids of another run, even if a run is killed.
 """
 
 from __future__ import annotations
@@ -33,9 +32,10 @@ class Vectors:
 
     Attributes:
         path: the file.
-        rows, dimension: its shape [N, d].
-        pieces: call it to iterate over (ids, float array [n, d]) from the start.
-        has_ids: whether it brings ids; otherwise they are the row numbers, from 0.
+        rows, dimension: the shape [N, d] of the vectors.
+        pieces: a function that returns an iterator over (n ids, float array [n, d]), from the
+            start.
+        has_ids: whether the file has ids; otherwise they are the row numbers from 0.
     """
 
     path: Path
@@ -46,12 +46,12 @@ class Vectors:
 
 
 def ids_path(path: Path) -> Path:
-    """Where the ids of a ``.npy`` file are."""
+    """Return the path of the ids of a ``.npy`` file."""
     return path.with_name(path.name + IDS_SUFFIX)
 
 
 def check_vector_format(path: Path) -> None:
-    """Raise unless the name of `path` says a format that vectors can have."""
+    """Raise ValueError unless the name of `path` ends in a format for vectors."""
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"{path}: vectors are kept in files of the formats {' and '.join(SUFFIXES)}; "
@@ -60,15 +60,16 @@ def check_vector_format(path: Path) -> None:
 
 
 def write_vectors(path: Path, pieces: Pieces, shape: tuple[int, int]) -> None:
-    """Write [N, d] vectors piece by piece; the file appears, with its ids, when it is whole.
+    """Write vectors [N, d] piece by piece; the file gets its name when it is complete.
 
     Args:
-        path: ``.npy`` or ``.parquet``.
-        pieces: (n ids, [n, d]), all of one dtype.
+        path: a ``.npy`` or ``.parquet`` file.
+        pieces: (n ids, vectors [n, d]) of each piece, all with the same dtype. May be an iterator;
+            it is consumed once.
         shape: (N, d).
 
     Raises:
-        ValueError: an unknown format; pieces that do not add up to `shape`.
+        ValueError: the format is unknown, or the pieces do not have N rows together.
     """
     check_vector_format(path)
     write = _write_npy if path.suffix == ".npy" else _write_parquet
@@ -81,7 +82,7 @@ def _check_rows(path: Path, rows: int, expected: int) -> None:
 
 
 def _write_npy(path: Path, pieces: Pieces, shape: tuple[int, int]) -> None:
-    # Not a memory map: on a full disk writing to one ends the process with a signal.
+    # A memory map is not used: on a full disk, writing to it kills the process by a signal.
     rows = 0
     with atomic_write(path) as temporary, atomic_write(ids_path(path)) as temporary_ids:
         with temporary.open("wb") as file, temporary_ids.open("w", encoding="utf-8") as id_file:
@@ -94,8 +95,8 @@ def _write_npy(path: Path, pieces: Pieces, shape: tuple[int, int]) -> None:
                 id_file.writelines(f"{json.dumps(key)}\n" for key in ids)
                 rows += len(vectors)
         _check_rows(path, rows, shape[0])
-        # Now the ids take their place, then the vectors. Old vectors go first: a kill between the
-        # two must not leave them with the new ids.
+        # The ids get their name next, then the vectors. Old vectors are removed before, so that a
+        # kill between the two cannot leave them beside the new ids.
         path.unlink(missing_ok=True)
 
 
@@ -119,17 +120,18 @@ def _write_parquet(path: Path, pieces: Pieces, shape: tuple[int, int]) -> None:
 
 
 def open_vectors(path: str | os.PathLike[str]) -> Vectors:
-    """A file of vectors, read piece by piece.
+    """Open a file of vectors, to read it piece by piece.
 
     Args:
-        path: ``.npy`` [N, d] of floating numbers, its ids beside it as `write_vectors` leaves
-            them, or ``.parquet`` with a column ``embedding`` (lists of numbers, all of one length)
-            and ``id``. Without ids they are the row numbers from 0.
+        path: a ``.npy`` file of floating-point numbers [N, d], with the file of ids beside it that
+            `write_vectors` makes; or a ``.parquet`` file with the columns ``embedding`` (lists of
+            numbers, all of the same length) and ``id``. If there are no ids, they are the row
+            numbers from 0.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an unknown format, a file that cannot be read, another shape or dtype; ids that
-            are not one per row.
+        ValueError: the format is unknown, or the file cannot be read.
+        ValueError: the shape or dtype is wrong, or there is not one id per row.
     """
     path = Path(path)
     check_vector_format(path)
@@ -169,7 +171,7 @@ def _open_npy(path: Path) -> Vectors:
 
 
 def _read_ids(path: Path) -> Iterator[str]:
-    """The ids in a file of JSON strings, one per line."""
+    """Yield the ids in a file of JSON strings, one per line; raise ValueError for other lines."""
     for line, text in read_lines(path):
         try:
             key = json.loads(text)
@@ -222,7 +224,12 @@ def _batches(file: Any, columns: list[str], path: Path) -> Iterator[Any]:
 
 
 def _matrix(column: Any, path: Path) -> NDArray[np.floating]:
-    """A column of lists as [n, d]."""
+    """Convert a column of n lists of d numbers to an array [n, d]; raise ValueError if it is not.
+
+    Args:
+        column: the column, from Arrow.
+        path: the file, for the error.
+    """
     import pyarrow.compute as pc
     import pyarrow.types as kinds
 

@@ -1,4 +1,4 @@
-"""Processes that each hold the model and embed the chunks they are sent."""
+"""Embeds chunks in worker processes, each with a copy of the model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from moe_fast.inference.chunks import Chunk, EmbeddedChunk, embed_chunk
 from moe_fast.inference.parts import Parts
 from moe_fast.inference.text_encoder import EncoderSettings, TextEncoder
 
-_state: dict[str, Any] = {}  # a worker's model and parts, for all the chunks it gets
+_state: dict[str, Any] = {}  # a worker's model and parts, used for all of its chunks
 
 
 def embed_in_workers(
     chunks: Iterable[Chunk], settings: EncoderSettings, parts: Parts, processes: int
 ) -> Iterator[EmbeddedChunk]:
-    """The chunks as they get done; at most two per worker are held in memory.
+    """Embed chunks in worker processes, and yield the results as they are finished.
+
+    At most two chunks per worker are in memory at a time.
 
     Raises:
         RuntimeError: a worker died.
+        ValueError: as `embed_chunk`.
     """
-    # spawn: a forked process must not use CUDA, nor the parent's thread pools
+    # spawn, because a forked process must not use CUDA or the parent's thread pools
     context = multiprocessing.get_context("spawn")
     pending: set[Future[EmbeddedChunk]] = set()
     with ProcessPoolExecutor(processes, context, _start, (settings, parts)) as pool:
@@ -60,7 +63,7 @@ def _embed(chunk: Chunk) -> EmbeddedChunk:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next chunk for ever."""
+    """End this worker when its parent ends; otherwise it would wait for the next chunk forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait_for([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Extends sentence-transformers' trainer by what a mixture of experts over domains needs.
+"""Extends sentence-transformers' trainer for mixtures of experts and data with domains.
 
 Needs the training extra: ``pip install -e '.[train]'`` in a checkout.
 """

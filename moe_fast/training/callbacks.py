@@ -1,4 +1,4 @@
-"""Logs the share of the tokens that each expert got during training."""
+"""Logs the share of the tokens that each expert received during training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from moe_fast.layers import MoERouter
 
 
 class ExpertUsageCallback(TrainerCallback):
-    """Counts the tokens each expert got in training and logs every expert's share.
+    """Counts the tokens that each expert received in training, and logs every expert's share.
 
-    With each logged training loss come, over the steps since the one before,
+    Whenever a training loss is logged, these are logged for the steps since the previous log:
 
-    - ``expert_share/layer_{i}/expert_{e}``: the share of the layer's routed tokens;
-    - ``expert_load_imbalance``: the busiest expert's tokens over the mean, of the most uneven
-      layer; 1 is perfect balance, the number of experts is collapse.
+    - ``expert_share/layer_{i}/expert_{e}``: the expert's share of the tokens routed in the layer;
+    - ``expert_load_imbalance``: the tokens of the busiest expert divided by the mean over the
+      layer's experts, for the layer where this is largest. 1 means perfect balance; the number of
+      experts means that one expert received all tokens.
 
-    The counts stay on the device until they are logged, so that no step waits for them. Padding
-    is not counted, nor evaluation, nor what gradient checkpointing computes a second time.
+    The counts stay on the device until they are logged, so that no step waits for them. Padding,
+    evaluation and the recomputation of gradient checkpointing are not counted.
 
     Args:
-        log_shares: also log the shares, one number per layer and expert; they are in ``history``
-            either way.
+        log_shares: also log the shares, one number per layer and expert. The token counts are in
+            ``history`` in any case.
 
     Attributes:
         history: one dict per logged interval: ``step``, ``epoch`` and ``tokens``, which maps each
@@ -51,7 +52,7 @@ class ExpertUsageCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Hooks every router of the model; says once where there is none."""
+        """Register a hook on every router; warn once if the model has none."""
         self._remove_hooks()
         self._counts = {}
         modules = () if model is None else model.named_modules()
@@ -73,10 +74,10 @@ class ExpertUsageCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """With another trainer than ours: adds to what is being logged.
+        """Add the shares to the logs of a trainer that does not add them itself.
 
-        Callbacks that came earlier in the list (reporters) have seen the logs by then;
-        :class:`moe_fast.training.MoESentenceTransformerTrainer` adds them before any has.
+        Callbacks earlier in the list, such as reporters, do not see them then.
+        :class:`moe_fast.training.MoESentenceTransformerTrainer` adds them before any callback runs.
         """
         if logs is None or "loss" not in logs:
             return
@@ -88,14 +89,15 @@ class ExpertUsageCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keeps the last, unlogged interval and takes the hooks off again."""
+        """Add the steps since the last log to ``history``, and remove the hooks."""
         self.pop_logs(state)
         self._remove_hooks()
 
     def pop_logs(self, state: TrainerState) -> dict[str, float]:
-        """Returns what to log of the tokens since the last call, and sets the counts to zero.
+        """Return the shares and the imbalance since the last call, and reset the counts.
 
-        With several processes their counts are added up: every process must call.
+        The counts of all processes are added up, so every process must call this. The result is
+        empty if no token was counted.
         """
         tokens = {name: _over_processes(count).tolist() for name, count in self._counts.items()}
         self._counts = {}
@@ -113,16 +115,16 @@ class ExpertUsageCallback(TrainerCallback):
         return {key: round(value, 4) for key, value in logs.items()}
 
     def state(self) -> dict[str, Any]:
-        """The history, and the tokens since the last entry, of this process."""
+        """Return the history, and this process's counts since the last log, as JSON can hold."""
         return {"history": self.history, "counts": {n: c.tolist() for n, c in self._counts.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on with what :meth:`state` gave."""
+        """Set the history and the counts to a result of :meth:`state`."""
         self.history = list(state["history"])
         self._counts = {name: torch.tensor(counts) for name, counts in state["counts"].items()}
 
     def total_tokens(self) -> dict[str, list[int]]:
-        """Returns each layer's tokens per expert, summed over the whole history."""
+        """Return {layer: tokens per expert}, summed over the whole history."""
         total: dict[str, list[int]] = {}
         for entry in self.history:
             for name, counts in entry["tokens"].items():
@@ -132,7 +134,7 @@ class ExpertUsageCallback(TrainerCallback):
 
     def _counter(self, name: str) -> Any:
         def count(router: nn.Module, inputs: Any, output: Any) -> None:
-            # Inside a backward pass the same tokens come by again (gradient checkpointing).
+            # Gradient checkpointing routes the same tokens again inside the backward pass.
             if not router.training or compat.in_backward():
                 return
             tokens = output.tokens_per_expert.detach()
@@ -150,7 +152,10 @@ class ExpertUsageCallback(TrainerCallback):
 
 
 def _layer_names(module_names: list[str]) -> list[str]:
-    """Returns ``layer_{i}`` by the last number in each name, or the names where it is ambiguous."""
+    """Return ``layer_{i}`` with the last number i in each module name.
+
+    If a name has no number, or two names have the same, the module names are returned.
+    """
     numbers = [re.findall(r"(?<=\.)\d+(?=\.)", f".{name}.") for name in module_names]
     last = [found[-1] if found else None for found in numbers]
     if None in last or max(Counter(last).values(), default=1) > 1:

@@ -1,7 +1,8 @@
 """Writes checkpoints atomically, and checks a checkpoint before a run resumes from it.
 
-transformers' trainer writes a checkpoint file by file into its final place. A run that is killed
-meanwhile would resume from half a checkpoint, and a missing optimizer state is ignored in silence.
+transformers' trainer writes a checkpoint file by file into its final folder. If it is killed while
+it does so, a later run resumes from half a checkpoint, and silently ignores a missing optimizer
+state.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from moe_fast.training.position import POSITION_NAME, DataPosition
 
 STAGING_NAME = ".checkpoint-in-progress"
 _STATE_NAME = "trainer_state.json"
-_NO_PASS = sys.maxsize  # a pass that no run gets to
+_NO_PASS = sys.maxsize  # the number of a pass over the data that no run reaches
 _NEEDED = (_STATE_NAME, "modules.json", "optimizer.pt", "scheduler.pt")
 
 
@@ -41,31 +42,31 @@ def _restore_cpu(storage: Any, location: str) -> Any:
     return storage if location.startswith("cpu:") else None
 
 
-# With several processes on CPUs, transformers 5.17 loads the optimizer's state onto "cpu:0", as it
-# does for GPUs, and later releases onto "cpu". torch knows "cpu" alone.
+# With several processes on CPUs, transformers 5.17 loads the optimizer's state onto "cpu:0", in
+# analogy to GPUs; later releases use "cpu". torch itself only knows "cpu".
 torch.serialization.register_package(30, lambda storage: None, _restore_cpu)
 
 
 class AtomicCheckpointTrainer(SentenceTransformerTrainer):
     """A ``SentenceTransformerTrainer`` whose checkpoints survive a kill or a full disk.
 
-    A checkpoint is written into a folder aside, by all processes, and takes its place
-    ``checkpoint-{step}`` in one step when it is whole and on the disk; older ones are removed after
-    that (``save_total_limit``). What a killed run left aside goes when the next one starts. A run
-    that saves holds its folder: a second one there is refused while it lives.
+    All processes write a checkpoint into a temporary folder. It is renamed to ``checkpoint-{step}``
+    when it is complete and on the disk, and older checkpoints are removed after that
+    (``save_total_limit``). The temporary folder of a killed run is removed when the next run
+    starts. While a run that saves checkpoints is alive, a second run in the same folder is refused.
 
-    A checkpoint says where in the data the run was (:class:`DataPosition`): a resumed run goes on
-    there, with data of any form, in whatever pass it stopped. It says too what was added up for the
-    next log (:mod:`moe_fast.training.log_state`): logs are those of an uninterrupted run, and the
-    ``train_loss`` at the end is the mean over all steps.
+    A checkpoint holds the position in the data (:class:`DataPosition`), from which a resumed run
+    continues, in any pass over the data and also with streamed data. It also holds the sums for the
+    next log (:mod:`moe_fast.training.log_state`). The logs are therefore those of an uninterrupted
+    run, and the ``train_loss`` at the end is the mean over all steps.
     """
 
     _staging: str | None = None
     _resumed_at: DataPosition | None = None
-    _resumed_logs: dict[str, Any] | None = None  # until training begins
-    _loss_from = 0  # the step since which losses are added up: of a resumed run 0 where it is known
-    _batches_done = 0  # of the pass that is going on
-    _batches_of_pass: int | None = None  # as announced; a stream announces none
+    _resumed_logs: dict[str, Any] | None = None  # None again once training has begun
+    _loss_from = 0  # step after which losses are added up; not 0 if a checkpoint lacks the sums
+    _batches_done = 0  # in the current pass over the data
+    _batches_of_pass: int | None = None  # the dataloader's length; None for a stream
     _read_around: Any = None  # the dataloader that was being read when training began, if any
     _pass = 0
 
@@ -76,10 +77,11 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in transformers, with the checkpoint looked at first: see :func:`check_checkpoint`.
+        """Train as transformers does, but check the checkpoint first (:func:`check_checkpoint`).
 
         Raises:
-            FileNotFoundError, ValueError: of the checkpoint, which cannot be gone on from exactly.
+            FileNotFoundError, ValueError: the checkpoint cannot be resumed from exactly.
+            ValueError: `resume_from_checkpoint` is True and there is no checkpoint.
             BlockingIOError: another run is saving its checkpoints in ``args.output_dir``.
         """
         saves = self.args.should_save and self.args.save_strategy != "no"
@@ -113,15 +115,15 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
         if checkpoint is not None and not self.args.ignore_data_skip:
             self._resumed_at = DataPosition.load(checkpoint)
             self._check_resumable(checkpoint)
-        # All trainers share this state, and what a training that failed was reading stays in it.
+        # All trainers share this state, which still has the dataloader of a training that failed.
         self._read_around = self.accelerator.gradient_state.active_dataloader
         output = super().train(checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 
-    # --- what was added up for the logs ----------------------------------------------------------
+    # --- sums for the logs -----------------------------------------------------------------------
 
     def _log_state(self) -> dict[str, Any]:
-        """What this process has added up since its last log, as JSON can hold it."""
+        """Return the sums of this process since its last log, as JSON can hold them."""
         return {"loss": compat.loss_sums(self), "loss_from": self._loss_from}
 
     def _restore_logs(self, state: dict[str, Any]) -> None:
@@ -129,25 +131,29 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
         compat.restore_loss_sums(self, state.get("loss", []))
 
     def _take_up_logs(self) -> None:
-        """Called twice: when training begins, which may have no step left, and at its first pass.
+        """Restore the sums of a resumed run.
 
-        By then the callbacks have begun anew, whatever their order.
+        This is called when training begins, because there may be no step left, and again at the
+        first pass over the data, when all callbacks have reset their own sums.
         """
         if self._resumed_logs is not None:
             self._restore_logs(self._resumed_logs)
 
     @compat.overrides
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers; the loss at the end is of the whole run, not of what was resumed."""
+        """Log as transformers does, but with the ``train_loss`` of all steps, also before resuming.
+
+        If the checkpoint lacks the sums, it is the mean of the steps since then.
+        """
         if "train_loss" in logs and (sums := compat.loss_sums(self)):
-            # in place: this is what train() gives back
+            # in place, because train() returns this dict
             logs["train_loss"] = sums[1] / max(self.state.global_step - self._loss_from, 1)
         super().log(logs, start_time)
 
-    # --- where in the data the run is ------------------------------------------------------------
+    # --- position in the data --------------------------------------------------------------------
 
     def _check_resumable(self, checkpoint: str) -> None:
-        """Refuse what only a known position resumes exactly, where there is none to go by."""
+        """Raise ValueError for streamed data if the checkpoint lacks the position in the data."""
         streamed = self.train_dataset is not None and not hasattr(self.train_dataset, "__len__")
         if streamed and self._resumed_at is None:
             raise ValueError(
@@ -159,7 +165,10 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
 
     @compat.overrides
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """The pass and its batches to skip: as the checkpoint says, not as the steps suggest."""
+        """Return the pass to continue, and the number of its batches to skip.
+
+        They are those of the checkpoint; transformers would calculate them from the steps.
+        """
         start: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if self.state.global_step >= self.state.max_steps:
             return _NO_PASS, 0  # all steps are done; transformers would train one more
@@ -179,7 +188,7 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
     def _position(self) -> DataPosition:
         reading = self.accelerator.gradient_state.active_dataloader
         more = reading not in (None, self._read_around) and not reading.end_of_dataloader
-        # A pass ends after the announced number of batches, also where there are more.
+        # A pass ends after the dataloader's length, even if there are more batches.
         if more and self._batches_done != self._batches_of_pass:
             return DataPosition(self._pass, self._batches_done)
         streamed = not hasattr(self.train_dataset, "__len__")
@@ -188,7 +197,7 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
 
     @compat.overrides
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; batches are counted, for checkpoints to say how many are done."""
+        """Train on one batch as transformers does, and count it for the position in the data."""
         loss = super().training_step(*args, **kwargs)
         self._batches_done += 1
         return loss
@@ -234,37 +243,38 @@ class AtomicCheckpointTrainer(SentenceTransformerTrainer):
 
     @compat.overrides
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else it is not in its place yet
+        if self._staging is None:  # otherwise the checkpoint is still in the temporary folder
             super()._push_from_checkpoint(checkpoint_folder)
 
     @compat.overrides
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers; every process waits for the one that writes."""
+        """Save as transformers does; every process waits for the one that writes."""
         super().save_model(output_dir, _internal_call)
         self.accelerator.wait_for_everyone()
 
     @compat.overrides
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:  # sentence-transformers has every process write the same files
+        if self.args.should_save:  # in sentence-transformers all processes write the same files
             super()._save(output_dir, state_dict)
 
 
 def clear_leftovers(output_dir: str | Path) -> None:
-    """Remove what a killed run was writing when it died."""
+    """Remove the unfinished checkpoints that a killed run left."""
     shutil.rmtree(Path(output_dir) / STAGING_NAME, ignore_errors=True)
     for partial in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_checkpoint(folder: str | Path, num_processes: int = 1) -> None:
-    """Refuse a checkpoint from which training could not go on exactly.
+    """Raise an error if training could not continue exactly from a checkpoint.
 
-    Every file must be there and have an end: what is looked at are lengths and tables of contents.
-    A checkpoint of another number of processes draws a warning.
+    All files must exist and be complete. Large files are not read: only their headers or tables of
+    contents are compared with their lengths. If the checkpoint was saved by another number of
+    processes, a warning says so.
 
     Raises:
-        FileNotFoundError: no such folder, or one of the files is missing, which are named.
-        ValueError: a file is cut short or no such file at all; it is named.
+        FileNotFoundError: the folder does not exist, or files are missing; the error names them.
+        ValueError: a file is truncated or damaged; the error names it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -305,7 +315,7 @@ def _check_readable(path: Path) -> None:
 
 
 def _publish(staged: str, place: str) -> None:
-    """Put a finished checkpoint in its place, in one step, instead of what may be there."""
+    """Rename a finished checkpoint to its final name, replacing a folder of that name."""
     with atomic_folder(place, replaces=("*",)) as folder:
         for entry in Path(staged).iterdir():
             os.rename(entry, folder / entry.name)

@@ -22,41 +22,48 @@ from moe_fast.training.row_sampling import draw_passages, has_flag_columns, is_s
 
 @dataclass
 class DomainDataCollator(SentenceTransformerDataCollator):
-    """Tokenizes the text columns of a batch and hands the domain column on as ids.
+    """Tokenizes the text columns of a batch, and converts the domain column to domain ids.
 
-    sentence-transformers' own collator takes every column that is no label for a text: a domain
-    column would be embedded, as one more hard negative. This one takes it out first and adds, for
-    each text column,
+    sentence-transformers' own collator treats every column that is no label as a text. It would
+    embed a domain column as one more hard negative. This collator removes the domain column, and
+    adds for each text column:
 
     - ``{column}_domain_ids``: [B] int64, indices into ``domains``;
-    - ``{column}_expert_ids``: [B] int64, the same, where ``emit_expert_ids`` (enforced routing);
-    - ``{column}_text_hash``: [B] int64, equal where the raw texts are, in any process.
+    - ``{column}_expert_ids``: [B] int64, the same, if ``emit_expert_ids`` (enforced routing);
+    - ``{column}_text_hash``: [B] int64, equal for equal raw texts, in any process.
 
-    FlagEmbedding's rows (``query``, ``pos``, ``neg``, ...) become columns of texts, see
-    :func:`moe_fast.training.row_sampling.draw_passages`. :meth:`for_training` gives the collator
-    that draws by epoch and swaps pairs; the collator itself, for evaluation, takes the first ones.
+    FlagEmbedding rows (``query``, ``pos``, ``neg``, ...) become columns of texts, see
+    :func:`moe_fast.training.row_sampling.draw_passages`. :meth:`for_training` returns a collator
+    that samples passages in each epoch and swaps pairs; the collator itself, which is for
+    evaluation, takes the first passages and swaps nothing.
 
-    Texts longer than the limit are truncated, as sentence-transformers does, and the first batch
-    in which any reaches it says so. ``truncated`` and ``collated`` count the texts that reached
-    the limit and all texts (of this process: a data loader's workers keep their own).
+    Texts longer than the limit are truncated, as in sentence-transformers; the first batch with
+    such a text gives a warning. ``truncated`` counts the texts that reached the limit, and
+    ``collated`` all texts. (A data loader's workers have their own counts.)
 
     Args:
         preprocess_fn: the model's ``preprocess``.
         domains: the model's domains, in the order of their ids.
-        domain_column: the dataset's column of domain names, or of integer ids; ``None`` for data
+        domain_column: the dataset's column of domain names or integer ids; ``None`` for data
             without domains.
-        emit_expert_ids: for a model with enforced routing, whose expert ids are its domain ids.
-        num_negatives: of a FlagEmbedding row, >= 0.
-        swap_pairs: in training, take a pair the other way round in half of the epochs.
+        emit_expert_ids: add the expert ids, for a model with enforced routing, whose expert ids are
+            its domain ids.
+        num_negatives: the number of negatives to take from each FlagEmbedding row, >= 0.
+        swap_pairs: in training, exchange the two texts of a pair in half of the epochs.
         seed: of the draws and the swaps.
-        max_length: tokens per text, prompt and special ones included, at most the model's own
-            limit: one number, or one per column; "negative" covers negative_1, negative_2, ...
-        prompts: an instruction in front of each text, likewise one or one per column.
+        max_length: the largest number of tokens per text, including prompt and special tokens, at
+            most the model's own limit. One number, or {column: number}; the key "negative" is for
+            negative_1, negative_2, ...
+        prompts: an instruction that is put in front of each text: one, or one per column likewise.
         valid_label_columns, router_mapping: as in sentence-transformers.
 
     Raises:
-        ValueError: no domains, an unknown domain, an id out of range, a missing column, or a
-            length that the model does not allow.
+        TypeError: ``domains`` is not a list of names, or ``num_negatives`` is not an int.
+        ValueError: there is a domain column but no domains, or two domains have the same name.
+        ValueError: ``num_negatives`` is negative, or a length is below 1 or above the model's
+            limit.
+        ValueError, TypeError: when a batch is collated, the domain column is missing or has a
+            domain that is not in ``domains``; rows cannot be sampled or swapped.
     """
 
     domains: Sequence[str] = ()
@@ -85,17 +92,17 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         check_count("num_negatives", self.num_negatives, at_least=0)
         self._check_max_length()
         self._training = False
-        # In shared memory: a data loader's workers, which live for many epochs, see it change.
+        # In shared memory, because data loader workers that live for many epochs must see changes.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @classmethod
     def from_model(cls, model: nn.Module, **kwargs: Any) -> DomainDataCollator:
-        """The collator of a ``SentenceTransformer``: its tokenizer, domains and routing.
+        """Make a collator with the tokenizer, domains and routing of a ``SentenceTransformer``.
 
         Args:
-            model: a mixture-of-experts model that knows its domains, or any other with
-                ``domains=[...]`` or ``domain_column=None`` among the keyword arguments.
-            **kwargs: further arguments of the constructor; they go before the model's.
+            model: a mixture-of-experts model that knows its domains. For any other model, give
+                ``domains=[...]`` or ``domain_column=None`` as well.
+            **kwargs: further arguments of the constructor; they override those from the model.
         """
         config = getattr(model, "config", None)
         kwargs.setdefault("preprocess_fn", model.preprocess)
@@ -104,17 +111,17 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         return cls(**kwargs)
 
     def for_training(self) -> DomainDataCollator:
-        """Returns a copy for training, which samples anew in each epoch; both share the epoch."""
+        """Return a copy for training, which samples anew in each epoch; both share the epoch."""
         collator = copy.copy(self)
         collator._training = True
         return collator
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch to sample for, also in data loader workers that are running already."""
+        """Set the epoch to sample for, also in data loader workers that are already running."""
         self._epoch.fill_(epoch)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collates rows of the dataset into the tensors of a batch; no rows give an empty dict."""
+        """Collate rows of the dataset into the tensors of a batch; no rows give an empty dict."""
         if not features:
             return {}
         domain_ids = self._domain_ids(features)
@@ -123,7 +130,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         batch = super().__call__(rows)
         for column in rows[0]:
             if f"{column}_input_ids" not in batch:
-                continue  # a label, or a column of something else than text
+                continue  # a label, or a column that holds no text
             if domain_ids is not None:
                 batch[f"{column}_domain_ids"] = domain_ids.clone()
                 if self.emit_expert_ids:
@@ -136,7 +143,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         return batch
 
     def _texts(self, row: dict[str, Any], epoch: int | None) -> dict[str, Any]:
-        """Returns the row's text columns and its label, after sampling and swapping."""
+        """Return the row's text columns and its label, after sampling and swapping."""
         row = {k: v for k, v in row.items() if k != self.domain_column}
         if has_flag_columns(row):
             return draw_passages(row, self.num_negatives, self.seed, epoch)
@@ -178,7 +185,8 @@ class DomainDataCollator(SentenceTransformerDataCollator):
     def _get_task_for_column(
         self, column_name: str, column_position: int, router_mapping: dict[str, str]
     ) -> str | None:
-        # The length is asked for by task alone, right after the task: remember the column.
+        # sentence-transformers asks for the length right after this, by task and without the
+        # column: remember the column.
         self._column = column_name
         return super()._get_task_for_column(column_name, column_position, router_mapping)
 
@@ -207,7 +215,7 @@ class DomainDataCollator(SentenceTransformerDataCollator):
         return getattr(getattr(self.preprocess_fn, "__self__", None), "max_seq_length", None)
 
     def _count_truncated(self, column: str, batch: dict[str, Any]) -> None:
-        """Counts truncated texts by their lengths; a text of just the allowed length counts."""
+        """Count the texts that have the largest length allowed, which may have been truncated."""
         limit = of_column(self.max_length, column) or self._model_limit()
         mask = batch.get(f"{column}_attention_mask")
         if limit is None or mask is None:
@@ -225,7 +233,11 @@ class DomainDataCollator(SentenceTransformerDataCollator):
 
 
 def of_column(settings: Any, column: str) -> Any:
-    """Returns a column's setting: one for all, or by its name with or without its number."""
+    """Return the setting of a column.
+
+    Settings that are no mapping are for all columns. A mapping is searched for the column's name,
+    then for the name without its number; the result is None if it has neither.
+    """
     if not isinstance(settings, Mapping):
         return settings
     return settings.get(column, settings.get(re.sub(r"_\d+$", "", column)))

@@ -22,11 +22,11 @@ from moe_fast.training.row_sampling import (
 )
 
 _ROWS_AT_ONCE = 10_000
-_NUMBERS = ("bool", "int", "uint", "float", "decimal")  # how the names of their types begin
+_NUMBERS = ("bool", "int", "uint", "float", "decimal")  # first parts of the names of number types
 
 
 def flatten(**datasets: Any) -> dict[str, Any]:
-    """Returns the datasets by name; those inside a mapping are named ``{name}.{part}``."""
+    """Return {name: dataset}; datasets inside a mapping are named ``{name}.{part}``."""
     flat = {}
     for name, dataset in datasets.items():
         parts = dataset if isinstance(dataset, Mapping) else {"": dataset}
@@ -39,13 +39,13 @@ def flatten(**datasets: Any) -> dict[str, Any]:
 def check_column_names(
     datasets: Mapping[str, Any], domain_column: str, labels: Sequence[str]
 ) -> None:
-    """Raises for columns that would be embedded as texts, but are meant for something else.
+    """Raise an error for columns that would be embedded as texts, but are meant for something else.
 
-    sentence-transformers takes every column but the label's for a text, whatever its name: one
-    named nearly as the domain or the label column, or of numbers, is none.
+    sentence-transformers treats every column except the label as a text.
 
     Raises:
-        ValueError: naming the dataset and the column, and what to call it.
+        ValueError: a column has nearly the name of the domain or the label column, or it holds
+            numbers. The error names the dataset and the column.
     """
     for name, data in datasets.items():
         columns = list(data.column_names)
@@ -71,15 +71,15 @@ def check_column_names(
 
 
 def _plain(name: str) -> str:
-    """Normalizes a column's name: case, underscores, spaces and the plural do not count."""
+    """Normalize a column's name: case, underscores, spaces and a final "s" do not count."""
     return "".join(c for c in name.casefold() if c.isalnum()).removesuffix("s")
 
 
 def has_domain_column(datasets: Mapping[str, Any], column: str) -> bool:
-    """Tells whether the datasets have the domain column.
+    """Return whether the datasets have the domain column.
 
     Raises:
-        ValueError: some have it and some have not.
+        ValueError: only some of the datasets have it.
     """
     has = {name: column in data.column_names for name, data in datasets.items()}
     if any(has.values()) and not all(has.values()):
@@ -91,10 +91,10 @@ def has_domain_column(datasets: Mapping[str, Any], column: str) -> bool:
 
 
 def domain_names(datasets: Mapping[str, Any], column: str) -> list[str]:
-    """Returns every domain name in the datasets, sorted; reads a streamed dataset once.
+    """Return all domain names in the datasets, sorted. A streamed dataset is read once for this.
 
     Raises:
-        ValueError: the column holds something else than names.
+        ValueError: the column holds anything but names.
     """
     values = {value for data in datasets.values() for value in _unique(data, column)}
     if not all(isinstance(value, str) for value in values):
@@ -106,12 +106,14 @@ def domain_names(datasets: Mapping[str, Any], column: str) -> list[str]:
 
 
 def check_domains(datasets: Mapping[str, Any], column: str, domains: Sequence[str]) -> None:
-    """Raises for domains that the model does not know; the collator checks streamed datasets.
+    """Raise an error for domains that the model does not know.
 
-    One domain alone in the training data of a model that has several draws a warning.
+    A warning says if the training data have only one domain and the model has several. Streamed
+    datasets are not checked here but by the collator.
 
     Raises:
-        ValueError, TypeError: of :func:`moe_fast.training.domain_ids.to_domain_ids`.
+        ValueError: a row has no domain.
+        ValueError, TypeError: as :func:`moe_fast.training.domain_ids.to_domain_ids`.
     """
     trained: set[int] = set()
     for name, data in datasets.items():
@@ -134,13 +136,14 @@ def check_domains(datasets: Mapping[str, Any], column: str, domains: Sequence[st
 
 
 def check_flag_rows(datasets: Mapping[str, Any], num_negatives: int) -> None:
-    """Raises for FlagEmbedding rows without passages to sample; counts the rows with too few.
+    """Raise an error for FlagEmbedding rows that have no passages to sample.
 
-    Lists are measured, not read. Rows of a streamed dataset are left to the collator.
+    A warning says how many rows have fewer than `num_negatives` negatives. Only the lengths of the
+    lists are read. Streamed datasets are not checked here but by the collator.
 
     Raises:
-        ValueError: a column that is not of the format, or a row that
-            :func:`moe_fast.training.row_sampling.check_flag_row` refuses, with its number.
+        ValueError: :func:`moe_fast.training.row_sampling.check_flag_row` refuses a row; the error
+            has its number.
     """
     for name, data in datasets.items():
         if not has_flag_columns(data.column_names) or not hasattr(data, "__len__"):
@@ -160,14 +163,14 @@ def check_flag_rows(datasets: Mapping[str, Any], num_negatives: int) -> None:
 def text_columns(
     columns: Iterable[str], num_negatives: int, domain_column: str | None, labels: Sequence[str]
 ) -> list[str]:
-    """Returns the text columns that a batch will have, in order.
+    """Return the text columns that a batch will have, in order.
 
     Raises:
-        ValueError: FlagEmbedding's columns and others that do not belong to them.
+        ValueError: a dataset of FlagEmbedding rows has further columns.
     """
     texts = [c for c in columns if c != domain_column]
     if not has_flag_columns(texts):
-        label = next((c for c in labels if c in texts), None)  # sentence-transformers takes one
+        label = next((c for c in labels if c in texts), None)  # sentence-transformers has only one
         return [c for c in texts if c != label]
     if others := [c for c in texts if c not in FLAG_COLUMNS]:
         raise ValueError(
@@ -178,14 +181,15 @@ def text_columns(
 
 
 def check_swappable(columns: Mapping[str, Sequence[str]], *settings: Any) -> None:
-    """Raises where swapping is asked for and the two texts of a row are treated differently.
+    """Raise an error if pairs cannot be swapped.
 
     Args:
-        columns: each training dataset's text columns.
-        *settings: prompts and lengths: one for all, or by column.
+        columns: {training dataset: its text columns}.
+        *settings: the prompts and the lengths, each one for all or by column.
 
     Raises:
-        ValueError: other than two text columns, or a setting that differs between them.
+        ValueError: a dataset does not have exactly two text columns, or they have different
+            settings.
     """
     for name, texts in columns.items():
         if len(texts) != 2:
@@ -202,13 +206,13 @@ def check_swappable(columns: Mapping[str, Sequence[str]], *settings: Any) -> Non
 
 
 def check_exchanges(losses: Mapping[str, nn.Module]) -> None:
-    """Raises for losses per dataset that exchange different sums between processes.
+    """Raise an error if the losses of several datasets exchange different sums between processes.
 
-    At one step the processes may be at different datasets; a message that only some of them send,
-    or of another size, would hang the others or end them.
+    In one step the processes may have batches of different datasets. If only some of them send a
+    message, or send it in another size, the others hang or fail.
 
     Raises:
-        ValueError: naming what each dataset's loss exchanges.
+        ValueError: the losses exchange different sums; the error says which.
     """
     exchanged = {
         name: [
@@ -226,14 +230,14 @@ def check_exchanges(losses: Mapping[str, nn.Module]) -> None:
 
 
 def check_settings_match(name: str, settings: Any, columns: Iterable[str]) -> None:
-    """Raises for a setting of a column that no dataset has: it would have no effect.
+    """Raise an error if a setting names a column that no dataset has, as it would have no effect.
 
     Raises:
-        ValueError: naming the columns there are.
+        ValueError: a column does not exist; the error lists the text columns.
     """
     columns = list(dict.fromkeys(columns))
     if not isinstance(settings, Mapping) or any(isinstance(v, Mapping) for v in settings.values()):
-        return  # one for all, or one mapping per dataset
+        return  # one setting for all columns, or one mapping per dataset
     unknown = [k for k in settings if not any(of_column({k: True}, c) for c in columns)]
     if unknown:
         raise ValueError(f"{name} names {unknown}, but the text columns are {columns}.")
@@ -246,7 +250,7 @@ def _unique(dataset: Any, column: str) -> Iterable[Any]:
 
 
 def _list_lengths(dataset: Any) -> Iterator[dict[str, int | None]]:
-    """Returns the lengths of every row's lists, by column."""
+    """Yield, for every row, {list column: length of its list, or None for a missing list}."""
     import pyarrow.compute as pc
 
     names = [n for n in FLAG_COLUMNS if n in dataset.column_names and n != QUERY]

@@ -15,9 +15,9 @@ from torch import Tensor, distributed, nn
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its mean over the processes, as ``DistributedDataParallel`` does.
 
-    A process without a gradient counts as zero; a parameter without one in any process keeps
-    ``None``, so that the optimizer passes over it, as in one process. Every process must call, with
-    the same parameters. Two messages in all, whatever the number of parameters.
+    If a process has no gradient of a parameter, it counts as zero there. If no process has one, it
+    stays ``None``, so that the optimizer skips the parameter. Every process must call this, with
+    the same parameters. There are two messages, whatever the number of parameters.
     """
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
@@ -29,7 +29,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if not trainable:
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable]
-    # One dtype on the wire that holds every gradient's own: float64 stays float64.
+    # The message has the widest dtype of all gradients, so that float64 stays float64.
     wire = max((g.dtype for g in grads), key=lambda dtype: torch.finfo(dtype).bits)
     flat = torch.cat([g.detach().flatten().to(wire) for g in grads])
     distributed.all_reduce(flat)
@@ -40,7 +40,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def broadcast_from_first(tensors: Iterable[Tensor]) -> None:
-    """Copy process 0's values into the tensors of all, in place. Every process must call."""
+    """Copy process 0's values into the tensors of all processes; every process must call this."""
     with torch.no_grad():
         for tensor in tensors:
             value = tensor.detach().contiguous()

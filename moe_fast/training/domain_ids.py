@@ -11,13 +11,14 @@ from torch import Tensor
 
 
 def with_domain_names(dataset: Any, column: str) -> Any:
-    """Returns the dataset with class labels in its domain column replaced by their names.
+    """Replace the class labels in a dataset's domain column by their names.
 
-    The number of a ``ClassLabel`` is a place in the dataset's list of names, which need not be the
-    model's: domains are matched by name. Mappings of datasets are gone through.
+    The number of a ``ClassLabel`` is an index into the dataset's list of names, which may differ
+    from the model's; domains are therefore matched by name. A mapping of datasets gives a mapping.
+    A dataset without class labels in this column is returned unchanged.
     """
     if isinstance(dataset, Mapping):
-        like: Any = type(dataset)  # a DatasetDict stays one
+        like: Any = type(dataset)  # a DatasetDict gives a DatasetDict
         return like({k: with_domain_names(part, column) for k, part in dataset.items()})
     features = getattr(dataset, "features", None) or {}
     names = getattr(features.get(column), "names", None)
@@ -36,11 +37,11 @@ def with_domain_names(dataset: Any, column: str) -> Any:
 
 
 def to_domain_ids(values: Sequence[Any], domains: Sequence[str]) -> Tensor:
-    """Returns domain ids, [B] int64, for names or integer ids.
+    """Return the domain ids, [B] int64, of B names or integer ids.
 
     Raises:
-        ValueError: for a name that is not in ``domains`` (which are listed) or an id out of range.
-        TypeError: for a value that is neither a name nor an integer.
+        ValueError: a name is not in ``domains``, which the error lists, or an id is out of range.
+        TypeError: a value is neither a name nor an integer.
     """
     index = {name: i for i, name in enumerate(domains)}
     return torch.tensor([_to_domain_id(value, index) for value in values], dtype=torch.int64)

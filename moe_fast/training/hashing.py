@@ -6,10 +6,10 @@ from hashlib import blake2b
 
 
 def stable_hash(text: str) -> int:
-    """Returns a signed 64-bit integer: the first 8 bytes of BLAKE2b of the UTF-8 text.
+    """Return a signed 64-bit integer: the BLAKE2b digest, of 8 bytes, of the text in UTF-8.
 
-    Python's own ``hash`` differs between processes, so that a worker's duplicates would not be
-    found. Lone surrogates, which real files contain, are hashed too.
+    Python's own ``hash`` differs between processes, so that duplicates across data loader workers
+    would not be found. Lone surrogates, which occur in real files, are hashed too.
     """
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

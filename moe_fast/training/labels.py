@@ -1,4 +1,4 @@
-"""Checks the labels of pairs for losses that take every pair for a positive one."""
+"""Checks the labels of pairs for losses that treat every pair as a positive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_fast import losses as ours
 
-_NO_LABELS = (  # losses that take the pairs of a batch for positives, whatever their label
+_NO_LABELS = (  # losses that treat all pairs of a batch as positives, whatever their label
     ours.InfoNCELoss,
     ours.MultipleNegativesRankingPlusLoss,
     ours.SigmoidLoss,
@@ -27,7 +27,7 @@ _POSITIVE_NAMES = {"1", "true", "yes", "positive", "pos"}
 
 
 def ignores_labels(loss: nn.Module) -> bool:
-    """Tells whether a loss, or the one that it wraps, takes every pair for a positive one."""
+    """Return whether a loss, or the one that it wraps, treats every pair as a positive."""
     inner: Any = loss
     while inner is not None:
         if isinstance(inner, _NO_LABELS):
@@ -41,19 +41,19 @@ def check_labels(
     losses: nn.Module | Mapping[str, nn.Module],
     names: Sequence[str],
 ) -> None:
-    """Raises for labels other than 1 where the loss takes every pair for a positive one.
+    """Raise an error for labels other than 1 if the loss treats every pair as a positive.
 
-    Labels that are all 1 (1.0, true, or a class named "1", "positive", "true" or "yes") say what
-    the loss takes for granted. Streamed datasets are looked at batch by batch, see
-    :func:`check_label_batch`.
+    The label 1 may also be 1.0, true, or a class named "1", "true", "yes", "positive" or "pos".
+    Streamed datasets are checked batch by batch, see :func:`check_label_batch`.
 
     Args:
-        datasets: by name; a part of several as ``{name}.{part}``.
-        losses: one for all, or one per part.
-        names: of the columns that may hold labels.
+        datasets: {name: dataset}; one of several parts is named ``{name}.{part}``.
+        losses: one loss for all datasets, or {part: loss}.
+        names: the columns that may hold labels; as in sentence-transformers, the first one counts.
 
     Raises:
-        ValueError: naming the dataset, the column, and how many rows are labelled otherwise.
+        ValueError: a row has another label; the error names the dataset and the column, and says
+            how many rows do.
     """
     for name, data in datasets.items():
         # sentence-transformers takes the first of the names
@@ -70,10 +70,10 @@ def check_labels(
 
 
 def check_label_batch(loss: nn.Module, labels: Any) -> None:
-    """What :func:`check_labels` does, for a batch of a streamed dataset.
+    """Raise an error for labels other than 1 in a batch, as :func:`check_labels` does for datasets.
 
     Raises:
-        ValueError: as there.
+        ValueError: the loss treats every pair as a positive, and a label is not 1.
     """
     if not isinstance(labels, Tensor) or labels.dim() != 1 or not ignores_labels(loss):
         return
@@ -83,7 +83,7 @@ def check_label_batch(loss: nn.Module, labels: Any) -> None:
 
 
 def _others(values: Iterable[Any], classes: Sequence[str] | None) -> dict[str, int]:
-    """Counts each label other than 1."""
+    """Count each label other than 1."""
     counts: dict[str, int] = {}
     for value in values:
         if classes is not None and value is not None:

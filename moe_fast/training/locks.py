@@ -1,4 +1,4 @@
-"""Locks a folder of checkpoints, so that one run at a time writes to it."""
+"""Locks a folder of checkpoints, so that only one run at a time writes to it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _held: set[tuple[int, int]] = set()  # (device, inode) of the folders that this 
 
 @contextlib.contextmanager
 def hold_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Hold a folder, made where missing, until the block ends or the process dies.
+    """Lock a folder, which is made if missing, until the block ends or the process dies.
 
-    The lock is the kernel's (``flock`` on the folder itself): no file shows it, and nothing is left
-    of it after a kill. A block within another one on the same folder holds nothing anew. On a file
-    system without locks nothing is held.
+    The kernel holds the lock (``flock`` on the folder itself), so that there is no lock file, and
+    nothing is left after a kill. Blocks of one process on the same folder may be nested. A file
+    system without locks is not an error: the folder is then not locked.
 
     Raises:
-        BlockingIOError: another process holds the folder, which is named.
+        BlockingIOError: another process has locked the folder; the error names it.
     """
-    import fcntl  # POSIX alone
+    import fcntl  # exists only on POSIX systems
 
     path = Path(folder)
     while True:
@@ -48,7 +48,7 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 yield path
             finally:
                 _held.discard(key)
-                with contextlib.suppress(OSError):  # forked processes may hold it, too
+                with contextlib.suppress(OSError):  # unlocks it for forked processes, too
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
             return
         finally:

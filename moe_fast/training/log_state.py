@@ -1,8 +1,8 @@
-"""What a run has added up for its next log, kept with a checkpoint.
+"""Saves the sums that a run has collected for its next log, with a checkpoint.
 
-A log is a mean over some steps, and a checkpoint may fall between two logs. transformers starts
-afresh there: the next log of a resumed run is a mean over fewer steps, and so is the loss at the
-end.
+A log is a mean over some steps, and a checkpoint may be saved between two logs. transformers does
+not save the sums: in a resumed run the next log, and the loss at the end, are means over fewer
+steps.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ LOG_STATE_NAME = "log_state.json"
 
 
 def save_log_state(states: list[dict[str, Any]], folder: str | Path) -> None:
-    """Write the states of all processes, in their order, into a checkpoint that is being made."""
+    """Write the log states of all processes, in their order, into a checkpoint."""
     Path(folder, LOG_STATE_NAME).write_text(json.dumps(states), encoding="utf-8")
 
 
 def load_log_state(folder: str | Path, process: int, num_processes: int) -> dict[str, Any]:
-    """The state of one process; nothing, with a warning, in a checkpoint that has none for it.
+    """Load the log state of one process from a checkpoint.
+
+    If the checkpoint has none, or those of another number of processes, a warning says so, and the
+    result is empty.
 
     Raises:
-        ValueError: the file is none of ours.
+        ValueError: the file is damaged.
     """
     path = Path(folder, LOG_STATE_NAME)
     states: Any = []

@@ -1,7 +1,8 @@
 """Saves and loads a loss's own tensors, such as a learned temperature, with a checkpoint.
 
-sentence-transformers' trainer saves the model, not the loss: what the loss has learned would start
-afresh on resuming. It lies in one safetensors file, written whole or not at all.
+sentence-transformers' trainer saves the model but not the loss, whose parameters would be reset
+when a run is resumed. Here they are saved in one safetensors file, which is written completely or
+not at all.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ LOSS_STATE_NAME = "loss_state.safetensors"
 def own_state(
     loss: nn.Module | Mapping[str, nn.Module], *, keep_vars: bool = False
 ) -> dict[str, Tensor]:
-    """Returns a loss's parameters and persistent buffers without those of its encoders.
+    """Return a loss's parameters and persistent buffers without those of its encoders.
 
-    A mapping of losses gives ``{name}.{key}``. The tensors share the loss's memory; with
+    A mapping of losses gives the keys ``{name}.{key}``. The tensors share the loss's memory; with
     ``keep_vars`` they are its parameters and buffers themselves.
     """
     if isinstance(loss, Mapping):
@@ -40,7 +41,7 @@ def own_state(
 
 
 def save_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Writes ``loss_state.safetensors`` into ``folder``; nothing for a loss without a state."""
+    """Write ``loss_state.safetensors`` into ``folder``; no file for a loss without a state."""
     state = own_state(loss)
     if not state:
         return
@@ -50,11 +51,11 @@ def save_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Pat
 
 
 def load_loss_state(loss: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Copies what :func:`save_loss_state` wrote into the loss's tensors.
+    """Copy the tensors that :func:`save_loss_state` wrote into the loss's tensors.
 
     Raises:
-        FileNotFoundError: the loss has a state and the folder holds none.
-        ValueError: the folder's state is another loss's: other names or shapes.
+        FileNotFoundError: the loss has a state, and the folder has no ``loss_state.safetensors``.
+        ValueError: the saved tensors have other names or shapes, so they are another loss's.
     """
     state = own_state(loss)
     path = Path(folder) / LOSS_STATE_NAME

@@ -17,17 +17,18 @@ class RunningMeans:
         self._calls: dict[str, int] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds [] tensors, without a sync."""
+        """Add one value, a [] tensor, to each metric, without synchronizing with the device."""
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
             self._calls[name] = self._calls.get(name, 0) + 1
 
     def pop(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
-        """Returns the means by name, to six significant digits, and starts afresh.
+        """Return {metric: mean} with six significant digits, and reset the sums.
 
         Args:
-            gather: takes this process's one-element list and gives that of all processes, such as
-                ``accelerate.utils.gather_object``. Processes may have seen different metrics.
+            gather: a function that takes this process's one-element list and returns the list of
+                all processes' elements, such as ``accelerate.utils.gather_object``. Processes may
+                have different metrics.
         """
         own = self.state()
         self._sums, self._calls = {}, {}
@@ -40,10 +41,10 @@ class RunningMeans:
         return means
 
     def state(self) -> dict[str, tuple[float, int]]:
-        """{name: (sum, calls)} since the last pop, of this process."""
+        """Return {metric: (sum, number of calls)} since the last pop, of this process."""
         return {name: (total.item(), self._calls[name]) for name, total in self._sums.items()}
 
     def restore(self, state: Mapping[str, tuple[float, int]]) -> None:
-        """Go on with what :meth:`state` gave."""
+        """Set the sums to a result of :meth:`state`."""
         self._sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
         self._calls = {name: calls for name, (_, calls) in state.items()}

@@ -1,7 +1,8 @@
-"""Saves a run's position in its data: the pass over them, and the batches of it that are done.
+"""Saves a run's position in its data: the current pass and how many of its batches are done.
 
-transformers works it out from the number of steps and the length of the data: a stream has none,
-and batches without duplicates may be fewer than announced. A resumed run would go on elsewhere.
+transformers calculates the position from the number of steps and the length of the data. But a
+stream has no length, and a sampler that avoids duplicates may give fewer batches than its length,
+so that a resumed run would continue at the wrong place.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ POSITION_NAME = "data_position.json"
 
 @dataclass(frozen=True)
 class DataPosition:
-    """The position that a checkpoint holds.
+    """The position in the data at which a checkpoint was saved.
 
     Attributes:
-        epoch: the pass to go on in, from 0.
-        batches: of that pass that are done (of this process).
-        unfinished: batches whose gradients no optimizer step has used yet; no file holds those.
+        epoch: the pass over the data to continue, from 0.
+        batches: the number of batches of this pass that are done (in this process).
+        unfinished: the number of batches whose gradients no optimizer step has used yet. Gradients
+            are not saved.
     """
 
     epoch: int
@@ -28,15 +30,16 @@ class DataPosition:
     unfinished: int = 0
 
     def save(self, folder: str | Path) -> None:
-        """Write ``data_position.json`` into a checkpoint that is being made."""
+        """Write ``data_position.json`` into a checkpoint."""
         Path(folder, POSITION_NAME).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> DataPosition | None:
-        """Reads what :meth:`save` wrote; ``None`` in a checkpoint that another trainer saved.
+        """Load the position from a checkpoint; ``None`` if the checkpoint has none.
 
         Raises:
-            ValueError: the file is none of ours, or training cannot go on from there exactly.
+            ValueError: the file is damaged.
+            ValueError: there are unfinished batches, so that training cannot continue exactly.
         """
         path = Path(folder, POSITION_NAME)
         if not path.is_file():

@@ -1,8 +1,8 @@
 """Samples passages of a row as a function of the seed, the epoch and the row alone.
 
-They depend on nothing else: not on the order of the batches, the number of workers or processes,
-or on whether the run was interrupted. A row is known by its texts, not by its number, so that
-streamed, filtered and joined datasets need no numbering; equal rows are drawn alike.
+The samples do not depend on the order of batches, the number of workers or processes, or on
+interruptions. A row is identified by its texts and not by its number, so that streamed, filtered
+and joined datasets need no numbering. Equal rows get equal samples.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ FLAG_COLUMNS = (
 
 
 def has_flag_columns(columns: Sequence[str] | Mapping[str, Any]) -> bool:
-    """Tells whether these are the columns of FlagEmbedding rows: a query and lists of passages."""
+    """Return whether these are columns of FlagEmbedding rows: a query and lists of passages."""
     return QUERY in columns and POSITIVES in columns and NEGATIVES in columns
 
 
 def flag_row_columns(num_negatives: int, negative_queries: bool) -> list[str]:
-    """Returns the text columns that :func:`draw_passages` makes, in order."""
+    """Return the text columns that :func:`draw_passages` makes, in order."""
     numbers = range(1, num_negatives + 1)
     columns = [QUERY, "positive", *(f"negative_{g}" for g in numbers)]
     if negative_queries:
@@ -43,22 +43,25 @@ def flag_row_columns(num_negatives: int, negative_queries: bool) -> list[str]:
 def draw_passages(
     row: Mapping[str, Any], num_negatives: int, seed: int = 0, epoch: int | None = None
 ) -> dict[str, Any]:
-    """Samples one positive and ``num_negatives`` negatives of a FlagEmbedding row.
+    """Sample one positive and ``num_negatives`` negatives of a FlagEmbedding row.
 
     Args:
         row: ``query`` (str), ``pos`` and ``neg`` (lists of str); optionally ``neg_q`` (for each
-            negative a query that it answers), ``pos_scores`` and ``neg_scores`` (a teacher's).
-        num_negatives: G >= 0. Where a row has fewer, each is taken equally often, give or take
-            one; FlagEmbedding repeats them as well.
-        seed, epoch: of the draw; without an epoch (evaluation) the first ones are taken.
+            negative a query that it answers), ``pos_scores`` and ``neg_scores`` (the scores that a
+            teacher model gives).
+        num_negatives: the number of negatives G >= 0. If a row has fewer, they are repeated, all
+            equally often or one time more; FlagEmbedding repeats them as well.
+        seed, epoch: they determine the draw. Without an epoch, for evaluation, the first passages
+            are taken.
 
     Returns:
-        ``query``, ``positive``, ``negative_1 .. negative_G``; with ``neg_q`` also
-        ``negative_query_1 .. negative_query_G``, each beside its negative; with scores ``label``,
-        the 1 + G scores of the positive and the negatives. Other columns stay.
+        ``query``, ``positive``, ``negative_1 .. negative_G``. With ``neg_q`` there are also
+        ``negative_query_1 .. negative_query_G``, the queries of these negatives; with scores there
+        is ``label``, the 1 + G scores of the positive and the negatives. Columns that are not
+        FlagEmbedding's are kept.
 
     Raises:
-        ValueError: no positive, no negative where some are wanted, or lists that do not match.
+        ValueError: as :func:`check_flag_row`.
     """
     lengths = {name: _length(row[name]) for name in FLAG_COLUMNS[1:] if name in row}
     check_flag_row(lengths, num_negatives, f"the row of query {row[QUERY]!r}")
@@ -81,20 +84,23 @@ def draw_passages(
 
 
 def is_swapped(first: str, second: str, seed: int, epoch: int) -> bool:
-    """Tells whether this epoch takes the pair (a, b) as (b, a), as it does for half of the rows."""
+    """Return whether this epoch uses the pair (a, b) as (b, a), as it does for half of the rows."""
     return bool(stable_hash(repr((seed, epoch, "swap", first, second))) & 1)
 
 
 def check_flag_row(lengths: Mapping[str, int | None], num_negatives: int, place: str) -> None:
-    """Raises for lists of passages that are empty or of lengths that do not fit.
+    """Raise an error if passages cannot be drawn from the lists of a FlagEmbedding row.
 
     Args:
-        lengths: of the row's list columns; ``None`` for a missing list.
-        num_negatives: how many negatives are to be drawn.
-        place: what the message calls the row.
+        lengths: {list column: length of its list}; ``None`` for a missing list.
+        num_negatives: the number of negatives to draw.
+        place: the name of the row in the error message.
 
     Raises:
-        ValueError: naming the columns and their lengths.
+        ValueError: only one of ``pos_scores`` and ``neg_scores`` is there.
+        ValueError: a list is missing, ``pos`` is empty, or ``neg`` is empty and negatives are to
+            be drawn.
+        ValueError: ``neg_q`` or the scores are not as long as the list of their passages.
     """
     if (POSITIVE_SCORES in lengths) != (NEGATIVE_SCORES in lengths):
         raise ValueError(
@@ -119,7 +125,7 @@ def _length(values: Any) -> int | None:
 
 
 def _choose(available: int, wanted: int, rng: random.Random | None) -> list[int]:
-    """Samples ``wanted`` of ``available`` indices, without repetition as long as possible."""
+    """Sample ``wanted`` of ``available`` indices; none is repeated before all were taken."""
     if not wanted:
         return []
     rounds, rest = divmod(wanted, available)

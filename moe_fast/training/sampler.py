@@ -1,4 +1,4 @@
-"""Samples batches by domain: mixed evenly, or of one domain each."""
+"""Samples batches by domain: with all domains evenly mixed, or of one domain each."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ _MODES = ("mixed", "single")
 
 
 class DomainBatchSampler(DefaultBatchSampler):
-    """Every row once an epoch, in batches that mix the domains evenly or hold one domain each.
+    """Samples every row once per epoch, in batches of evenly mixed domains or of one domain each.
 
-    "mixed": every batch has each domain's share of the dataset, to within about two rows.
-    "single": every batch is of one domain (in-batch negatives are harder, and with enforced
-    routing a batch uses one expert); the batches come in random order, the domains' last ones
-    may be smaller.
+    "mixed": the share of each domain in a batch is its share of the dataset, to about two rows.
+    "single": all rows of a batch have the same domain, so that in-batch negatives are harder and,
+    with enforced routing, a batch uses one expert. The batches are in random order; the last batch
+    of each domain may be smaller.
 
-    The order is a function of ``seed`` and the epoch (:meth:`set_epoch`) alone: a resumed run
-    sees the batches that an uninterrupted one would have seen.
+    The order depends on ``seed`` and the epoch (:meth:`set_epoch`) alone, so that a resumed run
+    gets the batches that an uninterrupted one would have got.
 
-    As ``batch_sampler`` of sentence-transformers' training arguments: the class itself, or
+    Use it as ``batch_sampler`` of sentence-transformers' training arguments: the class itself, or
     ``functools.partial(DomainBatchSampler, mode="single", domain_column="source")``.
 
     Args:
         dataset: a ``datasets.Dataset`` with a domain column.
-        batch_size: rows of a batch, >= 1.
-        drop_last: leaves out batches that are smaller ("single": one per domain at most).
+        batch_size: the number of rows in a batch, >= 1.
+        drop_last: leave out batches that are smaller ("single": at most one per domain).
         valid_label_columns, generator: part of sentence-transformers' signature; not used.
         seed: of the order.
         mode: "mixed" or "single".
         domain_column: the column that holds each row's domain, a name or an id.
 
     Raises:
-        ValueError: an unknown mode, a batch size below 1, a missing column, a row without domain.
+        TypeError: the batch size is not an int.
+        ValueError: the mode is unknown, or the batch size is below 1.
+        ValueError: the domain column is missing, or a row has no domain.
     """
 
     def __init__(
@@ -73,8 +75,8 @@ class DomainBatchSampler(DefaultBatchSampler):
         self.rows_of_domain = _rows_of_domain(dataset, domain_column)
         self._rows_per_batch = batch_size
         if mode == "single" and not drop_last:
-            # accelerate's BatchSamplerShard loses a round of batches whose last one is smaller
-            # than `batch_size`; None is its way of saying that sizes vary.
+            # accelerate's BatchSamplerShard drops batches when one before the end is smaller than
+            # `batch_size`; with None it expects batches of different sizes.
             self.batch_size: int | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -107,9 +109,11 @@ class DomainBatchSampler(DefaultBatchSampler):
 
 @contextmanager
 def fixed_sizes(samplers: Sequence[Any]) -> Iterator[bool]:
-    """Within the block every sampler states its batch size, which sentence-transformers asks for.
+    """Give every sampler a batch size, for the time of the block.
 
-    Gives whether the sizes of some vary, which a sampler made of them must say in its turn.
+    A `DomainBatchSampler` whose batches differ in size has the batch size None, but
+    sentence-transformers needs a number to combine samplers. The block gets True if there is such a
+    sampler: the combined sampler's batch size must then be set to None as well.
     """
     varying = [s for s in samplers if isinstance(s, DomainBatchSampler) and s.batch_size is None]
     for sampler in varying:
@@ -122,7 +126,11 @@ def fixed_sizes(samplers: Sequence[Any]) -> Iterator[bool]:
 
 
 def _rows_of_domain(dataset: Dataset, column: str) -> dict[Any, Tensor]:
-    """Returns each domain's row numbers, [n] int64, in the order in which domains first appear."""
+    """Return {domain: its row numbers, [n] int64}, in the order in which domains first appear.
+
+    Raises:
+        ValueError: the column is missing, or a row has no domain.
+    """
     if column not in dataset.column_names:
         raise ValueError(
             f"the dataset has no column {column!r} (domain_column) to compose batches by; "
@@ -139,10 +147,11 @@ def _rows_of_domain(dataset: Dataset, column: str) -> dict[Any, Tensor]:
 
 
 def _spread_evenly(domains: list[Tensor], generator: torch.Generator) -> Tensor:
-    """Orders all rows, [N], so that every stretch holds each domain in about its share.
+    """Order all rows, [N], so that any consecutive rows have about the domains' overall shares.
 
-    The k-th of a domain's n rows is put at (k + offset) / n of the way, with one random offset per
-    domain, so that every stretch of the way holds its share of a domain, rounded up or down.
+    The k-th of a domain's n rows gets the position (k + offset) / n, with one random offset per
+    domain; the rows are sorted by position. An interval of positions then holds its share of every
+    domain, rounded up or down.
     """
     if not domains:
         return torch.empty(0, dtype=torch.int64)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Throughput:
-    """Counts real tokens and the time of their forward and backward passes, since the last pop."""
+    """Sums the tokens without padding, and the time of their training steps, since the last pop."""
 
     def __init__(self) -> None:
         self._tokens: Tensor | int = 0
@@ -20,14 +20,19 @@ class Throughput:
 
     @contextmanager
     def timing(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Times the block, a step on ``inputs``; counts their tokens before it, without a sync."""
+        """Add the time of the block, a training step on ``inputs``, and the tokens of ``inputs``.
+
+        Nothing waits for the device.
+        """
         self._tokens = self._tokens + count_tokens(inputs)
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start
 
     def pop(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
-        """``tokens_per_second`` of all processes together; nothing where no token was seen.
+        """Return ``tokens_per_second`` of all processes together, and reset the sums.
+
+        The result is empty if there were no tokens.
 
         Args:
             gather: as in :meth:`moe_fast.training.metrics.RunningMeans.pop`.
@@ -39,7 +44,7 @@ class Throughput:
 
 
 def count_tokens(inputs: Mapping[str, Any]) -> Tensor | int:
-    """Counts the real tokens of all text columns in the trainer's batch, padded or packed."""
+    """Count the tokens without padding of all text columns in a batch, padded or packed."""
     total: Tensor | int = 0
     for key, value in inputs.items():
         if key.endswith("attention_mask") and isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Checks before training that the model and the loss have something to learn."""
+"""Checks that training changes the model: trainable weights, gradients and precision."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ _REMEDY = (
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises for a model of which nothing would be trained.
+    """Raise an error if the model has no trainable parameter.
+
+    Parameters of a loss, such as a temperature, do not count, because they do not change the model.
 
     Raises:
-        ValueError: every parameter of the model is frozen; the remedies are named. Parameters of a
-            loss (a temperature) do not count: alone they teach the model nothing.
+        ValueError: every parameter of the model is frozen; the error names remedies.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"every parameter of the model is frozen: nothing would train. {_REMEDY}")
 
 
 def check_reached(model: nn.Module) -> None:
-    """Raises, after the first backward pass, where no weight of the model has a gradient.
+    """Raise an error if no weight of the model has a gradient after the first backward pass.
 
     Raises:
-        ValueError: no trainable parameter has a gradient; some of them are named.
+        ValueError: no trainable parameter has a gradient; the error names some of them.
     """
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if all(p.grad is None for p in model.parameters() if p.requires_grad):
@@ -44,13 +45,14 @@ def check_reached(model: nn.Module) -> None:
 
 
 def check_precision(model: nn.Module, loss: nn.Module | Mapping[str, nn.Module]) -> None:
-    """Checks the precision of the weights to be trained; frozen ones may be of any precision.
+    """Check the precision of the weights to be trained; frozen weights may have any precision.
 
-    An update below 1/256 (bfloat16) or 1/2048 (float16) of a weight is rounded away; AdamW's are
-    about the learning rate. Autocast (``bf16=True``) computes in half precision on float32 weights.
+    Updates below about 1/256 (bfloat16) or 1/2048 (float16) of a weight are lost by rounding, and
+    the updates of AdamW are about as large as the learning rate. Autocast (``bf16=True``) keeps the
+    weights in float32 and computes in half precision. bfloat16 weights give a warning.
 
     Raises:
-        ValueError: float16 weights, which overflow as well, are to be trained.
+        ValueError: float16 weights are to be trained, whose gradients overflow as well.
     """
     modules = [model, *(loss.values() if isinstance(loss, Mapping) else [loss])]
     found = {
@@ -77,5 +79,5 @@ def check_precision(model: nn.Module, loss: nn.Module | Mapping[str, nn.Module])
 
 
 def precisions(parameters: Iterable[Any]) -> list[str]:
-    """Returns the sorted names of the floating-point types below float32 among the parameters."""
+    """Return the sorted names of the half-precision types among the parameters' dtypes."""
     return sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype in _HALF})

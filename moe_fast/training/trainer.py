@@ -52,40 +52,49 @@ from moe_fast.training.trainable import check_precision, check_reached, check_tr
 
 
 class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
-    """A ``SentenceTransformerTrainer`` with what training over domains needs.
+    """A ``SentenceTransformerTrainer`` for mixtures of experts and for data with domains.
 
-    - A dataset's domain column becomes domain ids, never a text: the collator is a
-      :class:`DomainDataCollator` with the model's domains or, for a model that knows none, with
-      the dataset's names in sorted order. What it draws at random is a function of ``args.seed``,
-      the epoch and the row; evaluation draws nothing.
-    - What the loss itself has learned is saved with each checkpoint (``loss_state.safetensors``)
-      and restored on resuming and with the best model; a checkpoint without it is an error.
-    - Under several processes the gradients of the loss's own parameters are averaged like the
-      model's, and all start from process 0's values.
+    - A dataset's domain column is converted to domain ids and never embedded as a text. The
+      collator is a :class:`DomainDataCollator` with the model's domains or, if the model knows
+      none, with the dataset's domain names in sorted order. Its samples depend on ``args.seed``,
+      the epoch and the row alone; in evaluation nothing is sampled.
+    - The loss's own parameters are saved with each checkpoint (``loss_state.safetensors``), and
+      restored when a run resumes and with the best model. If the file is missing, that is an error.
+    - With several processes, the gradients of the loss's own parameters are averaged like the
+      model's, and all processes start with the values of process 0.
     - A loss's parameters of one element (a temperature) get no weight decay, which would pull a
       ``log_temperature`` towards a temperature of 1.
-    - The loss's ``last_metrics`` (for :class:`moe_fast.losses.InfoNCELoss` the in-batch accuracy
-      and a learned temperature) are averaged into the logs and into evaluation's metrics, under
-      ``{dataset}_{metric}`` where each dataset has a loss of its own; the shares of an
-      :class:`ExpertUsageCallback` reach every logger. ``tokens_per_second`` are real tokens of all
-      processes over the time of forward and backward passes.
-    - Checkpoints are whole or not there, see :class:`AtomicCheckpointTrainer`.
+    - The means of the loss's ``last_metrics`` (for :class:`moe_fast.losses.InfoNCELoss` the
+      in-batch accuracy and a learned temperature) are added to the logs and to the metrics of
+      evaluation. In the logs they are called ``{dataset}_{metric}`` if each dataset has its own
+      loss.
+    - The shares of an :class:`ExpertUsageCallback` reach every logger. ``tokens_per_second`` is the
+      number of tokens, without padding, of all processes per second of forward and backward passes.
+    - Checkpoints are complete or do not exist, see :class:`AtomicCheckpointTrainer`.
 
     Args:
         model, args, train_dataset, eval_dataset, loss, **kwargs: as in sentence-transformers.
         domain_column: the datasets' column of domain names or ids.
-        swap_pairs: in training, take each pair (a, b) as (b, a) in half of the epochs (Hallee et
-            al., arXiv 2401.15713). Rows of two texts that are treated alike only.
-        num_negatives: how many negatives to draw for each FlagEmbedding row; 1 by default.
-        max_length: tokens per text, prompt and special ones included: one number, or one per
-            column, as ``{"query": 32, "positive": 128, "negative": 128}``. At most the model's.
-            ``args.prompts`` gives instructions by column in the same way.
+        swap_pairs: in training, use each pair (a, b) as (b, a) in half of the epochs (Hallee et
+            al., arXiv 2401.15713). Rows must have two texts with the same prompt and length.
+        num_negatives: the number of negatives to draw for each FlagEmbedding row; by default 1.
+        max_length: the largest number of tokens per text, including prompt and special tokens, at
+            most the model's own limit: one number, or one per column, such as
+            ``{"query": 32, "positive": 128, "negative": 128}``. ``args.prompts`` can give an
+            instruction per column in the same way.
 
     Raises:
-        ValueError: some datasets have the domain column and some have not; a domain that the
-            model does not know; integer ids for a model that knows no domains; lists that nothing
-            can be drawn from; a setting of a column that is not there, or of a collator that is
-            given as well.
+        ValueError: only some datasets have the domain column.
+        ValueError: the model does not know a domain, or it knows none and the data have integer
+            ids.
+        ValueError: FlagEmbedding rows have no passages to draw.
+        ValueError: a column of numbers, or with nearly the name of the domain or label column,
+            would be embedded as a text.
+        ValueError: the loss treats every pair as a positive, and labels other than 1 are given.
+        ValueError: `max_length` or the prompts name a column that does not exist, or pairs cannot
+            be swapped.
+        ValueError: `swap_pairs`, `num_negatives` or `max_length` is given together with a
+            ``data_collator``.
     """
 
     train_dataset: Any
@@ -145,7 +154,7 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
     def get_data_collator(
         self, model: BaseModel, args: BaseTrainingArguments, processing_class: Any = None
     ) -> DomainDataCollator:
-        """Returns the collator for the datasets' columns, after checking these."""
+        """Check the datasets' columns, and return the collator for them."""
         stock = super().get_data_collator(model, args, processing_class)
         column = self._domain_column
         domains = getattr(model.config, "domains", None) or ()
@@ -170,13 +179,16 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
 
     @compat.overrides
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """As in sentence-transformers; the card counts and quotes texts, which domains are not."""
+        """Add the callback as sentence-transformers does, for the datasets without domain columns.
+
+        The model card counts and quotes the texts of all columns.
+        """
         kept = self.train_dataset, self.eval_dataset
         if has_domain_column(self._datasets, self._domain_column):
             self.train_dataset, self.eval_dataset = (
                 data if data is None else data.remove_columns(self._domain_column) for data in kept
             )
-        # It shows a progress bar, whatever the arguments say.
+        # sentence-transformers shows a progress bar here even if the arguments disable it.
         quiet = redirect_stderr(StringIO()) if self.args.disable_tqdm else nullcontext()
         with quiet:
             super().add_model_card_callback(default_args_dict)
@@ -211,8 +223,8 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
     @compat.overrides
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:
         loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
-        # Workers' seeds are drawn when they start, which a resumed run does at other times: not
-        # from the generator that dropout draws from.
+        # The seeds of workers are drawn when they start, at other times in a resumed run. They must
+        # not be drawn from the generator of dropout, whose numbers would then differ.
         loader.generator = torch.Generator().manual_seed(self.args.seed)
         if dataset_kind == "train" and isinstance(self.data_collator, DomainDataCollator):
             loader.collate_fn = self.data_collator.for_training()
@@ -221,7 +233,11 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
     def get_multi_dataset_batch_sampler(
         self, dataset: Any, batch_samplers: list[Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As in sentence-transformers, also of samplers whose batches vary in size."""
+        """Combine the datasets' batch samplers as sentence-transformers does.
+
+        Samplers whose batches differ in size, which upstream does not support, are allowed: the
+        combined sampler then has the batch size None, as accelerate expects.
+        """
         with fixed_sizes(batch_samplers) as vary:
             sampler = super().get_multi_dataset_batch_sampler(
                 dataset, batch_samplers, *args, **kwargs
@@ -233,10 +249,10 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
     # --- several processes -----------------------------------------------------------------------
 
     def _read_streams_in_every_process(self) -> None:
-        """Each process reads a streamed dataset and keeps its share of every batch.
+        """Let each process read a streamed dataset itself, and keep its share of every batch.
 
-        By default accelerate has process 0 read for all and send the parts, which must be tensors
-        alone; sentence-transformers' batches hold names too, and training would end in an error.
+        By default accelerate lets process 0 read for all and send the parts. These must consist of
+        tensors only, but sentence-transformers' batches also hold names, so training would fail.
         """
         config = self.accelerator.dataloader_config
         streamed = any(not hasattr(data, "__len__") for data in self._datasets.values())
@@ -245,12 +261,15 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
 
     @compat.overrides
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; see :meth:`AtomicCheckpointTrainer.train` for resuming.
+        """Check the model and the losses, and train; see :meth:`AtomicCheckpointTrainer.train`.
 
         Raises:
-            ValueError: nothing of the model would train, or its weights to be trained are float16.
+            ValueError: the model has no trainable weights, or trainable weights are float16.
+            ValueError: with several processes, the datasets' losses exchange different sums.
+            FileNotFoundError, ValueError, BlockingIOError: as
+                :meth:`AtomicCheckpointTrainer.train`.
         """
-        if self.model_init is None:  # else the model is made anew in there
+        if self.model_init is None:  # otherwise super().train() makes a new model
             check_trainable(self.model)
             check_precision(self.model, self.loss)
         if self.accelerator.num_processes > 1:
@@ -261,11 +280,18 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
 
     @compat.overrides
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one batch; the last of a step averages over processes."""
+        """Run the forward and backward pass of one batch, and measure its time.
+
+        With several processes, the last batch of an optimizer step averages the gradients of the
+        loss's own parameters.
+
+        Raises:
+            ValueError: no weight of the model has a gradient after the first batch.
+        """
         with self._throughput.timing(args[1] if len(args) > 1 else kwargs["inputs"]):
             loss = super().training_step(*args, **kwargs)
         if not self._reached and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            check_reached(self.model)  # those keep gradients elsewhere
+            check_reached(self.model)  # DeepSpeed and FSDP keep gradients elsewhere
             self._reached = True
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             own = own_state(self.loss, keep_vars=True).values()
@@ -282,7 +308,11 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of one batch; its ``last_metrics`` are kept for the logs."""
+        """Compute the loss of one batch, and add its ``last_metrics`` to the means for the logs.
+
+        Raises:
+            ValueError: as `check_label_batch` for a batch of streamed or evaluation data.
+        """
         name = inputs.get("dataset_name")
         loss = self.loss[name] if isinstance(self.loss, dict) else self.loss
         if not hasattr(self.train_dataset, "__len__") or not self.model.training:
@@ -292,17 +322,21 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         metrics = getattr(loss, "last_metrics", {})
         if not self.model.training:
-            self._metrics["eval"].add(metrics)  # whose dataset is in the metrics' prefix
-        elif isinstance(self.loss, dict):  # the mean of two losses' temperatures is nobody's
+            self._metrics["eval"].add(metrics)  # the metrics' prefix has the name of the dataset
+        elif isinstance(self.loss, dict):  # the metrics of different losses must not be averaged
             self._metrics["train"].add({f"{name}_{key}": value for key, value in metrics.items()})
         else:
             self._metrics["train"].add(metrics)
         return result
 
     def _wrap_encoders(self, loss: nn.Module, model: nn.Module) -> None:
-        """Has the loss call the wrapped model, which averages gradients over processes.
+        """Replace the model in the loss by its wrapper, which averages gradients over processes.
 
-        sentence-transformers does so for a loss that has the model itself, not for one around it.
+        sentence-transformers does so only for a loss that holds the model itself, not for a loss
+        around another one.
+
+        Raises:
+            ValueError: with several processes, the loss does not hold the model as ``model``.
         """
         if model is self.model or any(module is model for module in loss.modules()):
             return
@@ -315,7 +349,7 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
 
     @compat.overrides
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with each training loss, the loss's metrics and the experts' shares."""
+        """Add the loss's metrics, the throughput and the experts' shares to each training log."""
         if "loss" in logs:
             logs = logs | self._metrics["train"].pop(gather_object)
             logs |= self._throughput.pop(gather_object)
@@ -345,7 +379,7 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """sentence-transformers' loop; the loss's metrics are among the output's."""
+        """Evaluate as sentence-transformers does, and add the loss's metrics to the output's."""
         self._metrics["eval"] = RunningMeans()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -358,7 +392,7 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
 
     @compat.overrides
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Without the loss's own parameters of one element."""
+        """Return the parameters with weight decay, without the loss's own ones of one element."""
         scalars = {name for name, tensor in own_state(self.loss).items() if tensor.numel() == 1}
         return [n for n in super().get_decay_parameter_names(model) if n not in scalars]
 
@@ -380,16 +414,17 @@ class MoESentenceTransformerTrainer(AtomicCheckpointTrainer):
 
     @compat.overrides
     def _load_best_model(self) -> None:
-        # The parent's method logs whatever goes wrong and returns: raise what concerns the loss.
+        # The parent's method only logs errors; errors about the loss's state must be raised.
         load_loss_state(self.loss, str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
 
 class _SetEpoch(TrainerCallback):
-    """Sets the epoch of the trainer, the collator and the batch sampler behind any wrappers.
+    """Sets the epoch of the trainer, the collator and the batch sampler inside all its wrappers.
 
-    In an epoch resumed with several processes transformers stops one wrapper short, and the order
-    would be that of epoch 0. Epochs are counted, for a streamed dataset's are not in the state.
+    In an epoch resumed with several processes, transformers does not reach the innermost sampler,
+    whose order would be that of epoch 0. Epochs are counted here, because the trainer's state does
+    not have those of a streamed dataset.
     """
 
     def __init__(self, trainer: MoESentenceTransformerTrainer) -> None:
