@@ -251,6 +251,22 @@ def check_recorded(output: Any, name: str) -> None:
         )
 
 
+def tied_weights(model: Any) -> dict[str, str]:
+    """The names of a model's tied weights, each with the name of the weight that it is tied to.
+
+    Without transformers' list: none, and a checkpoint that contradicts it is not found out.
+    """
+    expanded = getattr(model, "get_expanded_tied_weights_keys", None)
+    if expanded is None:
+        _warn_gone(
+            "transformers",
+            "get_expanded_tied_weights_keys",
+            "a checkpoint with two weights in the place of a tied one is not refused",
+        )
+        return {}
+    return expanded(all_submodels=True)
+
+
 def unsplit_modules(base: type, *names: str) -> list[str]:
     """A model's ``_no_split_modules``; ours alone where the base no longer has any."""
     return [*(getattr(base, "_no_split_modules", None) or ()), *names]

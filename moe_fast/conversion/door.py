@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moe_fast.encoding.loading import load_as_saved
 from moe_fast.models.loading import tokenizer_beside
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.saving import check_no_adapter
 
 
@@ -22,7 +22,8 @@ class Given:
 
     Attributes:
         encoder: a transformers model.
-        pipeline: the ``SentenceTransformer`` that holds it; ``None``: it is bare.
+        pipeline: the ``SentenceTransformer``, ``SparseEncoder`` or ``CrossEncoder`` that holds it;
+            ``None``: there is none.
         path: where a bare encoder was loaded from; ``None``: it was in memory.
     """
 
@@ -55,17 +56,21 @@ class Given:
 
 
 def given(model: Any) -> Given:
-    """What a model in memory is, an encoder or a ``SentenceTransformer``.
+    """What a model in memory is, an encoder or one of sentence-transformers' models.
 
     Raises:
         TypeError: for a ``SentenceTransformer`` of several encoders, or of none in its first
             module. Other models count as encoders, which the conversion checks.
     """
-    if isinstance(model, PreTrainedModel) or not hasattr(model, "encode"):
+    if isinstance(model, PreTrainedModel) or not _is_pipeline(model):
         return Given(model)
     from moe_fast.conversion.pipelines import encoder_of
 
     return Given(encoder_of(model), model)
+
+
+def _is_pipeline(model: Any) -> bool:
+    return hasattr(model, "encode") or hasattr(model, "predict")  # a CrossEncoder has no encode
 
 
 def loaded(model_or_path: Any, name: str = "model_or_path") -> Given:
@@ -84,14 +89,14 @@ def loaded(model_or_path: Any, name: str = "model_or_path") -> Given:
     return given(model_or_path)
 
 
-def mixture_of(source: Given, name: str = "model") -> MoEModelMixin:
+def mixture_of(source: Given, name: str = "model") -> MoEPreTrainedModel:
     """The encoder, which must be a mixture whose weights are all its own.
 
     Raises:
         TypeError: for a dense model; ``name`` is the argument's.
         ValueError: for a model with PEFT adapters.
     """
-    if not isinstance(source.encoder, MoEModelMixin):
+    if not isinstance(source.encoder, MoEPreTrainedModel):
         raise TypeError(
             f"{name} must be a mixture of experts; got {type(source.encoder).__name__}."
         )

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fast.architectures import encoder_prefix
 from moe_fast.compat import attention_of
 from moe_fast.conversion.door import given, mixture_of
-from moe_fast.conversion.weights import embedding_name, load_exactly
+from moe_fast.conversion.weights import load_exactly, vocabulary_names
 from moe_fast.models.configuration import MoEConfigFields
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import build_dense
 
 
@@ -20,15 +21,16 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
     """The dense model that one expert makes, everything else being shared.
 
     Args:
-        model: a mixture, or a ``MoESentenceTransformer`` (gives a ``SentenceTransformer``).
+        model: a mixture, bare or with a head, or a ``MoESentenceTransformer`` (gives a
+            ``SentenceTransformer``), ``MoESparseEncoder`` or ``MoECrossEncoder``.
         expert: its index in [0, E), or a domain's name (enforced routing).
         keep_domain_tokens: ``False`` folds the domain's token into [CLS] and drops the tokens, so
             that the dense model with its ordinary tokenizer gives what the mixture gives for
             that domain. ``True`` keeps the vocabulary as the mixture has it, [CLS] untouched.
 
     Returns:
-        A new ``BertModel`` (``RobertaModel`` ...) on the device and in the dtype of ``model``,
-        which is untouched.
+        A new ``BertModel`` (``RobertaModel``, ``BertForMaskedLM`` ...) on the device and in the
+        dtype of ``model``, which is untouched.
 
     Raises:
         TypeError: for a model that is no mixture.
@@ -40,10 +42,10 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
     index = expert_index(model.config, expert)
     weights = _dense_state(model, index)
     config = _dense_config(model, keep_domain_tokens)
-    if not keep_domain_tokens:
-        _fold_domain_token(model, weights, index)
     with torch.device("meta"):
         dense = build_dense(config, model)
+    for name in vocabulary_names(dense, weights):
+        weights[name] = _folded(model.config, weights[name], index)
     load_exactly(dense, weights, buffers_of=model)
     return source.around(dense.train(model.training))
 
@@ -68,12 +70,12 @@ def expert_index(config: MoEConfigFields, expert: int | str, name: str = "expert
     return expert
 
 
-def _dense_state(model: MoEModelMixin, expert: int) -> dict[str, Tensor]:
+def _dense_state(model: MoEPreTrainedModel, expert: int) -> dict[str, Tensor]:
     architecture, mlps = model.architecture, model.moe_mlps()
-    dense_names = architecture.mlp_names
+    prefix, dense_names = encoder_prefix(model), architecture.mlp_names
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        layer, inner = architecture.split(name) or (-1, "")
+        layer, inner = architecture.split(name.removeprefix(prefix)) or (-1, "")
         if layer not in mlps or not inner.startswith("mlp."):
             state[name] = value.clone()
         elif inner in dense_names:
@@ -81,11 +83,11 @@ def _dense_state(model: MoEModelMixin, expert: int) -> dict[str, Tensor]:
             own = value[expert] if mlps[layer].is_expert(projection) else value
             parts = own.chunk(len(dense_names[inner]))
             for old, part in zip(dense_names[inner], parts, strict=True):
-                state[architecture.join(layer, old)] = part.clone()
+                state[prefix + architecture.join(layer, old)] = part.clone()
     return state
 
 
-def _dense_config(model: MoEModelMixin, keep_domain_tokens: bool) -> Any:
+def _dense_config(model: MoEPreTrainedModel, keep_domain_tokens: bool) -> Any:
     config = model.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         config.pop(name, None)
@@ -97,14 +99,10 @@ def _dense_config(model: MoEModelMixin, keep_domain_tokens: bool) -> Any:
     return model.architecture.dense_config.from_dict(config)
 
 
-def _fold_domain_token(model: MoEModelMixin, weights: dict[str, Tensor], expert: int) -> None:
-    """Drop the domains' rows; with enforced routing the expert's domain lends [CLS] its own."""
-    config = model.config
-    if not config.domain_token_ids:
-        return
-    name = embedding_name(model)
-    table = weights[name]
-    kept = table[: table.shape[0] - len(config.domain_token_ids)].clone()
+def _folded(config: MoEConfigFields, rows: Tensor, expert: int) -> Tensor:
+    """Rows of tokens without the domains'; with enforced routing the expert's is [CLS]'s."""
+    kept = rows[: rows.shape[0] - len(config.domain_token_ids)].clone()
     if config.routing == "enforced":
-        kept[config.domain_token_replaces] = table[config.domain_token_ids[expert]]
-    weights[name] = kept
+        assert config.domain_token_replaces is not None  # there are domain tokens
+        kept[config.domain_token_replaces] = rows[config.domain_token_ids[expert]]
+    return kept

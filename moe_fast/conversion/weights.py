@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 
-def embedding_name(model: PreTrainedModel) -> str:
-    """The state-dict name of the token embeddings."""
-    embeddings = model.get_input_embeddings()
-    return next(f"{n}.weight" for n, m in model.named_modules() if m is embeddings)
+def vocabulary_names(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of weights that have a row for each token, where vocabularies differ in size.
+
+    They are the embeddings and, of a masked language model, the matrix and the bias that predict
+    tokens.
+
+    Args:
+        model: of the one vocabulary; it may lie on the meta device.
+        weights: those of a model that is the same but for its vocabulary. Other names are passed
+            over.
+    """
+    return [
+        name
+        for name, value in model.state_dict().items()
+        if name in weights and weights[name].shape[:1] != value.shape[:1]
+    ]
 
 
 def mean_of(values: Sequence[Tensor]) -> Tensor:
@@ -37,8 +49,19 @@ def load_exactly(
     """Give ``new``, built on the meta device, all its weights, and another model's buffers.
 
     Every parameter must be named: nothing is left to a random initialisation.
+
+    Raises:
+        ValueError: for weights that the configuration ties to one, and that differ.
     """
     new.load_state_dict(weights, strict=True, assign=True)
+    new.tie_weights()  # each name has a tensor of its own now
+    for name, value in new.state_dict().items():
+        if value.data_ptr() != weights[name].data_ptr() and not torch.equal(value, weights[name]):
+            raise ValueError(
+                f"the model's {name} must be the weight to which its configuration ties it "
+                "(tie_word_embeddings); got another one. Set config.tie_word_embeddings=False "
+                "to keep both."
+            )
     saved = new.state_dict().keys()  # buffers outside are not persistent
     new.name_or_path = ""  # no place holds these weights yet; PEFT saves it as the adapter's base
     for name, buffer in buffers_of.named_buffers():

@@ -1,4 +1,4 @@
-"""The model card of a SentenceTransformer on a mixture: sentence-transformers' own, made to run."""
+"""The model card of a pipeline on a mixture: sentence-transformers' own, made to run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,13 @@ def _with_usage(card: str, domain: str | None) -> str:
     register = f"import moe_fast  # registers the architecture: {install_command('train')}\n"
     if register not in card:
         card = card.replace(load, register + load, 1)
+    for stock in ("SparseEncoder", "CrossEncoder"):  # ours takes a domain wherever it is needed
+        load = f"from sentence_transformers import {stock}\n"
+        ours = f"from moe_fast import MoE{stock}  # {install_command('train')}\n"
+        card = card.replace(load, ours, 1).replace(f"model = {stock}(", f"model = MoE{stock}(", 1)
     if domain is None:
         return card
-    call = r"(model\.encode\w*\(\w+)\)"
-    return re.sub(call, lambda match: f"{match[1]}, domain={domain!r})", card)
+    call = r"(model\.(?:encode\w*|predict)\(\w+)\)"
+    card = re.sub(call, lambda match: f"{match[1]}, domain={domain!r})", card)
+    rank = re.compile(r"(model\.rank\(\n.*?\n    \])\n\)", re.DOTALL)
+    return rank.sub(lambda match: f"{match[1]},\n    domain={domain!r},\n)", card)
