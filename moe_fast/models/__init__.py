@@ -18,13 +18,7 @@ __all__ = [
     "MoEModelOutputWithPooling",
     "MoESequenceClassifierOutput",
     "MoETokenClassifierOutput",
-    *(f"MoE{architecture.name}Config" for architecture in ARCHITECTURES),
-    *(f"MoE{architecture.name}Model" for architecture in ARCHITECTURES),
-    *(
-        f"MoE{architecture.name}{head}"
-        for architecture in ARCHITECTURES
-        for head in architecture.heads
-    ),
+    *(f"MoE{a.name}{part}" for a in ARCHITECTURES for part in ("Config", "Model", *a.heads)),
     "register_architecture",
 ]
 
