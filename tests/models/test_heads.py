@@ -14,6 +14,7 @@ from moe_fast.architectures import ARCHITECTURES, HEADS
 from moe_fast.layers import ATTENTION
 from moe_fast.models.registry import moe_head
 from tests.layers.test_attention import padded
+from tests.models import encoder_table
 from tests.models.tiny import (
     CLS,
     DENSE,
@@ -488,10 +489,19 @@ def test_the_registered_ones_have_heads_too():
             padding_id="pad_token_id",
             **{part: getattr(bert, part) for part in parts},
         )
-        sizes = {k: v for k, v in DENSE["bert"][1].items()}
-        dense = Data2VecTextForMaskedLM(Data2VecTextConfig(**sizes)).eval()
+        dense = Data2VecTextForMaskedLM(Data2VecTextConfig(**DENSE["bert"][1])).eval()
         moe = moe_fast.upcycle(dense, num_experts=2)
         assert type(moe).__name__ == "MoEData2VecTextForMaskedLM"
         assert same_weights(moe_fast.extract_expert(moe, 0), dense)
     finally:
         ARCHITECTURES[:] = before
+
+
+def test_the_example_of_the_docs_runs():
+    code, *sketches = encoder_table.code_under("Heads")
+    names = {}
+    exec(compile(code, "docs/encoders.md", "exec"), names)
+    assert type(names["moe"]).__name__ == "MoEBertForMaskedLM"
+    assert names["output"].logits.shape == (1, 5, 102) and names["output"].loss > 0
+    for sketch in sketches:
+        compile(sketch, "docs/encoders.md", "exec")
