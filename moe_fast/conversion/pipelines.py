@@ -99,7 +99,7 @@ def settings_of(model: Any) -> dict[str, Any]:
     """All that one of sentence-transformers' models computes by, but its weights."""
     names = ("prompts", "default_prompt_name", *_SETTINGS[:-1], "max_seq_length")
     settings = {name: getattr(model, name) for name in names if hasattr(model, name)}
-    settings["class"] = type(model).__name__
+    settings["class"] = _stock_class(model).__name__
     settings["activation_fn"] = repr(getattr(model, "activation_fn", None))
     for i, module in enumerate(model):
         settings[f"module {i}"] = type(module).__name__

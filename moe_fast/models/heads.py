@@ -95,7 +95,9 @@ class RoutedEncoder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's forward."""
-        self.output = self._encoder(*args, **{**kwargs, **self._own, "return_dict": True})
+        inputs = {**kwargs, **self._own, "return_dict": True}
+        given = {name: value for name, value in inputs.items() if value is not None}
+        self.output = self._encoder(*args, **given)
         if self._cu_seqlens is not None:
             states = self.output.last_hidden_state[0].split(self._cu_seqlens.diff().tolist())
             self.output.last_hidden_state = pad_sequence(states, batch_first=True)

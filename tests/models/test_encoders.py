@@ -1,7 +1,6 @@
 """Every encoder of the table: what its mixtures give, and what the docs say of them."""
 
 import pickle
-import re
 
 import pytest
 import torch
