@@ -90,11 +90,11 @@ class DomainDataCollator(SentenceTransformerDataCollator):
 
     @classmethod
     def from_model(cls, model: nn.Module, **kwargs: Any) -> DomainDataCollator:
-        """The collator of a ``SentenceTransformer``: its tokenizer, domains and routing.
+        """The collator of a model: its tokenizer, domains and routing.
 
         Args:
-            model: a mixture-of-experts model that knows its domains, or any other with
-                ``domains=[...]`` or ``domain_column=None`` among the keyword arguments.
+            model: a ``SentenceTransformer`` or ``SparseEncoder`` that knows its domains, or any
+                with ``domains=[...]`` or ``domain_column=None`` among the keyword arguments.
             **kwargs: further arguments of the constructor; they go before the model's.
         """
         config = getattr(model, "config", None)
