@@ -313,6 +313,13 @@ def test_dense_models_are_refused(stocks):
             ours(modules=modules, device="cpu")
 
 
+def test_another_pipelines_folder_is_named(splade, tmp_path):
+    splade.save_pretrained(str(tmp_path))
+    message = r"needs a mixture of experts without a head; got MoEBertForMaskedLM. Load it with"
+    with pytest.raises(TypeError, match=message):
+        moe_fast.MoESentenceTransformer(str(tmp_path), device="cpu")
+
+
 def test_texts_are_cut_as_the_stock_model_cuts_them(reranker):
     long = " ".join(["word"] * 100)
     assert reranker.preprocess([(long, long)])["input_ids"].shape == (1, MAX_LENGTH)
