@@ -22,7 +22,7 @@ def tokenized(rows):
     )
 
 
-def train(moe, rows, tmp_path, steps=12, **settings):
+def train(moe, rows, tmp_path, steps=24, **settings):
     """The losses of each step, and what `evaluate` says at the end."""
     masked = DataCollatorForLanguageModeling(tokenizer(), seed=0)
     arguments = {
@@ -30,6 +30,7 @@ def train(moe, rows, tmp_path, steps=12, **settings):
         "max_steps": steps,
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

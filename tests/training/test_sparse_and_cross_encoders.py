@@ -70,7 +70,7 @@ def reranker(stocks):
 def _no_model_cards(monkeypatch, request):
     if "card" not in request.node.name:
         for model in (MoESparseEncoder, MoECrossEncoder, SparseEncoder, CrossEncoder):
-            monkeypatch.setattr(model, "_create_model_card", lambda *_: None)
+            monkeypatch.setattr(model, "_create_model_card", lambda *_, **__: None)
 
 
 def arguments(kind, folder, **settings):
