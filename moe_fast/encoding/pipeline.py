@@ -28,17 +28,10 @@ class MoEPipeline:
             check_checkpoint(path)
         super().__init__(*args, **kwargs)
         check_one_encoder(self)
-        encoder = self.transformers_model
-        if not isinstance(encoder, self._mixture):
-            headed = isinstance(encoder, MoEPreTrainedModel)
+        if not isinstance(self.transformers_model, self._mixture):
             raise TypeError(
-                f"{type(self).__name__} needs a mixture of experts{' without a head' * headed}; "
-                f"got {type(encoder).__name__}. "
-                + (
-                    "Load it with moe_fast.MoESparseEncoder or moe_fast.MoECrossEncoder."
-                    if headed
-                    else "Make one with moe_fast.upcycle(...)."
-                )
+                f"{type(self).__name__} needs a mixture of experts; got "
+                f"{type(self.transformers_model).__name__}. Make one with moe_fast.upcycle(...)."
             )
         # Lets `domain` through to the encoder, here and (saved in modules.json) in the stock class.
         first = next(iter(compat.child_modules(self)))

@@ -55,7 +55,7 @@ def pairs() -> Dataset:
 
 
 def labelled_pairs() -> Dataset:
-    """Columns query, answer, domain and label: each answer with its query, and with another."""
+    """Columns query, answer, domain and label: with its answer, and one of another domain."""
     rows = []
     texts = passages()
     for i, (domain, query, answer) in enumerate(texts):
@@ -109,4 +109,4 @@ def make_dense(model_class, **settings):
 def falls(losses: list[float]) -> bool:
     """Whether the last third of the losses lies clearly below the first."""
     third = len(losses) // 3
-    return sum(losses[-third:]) < 0.9 * sum(losses[:third])
+    return sum(losses[-third:]) < 0.95 * sum(losses[:third])
