@@ -225,7 +225,7 @@ def test_starts_that_do_not_fit_are_refused():
     moe.set_attn_implementation(ATTENTION)
     ids = torch.full((1, 6), 7)
     for starts in ([0, 4, 2], [0, 2, 5], [1]):
-        with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        with pytest.raises(ValueError, match="cu_seq"):
             moe(ids, cu_seq_lens_q=torch.tensor(starts, dtype=torch.int32))
 
 
@@ -394,7 +394,7 @@ def test_checkpoints_that_do_not_fill_the_model_are_refused(tmp_path):
             load(tmp_path)
     moe.save_pretrained(tmp_path)
     change(tmp_path, **{name: torch.zeros(2, 3, 4)})
-    with pytest.raises(ValueError, match=r"size mismatch|other shapes"):
+    with pytest.raises(ValueError, match="ignore_mismatched_sizes"):
         load(tmp_path)
 
 

@@ -38,7 +38,7 @@ from moe_fast.training import CrossEncoderDomainCollator, DomainDataCollator
 ENFORCED = {"num_experts": len(DOMAINS), "routing": "enforced", "domains": DOMAINS}
 KINDS = [
     (SparseEncoder, BertForMaskedLM, {}),
-    (CrossEncoder, BertForSequenceClassification, {"num_labels": 1, "initializer_range": 0.1}),
+    (CrossEncoder, BertForSequenceClassification, {"num_labels": 1, "initializer_range": 0.2}),
 ]
 stock_kinds = pytest.mark.parametrize(("stock", "model_class", "settings"), KINDS)
 
@@ -145,18 +145,23 @@ def test_splade_is_trained_and_evaluated(splade, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loss_class", "columns"),
+    ("loss_class", "columns", "steps"),
     [
-        (cross_losses.BinaryCrossEntropyLoss, ["query", "answer", "domain", "label"]),
-        (cross_losses.MultipleNegativesRankingLoss, ["anchor", "positive", "domain"]),
+        (cross_losses.BinaryCrossEntropyLoss, ["query", "answer", "domain", "label"], 48),
+        (cross_losses.MultipleNegativesRankingLoss, ["anchor", "positive", "domain"], 18),
     ],
 )
-def test_a_reranker_is_trained_and_evaluated(reranker, tmp_path, loss_class, columns):
+def test_a_reranker_is_trained_and_evaluated(reranker, tmp_path, loss_class, columns, steps):
     rows = labelled_pairs() if "label" in columns else pairs()
     trainer = CrossEncoderTrainer(
         reranker,
         arguments(
-            CrossEncoderTrainingArguments, tmp_path, max_steps=18, per_device_train_batch_size=24
+            CrossEncoderTrainingArguments,
+            tmp_path,
+            max_steps=steps,
+            per_device_train_batch_size=24,
+            learning_rate=2e-3,
+            lr_scheduler_type="constant",
         ),
         train_dataset=rows.select_columns(columns),
         eval_dataset=rows.select_columns(columns),
