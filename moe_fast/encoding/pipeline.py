@@ -34,7 +34,8 @@ class MoEPipeline:
                 f"{type(self.transformers_model).__name__}. Make one with moe_fast.upcycle(...)."
             )
         # Lets `domain` through to the encoder, here and (saved in modules.json) in the stock class.
-        first = next(iter(compat.child_modules(self)))
+        model: Any = self  # an nn.Module, by its other base
+        first = next(iter(compat.child_modules(model)))
         own = (self.module_kwargs or {}).get(first, [])
         self.module_kwargs = {
             **(self.module_kwargs or {}),
