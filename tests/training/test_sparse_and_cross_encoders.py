@@ -223,6 +223,9 @@ def test_a_saved_one_is_a_stock_one(stocks, stock, model_class, settings, tmp_pa
     assert torch.equal(outputs(ours, texts, domain="threads"), want)
     assert torch.equal(outputs(loaded, texts, domain="threads"), want)
     assert "moe_fast" not in (tmp_path / "modules.json").read_text("utf-8")
+    with pytest.raises(ValueError, match=f"without a head; got {type(ours[0].model).__name__}"):
+        ours.save_pretrained(str(tmp_path / "portable"), portable=True)
+    assert not (tmp_path / "portable").exists()
 
 
 @stock_kinds
