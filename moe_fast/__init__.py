@@ -33,12 +33,16 @@ from moe_fast.ops import available_backends, show_backends, use_backend  # noqa:
 from moe_fast.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
+    from moe_fast.encoding.cross_encoder import MoECrossEncoder
     from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
+    from moe_fast.encoding.sparse_encoder import MoESparseEncoder
 
 __all__ = [
     "MoEBertLayer",
+    "MoECrossEncoder",
     "MoEMLP",
     "MoESentenceTransformer",
+    "MoESparseEncoder",
     "__version__",
     "add_expert",
     "available_backends",
@@ -62,4 +66,12 @@ def __getattr__(name: str) -> Any:
         from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 
         return MoESentenceTransformer
+    if name == "MoESparseEncoder":
+        from moe_fast.encoding.sparse_encoder import MoESparseEncoder
+
+        return MoESparseEncoder
+    if name == "MoECrossEncoder":
+        from moe_fast.encoding.cross_encoder import MoECrossEncoder
+
+        return MoECrossEncoder
     raise AttributeError(f"module 'moe_fast' has no attribute {name!r}")

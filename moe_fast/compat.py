@@ -256,6 +256,22 @@ def check_recorded(output: Any, name: str) -> None:
         )
 
 
+def tied_weights(model: Any) -> dict[str, str]:
+    """The names of a model's tied weights, each with the name of the weight that it is tied to.
+
+    Without transformers' list: none, and a checkpoint that contradicts it is not found out.
+    """
+    expanded = getattr(model, "get_expanded_tied_weights_keys", None)
+    if expanded is None:
+        _warn_gone(
+            "transformers",
+            "get_expanded_tied_weights_keys",
+            "a checkpoint with two weights in the place of a tied one is not refused",
+        )
+        return {}
+    return expanded(all_submodels=True)
+
+
 def unsplit_modules(base: type, *names: str) -> list[str]:
     """Return a model's ``_no_split_modules``: the base's, if it still has them, and ``names``."""
     return [*(getattr(base, "_no_split_modules", None) or ()), *names]

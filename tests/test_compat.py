@@ -16,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe_fast
 from moe_fast import compat
+from moe_fast.encoding.cross_encoder import MoECrossEncoder
 from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
+from moe_fast.encoding.sparse_encoder import MoESparseEncoder
 from moe_fast.layers import MoERouter
 from moe_fast.layers.attention import packed_attention
-from moe_fast.models import modeling
+from moe_fast.models import heads, modeling
 from moe_fast.ops.eager_dispatch import nobody_looks
 from moe_fast.training.collator import DomainDataCollator
 from moe_fast.training.trainer import MoESentenceTransformerTrainer
@@ -31,7 +33,11 @@ OVERRIDING = [
     modeling.MoERobertaModel,
     modeling.MoEXLMRobertaModel,
     modeling.MoEModernBertModel,
+    heads.MoEBertForMaskedLM,
+    heads.MoEModernBertForSequenceClassification,
     MoESentenceTransformer,
+    MoESparseEncoder,
+    MoECrossEncoder,
     MoESentenceTransformerTrainer,
     DomainDataCollator,
 ]

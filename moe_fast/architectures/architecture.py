@@ -9,6 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+# The ends of the names of the models with a head that mixtures can have.
+HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -87,6 +90,16 @@ class Architecture:
         return f"moe_{self.dense_config.model_type.replace('-', '_')}"
 
     @property
+    def heads(self) -> dict[str, type[PreTrainedModel]]:
+        """The dense models with a head, by the end of their name; they stand beside the encoder.
+
+        Those of :data:`HEADS` that its module has: ``BertForMaskedLM`` is "ForMaskedLM" of BERT's.
+        """
+        module = sys.modules[self.dense_model.__module__]
+        found = {head: getattr(module, f"{self.name}{head}", None) for head in HEADS}
+        return {head: model for head, model in found.items() if model is not None}
+
+    @property
     def mlp_names(self) -> dict[str, tuple[str, ...]]:
         """For each weight of a mixture's layer, the dense weights that it is made of.
 
@@ -109,6 +122,11 @@ class Architecture:
     def join(self, layer: int, name: str) -> str:
         """The state-dict name of a name within a layer; the inverse of :meth:`split`."""
         return f"{self.layers}.{layer}.{name}"
+
+
+def encoder_prefix(model: PreTrainedModel) -> str:
+    """What stands before the encoder's names in a state dict: "bert." with a head, "" without."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def setting(config: Any, value: Any) -> Any:

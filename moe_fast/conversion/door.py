@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moe_fast.encoding.loading import load_as_saved
 from moe_fast.models.loading import tokenizer_beside
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.saving import check_no_adapter
 
 
@@ -25,7 +25,8 @@ class Given:
 
     Attributes:
         encoder: a transformers model.
-        pipeline: the ``SentenceTransformer`` that contains it; ``None``: it is bare.
+        pipeline: the ``SentenceTransformer``, ``SparseEncoder`` or ``CrossEncoder`` that contains
+            it; ``None``: it is bare.
         path: the path that a bare encoder was loaded from; ``None``: it was in memory.
     """
 
@@ -58,17 +59,21 @@ class Given:
 
 
 def given(model: Any) -> Given:
-    """Find the encoder in a model in memory, which is an encoder or a ``SentenceTransformer``.
+    """Find the encoder in a model in memory: an encoder or one of sentence-transformers' models.
 
     Raises:
         TypeError: for a ``SentenceTransformer`` with several encoders, or with none in its first
             module. Other models are treated as encoders, which the conversion checks.
     """
-    if isinstance(model, PreTrainedModel) or not hasattr(model, "encode"):
+    if isinstance(model, PreTrainedModel) or not _is_pipeline(model):
         return Given(model)
     from moe_fast.conversion.pipelines import encoder_of
 
     return Given(encoder_of(model), model)
+
+
+def _is_pipeline(model: Any) -> bool:
+    return hasattr(model, "encode") or hasattr(model, "predict")  # a CrossEncoder has no encode
 
 
 def loaded(model_or_path: Any, name: str = "model_or_path") -> Given:
@@ -87,14 +92,14 @@ def loaded(model_or_path: Any, name: str = "model_or_path") -> Given:
     return given(model_or_path)
 
 
-def mixture_of(source: Given, name: str = "model") -> MoEModelMixin:
+def mixture_of(source: Given, name: str = "model") -> MoEPreTrainedModel:
     """The encoder, which must be a mixture of experts without PEFT adapters.
 
     Raises:
         TypeError: the argument, called ``name``, is a dense model.
         ValueError: the model has PEFT adapters.
     """
-    if not isinstance(source.encoder, MoEModelMixin):
+    if not isinstance(source.encoder, MoEPreTrainedModel):
         raise TypeError(
             f"{name} must be a mixture of experts; got {type(source.encoder).__name__}."
         )

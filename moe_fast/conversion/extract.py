@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fast.architectures import encoder_prefix
 from moe_fast.conversion.door import given, mixture_of
-from moe_fast.conversion.weights import config_settings, embedding_name, load_exactly
+from moe_fast.conversion.weights import config_settings, load_exactly, vocabulary_names
 from moe_fast.models.configuration import MoEConfigFields
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import build_dense
 
 
@@ -19,7 +20,8 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
     """Make a dense model from one expert and the weights that all experts share.
 
     Args:
-        model: a mixture, or a ``MoESentenceTransformer`` (gives a ``SentenceTransformer``).
+        model: a mixture, bare or with a head, or a ``MoESentenceTransformer`` (gives a
+            ``SentenceTransformer``), ``MoESparseEncoder`` or ``MoECrossEncoder``.
         expert: its index in [0, E), or the name of its domain (enforced routing, which sends each
             text to the expert of its domain).
         keep_domain_tokens: a domain token replaces [CLS] in the texts of a domain. ``False`` copies
@@ -28,8 +30,8 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
             domain. ``True`` keeps the mixture's vocabulary and [CLS].
 
     Returns:
-        A new ``BertModel`` (``RobertaModel`` ...) on the device and in the dtype of ``model``,
-        which is not changed.
+        A new ``BertModel`` (``RobertaModel``, ``BertForMaskedLM`` ...) on the device and in the
+        dtype of ``model``, which is not changed.
 
     Raises:
         TypeError: for a model that is no mixture.
@@ -47,10 +49,10 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
         )
     weights = _dense_state(model, index)
     config = _dense_config(model, keep_domain_tokens)
-    if not keep_domain_tokens:
-        _fold_domain_token(model, weights, index)
     with torch.device("meta"):
         dense = build_dense(config, model)
+    for name in vocabulary_names(dense, weights):
+        weights[name] = _folded(model.config, weights[name], index)
     load_exactly(dense, weights, buffers_of=model)
     return source.around(dense.train(model.training))
 
@@ -75,23 +77,23 @@ def expert_index(config: MoEConfigFields, expert: int | str, name: str = "expert
     return expert
 
 
-def _dense_state(model: MoEModelMixin, expert: int) -> dict[str, Tensor]:
+def _dense_state(model: MoEPreTrainedModel, expert: int) -> dict[str, Tensor]:
     architecture, mlps = model.architecture, model.moe_mlps()
-    dense_names = architecture.mlp_names
+    prefix, dense_names = encoder_prefix(model), architecture.mlp_names
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        layer, inner = architecture.split(name) or (-1, "")
+        layer, inner = architecture.split(name.removeprefix(prefix)) or (-1, "")
         if layer not in mlps or not inner.startswith("mlp."):
             state[name] = value.clone()
         elif inner in dense_names:
             own = value[expert] if mlps[layer].is_expert(inner.removeprefix("mlp.")) else value
             parts = own.chunk(len(dense_names[inner]))
             for old, part in zip(dense_names[inner], parts, strict=True):
-                state[architecture.join(layer, old)] = part.clone()
+                state[prefix + architecture.join(layer, old)] = part.clone()
     return state
 
 
-def _dense_config(model: MoEModelMixin, keep_domain_tokens: bool) -> Any:
+def _dense_config(model: MoEPreTrainedModel, keep_domain_tokens: bool) -> Any:
     config = config_settings(model.config)
     for field in fields(MoEConfigFields):
         config.pop(field.name, None)
@@ -101,14 +103,10 @@ def _dense_config(model: MoEModelMixin, keep_domain_tokens: bool) -> Any:
     return model.architecture.dense_config.from_dict(config)
 
 
-def _fold_domain_token(model: MoEModelMixin, weights: dict[str, Tensor], expert: int) -> None:
-    """Remove the domain tokens; with enforced routing, copy the expert's token to [CLS] first."""
-    config = model.config
-    if not config.domain_token_ids:
-        return
-    name = embedding_name(model)
-    table = weights[name]
-    kept = table[: table.shape[0] - len(config.domain_token_ids)].clone()
+def _folded(config: MoEConfigFields, rows: Tensor, expert: int) -> Tensor:
+    """The rows of ordinary tokens; with enforced routing, the expert's token copied to [CLS]."""
+    kept = rows[: rows.shape[0] - len(config.domain_token_ids)].clone()
     if config.routing == "enforced":
-        kept[config.domain_token_replaces] = table[config.domain_token_ids[expert]]
-    weights[name] = kept
+        assert config.domain_token_replaces is not None  # there are domain tokens
+        kept[config.domain_token_replaces] = rows[config.domain_token_ids[expert]]
+    return kept

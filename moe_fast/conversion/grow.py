@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fast.architectures import encoder_prefix
 from moe_fast.conversion.door import given, mixture_of
 from moe_fast.conversion.extract import expert_index
-from moe_fast.conversion.weights import embedding_name, load_exactly, mean_of
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.conversion.weights import load_exactly, mean_of, vocabulary_names
+from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import build_moe
 
 
@@ -121,14 +122,14 @@ def _check_new_domain(config: Any, domain: str | None) -> None:
 
 
 def _regroup(
-    model: MoEModelMixin, groups: Sequence[Sequence[int]], domains: list[str]
-) -> MoEModelMixin:
+    model: MoEPreTrainedModel, groups: Sequence[Sequence[int]], domains: list[str]
+) -> MoEPreTrainedModel:
     """A model whose expert i is the mean of the experts ``groups[i]`` of ``model``."""
-    architecture = model.architecture
+    architecture, prefix = model.architecture, encoder_prefix(model)
     mlps = model.moe_mlps()
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        layer, inner = architecture.split(name) or (-1, "")
+        layer, inner = architecture.split(name.removeprefix(prefix)) or (-1, "")
         stacked = (
             layer in mlps
             and inner.startswith("mlp.")
@@ -136,13 +137,12 @@ def _regroup(
         )
         weights[name] = _gather(value, groups) if stacked else value.clone()
     config = _regrouped_config(model.config, groups, domains)
-    tokens = model.config.domain_token_ids
-    if tokens and config.routing == "enforced":
-        name = embedding_name(model)
-        words, own = weights[name][: tokens[0]], weights[name][tokens[0] :]
-        weights[name] = torch.cat((words, _gather(own, groups)))
     with torch.device("meta"):
         new = build_moe(config, model)
+    for name in vocabulary_names(new, weights):  # each expert's domain has a token
+        first = model.config.domain_token_ids[0]
+        words, own = weights[name][:first], weights[name][first:]
+        weights[name] = torch.cat((words, _gather(own, groups)))
     load_exactly(new, weights, buffers_of=model)
     for name, parameter in model.named_parameters():
         new.get_parameter(name).requires_grad_(parameter.requires_grad)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moe_fast.architectures import encoder_prefix
 from moe_fast.compat import child_modules
 from moe_fast.conversion.door import Given, loaded
 from moe_fast.conversion.upcycle import upcycle
-from moe_fast.conversion.weights import embedding_name, mean_of
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.conversion.weights import mean_of, vocabulary_names
+from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import architecture_of
 from moe_fast.ops.checks import check_choice
 
@@ -60,7 +61,7 @@ def from_experts(
     """Join N dense encoders into a mixture whose expert e has the MLPs of model e.
 
     Args:
-        models: N encoders of one architecture, size, dtype and tokenizer, as
+        models: N encoders of one architecture, head, size, dtype and tokenizer, as
             :func:`moe_fast.upcycle` takes them: models, SentenceTransformers, folders, hub ids.
             Either all are SentenceTransformers or none is. Bare models in memory have no tokenizer
             to compare: make sure that they use the same.
@@ -137,7 +138,7 @@ def _check_arguments(models: Any, shared: str, upcycle_kwargs: dict[str, Any]) -
 
 def _join_encoders(
     encoders: Sequence[PreTrainedModel], *, shared: str, **settings: Any
-) -> MoEModelMixin:
+) -> MoEPreTrainedModel:
     """:func:`from_experts` for bare encoders whose tokenizers have been compared."""
     _check_same_models(encoders)
     base, states = encoders[0], [encoder.state_dict() for encoder in encoders]
@@ -145,17 +146,19 @@ def _join_encoders(
         base = copy.deepcopy(base)
         base.load_state_dict(_mean_state(states))
     moe = upcycle(base, num_experts=len(encoders), **settings)
-    names = moe.architecture.mlp_names
+    architecture, prefix = moe.architecture, encoder_prefix(moe)
     with torch.no_grad():
         for layer, mlp in moe.moe_mlps().items():
             for name, parameter in mlp.expert_parameters():
-                sources = [moe.architecture.join(layer, old) for old in names[f"mlp.{name}"]]
+                dense_names = architecture.mlp_names[f"mlp.{name}"]
+                sources = [prefix + architecture.join(layer, old) for old in dense_names]
                 for expert, state in enumerate(states):
                     parameter[expert] = torch.cat([state[source] for source in sources])
         if moe.config.domain_token_ids and moe.config.routing == "enforced":
-            table = moe.get_input_embeddings().weight
-            for token, state in zip(moe.config.domain_token_ids, states, strict=True):
-                table[token] = state[embedding_name(base)][moe.config.domain_token_replaces]
+            for name in vocabulary_names(moe, states[0]):
+                rows = moe.get_parameter(name)
+                for token, state in zip(moe.config.domain_token_ids, states, strict=True):
+                    rows[token] = state[name][moe.config.domain_token_replaces]
     return moe
 
 
@@ -168,7 +171,7 @@ def _check_same_models(encoders: Sequence[PreTrainedModel]) -> None:
     first = encoders[0]
     for i, model in enumerate(encoders):
         architecture_of(model)
-        if isinstance(model, MoEModelMixin):
+        if isinstance(model, MoEPreTrainedModel):
             raise TypeError(
                 f"models must be dense; model {i} is a {type(model).__name__}, a mixture already. "
                 "Take one of its experts with extract_expert."

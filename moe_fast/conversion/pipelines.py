@@ -1,4 +1,4 @@
-"""The encoder of a SentenceTransformer, and copies of it with another encoder."""
+"""The encoder of a model of sentence-transformers, and copies of it with another encoder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import nn
 
 from moe_fast import compat
+from moe_fast.encoding.cross_encoder import MoECrossEncoder
 from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.encoding.sparse_encoder import MoESparseEncoder
+from moe_fast.models.pretrained import MoEPreTrainedModel
+
+# The stock classes and, of the same, those on a mixture.
+_CLASSES: dict[type[Any], type[Any]] = {
+    SentenceTransformer: MoESentenceTransformer,
+    SparseEncoder: MoESparseEncoder,
+    CrossEncoder: MoECrossEncoder,
+}
+# What may be set after a model is made; each class has some of them.
+_SETTINGS = ("similarity_fn_name", "truncate_dim", "max_active_dims", "activation_fn")
 
 
-def encoder_of(model: SentenceTransformer) -> Any:
+def encoder_of(model: Any) -> Any:
     """The transformers encoder of ``model``.
 
     Raises:
@@ -30,21 +42,28 @@ def encoder_of(model: SentenceTransformer) -> Any:
     return encoder
 
 
-def with_encoder(model: SentenceTransformer, encoder: Any) -> SentenceTransformer:
+def with_encoder(model: Any, encoder: Any) -> Any:
     """A copy of ``model`` with ``encoder`` as its transformers encoder.
 
+    Args:
+        model: a ``SentenceTransformer``, ``SparseEncoder`` or ``CrossEncoder``, stock or ours.
+        encoder: of the same kind as its own: a mixture or a dense model, with the same head.
+
     Returns:
-        A ``MoESentenceTransformer`` for a mixture, a stock ``SentenceTransformer`` for a dense
-        encoder.
+        Our class (``MoESentenceTransformer`` ...) for a mixture, the stock one for a dense encoder.
     """
     old = encoder_of(model)
-    is_mixture = isinstance(encoder, MoEModelMixin)
+    is_mixture = isinstance(encoder, MoEPreTrainedModel)
     # The copy shares the old encoder, instead of copying it, until it is replaced.
     modules = OrderedDict(copy.deepcopy(compat.child_modules(model), {id(old): old}))
     first = next(iter(modules.values()))
     first.model = encoder
     compat.forwards_names(first, ("expert_ids", "domain", "domain_ids"))
-    new: Any = (MoESentenceTransformer if is_mixture else SentenceTransformer)(
+    for module in modules.values():
+        if isinstance(module, SpladePooling) and module.embedding_dimension is not None:
+            module.embedding_dimension = encoder.config.vocab_size  # domain tokens among them
+    stock = _stock_class(model)
+    new: Any = (_CLASSES[stock] if is_mixture else stock)(
         modules=modules,
         device=str(model.device),
         prompts=copy.deepcopy(model.prompts),
@@ -53,19 +72,35 @@ def with_encoder(model: SentenceTransformer, encoder: Any) -> SentenceTransforme
     kept = copy.deepcopy(model.module_kwargs or {})
     if is_mixture:
         new.module_kwargs = {**kept, **(new.module_kwargs or {})}
-        new.truncate = getattr(model, "truncate", False)
-        new.packed = getattr(model, "packed", True)
+        if stock is SentenceTransformer:
+            new.truncate = getattr(model, "truncate", False)
+            new.packed = getattr(model, "packed", True)
     else:  # a dense encoder has no domains
         new.module_kwargs = {n: [k for k in keys if k != "domain"] for n, keys in kept.items()}
-    new.similarity_fn_name = model.similarity_fn_name
-    new.truncate_dim = model.truncate_dim
+    for name in _SETTINGS:
+        if hasattr(model, name):
+            setattr(new, name, getattr(model, name))
+    if getattr(model, "keep_in_fp32_modules", None):
+        new.set_keep_in_fp32_modules(model.keep_in_fp32_modules)
     return new.train(model.training)
 
 
-def settings_of(model: SentenceTransformer) -> dict[str, Any]:
-    """All settings of a SentenceTransformer that affect its output, without the weights."""
-    names = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
-    settings = {name: getattr(model, name) for name in (*names, "max_seq_length")}
+def _stock_class(model: Any) -> type[Any]:
+    for stock in _CLASSES:
+        if isinstance(model, stock):
+            return stock
+    raise TypeError(
+        f"model must be a {', a '.join(stock.__name__ for stock in _CLASSES)} or an encoder; got "
+        f"{type(model).__name__}."
+    )
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """All settings of a model of sentence-transformers that affect its output, not the weights."""
+    names = ("prompts", "default_prompt_name", *_SETTINGS[:-1], "max_seq_length")
+    settings = {name: getattr(model, name) for name in names if hasattr(model, name)}
+    settings["class"] = _stock_class(model).__name__
+    settings["activation_fn"] = repr(getattr(model, "activation_fn", None))
     for i, module in enumerate(model):
         settings[f"module {i}"] = type(module).__name__
         if hasattr(module, "get_config_dict"):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.ops.checks import check_choice
 
 TRAINABLE = ("all", "experts", "experts+router")
 
 
 def set_trainable(
-    model: MoEModelMixin, trainable: str = "all", *, freeze_embeddings: bool = False
+    model: MoEPreTrainedModel, trainable: str = "all", *, freeze_embeddings: bool = False
 ) -> None:
     """Set ``requires_grad`` of every parameter of ``model``. Frozen ones get no optimizer state.
 
     Args:
         trainable: "all"; "experts", only the stacked expert parameters; or "experts+router".
-            Yu, arXiv 2412.17364, trains only the experts of one projection.
+            Yu, arXiv 2412.17364, trains only the experts of one projection. A head is trained
+            only with "all".
         freeze_embeddings: with "all", freeze the embeddings: tokens (including domain tokens),
             positions and types, and their normalisation. They are the larger part of a
             small multilingual model.
@@ -27,7 +28,7 @@ def set_trainable(
     model.requires_grad_(trainable == "all")
     if trainable == "all":
         words = model.get_input_embeddings()
-        getattr(model, "embeddings", words).requires_grad_(not freeze_embeddings)
+        getattr(model.base_model, "embeddings", words).requires_grad_(not freeze_embeddings)
         return
     for mlp in model.moe_mlps().values():
         for _, parameter in mlp.expert_parameters():

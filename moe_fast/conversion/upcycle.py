@@ -1,4 +1,4 @@
-"""upcycle: makes a mixture of experts from a dense encoder, with the same output.
+"""upcycle: makes a mixture of experts from a dense encoder, bare or with a head; same output.
 
 Every expert starts as a copy of the dense MLP (Komatsuzaki et al., arXiv 2212.05055). So before
 any training the mixture computes what the dense model does, if the weights of a token sum to 1.
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_fast.architectures import encoder_prefix
 from moe_fast.conversion.door import loaded
 from moe_fast.conversion.trainable import set_trainable
-from moe_fast.conversion.weights import config_settings, embedding_name, load_exactly
-from moe_fast.models.modeling import MoEModelMixin
+from moe_fast.conversion.weights import config_settings, load_exactly, vocabulary_names
+from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import architecture_of, build_moe, moe_model
 from moe_fast.ops.checks import check_choice
 
@@ -47,8 +48,11 @@ def upcycle(
 
     Args:
         model_or_path: a ``BertModel``, ``RobertaModel``, ``ModernBertModel`` or another encoder of
-            docs/encoders.md; a ``SentenceTransformer`` with one of them; or the folder or hub id of
-            either (with a ``modules.json`` it is loaded as a SentenceTransformer).
+            docs/encoders.md, or a model with a head of theirs, such as ``BertForMaskedLM``; a
+            ``SentenceTransformer``, ``SparseEncoder`` or ``CrossEncoder`` with one of them; or the
+            folder or hub id of a bare encoder or a SentenceTransformer (which has a
+            ``modules.json``). Load a model with a head first: from a folder, only the encoder is
+            read.
         num_experts, num_experts_per_tok: E, the number of experts, and K, how many of them each
             token uses.
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
@@ -71,8 +75,10 @@ def upcycle(
         seed: of the router's initialisation; the global random state is not changed.
 
     Returns:
-        A new model (``MoEBertModel`` ..., or a ``MoESentenceTransformer`` for a
-        ``SentenceTransformer``) on the device and in the dtype of the input, which is not changed.
+        A new model (``MoEBertModel``, ``MoEBertForMaskedLM`` ..., or a ``MoESentenceTransformer``
+        for a ``SentenceTransformer`` and likewise ``MoESparseEncoder`` and ``MoECrossEncoder``) on
+        the device and in the dtype of the input, which is not changed. Domain tokens are the last
+        columns of a masked language model's logits; they start as a copy of [CLS]'s column.
 
     Raises:
         TypeError: for an unsupported architecture; the message lists the supported ones.
@@ -85,7 +91,7 @@ def upcycle(
     source.check_domains(routing, domains)
     model = source.encoder
     architecture = architecture_of(model)
-    if isinstance(model, MoEModelMixin):
+    if isinstance(model, MoEPreTrainedModel):
         raise TypeError(f"model must be dense; got {type(model).__name__}, a mixture already.")
     if cls_token_id is None and domains and domain_tokens:
         cls_token_id = getattr(source.tokenizer, "cls_token_id", None)
@@ -168,33 +174,30 @@ def _domain_token_fields(
     }
 
 
-def _moe_state(model: PreTrainedModel, moe: MoEModelMixin) -> dict[str, Tensor]:
+def _moe_state(model: PreTrainedModel, moe: MoEPreTrainedModel) -> dict[str, Tensor]:
     """The mixture's weights without the routers': the dense weights, copied to every expert."""
-    architecture, dense = moe.architecture, dict(model.state_dict())
+    architecture, prefix, dense = moe.architecture, encoder_prefix(moe), dict(model.state_dict())
     state = {}
     for layer, mlp in moe.moe_mlps().items():
         for new, names in architecture.mlp_names.items():
-            parts = [dense.pop(architecture.join(layer, name), None) for name in names]
+            places = [prefix + architecture.join(layer, name) for name in names]
+            parts = [dense.pop(place, None) for place in places]
             if parts[0] is None:
                 continue  # no bias
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
             copies = [mlp.num_experts] if mlp.is_expert(new.removeprefix("mlp.")) else []
-            state[architecture.join(layer, new)] = value.expand(*copies, *value.shape).clone()
+            copied = value.expand(*copies, *value.shape).clone()
+            state[prefix + architecture.join(layer, new)] = copied
     state.update({name: value.clone() for name, value in dense.items()})
-    _append_domain_tokens(moe, state)
+    for name in vocabulary_names(moe, state):  # rows of the domain tokens, behind all others
+        cls_row = state[name][moe.config.domain_token_replaces]
+        count = len(moe.config.domain_token_ids)
+        state[name] = torch.cat((state[name], cls_row.expand(count, *cls_row.shape)))
     return state
 
 
-def _append_domain_tokens(moe: MoEModelMixin, state: dict[str, Tensor]) -> None:
-    count = len(moe.config.domain_token_ids)
-    if count:
-        name = embedding_name(moe)
-        cls_row = state[name][moe.config.domain_token_replaces]
-        state[name] = torch.cat((state[name], cls_row.expand(count, -1)))
-
-
 def _router_weights(
-    moe: MoEModelMixin, model: PreTrainedModel, router_init: str, seed: int
+    moe: MoEPreTrainedModel, model: PreTrainedModel, router_init: str, seed: int
 ) -> dict[str, Tensor]:
     """New router weights, drawn on the CPU so that they are the same on every device."""
     generator = torch.Generator().manual_seed(seed)

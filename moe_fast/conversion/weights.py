@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,22 @@ from transformers import PreTrainedModel
 from moe_fast.compat import attention_of
 
 
-def embedding_name(model: PreTrainedModel) -> str:
-    """The state-dict name of the token embeddings."""
-    embeddings = model.get_input_embeddings()
-    return next(f"{n}.weight" for n, m in model.named_modules() if m is embeddings)
+def vocabulary_names(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of weights that have a row for each token, where vocabularies differ in size.
+
+    They are the embeddings and, of a masked language model, the matrix and the bias that predict
+    tokens.
+
+    Args:
+        model: of the one vocabulary; it may lie on the meta device.
+        weights: those of a model that is the same but for its vocabulary. Other names are passed
+            over.
+    """
+    return [
+        name
+        for name, value in model.state_dict().items()
+        if name in weights and weights[name].shape[:1] != value.shape[:1]
+    ]
 
 
 def config_settings(config: Any) -> dict[str, Any]:
@@ -48,8 +60,19 @@ def load_exactly(
     """Load all weights into ``new``, which is on the meta device, and another model's buffers.
 
     Every parameter must be given, so that none keeps a random initialisation.
+
+    Raises:
+        ValueError: for weights that the configuration ties to one, and that differ.
     """
     new.load_state_dict(weights, strict=True, assign=True)
+    new.tie_weights()  # each name has a tensor of its own now
+    for name, value in new.state_dict().items():
+        if value.data_ptr() != weights[name].data_ptr() and not torch.equal(value, weights[name]):
+            raise ValueError(
+                f"the model's {name} must be the weight to which its configuration ties it "
+                "(tie_word_embeddings); got another one. Set config.tie_word_embeddings=False "
+                "to keep both."
+            )
     saved = new.state_dict().keys()  # other buffers are not persistent
     new.name_or_path = ""  # these weights are not saved yet; PEFT saves it as the adapter's base
     for name, buffer in buffers_of.named_buffers():

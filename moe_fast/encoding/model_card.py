@@ -1,4 +1,4 @@
-"""The model card of a SentenceTransformer with a mixture of experts.
+"""The model card of a model of sentence-transformers with a mixture of experts.
 
 It is that of sentence-transformers, with an example that runs and a section about the mixture.
 """
@@ -19,9 +19,9 @@ from moe_fast.version import install_command
 
 _HEADING = "\n## Mixture of experts\n"
 _LOAD = """\
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import {stock}
 
-model = SentenceTransformer("path/to/this/folder", trust_remote_code=True)
+model = {stock}("path/to/this/folder", trust_remote_code=True)
 vectors = model.encode(["a text"]{domain})"""
 # Per thread, the domain for calls of ``encode`` that name none.
 _domain: ContextVar[str | None] = ContextVar("moe_fast_card_domain", default=None)
@@ -42,7 +42,7 @@ def use_domain(domain: Any) -> Any:
     return _domain.get() if domain is None else domain
 
 
-def describe_use(encoder: Any, card: Path) -> None:
+def describe_use(encoder: Any, stock: str, card: Path) -> None:
     """Add to sentence-transformers' card how to load the mixture, and its settings."""
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     domain = _example_domain(encoder.config)
@@ -50,7 +50,7 @@ def describe_use(encoder: Any, card: Path) -> None:
     text += "\n\n" + describe_mixture(
         encoder.config, encoder.num_parameters(), encoder.num_parameters(only_active=True)
     )
-    example = _LOAD.format(domain="" if domain is None else f", domain={domain!r}")
+    example = _LOAD.format(stock=stock, domain="" if domain is None else f", domain={domain!r}")
     package = f"sentence-transformers=={version('sentence-transformers')}"
     write_text(card, text + describe_portable(encoder.config, example, package, extra="train"))
 
@@ -68,7 +68,13 @@ def _with_usage(card: str, domain: str | None) -> str:
     register = f"import moe_fast  # registers the architecture: {install_command('train')}\n"
     if register not in card:
         card = card.replace(load, register + load, 1)
+    for stock in ("SparseEncoder", "CrossEncoder"):  # ours takes a domain wherever it is needed
+        load = f"from sentence_transformers import {stock}\n"
+        ours = f"from moe_fast import MoE{stock}  # {install_command('train')}\n"
+        card = card.replace(load, ours, 1).replace(f"model = {stock}(", f"model = MoE{stock}(", 1)
     if domain is None:
         return card
-    call = r"(model\.encode\w*\(\w+)\)"
-    return re.sub(call, lambda match: f"{match[1]}, domain={domain!r})", card)
+    call = r"(model\.(?:encode\w*|predict)\(\w+)\)"
+    card = re.sub(call, lambda match: f"{match[1]}, domain={domain!r})", card)
+    rank = re.compile(r"(model\.rank\(\n.*?\n    \])\n\)", re.DOTALL)
+    return rank.sub(lambda match: f"{match[1]},\n    domain={domain!r},\n)", card)

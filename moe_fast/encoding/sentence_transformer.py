@@ -9,9 +9,7 @@ one per text.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,6 @@ import moe_fast.models  # noqa: F401  registers the architectures
 from moe_fast import compat
 from moe_fast.encoding.batches import padded_batch
 from moe_fast.encoding.domains import checked_domain, encode_by_domain
-from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.encoding.lengths import (
     TokenizedText,
     measure_texts,
@@ -36,13 +33,10 @@ from moe_fast.encoding.lengths import (
     shortened,
     tokenize_texts,
 )
-from moe_fast.encoding.model_card import describe_use, domain_of_the_card, use_domain
+from moe_fast.encoding.model_card import use_domain
+from moe_fast.encoding.pipeline import MoEPipeline
 from moe_fast.encoding.prompts import prompt_of
-from moe_fast.files import atomic_folder
-from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.modeling import MoEModelMixin
-from moe_fast.models.portable import set_portable
-from moe_fast.models.saving import replaced_files
 from moe_fast.ops.route.reference import NonFiniteLogitsError
 from moe_fast.ops.varlen_attention.maintained import attention_kernel
 
@@ -50,7 +44,7 @@ from moe_fast.ops.varlen_attention.maintained import attention_kernel
 _ENCODE_OPTIONS = tuple(inspect.signature(SentenceTransformer.encode).parameters)[2:]
 
 
-class MoESentenceTransformer(SentenceTransformer):
+class MoESentenceTransformer(MoEPipeline, SentenceTransformer):
     """A ``SentenceTransformer`` with a mixture of experts; made by :func:`moe_fast.upcycle`.
 
     Constructor and methods are those of ``SentenceTransformer``; ``encode`` also takes ``domain``,
@@ -66,29 +60,12 @@ class MoESentenceTransformer(SentenceTransformer):
     """
 
     model_type = "SentenceTransformer"  # it is saved and loaded as one
+    _mixture = MoEModelMixin  # bare
 
     def __init__(self, *args: Any, truncate: bool = False, **kwargs: Any) -> None:
-        compat.check_overrides(type(self))
-        path = args[0] if args else kwargs.get("model_name_or_path")
-        if isinstance(path, (str, os.PathLike)):
-            check_checkpoint(path)
         super().__init__(*args, **kwargs)
-        check_one_encoder(self)
-        if not isinstance(self.transformers_model, MoEModelMixin):
-            raise TypeError(
-                "MoESentenceTransformer needs a mixture of experts; got "
-                f"{type(self.transformers_model).__name__}. Make one with moe_fast.upcycle(...)."
-            )
         self.truncate = truncate
         self.packed = True
-        # Makes encode() pass `domain` to the encoder, here and (saved in modules.json) in the stock
-        # class.
-        first = next(iter(compat.child_modules(self)))
-        own = (self.module_kwargs or {}).get(first, [])
-        self.module_kwargs = {
-            **(self.module_kwargs or {}),
-            first: own if "domain" in own else [*own, "domain"],
-        }
 
     @compat.overrides
     def encode(
@@ -244,46 +221,3 @@ class MoESentenceTransformer(SentenceTransformer):
             except NonFiniteLogitsError as of_the_text:
                 return NonFiniteLogitsError(f"text {place}: {of_the_text}")
         return error
-
-    @compat.overrides
-    def save(
-        self,
-        path: str,
-        model_name: str | None = None,
-        create_model_card: bool = True,
-        *args: Any,
-        portable: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As ``SentenceTransformer.save``, but atomic.
-
-        An old model in ``path`` stays until the new one replaces it in one step; other files are
-        kept, as in :func:`moe_fast.files.atomic_folder`.
-
-        Args:
-            portable: whether ``SentenceTransformer(path, trust_remote_code=True)`` shall load it
-                where moe_fast is not installed, as in ``save_pretrained`` of the encoder.
-
-        Raises:
-            ValueError: for an encoder that cannot be portable.
-        """
-        if path is None:  # nothing to do, as for the stock class
-            return
-        set_portable(self.transformers_model, portable)
-        with atomic_folder(path, replaces=replaced_files(self.transformers_model)) as temporary:
-            super().save(str(temporary), model_name, create_model_card, *args, **kwargs)
-            if not create_model_card:  # the encoder, which is in the same folder, has written one
-                Path(temporary, "README.md").unlink(missing_ok=True)
-        self.model_card_data.save_dir = str(path)
-
-    @compat.overrides
-    def save_pretrained(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """The same as :meth:`save`."""
-        self.save(path, *args, **kwargs)
-
-    @compat.overrides
-    def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """As sentence-transformers', with a section that says how the mixture was made."""
-        with domain_of_the_card(self.transformers_model.config):
-            super()._create_model_card(path, *args, **kwargs)
-        describe_use(self.transformers_model, Path(path, "README.md"))

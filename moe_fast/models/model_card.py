@@ -13,14 +13,14 @@ from moe_fast.models.portable import code_file, is_portable
 from moe_fast.version import install_command
 
 if TYPE_CHECKING:
-    from moe_fast.models.modeling import MoEModelMixin
+    from moe_fast.models.pretrained import MoEPreTrainedModel
 
 _FRONT_MATTER = """---
 library_name: transformers
 tags:
 - moe_fast
 - mixture-of-experts
-- feature-extraction
+- {tag}
 ---
 
 # {title}
@@ -29,15 +29,22 @@ tags:
 
 """
 
+# By a mixture's head, what the hub calls its use.
+_TAGS = {
+    "": "feature-extraction",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+}
 _OURS = "<!-- written by moe_fast;"
 _USE = """
 ## Use
 
 ```python
 import moe_fast  # registers the architecture
-from transformers import AutoModel
+from transformers import {auto}
 
-model = AutoModel.from_pretrained("path/to/this/folder")
+model = {auto}.from_pretrained("path/to/this/folder")
 ```
 """
 _LOAD = """\
@@ -125,12 +132,14 @@ def has_foreign_card(folder: str | os.PathLike) -> bool:
     return path.exists() and _OURS not in path.read_text(encoding="utf-8")
 
 
-def write_model_card(model: MoEModelMixin, folder: str | os.PathLike) -> None:
+def write_model_card(model: MoEPreTrainedModel, folder: str | os.PathLike) -> None:
     """Write ``README.md`` into ``folder``, unless there is one that this did not write."""
     path = Path(folder) / "README.md"
     if has_foreign_card(folder):
         return
-    text = _FRONT_MATTER.format(title=type(model).__name__) + describe_mixture(
+    front = _FRONT_MATTER.format(title=type(model).__name__, tag=_TAGS[model.moe_head])
+    text = front + describe_mixture(
         model.config, model.num_parameters(), model.num_parameters(only_active=True)
     )
-    write_text(path, text + _USE + describe_portable(model.config, _LOAD))
+    text += _USE.format(auto=f"AutoModel{model.moe_head}")
+    write_text(path, text + describe_portable(model.config, _LOAD))

@@ -63,6 +63,8 @@ def _architecture(config: Any) -> Architecture:
 def set_portable(model: PreTrainedModel, portable: bool | None) -> None:
     """Have a mixture saved with its code, or without it, from now on; ``None``: as before.
 
+    A model with a head that was loaded from the folder of a portable encoder is not portable.
+
     Raises:
         ValueError: for what a portable file cannot do: heads, adapters, encoders of other
             libraries. Nothing is changed then.
@@ -70,7 +72,7 @@ def set_portable(model: PreTrainedModel, portable: bool | None) -> None:
     if portable:
         _check(model)
         model.config.auto_map = auto_map(model.config)
-    elif portable is not None and is_portable(model.config):
+    elif (portable is False or model.base_model is not model) and is_portable(model.config):
         del model.config.auto_map
 
 

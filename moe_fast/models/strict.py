@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_fast import compat
+from moe_fast.architectures import encoder_prefix
 from moe_fast.models.checkpoint_files import shortened, stored_weights
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,8 @@ _CONSTANTS = ("position_ids", "token_type_ids", "inv_freq")
 def check_loading_info(info: Mapping[str, Any], model: Any, path: str | os.PathLike[str]) -> None:
     """Raise for weights that a checkpoint lacks; warn of those that the encoder has no place for.
 
-    Heads, such as ``cls.predictions``, are nobody's concern: an encoder has none.
+    Heads that the model does not have, such as ``cls.predictions`` of an encoder, are nobody's
+    concern. One that it has may be missing as a whole: a warning says that it is new.
 
     Args:
         info: what transformers' ``from_pretrained(..., output_loading_info=True)`` reports.
@@ -37,7 +40,7 @@ def check_loading_info(info: Mapping[str, Any], model: Any, path: str | os.PathL
         ValueError: naming the weights that are missing, or have other shapes than the model's.
     """
     unexpected = _encoders_own(info["unexpected_keys"], model)
-    missing = sorted(n for n in info["missing_keys"] if not n.startswith(_MAY_BE_MISSING))
+    missing, new_head = _missing(set(info["missing_keys"]), model)
     kind = type(model).__name__
     if missing:
         hint = f" It has instead: {shortened(unexpected, 3)}." if unexpected else ""
@@ -45,6 +48,8 @@ def check_loading_info(info: Mapping[str, Any], model: Any, path: str | os.PathL
     if info["mismatched_keys"]:
         names = sorted(str(key) for key in info["mismatched_keys"])
         raise ValueError(f"{path} has weights of other shapes than {kind}: {shortened(names)}.")
+    if new_head:
+        logger.warning("%s has no head of %s: the head is new, and must be trained.", path, kind)
     if unexpected:
         logger.warning(
             "%s has weights that %s has no place for, and which are not used: %s.",
@@ -52,6 +57,37 @@ def check_loading_info(info: Mapping[str, Any], model: Any, path: str | os.PathL
             kind,
             shortened(unexpected),
         )
+
+
+def check_filled_once(model: Any, folder: Path | None) -> None:
+    """Raise for a weight that a checkpoint gives twice: which of the two counts would be chance.
+
+    Args:
+        model: a transformers model that was loaded.
+        folder: of its files; ``None``, or not there: they are in the hub's cache, and only tied
+            weights are looked at.
+
+    Raises:
+        ValueError: for a weight that stands in the files with and without the encoder's prefix,
+            and for two different weights in the place of one that the model ties.
+    """
+    kind, own = type(model).__name__, model.state_dict().keys()
+    prefix = f"{model.base_model_prefix}."
+    stored = stored_weights(folder).keys() if folder is not None else set()
+    twice = [
+        f"{name} as {prefix}{name}"
+        for name in sorted(stored)
+        if prefix + name in stored and not {name, prefix + name} <= own
+    ]
+    if twice:
+        raise ValueError(f"{folder} has weights of {kind} twice: {shortened(twice, 3)}.")
+    for target, source in compat.tied_weights(model).items():
+        if model.get_parameter(target) is not model.get_parameter(source):
+            raise ValueError(
+                f"{folder or model.name_or_path} has two different weights, {target} and {source}, "
+                f"where {kind} ties them to one. Set tie_word_embeddings to false in its "
+                "configuration to keep both, or store one of them."
+            )
 
 
 def check_encoder_weights(encoder: Any, path: str, subfolder: str = "") -> None:
@@ -87,9 +123,28 @@ def check_encoder_weights(encoder: Any, path: str, subfolder: str = "") -> None:
     check_loading_info(info, encoder, path)
 
 
+def _missing(names: set[str], model: Any) -> tuple[list[str], bool]:
+    """Those of the missing weights that are an error, and whether the model's head is new."""
+    prefix = encoder_prefix(model)
+    if not prefix:
+        return sorted(n for n in names if not n.startswith(_MAY_BE_MISSING)), False
+    # Tied to the embeddings, a decoder's weights are the encoder's.
+    shared = {id(parameter) for parameter in model.base_model.parameters()}
+    head = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not name.startswith(prefix) and id(parameter) not in shared
+    }
+    if not head or not head <= names:
+        return sorted(names), False
+    poolers = tuple(prefix + part for part in _MAY_BE_MISSING)
+    return sorted(n for n in names - head if not n.startswith(poolers)), True
+
+
 def _encoders_own(names: Iterable[str], model: Any) -> list[str]:
     """Those of some unknown names that begin as the model's own do."""
-    own = {name.partition(".")[0] for name in model.state_dict()}
+    both = (*model.state_dict(), *model.base_model.state_dict())
+    own = {name.partition(".")[0] for name in both}
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     return sorted(
         name

@@ -13,11 +13,15 @@ for _name in ("sentence_transformers", "datasets", "accelerate"):
 
 from moe_fast.training.callbacks import ExpertUsageCallback  # noqa: E402
 from moe_fast.training.collator import DomainDataCollator  # noqa: E402
+from moe_fast.training.cross_encoder_collator import CrossEncoderDomainCollator  # noqa: E402
+from moe_fast.training.domain_column import DomainColumnCollator  # noqa: E402
 from moe_fast.training.sampler import DomainBatchSampler  # noqa: E402
 from moe_fast.training.trainer import MoESentenceTransformerTrainer  # noqa: E402
 
 __all__ = [
+    "CrossEncoderDomainCollator",
     "DomainBatchSampler",
+    "DomainColumnCollator",
     "DomainDataCollator",
     "ExpertUsageCallback",
     "MoESentenceTransformerTrainer",

@@ -97,11 +97,12 @@ class DomainDataCollator(SentenceTransformerDataCollator):
 
     @classmethod
     def from_model(cls, model: nn.Module, **kwargs: Any) -> DomainDataCollator:
-        """Make a collator with the tokenizer, domains and routing of a ``SentenceTransformer``.
+        """Make a collator with the tokenizer, domains and routing of a model.
 
         Args:
-            model: a mixture-of-experts model that knows its domains. For any other model, give
-                ``domains=[...]`` or ``domain_column=None`` as well.
+            model: a ``SentenceTransformer`` or ``SparseEncoder`` with a mixture that knows its
+                domains. For any other model, give ``domains=[...]`` or ``domain_column=None`` as
+                well.
             **kwargs: further arguments of the constructor; they override those from the model.
         """
         config = getattr(model, "config", None)

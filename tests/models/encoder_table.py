@@ -15,7 +15,7 @@ import moe_fast
 from moe_fast.layers import ATTENTION
 from moe_fast.models.registry import architecture_of
 from tests.layers.test_attention import lively, padded
-from tests.models.tiny import ENCODERS, build, relative_error
+from tests.models.tiny import ENCODERS, build, build_head, relative_error
 
 PAGE = Path(__file__).parents[2] / "docs" / "encoders.md"
 
@@ -89,6 +89,32 @@ def compiled(name):
     return _yes(relative_error(_real(graph, batch), _real(moe, batch)) <= 1e-12)
 
 
+_HEADS = {
+    "ForMaskedLM": "masked LM",
+    "ForSequenceClassification": "texts",
+    "ForTokenClassification": "tokens",
+}
+
+
+def headed(name):
+    """The heads with which a mixture gives what the dense model does."""
+    cell, there = [], architecture_of(dense(name)).heads
+    batch = _batch(name)
+    for head, said in _HEADS.items():
+        if head not in there:
+            cell.append(f"no {said}: transformers has none")
+            continue
+        model = build_head(name, head).double()
+        moe = moe_fast.upcycle(model, num_experts=3)
+        with torch.no_grad():
+            got, want = (m(**batch).logits for m in (moe, model))
+        if head != "ForSequenceClassification":
+            got, want = (logits[batch["attention_mask"].bool()] for logits in (got, want))
+        assert relative_error(got, want) <= 1e-12
+        cell.append(said)
+    return ", ".join(cell)
+
+
 def _yes(right):
     assert right, "it runs, and gives something else"
     return "yes"
@@ -99,7 +125,13 @@ def _no(error, pattern):
     return f"no: {reason}"
 
 
-COLUMNS = {"upcycle": upcycled, "pack": packed, "fused output": fused, "compile": compiled}
+COLUMNS = {
+    "upcycle": upcycled,
+    "heads": headed,
+    "pack": packed,
+    "fused output": fused,
+    "compile": compiled,
+}
 
 
 def row_name(name):
@@ -113,6 +145,12 @@ def table_of_the_page():
     rows = [[cell.strip() for cell in line] for line in lines]
     head, _, *body = rows
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in body}
+
+
+def code_under(heading):
+    """The blocks of Python under a heading of the page."""
+    section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n", 1)[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
 def _lines(text):

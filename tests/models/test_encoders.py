@@ -1,7 +1,6 @@
 """Every encoder of the table: what its mixtures give, and what the docs say of them."""
 
 import pickle
-import re
 
 import pytest
 import torch
@@ -247,7 +246,7 @@ BERT_LIKE = {
 
 
 def test_the_example_of_the_docs_runs(table, tmp_path, batch):
-    (code,) = re.findall(r"```python\n(.*?)```", encoder_table.PAGE.read_text("utf-8"), re.DOTALL)
+    (code,) = encoder_table.code_under("One of your own")
     names = {}
     exec(compile(code, "docs/encoders.md", "exec"), names)
     exec(compile(code, "docs/encoders.md", "exec"), names)  # again, as in a notebook

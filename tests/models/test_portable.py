@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, BertModel
+from transformers import AutoModel, AutoModelForMaskedLM, BertModel
 
 import moe_fast
 from moe_fast.architectures import ARCHITECTURES
@@ -24,6 +24,7 @@ from tests.models.tiny import (
     CLS,
     ENCODERS,
     build,
+    build_head,
     relative_error,
     same_weights,
     save_sentence_transformer,
@@ -329,6 +330,9 @@ def test_models_made_of_a_portable_one(tmp_path):
     dense.config.auto_map = {"AutoModel": "somebody/model--modeling.Model"}
     moe_fast.upcycle(dense, num_experts=2).save_pretrained(tmp_path / "upcycled")
     assert files(tmp_path / "upcycled") == ([], False), "that was the dense model's code"
+    headed = AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
+    headed.save_pretrained(tmp_path / "headed")
+    assert files(tmp_path / "headed") == ([], False), "the file has no heads"
 
 
 def test_the_cards_say_what_to_install(tmp_path):
@@ -369,6 +373,9 @@ def test_what_cannot_be_portable_is_named_before_anything_is_written(tmp_path, m
         with pytest.raises(ValueError, match=f"portable must be False: .*{message}"):
             moe.save_pretrained(tmp_path / "model", portable=True)
     monkeypatch.setattr(config, "architecture", own)
+    headed = moe_fast.upcycle(build_head("bert", "ForMaskedLM"), num_experts=2)
+    with pytest.raises(ValueError, match="without a head; got MoEBertForMaskedLM"):
+        headed.save_pretrained(tmp_path / "model", portable=True)
     monkeypatch.setattr(portable.compat, "saves_adapter_alone", lambda model: True)
     with pytest.raises(ValueError, match="saved as an adapter alone"):
         moe.save_pretrained(tmp_path / "model", portable=True)

@@ -97,6 +97,22 @@ def build(name: str, **changes):
     return getattr(transformers, f"{stem}Model")(config).eval()
 
 
+def build_head(name: str, head: str, **changes):
+    """A random dense model with a head: 3 labels, no dropout, no weight left at 0."""
+    stem, sizes = DENSE[name]
+    settings = {"num_labels": 3, **sizes, **changes}
+    if name == "distilbert":
+        settings.setdefault("seq_classif_dropout", 0.0)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{stem}{head}")(
+        getattr(transformers, f"{stem}Config")(**settings)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
 def relative_error(got, want):
     """max |got - want| / max |want|."""
     return ((got - want).abs().max() / want.abs().max()).item()

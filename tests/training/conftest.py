@@ -23,4 +23,4 @@ def _no_model_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_fast import MoESentenceTransformer
 
     for model in (SentenceTransformer, MoESentenceTransformer):
-        monkeypatch.setattr(model, "_create_model_card", lambda *_: None)
+        monkeypatch.setattr(model, "_create_model_card", lambda *_, **__: None)
