@@ -25,6 +25,7 @@ FILES = {
     "combine_rows": "rows",
     "expert MLP": "expert_mlp",
     "expert MLP beside dense": "expert_mlp",
+    "privacy-filter experts": "privacy_filter",
     "MoE layer": "moe_mlp",
     "contrastive loss": "info_nce",
     "training step": "training_step",
@@ -34,7 +35,8 @@ FILES = {
     "import": "import_time",
 }
 """The operation file of each operation's name."""
-DENSE = ("dense", "dense, compiled")
+OTHERS = (OURS, "dense", "dense, compiled", "bare products")
+"""Who is no alternative: ourselves, and what computes something else."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,13 +160,13 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]:
     """Per operation and dtype the fastest alternative: geometric mean, least and most of its ratio.
 
-    Dense is none: it computes something else.
+    :data:`OTHERS` are none.
     """
     best: dict[str, tuple[float, float, float]] = {}
     for title, members in groups(rows).items():
         cases: dict[tuple[str, str, str], float] = {}
         for row in members:
-            if row.ratio and row.baseline == OURS and row.who not in (OURS, *DENSE):
+            if row.ratio and row.baseline == OURS and row.who not in OTHERS:
                 cases[row.case] = min(cases.get(row.case, math.inf), row.ratio.median)
         if cases:
             ratios = list(cases.values())

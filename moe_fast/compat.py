@@ -373,6 +373,38 @@ def has_usual_gate(experts: Any) -> bool:
     return usual is not None and getattr(type(experts), "_apply_gate", None) is usual
 
 
+# transformers' classes whose gate is act="clamped_swiglu", and what they call alpha and limit.
+_CLAMPED_GATES = {
+    "GptOssExperts": ("alpha", "limit"),
+    "OpenAIPrivacyFilterExperts": ("alpha", "limit"),
+    "MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit"),
+}
+_IN_FLOAT32 = ("OpenAIPrivacyFilterExperts",)
+
+
+def clamped_gate(experts: Any) -> tuple[float, float] | None:
+    """alpha and limit where the gate is (clamp(up) + 1) gate sigmoid(alpha gate), else ``None``.
+
+    Known by the class that defines it; a class of another name is right, slower.
+    """
+    gate = getattr(type(experts), "_apply_gate", None)
+    if not getattr(gate, "__module__", "").startswith("transformers.models."):
+        return None
+    owner = gate.__qualname__.partition(".")[0]
+    names = _CLAMPED_GATES.get(owner)
+    if names is None or not all(hasattr(experts, name) for name in names):
+        return None
+    return tuple(getattr(experts, name) for name in names)
+
+
+def computes_in_float32(experts: Any) -> bool:
+    """Whether transformers' own forward computes these experts in float32 whatever their dtype.
+
+    Nothing but the code of that forward says so.
+    """
+    return type(experts).__name__ in _IN_FLOAT32
+
+
 def file_of(path: Any, name: str) -> str | None:
     """A file of a model folder or of the hub, or ``None`` where the model has none of that name."""
     from transformers.utils import cached_file

@@ -5,8 +5,9 @@
 
 ``import moe_fast`` registers it. The model keeps its router and its parameters; the experts run on
 :func:`moe_fast.ops.expert_mlp`, whichever backend that has on the tensors' device. A gate function
-of the model's own (GPT-OSS), interleaved halves, an activation that the ops do not know or a norm
-behind each expert stay as the model has them, between two :func:`moe_fast.ops.expert_linear`.
+of the model's own that the ops do not know, an activation that they do not know or a norm behind
+each expert stay as the model has them, between two :func:`moe_fast.ops.expert_linear`;
+docs/transformers.md says which model is which.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from moe_fast import compat, ops
-from moe_fast.ops.activations import ACTIVATIONS
+from moe_fast.ops.activations import ACTIVATIONS, ALPHA, LIMIT
 from moe_fast.ops.checks import compute_dtype
 
 NAME = "moe_fast"
@@ -43,11 +44,17 @@ def experts_forward(
     up, up_bias = _projection(self, "gate_up_proj" if self.has_gate else "up_proj")
     down, down_bias = _projection(self, "down_proj")
     # At least float32, and as wide as the rows: the ops sum in the weights' dtype.
-    weights = top_k_weights.to(compute_dtype(hidden_states.dtype))
+    wide = compute_dtype(hidden_states.dtype)
+    weights = top_k_weights.to(wide)
     act = _fused_act(self)
+    dtype = wide if compat.computes_in_float32(self) else None
     if act is None:
-        y = _unfused(self, hidden_states, top_k_index, weights, (up, up_bias), (down, down_bias))
+        y = _unfused(
+            self, hidden_states, top_k_index, weights, (up, up_bias), (down, down_bias), dtype
+        )
     else:
+        if self.has_gate and not self.is_concatenated:
+            up, up_bias = _halves_apart(up, up_bias)
         plan = ops.plan(top_k_index, self.num_experts)
         y = ops.expert_mlp(
             hidden_states,
@@ -59,6 +66,7 @@ def experts_forward(
             plan,
             act=act,
             gated=self.has_gate,
+            dtype=dtype,
         )
     return y.to(hidden_states.dtype)
 
@@ -70,12 +78,20 @@ def _projection(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
     return (weight.mT if experts.is_transposed else weight), bias
 
 
+def _halves_apart(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """From pairs of rows: the weight as [E, 2, H, D], a view, and the bias as [E, 2H]."""
+    weight = weight.unflatten(1, (-1, 2)).transpose(1, 2)
+    return weight, None if bias is None else bias.unflatten(1, (-1, 2)).mT.flatten(1)
+
+
 def _fused_act(experts: Any) -> str | None:
     """The activation's name if ``expert_mlp`` computes these experts; else ``None``."""
-    if experts.has_gate and (not compat.has_usual_gate(experts) or not experts.is_concatenated):
-        return None
     if getattr(experts, "has_post_expert_norm", False):
         return None
+    if experts.has_gate and not compat.has_usual_gate(experts):
+        return "clamped_swiglu" if compat.clamped_gate(experts) == (ALPHA, LIMIT) else None
+    if experts.has_gate and not experts.is_concatenated:
+        return None  # the usual gate takes halves
     return _ACTS.get(type(getattr(experts, "act_fn", None)))
 
 
@@ -86,8 +102,11 @@ def _unfused(
     weights: Tensor,
     up: tuple[Tensor, Tensor | None],
     down: tuple[Tensor, Tensor | None],
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """Every (token, slot) as a token of its own, so that the model's gate sees plain rows."""
+    if dtype is not None:
+        x, up, down = x.to(dtype), _cast(up, dtype), _cast(down, dtype)
     num_tokens, k = top_k_index.shape
     plan = ops.plan(top_k_index.reshape(-1, 1), experts.num_experts)
     weights = weights.reshape(-1, 1)
@@ -100,6 +119,13 @@ def _unfused(
     else:
         rows = ops.expert_linear(h, *down, weights, plan)
     return rows.view(num_tokens, k, -1).to(weights.dtype).sum(1)
+
+
+def _cast(
+    projection: tuple[Tensor, Tensor | None], dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    weight, bias = projection
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 compat.register_experts(NAME, experts_forward)

@@ -265,6 +265,8 @@ inline float fast_exp(float x) {
   return p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
 }
 
+constexpr float kLimit = 7.0f;  // of clamped_swiglu
+
 struct ValueAndSlope {
   float value;
   float slope;
@@ -294,6 +296,10 @@ inline ValueAndSlope evaluate(float z) {
     return {z * s, s + z * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * z * z)};
   } else if constexpr (act == Act::relu) {
     return {z <= 0.0f ? 0.0f : z, z <= 0.0f ? 0.0f : 1.0f};
+  } else if constexpr (act == Act::clamped_swiglu) {
+    const float g = z > kLimit ? kLimit : z;
+    const float s = 1.0f / (1.0f + fast_exp(-1.702f * g));
+    return {g * s, z > kLimit ? 0.0f : s + 1.702f * g * s * (1.0f - s)};
   } else {
     const float s = 1.0f / (1.0f + fast_exp(-z));
     return {z * s, s + z * s * (1.0f - s)};
@@ -317,13 +323,25 @@ void add_bias(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n)
   }
 }
 
+// What gated experts multiply the activation with, and the derivative.
+template <Act act>
+inline ValueAndSlope gate(float z2) {
+  if constexpr (act == Act::clamped_swiglu) {
+    const float high = z2 > kLimit ? kLimit : z2;
+    const float clamped = high < -kLimit ? -kLimit : high;
+    return {clamped + 1.0f, std::fabs(z2) > kLimit ? 0.0f : 1.0f};
+  } else {
+    return {z2, 1.0f};
+  }
+}
+
 template <Act act>
 void activate_as(const float* __restrict z, const float* __restrict z2, float* __restrict h,
                  int64_t n) {
   if (z2 == nullptr) {
     for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value;
   } else {
-    for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value * z2[i];
+    for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value * gate<act>(z2[i]).value;
   }
 }
 
@@ -344,9 +362,10 @@ float activate_backward_as(const float* __restrict dh, const float* __restrict z
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) {
       const ValueAndSlope f = evaluate<act>(z[i]);
-      h[i] = f.value * z2[i];
-      dz[i] = w * dh[i] * z2[i] * f.slope;
-      dz2[i] = w * dh[i] * f.value;
+      const ValueAndSlope g = gate<act>(z2[i]);
+      h[i] = f.value * g.value;
+      dz[i] = w * dh[i] * g.value * f.slope;
+      dz2[i] = w * dh[i] * f.value * g.slope;
       sum += dh[i] * h[i];
     }
   }
@@ -359,6 +378,7 @@ void activate(const float* z, const float* z2, Act act, float* h, int64_t n) {
     case Act::gelu_tanh: return activate_as<Act::gelu_tanh>(z, z2, h, n);
     case Act::relu: return activate_as<Act::relu>(z, z2, h, n);
     case Act::silu: return activate_as<Act::silu>(z, z2, h, n);
+    case Act::clamped_swiglu: return activate_as<Act::clamped_swiglu>(z, z2, h, n);
   }
 }
 
@@ -369,6 +389,8 @@ float activate_backward(const float* dh, const float* z, const float* z2, float 
     case Act::gelu_tanh: return activate_backward_as<Act::gelu_tanh>(dh, z, z2, w, h, dz, dz2, n);
     case Act::relu: return activate_backward_as<Act::relu>(dh, z, z2, w, h, dz, dz2, n);
     case Act::silu: return activate_backward_as<Act::silu>(dh, z, z2, w, h, dz, dz2, n);
+    case Act::clamped_swiglu:
+      return activate_backward_as<Act::clamped_swiglu>(dh, z, z2, w, h, dz, dz2, n);
   }
   return 0.0f;
 }

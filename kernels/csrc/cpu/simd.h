@@ -10,7 +10,7 @@ namespace moe_fast {
 enum class Dtype { f32, bf16, f16 };
 
 // The activations, by the names that moe_fast/ops/activations.py gives them.
-enum class Act { gelu, gelu_tanh, relu, silu };
+enum class Act { gelu, gelu_tanh, relu, silu, clamped_swiglu };
 struct NamedAct {
   const char* name;
   Act act;
@@ -18,7 +18,8 @@ struct NamedAct {
 inline constexpr NamedAct kActs[] = {{"gelu", Act::gelu},
                                      {"gelu_tanh", Act::gelu_tanh},
                                      {"relu", Act::relu},
-                                     {"silu", Act::silu}};
+                                     {"silu", Act::silu},
+                                     {"clamped_swiglu", Act::clamped_swiglu}};
 
 // Lengths are in elements. Rows of 16-bit elements are passed as void*.
 struct SimdOps {
@@ -48,7 +49,7 @@ struct SimdOps {
 
   // z [rows, n] += bias[row] (null for 0), then rounded to `dtype`.
   void (*add_bias)(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n);
-  // h = act(z), gated h = act(z) * z2; h overlaps neither.
+  // h = act(z), gated h = act(z) * z2 (clamped_swiglu: of z2 clamped, plus 1); h overlaps neither.
   void (*activate)(const float* z, const float* z2, Act act, float* h, int64_t n);
 
   // With dh the gradient of h before the routing weight w: h, and dz = w dh act'(z) (gated: dz and

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from moe_fast.ops import backends, native
 from moe_fast.ops.checks import COMPILED_DTYPES
+from moe_fast.ops.expert_mlp.plain_weights import backward_on_plain
 from moe_fast.ops.expert_mlp.reference import OPERATION
 
+
+def forward(x: Tensor, up_proj: Tensor, down_proj: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """y and z; of weights that lie column after column there is no copy."""
+    if not _in_columns(up_proj, down_proj):
+        up_proj, down_proj = up_proj.contiguous(), down_proj.contiguous()
+    x, *others = (t.contiguous() if isinstance(t, Tensor) else t for t in (x, *others))
+    op = torch.ops.moe_fast_cpp.expert_mlp
+    return native.call_on_views(op, x, up_proj, down_proj, *others)
+
+
+def _in_columns(up_proj: Tensor, down_proj: Tensor) -> bool:
+    """Whether they are views of [E, D, U] (or, halves apart, [E, D, H, 2]) and [E, H, D]."""
+    if up_proj.dim() == 4:
+        stored = up_proj.permute(0, 3, 2, 1)
+        if not stored.is_contiguous():
+            stored = up_proj.permute(0, 3, 1, 2)
+    else:
+        stored = up_proj.mT
+    return stored.is_contiguous() and down_proj.mT.is_contiguous()
+
+
 run = OPERATION.implement(
-    "expert_mlp_cpp", native.kernel("expert_mlp"), native.kernel("expert_mlp_backward")
+    "expert_mlp_cpp", forward, backward_on_plain(native.kernel("expert_mlp_backward"))
 )
 backends.register("expert_mlp", "cpp", run, native.why_no_products, dtypes=COMPILED_DTYPES)
