@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
@@ -23,8 +24,9 @@ from moe_fast.ops.activations import ACTIVATIONS, ALPHA, LIMIT
 from moe_fast.ops.checks import compute_dtype
 
 NAME = "moe_fast"
-# The ops' names of activations, by transformers' classes.
-_ACTS = {type(ACT2FN[name]): name for name in ACTIVATIONS if name in ACT2FN}
+# The ops' names of activations, by transformers' classes, or by the function itself (LFM2).
+_ACTS: dict[Any, str] = {type(ACT2FN[name]): name for name in ACTIVATIONS if name in ACT2FN}
+_ACTS |= {F.silu: "silu", F.relu: "relu"}
 
 
 def experts_forward(
@@ -92,7 +94,8 @@ def _fused_act(experts: Any) -> str | None:
         return "clamped_swiglu" if compat.clamped_gate(experts) == (ALPHA, LIMIT) else None
     if experts.has_gate and not experts.is_concatenated:
         return None  # the usual gate takes halves
-    return _ACTS.get(type(getattr(experts, "act_fn", None)))
+    act = getattr(experts, "act_fn", None)
+    return _ACTS.get(type(act)) or _ACTS.get(act)
 
 
 def _unfused(
