@@ -18,7 +18,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kForwardRows = 384;  // per task: the weights are read once for so many
-constexpr int64_t kRowStep = 8;  // left factors' rows are padded to it: few kernels to generate
+constexpr int64_t kRowStep = 4;  // left factors' rows are padded to it: few kernels to generate
 
 struct ForwardBuffers {
   UpBuffers up;
@@ -193,11 +193,8 @@ void forward_columns(const Mlp& mlp, const Gemm& gemm, const Task& task, const F
   for (int64_t first = 0; first < dim; first += kUnits) {
     const int64_t dims = std::min(kUnits, dim - first);
     G* factor = buffers.weights.get<G>(part * round_up(dims, 16));
-    const auto row = [&](int64_t unit) {
-      return at(mlp.down, mlp.stored,
-                (task.expert * mlp.hidden + task.begin + unit) * dim + first);
-    };
-    pack_rows(row, mlp.stored, part, dims, factor);
+    const int64_t from = (task.expert * mlp.hidden + task.begin) * dim + first;
+    pack_matrix(at(mlp.down, mlp.stored, from), mlp.stored, dim, part, dims, factor);
     float* rows = buffers.rows.get<float>(padded * dims);
     multiply<G>(gemm, {activated, part}, padded, part, factor, dims, rows, dims, false);
     row_epilogue(mlp, task, out, first, dims, rows, dims, 0, count, buffers);

@@ -108,6 +108,25 @@ void store(const float* source, Dtype dtype, void* out, int64_t n) {
   }
 }
 
+void load_rows(const void* source, Dtype dtype, int64_t ld, int64_t rows, int64_t n, float* out,
+               int64_t out_ld) {
+  if (dtype != Dtype::bf16) {
+    const int64_t bytes = dtype == Dtype::f32 ? 4 : 2;
+    const char* row = static_cast<const char*>(source);
+    for (int64_t r = 0; r < rows; ++r) load(row + r * ld * bytes, dtype, out + r * out_ld, n);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint16_t* from = static_cast<const uint16_t*>(source) + r * ld;
+    float* to = out + r * out_ld;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {  // rows are short: whole vectors, without a prologue
+      for (int64_t j = 0; j < 16; ++j) to[i + j] = from_bits(uint32_t{from[i + j]} << 16);
+    }
+    for (; i < n; ++i) to[i] = from_bits(uint32_t{from[i]} << 16);
+  }
+}
+
 #if defined(__AVX512F__)
 // 16 rows of 16 elements: four rounds, each exchanging blocks twice as large.
 void transpose_16x16(const uint32_t* const* rows, int64_t num_rows, int64_t c, uint32_t* out,
@@ -517,7 +536,7 @@ void dots_bf16(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t*
 
 extern const SimdOps ops;
 const SimdOps ops = {
-    MOE_STRING(MOE_ISA), load,     store,    transpose,         interleave, round_pairs,
+    MOE_STRING(MOE_ISA), load,     store,    load_rows,         transpose,  interleave, round_pairs,
     softmax,             scale_columns,
     add_bias,            activate, activate_backward, add_scaled, scale_add,  dot,
     dot4,                add_scaled4,

@@ -28,6 +28,9 @@ struct SimdOps {
   // Between rows of `dtype` and floats, rounding to nearest even.
   void (*load)(const void* source, Dtype dtype, float* out, int64_t n);
   void (*store)(const float* source, Dtype dtype, void* out, int64_t n);
+  // The same of `rows` rows, ld and out_ld elements apart.
+  void (*load_rows)(const void* source, Dtype dtype, int64_t ld, int64_t rows, int64_t n, float* out,
+                    int64_t out_ld);
 
   // out[c * ld + r] = rows[r][c] for r < num_rows <= 16, and 0 for num_rows <= r < 16.
   void (*transpose)(const uint32_t* const* rows, int64_t num_rows, int64_t n, uint32_t* out,

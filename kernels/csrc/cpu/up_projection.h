@@ -85,10 +85,8 @@ void project_columns(const Mlp& mlp, const Gemm& gemm, int64_t expert, const G* 
   // W1's columns first .. first + count as they lie, into out [rows, count].
   const auto product = [&](int64_t first, int64_t count, float* out) {
     G* factor = buffers.weights.get<G>(mlp.dim * round_up(count, 16));
-    const auto row = [&](int64_t d) {
-      return at(mlp.up, mlp.stored, (expert * mlp.dim + d) * mlp.up_rows + first);
-    };
-    pack_rows(row, mlp.stored, mlp.dim, count, factor);
+    const void* columns = at(mlp.up, mlp.stored, expert * mlp.dim * mlp.up_rows + first);
+    pack_matrix(columns, mlp.stored, mlp.up_rows, mlp.dim, count, factor);
     multiply<G>(gemm, {x, mlp.dim}, rows, mlp.dim, factor, count, out, count, false);
   };
   if (mlp.layout == Layout::pairs) {
