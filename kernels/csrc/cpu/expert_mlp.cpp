@@ -22,7 +22,7 @@ constexpr int64_t kRowStep = 4;  // left factors' rows are padded to it: few ker
 
 struct ForwardBuffers {
   UpBuffers up;
-  Buffer activated, tile, weights, bias, rows, finished;
+  Buffer activated, tile, weights, bias, rows, finished, rounded;
 };
 
 // Where results go: straight to y [T, D] where each token has one row and H is not cut, else to
@@ -156,6 +156,17 @@ void forward_few(const Mlp& mlp, const Task& task, const ForwardOutput& out) {
 
 // --- forward by weights that lie in columns ------------------------------------------------------
 
+// Whether all values are bf16's: a product of two such is exact in float32.
+bool are_bf16(const float* x, int64_t n) {
+  uint32_t lower = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    lower |= bits;
+  }
+  return (lower & 0xffffu) == 0;
+}
+
 template <typename G>
 void forward_columns(const Mlp& mlp, const Gemm& gemm, const Task& task, const ForwardOutput& out) {
   thread_local ForwardBuffers buffers;
@@ -172,11 +183,25 @@ void forward_columns(const Mlp& mlp, const Gemm& gemm, const Task& task, const F
     }
   }
   std::memset(x + count * dim, 0, static_cast<size_t>((padded - count) * dim) * sizeof(G));
+  // An x that was bf16 before it was cast: the bf16 product, twice as fast, sums the same terms.
+  const Bf16* exact = nullptr;
+  if constexpr (wanted == Dtype::f32) {
+    if (mlp.stored == Dtype::bf16 && gemm.bf16 != nullptr && dim % 2 == 0 &&
+        are_bf16(x, count * dim)) {
+      Bf16* rounded = buffers.rounded.get<Bf16>(padded * dim);
+      simd().store(x, Dtype::bf16, rounded, padded * dim);
+      exact = rounded;
+    }
+  }
 
   G* activated = buffers.activated.get<G>(padded * part);
   for (int64_t unit = task.begin; unit < task.end; unit += kUnits) {
     const int64_t units = std::min(kUnits, task.end - unit);
-    project_columns<G>(mlp, gemm, task.expert, x, padded, unit, units, buffers.up);
+    if (exact != nullptr) {
+      project_columns<Bf16>(mlp, gemm, task.expert, exact, padded, unit, units, buffers.up);
+    } else {
+      project_columns<G>(mlp, gemm, task.expert, x, padded, unit, units, buffers.up);
+    }
     const float* z[2] = {buffers.up.tiles.get<float>(0),
                          mlp.gated ? buffers.up.tiles2.get<float>(0) : nullptr};
     float* h = buffers.tile.get<float>(padded * units);
