@@ -156,6 +156,12 @@ void forward_few(const Mlp& mlp, const Task& task, const ForwardOutput& out) {
 
 // --- forward by weights that lie in columns ------------------------------------------------------
 
+// Reads memory in its order, at the rate of a stream. Blocks of an expert's weights are pieces of
+// many rows, for each of which the processor would wait: 7 GB/s, where a stream has 20.
+void stream_in(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) (void)static_cast<const volatile char*>(data)[i];
+}
+
 // Whether all values are bf16's: a product of two such is exact in float32.
 bool are_bf16(const float* x, int64_t n) {
   uint32_t lower = 0;
@@ -194,6 +200,9 @@ void forward_columns(const Mlp& mlp, const Gemm& gemm, const Task& task, const F
     }
   }
 
+  const int64_t bytes = bytes_of(mlp.stored) * dim * mlp.hidden;
+  const bool whole = part == mlp.hidden;
+  if (whole) stream_in(at(mlp.up, mlp.stored, mlp.up_at(task.expert, 0)), bytes * mlp.up_rows / mlp.hidden);
   G* activated = buffers.activated.get<G>(padded * part);
   for (int64_t unit = task.begin; unit < task.end; unit += kUnits) {
     const int64_t units = std::min(kUnits, task.end - unit);
@@ -215,6 +224,7 @@ void forward_columns(const Mlp& mlp, const Gemm& gemm, const Task& task, const F
     }
   }
 
+  if (whole) stream_in(at(mlp.down, mlp.stored, mlp.down_at(task.expert, 0)), bytes);
   for (int64_t first = 0; first < dim; first += kUnits) {
     const int64_t dims = std::min(kUnits, dim - first);
     G* factor = buffers.weights.get<G>(part * round_up(dims, 16));
