@@ -200,9 +200,9 @@ void forward_columns(const Mlp& mlp, const Gemm& gemm, const Task& task, const F
     }
   }
 
-  const int64_t bytes = bytes_of(mlp.stored) * dim * mlp.hidden;
   const bool whole = part == mlp.hidden;
-  if (whole) stream_in(at(mlp.up, mlp.stored, mlp.up_at(task.expert, 0)), bytes * mlp.up_rows / mlp.hidden);
+  const int64_t row_bytes = dim * bytes_of(mlp.stored);
+  if (whole) stream_in(at(mlp.up, mlp.stored, mlp.up_at(task.expert, 0)), mlp.up_rows * row_bytes);
   G* activated = buffers.activated.get<G>(padded * part);
   for (int64_t unit = task.begin; unit < task.end; unit += kUnits) {
     const int64_t units = std::min(kUnits, task.end - unit);
@@ -224,7 +224,9 @@ void forward_columns(const Mlp& mlp, const Gemm& gemm, const Task& task, const F
     }
   }
 
-  if (whole) stream_in(at(mlp.down, mlp.stored, mlp.down_at(task.expert, 0)), bytes);
+  if (whole) {
+    stream_in(at(mlp.down, mlp.stored, mlp.down_at(task.expert, 0)), mlp.hidden * row_bytes);
+  }
   for (int64_t first = 0; first < dim; first += kUnits) {
     const int64_t dims = std::min(kUnits, dim - first);
     G* factor = buffers.weights.get<G>(part * round_up(dims, 16));

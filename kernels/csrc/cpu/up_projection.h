@@ -30,7 +30,7 @@ struct Mlp {
   int64_t dim, hidden, up_rows;  // D, H, U
   const void *x, *up, *down, *up_bias, *down_bias;
 
-  // Where a row begins; of a weight that lies in rows.
+  // Where a row begins, of a weight that lies in rows; of any, where an expert begins (row 0).
   int64_t up_at(int64_t expert, int64_t row) const { return (expert * up_rows + row) * dim; }
   int64_t down_at(int64_t expert, int64_t row) const { return (expert * dim + row) * hidden; }
   RowSource rows_of(const void* data) const { return {data, dtype, dim, plan.row_to_token}; }
