@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import moe_fast  # noqa: F401 - registers experts_implementation="moe_fast"
 
@@ -65,7 +65,7 @@ def candidates(tokens: int, dim: int, hidden: int, num_experts: int, k: int) -> 
     return Candidates(runs, check, dict.fromkeys(("batched_mm", "grouped_mm"), reason))
 
 
-def new_experts(dim: int, hidden: int, num_experts: int) -> nn.Module:
+def new_experts(dim: int, hidden: int, num_experts: int) -> Any:
     """transformers' module with random bfloat16 weights."""
     from transformers.models.openai_privacy_filter import modeling_openai_privacy_filter as theirs
 
@@ -81,7 +81,7 @@ def new_experts(dim: int, hidden: int, num_experts: int) -> nn.Module:
 
 
 def forward(
-    experts: nn.Module, implementation: str, x: Tensor, index: Tensor, weights: Tensor
+    experts: Any, implementation: str, x: Tensor, index: Tensor, weights: Tensor
 ) -> Callable[[], list[Tensor]]:
     """A call of the module under one implementation; parameters are shared."""
     module, config = copy.copy(experts), copy.copy(experts.config)
@@ -95,7 +95,7 @@ def forward(
     return call
 
 
-def bare_products(experts: nn.Module, counts: list[int]) -> Callable[[], list[Tensor]]:
+def bare_products(experts: Any, counts: list[int]) -> Callable[[], list[Tensor]]:
     """Both products of every expert that has rows, into memory that is there already."""
     up, down = experts.gate_up_proj.float(), experts.down_proj.float()
     x, h = torch.randn(max(counts), up.shape[1]), torch.randn(max(counts), down.shape[1])
@@ -111,7 +111,7 @@ def bare_products(experts: nn.Module, counts: list[int]) -> Callable[[], list[Te
     return call
 
 
-def exact(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def exact(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The formulas in float64."""
     y = torch.zeros(x.shape, dtype=torch.float64)
     for e in index.unique().tolist():

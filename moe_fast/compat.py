@@ -387,11 +387,10 @@ def clamped_gate(experts: Any) -> tuple[float, float] | None:
 
     Known by the class that defines it; a class of another name is right, slower.
     """
-    gate = getattr(type(experts), "_apply_gate", None)
+    gate: Any = getattr(type(experts), "_apply_gate", None)
     if not getattr(gate, "__module__", "").startswith("transformers.models."):
         return None
-    owner = gate.__qualname__.partition(".")[0]
-    names = _CLAMPED_GATES.get(owner)
+    names = _CLAMPED_GATES.get(gate.__qualname__.partition(".")[0])
     if names is None or not all(hasattr(experts, name) for name in names):
         return None
     return tuple(getattr(experts, name) for name in names)

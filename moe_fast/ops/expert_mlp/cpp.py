@@ -17,20 +17,17 @@ def forward(x: Tensor, up_proj: Tensor, down_proj: Tensor, *others: Any) -> tupl
     """y and z; of weights that lie column after column there is no copy."""
     if not _in_columns(up_proj, down_proj):
         up_proj, down_proj = up_proj.contiguous(), down_proj.contiguous()
-    x, *others = (t.contiguous() if isinstance(t, Tensor) else t for t in (x, *others))
+    rest = (t.contiguous() if isinstance(t, Tensor) else t for t in others)
     op = torch.ops.moe_fast_cpp.expert_mlp
-    return native.call_on_views(op, x, up_proj, down_proj, *others)
+    return native.call_on_views(op, x.contiguous(), up_proj, down_proj, *rest)
 
 
 def _in_columns(up_proj: Tensor, down_proj: Tensor) -> bool:
     """Whether they are views of [E, D, U] (or, halves apart, [E, D, H, 2]) and [E, H, D]."""
-    if up_proj.dim() == 4:
-        stored = up_proj.permute(0, 3, 2, 1)
-        if not stored.is_contiguous():
-            stored = up_proj.permute(0, 3, 1, 2)
-    else:
-        stored = up_proj.mT
-    return stored.is_contiguous() and down_proj.mT.is_contiguous()
+    apart = up_proj.dim() == 4
+    orders = ((0, 3, 2, 1), (0, 3, 1, 2)) if apart else ((0, 2, 1),)
+    stored = any(up_proj.permute(order).is_contiguous() for order in orders)
+    return stored and down_proj.mT.is_contiguous()
 
 
 run = OPERATION.implement(
