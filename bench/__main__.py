@@ -28,7 +28,10 @@ from .machine import measure_machine
 from .passes import Pass, in_fresh_process, rows_of
 from .record import Recorder
 
-TIMED = ("route", "plan", "rows", "expert_mlp", "moe_mlp", "info_nce", "training_step", "growth")
+TIMED = (
+    "route", "plan", "rows", "expert_mlp", "privacy_filter", "moe_mlp", "info_nce", "training_step",
+    "growth",
+)  # fmt: skip
 JOBS = ("embedding", "natural_step", "cached_step", "import_time")
 """Measured only where they are asked for: they take long, and need what training needs."""
 OPERATIONS = (*TIMED, "peak_memory", *JOBS)

@@ -24,12 +24,14 @@ FILES = {
     "gather_rows": "rows",
     "combine_rows": "rows",
     "expert MLP beside dense": "expert_mlp",
+    "privacy-filter experts": "privacy_filter",
     "MoE layer": "moe_mlp",
     "contrastive loss": "info_nce",
     "import": "import_time",
 }
 """The operation files that are not called as their operations are."""
-APART = ("dense", "dense, compiled", PRODUCTS)
+NO_ALTERNATIVES = (OURS, "dense", "dense, compiled", PRODUCTS, "bare products")
+"""The candidates that are moe_fast itself, or compute something else."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,14 +137,13 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]:
     """Return the ratios of the fastest alternative, by operation and dtype.
 
-    They are the geometric mean, least and most over shapes. Dense, and the products of ours alone,
-    are left out, because they compute something else.
+    They are the geometric mean, least and most over shapes. :data:`NO_ALTERNATIVES` are left out.
     """
     best: dict[str, tuple[float, float, float]] = {}
     for title, members in groups(rows).items():
         cases: dict[tuple[str, str, str], float] = {}
         for row in members:
-            if row.ratio and row.baseline == OURS and row.who not in (OURS, *APART):
+            if row.ratio and row.baseline == OURS and row.who not in NO_ALTERNATIVES:
                 cases[row.case] = min(cases.get(row.case, math.inf), row.ratio.median)
         if cases:
             ratios = list(cases.values())

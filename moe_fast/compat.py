@@ -409,6 +409,38 @@ def has_usual_gate(experts: Any) -> bool:
     return usual is not None and getattr(type(experts), "_apply_gate", None) is usual
 
 
+# transformers' classes whose gate is act="clamped_swiglu", and what they call alpha and limit.
+_CLAMPED_GATES = {
+    "GptOssExperts": ("alpha", "limit"),
+    "OpenAIPrivacyFilterExperts": ("alpha", "limit"),
+    "MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit"),
+}
+_IN_FLOAT32 = ("OpenAIPrivacyFilterExperts",)
+
+
+def clamped_gate(experts: Any) -> tuple[float, float] | None:
+    """Return alpha and limit of a gate (clamp(up) + 1) gate sigmoid(alpha gate), else ``None``.
+
+    It is recognised by the class that defines it. A class with another name runs unfused, which is
+    correct but slower.
+    """
+    gate: Any = getattr(type(experts), "_apply_gate", None)
+    if not getattr(gate, "__module__", "").startswith("transformers.models."):
+        return None
+    names = _CLAMPED_GATES.get(gate.__qualname__.partition(".")[0])
+    if names is None or not all(hasattr(experts, name) for name in names):
+        return None
+    return tuple(getattr(experts, name) for name in names)
+
+
+def computes_in_float32(experts: Any) -> bool:
+    """Whether transformers' own forward computes these experts in float32 whatever their dtype.
+
+    Only the code of that forward says so, no attribute.
+    """
+    return type(experts).__name__ in _IN_FLOAT32
+
+
 def file_of(path: Any, name: str) -> str | None:
     """Return the path of a file of a model folder or of the hub; ``None`` if it does not exist."""
     from transformers.utils import cached_file

@@ -18,6 +18,10 @@ using torch::stable::Tensor;
 // bfloat16 and float16. With S = T * K and U = H, gated 2H:
 //   x [T, D], up_proj [E, U, D], down_proj [E, D, H], up_proj_bias [E, U], down_proj_bias [E, D],
 //   top_k_weights [T, K] float32; the four index tensors of plan.h.
+// The forward also takes weights and biases of 16 bits beside an x of float32; both weights stored
+// the other way around, [E, D, U] and [E, H, D]; and a gated up_proj [E, 2, H, D], which may then be
+// stored as [E, D, H, 2].
+//
 // Returns y [T, D] and, if `save`, z [S, U] (else [0, U]), with zeros in skipped rows.
 //
 // Throws std::runtime_error (RuntimeError in Python) if an argument breaks these rules or the index

@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import Config
 from .launch import COLUMNS, Plan, accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for
-from .numerics import activate, cast, dot, halves
+from .numerics import activate, cast, dot, gate, gate_backward, halves
 from .tiles import find_tile, swizzle, tile_bound
 
 
@@ -48,10 +48,11 @@ def _finish(
     weighted = grad_h * weight
     if GATED:
         z2 = tl.load(z_ptr + at + H, mask=mask, other=0).to(ACC)
-        grad_z2 = weighted * h
+        grad_z2 = gate_backward(weighted * h, z2, ACT)
         tl.store(grad_z_ptr + at + H, cast(grad_z2, OUT), mask=mask)
         if WANT_SUM:
             tl.store(sum_ptr + n + H, tl.sum(grad_z2, 0), mask=n < H)
+        z2 = gate(z2, ACT)
         slope *= z2
         h *= z2
     tl.store(weighted_h_ptr + (row * H + n[None, :]), cast(h * weight, OUT), mask=mask)

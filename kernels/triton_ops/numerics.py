@@ -102,8 +102,30 @@ def activate(z, ACT: tl.constexpr, FAST: tl.constexpr):
         s = _sigmoid(z)
         value = z * s
         slope = s * (1.0 + z * (1.0 - s))
+    elif ACT == "clamped_swiglu":
+        inside = z <= 7.0
+        z = tl.where(inside, z, 7.0)
+        s = _sigmoid(1.702 * z)
+        value = z * s
+        slope = tl.where(inside, s * (1.0 + 1.702 * z * (1.0 - s)), 0.0)
     else:
         tl.static_assert(ACT == "relu")
         value = tl.maximum(z, 0.0)
         slope = tl.where(z > 0, 1.0, 0.0).to(z.dtype)
     return value, slope
+
+
+@triton.jit
+def gate(z2, ACT: tl.constexpr):
+    """What gated experts multiply ``act(z1)`` with."""
+    if ACT == "clamped_swiglu":
+        z2 = tl.where(z2 > 7.0, 7.0, tl.where(z2 < -7.0, -7.0, z2)) + 1.0
+    return z2
+
+
+@triton.jit
+def gate_backward(grad, z2, ACT: tl.constexpr):
+    """The gradient of ``z2`` from that of ``gate(z2)``."""
+    if ACT == "clamped_swiglu":
+        grad = tl.where(tl.abs(z2) <= 7.0, grad, 0.0)
+    return grad

@@ -16,7 +16,7 @@ from .config import Config
 from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for
-from .numerics import activate, cast, dot, halves
+from .numerics import activate, cast, dot, gate, halves
 from .tiles import find_tile, swizzle, tile_bound
 from .zero_tail import zero_tail
 
@@ -58,7 +58,7 @@ def _finish(
     if STORE_H:
         h, _ = activate(z1.to(ACC), ACT, FAST)
         if GATED:
-            h *= z2.to(ACC)
+            h *= gate(z2.to(ACC), ACT)
         tl.store(h_ptr + (row * H + n[None, :]), cast(h, OUT), mask=mask)
 
 
@@ -175,7 +175,7 @@ def up_projection(
         x: [T, K].
         weight: [E, H, K], gated [E, 2H, K], in x's dtype, any strides.
         bias: [E, H], gated [E, 2H], or ``None``.
-        act: "gelu", "gelu_tanh", "silu" or "relu".
+        act: "gelu", "gelu_tanh", "silu", "relu" or "clamped_swiglu".
         want_z, want_h: which of the two to compute; the other has no rows.
         config: tile sizes; ``None``: the table's or the heuristic's.
 

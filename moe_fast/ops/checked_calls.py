@@ -18,7 +18,7 @@ from moe_fast.ops import backends
 
 _MOST = 4096  # signatures that one function remembers; packed batches have many lengths
 _UNKNOWN = object()
-_PLAIN = frozenset({type(None), bool, int, float, str})
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})
 T = TypeVar("T")
 
 

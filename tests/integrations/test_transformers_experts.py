@@ -46,7 +46,6 @@ MODELS = {
         GptOssConfig(**COMMON, num_local_experts=3, head_dim=8, layer_types=["full_attention"] * 2)
     ),
 }
-FUSED = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}
 
 
 def random_model(name: str) -> torch.nn.Module:
@@ -85,17 +84,29 @@ def test_same_output_and_gradients_as_eager(name, backend):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_which_models_are_fused(name, monkeypatch):
-    """expert_mlp where the gate is the usual one, expert_linear around a gate of its own."""
+    """expert_mlp where it knows the gate, expert_linear around a gate of the model's own."""
+    assert called_by(random_model(name), monkeypatch) == {"expert_mlp"}
+
+
+def test_other_constants_of_the_clamp_are_not_fused(monkeypatch):
+    model = random_model("gpt_oss")
+    for experts in model.modules():
+        if hasattr(experts, "limit"):
+            experts.limit = 6.0
+    assert called_by(model, monkeypatch) == {"expert_linear"}
+
+
+def called_by(model: torch.nn.Module, monkeypatch) -> set[str]:
+    """The ops that the experts run on."""
     called = []
     for op in ("expert_mlp", "expert_linear"):
         original = getattr(ops, op)
         monkeypatch.setattr(
             ops, op, lambda *a, op=op, f=original, **kw: (called.append(op), f(*a, **kw))[1]
         )
-    model = random_model(name)
     model.set_experts_implementation("moe_fast")
     run(model)
-    assert set(called) == {"expert_mlp" if name in FUSED else "expert_linear"}
+    return set(called)
 
 
 def experts_of(name: str) -> torch.nn.Module:

@@ -110,18 +110,19 @@ def run_combine_rows(arguments: Arguments, native: bool) -> list[Tensor]:
 
 
 def draw_expert_mlp(rng: random.Random) -> Arguments:
-    """With relu z is a sum of products of eighths, which is exact: no rounding decides its sign."""
+    """Where a rounding of z could decide its slope, z is a sum of products of eighths: exact."""
     plan, experts, weights = _draw_plan(rng)
     tokens, dim, dtype = len(weights), rng.choice(SIZES), rng.choice(DTYPES)
     hidden, gated = rng.choice([*SIZES, 600]), rng.random() < 0.4
     up = 2 * hidden if gated else hidden
-    act = rng.choice(["gelu", "gelu_tanh", "relu", "silu"])
+    act = rng.choice(["gelu", "gelu_tanh", "relu", "silu", "clamped_swiglu"])
+    exact = act in ("relu", "clamped_swiglu")
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape) * scale).to(dtype)
 
     def before_act(*shape: int, scale: float = 1.0) -> Tensor:
-        return eighths(*shape).to(dtype) if act == "relu" else normal(*shape, scale=scale)
+        return eighths(*shape).to(dtype) if exact else normal(*shape, scale=scale)
 
     return dict(
         grad_y=normal(tokens, dim),

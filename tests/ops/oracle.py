@@ -215,8 +215,18 @@ def activate(z: Tensor, act: str) -> Tensor:
         return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
     if act == "relu":
         return torch.where(z > 0, z, torch.zeros_like(z))
+    if act == "clamped_swiglu":
+        z = torch.where(z > 7.0, torch.full_like(z, 7.0), z)
+        return z / (1.0 + torch.exp(-1.702 * z))
     assert act in ("silu", "swish")
     return z / (1.0 + torch.exp(-z))
+
+
+def gate(z2: Tensor, act: str) -> Tensor:
+    """What gated experts multiply the activated half with."""
+    if act != "clamped_swiglu":
+        return z2
+    return 1.0 + torch.where(z2.abs() > 7.0, 7.0 * torch.sign(z2).detach(), z2)
 
 
 def expert_mlp(
@@ -239,7 +249,7 @@ def expert_mlp(
             z = z + up_proj_bias[e].double()
         if gated:
             half = z.shape[0] // 2
-            h = activate(z[:half], act) * z[half:]
+            h = activate(z[:half], act) * gate(z[half:], act)
         else:
             h = activate(z, act)
         f = down_proj[e].double() @ h

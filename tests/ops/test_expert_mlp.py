@@ -25,6 +25,7 @@ from .helpers import (
 F64 = torch.float64
 T, K, E, D, H = 7, 2, 3, 5, 6
 ACTS = ["gelu", "gelu_tanh", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish"]
+ACTS += ["clamped_swiglu"]
 ORDER = ["x", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias", "top_k_weights"]
 
 
@@ -85,6 +86,47 @@ def assert_same(inputs, top_k_index, tolerance=TOLERANCES[F64], recompute=None, 
 def test_values_and_gradients_equal_the_oracle(act, gated, biases, recompute):
     inputs, top_k_index = problem(gated=gated, biases=biases)
     assert_same(inputs, top_k_index, act=act, gated=gated, recompute=recompute)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_clamped_swiglu_beyond_its_limits(gated):
+    inputs, top_k_index = problem(gated=gated, num_tokens=20)
+    inputs = leaves(**inputs | {"x": 8 * inputs["x"]})
+    assert_same(inputs, top_k_index, act="clamped_swiglu", gated=gated)
+
+
+@pytest.mark.parametrize("recompute", [None, "up"])
+def test_halves_apart(recompute):
+    """[E, 2, H, D], here of pairs of rows: the same values, and gradients of that shape."""
+    inputs, top_k_index = problem(gated=True)
+    pairs = inputs["up_proj"].detach().unflatten(1, (2, H)).transpose(1, 2).contiguous()
+    apart = leaves(**inputs | {"up_proj": pairs.transpose(1, 2)})
+    joined = inputs | {"up_proj": apart["up_proj"].flatten(1, 2)}
+    settings = dict(act="clamped_swiglu", gated=True)
+    actual = ours(apart, top_k_index, **settings, recompute=recompute)
+    expected = theirs(joined, top_k_index, **settings)
+    assert_close(actual, expected)
+    upstream = torch.randn(expected.shape, dtype=F64)
+    grads = gradients([actual], [upstream], apart)
+    (up,) = torch.autograd.grad(expected, apart["up_proj"], upstream, retain_graph=True)
+    assert_close(grads["up_proj"], up)
+    assert_close(grads["x"], torch.autograd.grad(actual, apart["x"], upstream)[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float16])
+def test_computed_in_float32(given, backend):
+    """As if all were cast: y in float32, gradients in the dtypes of what they belong to."""
+    inputs, top_k_index = problem(gated=True, dtype=given)
+    settings = dict(act="silu", gated=True)
+    y = ours(inputs, top_k_index, **settings, dtype=torch.float32, backend=backend)
+    expected = theirs(inputs, top_k_index, **settings)
+    assert y.dtype == torch.float32
+    assert_close(y, expected, TOLERANCES[torch.float32], "y")
+    upstream = torch.randn(y.shape)
+    grads = gradients([y], [upstream], inputs)
+    assert all(grads[name].dtype == inputs[name].dtype for name in grads)
+    assert_gradients_close(grads, gradients([expected], [upstream], inputs), TOLERANCES[given])
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_fast import ops
+from moe_fast.ops import native
 
 from .helpers import (
     DTYPES,
@@ -30,7 +31,7 @@ need_native_library()
 
 F32, BF16, F16 = DTYPES
 NAMES = ["x", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias", "top_k_weights"]
-ACTS = ["gelu", "gelu_tanh", "relu", "silu"]
+ACTS = ["gelu", "gelu_tanh", "relu", "silu", "clamped_swiglu"]
 # Relative to the largest entry of each tensor. float32: sums of up to 1024 terms, and an erf good
 # to 1.5e-7. The others: roundings of z, h and dz (2^-9 and 2^-12 each) and of the result.
 TOLERANCES = {F32: 1e-5, BF16: 2e-2, F16: 4e-3}
@@ -148,6 +149,66 @@ def test_several_blocks_of_rows_and_of_units(dtype, gated, recompute):
     inputs, plan = problem(2300, 2, 2, 40, 600, gated=gated, dtype=dtype)
     with num_threads(2):
         assert_right(inputs, plan, gated=gated, recompute=recompute)
+
+
+# ------------------------------------------------------------------- weights that lie in columns
+
+
+def in_columns(inputs: dict, pairs: bool) -> dict:
+    """The same weights, stored as [E, D, U] (or, halves apart, [E, D, H, 2]) and [E, H, D]."""
+    up, down = inputs["up_proj"], inputs["down_proj"]
+    if pairs:
+        up = up.unflatten(1, (2, -1)).permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    else:
+        up = up.mT.contiguous().mT
+    return inputs | {"up_proj": up, "down_proj": down.mT.contiguous().mT}
+
+
+@property_test
+@given(
+    tokens=st.sampled_from([0, 1, 2, 15, 97, 331]),
+    k=st.sampled_from([1, 2]),
+    experts=st.sampled_from([2, 3, 8]),
+    dim=st.sampled_from([1, 7, 16, 64, 100]),
+    hidden=st.sampled_from([1, 6, 17, 130, 300]),
+    form=st.sampled_from(["plain", "gated", "pairs"]),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 999),
+)
+def test_weights_in_columns(
+    tokens, k, experts, dim, hidden, form, bias, dtype, threads, seed
+):  # fmt: skip
+    torch.manual_seed(seed)
+    gated = form != "plain"
+    inputs, plan = problem(tokens, k, experts, dim, hidden, gated=gated, bias=bias, dtype=dtype)
+    act = "clamped_swiglu" if seed % 2 else "silu"
+    with num_threads(threads):
+        assert_right(in_columns(inputs, form == "pairs"), plan, act=act, gated=gated)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_computed_in_float32_as_exactly_as_float32(dtype, columns):
+    inputs, plan = problem(300, 2, 4, 96, 200, gated=True, dtype=dtype)
+    expected = run(in_double(inputs), plan, torch.zeros(300, 96), "torch", gated=True)
+    given = in_columns(inputs, pairs=False) if columns else inputs
+    actual = run(given, plan, torch.zeros(300, 96), "cpp", gated=True, dtype=F32)
+    assert actual["y"].dtype == F32
+    assert_close(actual["y"], expected["y"], TOLERANCES[F32], "y")
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_weights_in_columns_are_not_copied(pairs, monkeypatch):
+    given = []
+    call = native.call_on_views
+    monkeypatch.setattr(native, "call_on_views", lambda *a: (given.extend(a), call(*a))[1])
+    inputs, plan = problem(gated=True)
+    inputs = in_columns(inputs, pairs)
+    ops.expert_mlp(*(inputs[n] for n in NAMES), plan, gated=True, backend="cpp")
+    pointers = {t.data_ptr() for t in given if isinstance(t, Tensor)}
+    assert {inputs["up_proj"].data_ptr(), inputs["down_proj"].data_ptr()} <= pointers
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,8 @@
 //   z^T = W1 x^T, h = act(z), y^T = W2 h^T. The weights are the left factors and are read in place.
 //   The activation writes h^T in the packed layout of the next right factor.
 //
+// Weights that are stored in columns are the right factors instead: z = x W1^T and y = h W2^T.
+//
 // Products accumulate in float32. Tasks with the same rows and different parts of H write separate
 // outputs, which combine() adds in a fixed order.
 #include "../expert_mlp.h"
@@ -16,10 +18,11 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kForwardRows = 384;  // per task, which reads the weights once
+constexpr int64_t kRowStep = 4;  // left factors' rows are padded to it: few kernels to generate
 
 struct ForwardBuffers {
   UpBuffers up;
-  Buffer activated, tile, weights, bias, rows, finished;
+  Buffer activated, tile, weights, bias, rows, finished, rounded;
 };
 
 // Where results are written: directly to y [T, D] if each token has one row and H is not divided,
@@ -53,7 +56,8 @@ void row_epilogue(const Mlp& mlp, const Task& task, const ForwardOutput& out, in
   float* finished = buffers.finished.get<float>(dims);
   const float* bias = nullptr;
   if (task.part == 0) {
-    bias = load_floats(mlp.down_bias, mlp.dtype, task.expert * mlp.dim + first_dim, dims, buffers.bias);
+    bias = load_floats(mlp.down_bias, mlp.stored, task.expert * mlp.dim + first_dim, dims,
+                       buffers.bias);
   }
   for (int64_t j = 0; j < count; ++j) {
     const int64_t row = task.first + first + j;
@@ -114,8 +118,8 @@ void forward_task(const Mlp& mlp, const Gemm& gemm, const Task& task, const Forw
   for (int64_t dim = 0; dim < mlp.dim; dim += step) {
     const int64_t dims = std::min(step, mlp.dim - dim);
     const int64_t from = mlp.down_at(task.expert, dim) + task.begin;
-    const auto weights = left_factor<G>(at(mlp.down, mlp.dtype, from), mlp.dtype, mlp.hidden, dims,
-                                        part, count, buffers.weights);
+    const auto weights = left_factor<G>(at(mlp.down, mlp.stored, from), mlp.stored, mlp.hidden,
+                                        dims, part, count, buffers.weights);
     float* tiles = buffers.tile.get<float>(dims * round_up(count, 16));
     multiply_tiles(gemm, weights, dims, part, activated, count, tiles);
     finish_tiles(mlp, task, out, dim, dims, tiles, buffers);
@@ -150,6 +154,90 @@ void forward_few(const Mlp& mlp, const Task& task, const ForwardOutput& out) {
   row_epilogue(mlp, task, out, 0, dim, rows, dim, 0, count, buffers);
 }
 
+// --- forward by weights that lie in columns ------------------------------------------------------
+
+// Reads memory in its order, at the rate of a stream. Blocks of an expert's weights are pieces of
+// many rows, for each of which the processor would wait: 7 GB/s, where a stream has 20.
+void stream_in(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) (void)static_cast<const volatile char*>(data)[i];
+}
+
+// Whether all values are bf16's: a product of two such is exact in float32.
+bool are_bf16(const float* x, int64_t n) {
+  uint32_t lower = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    lower |= bits;
+  }
+  return (lower & 0xffffu) == 0;
+}
+
+template <typename G>
+void forward_columns(const Mlp& mlp, const Gemm& gemm, const Task& task, const ForwardOutput& out) {
+  thread_local ForwardBuffers buffers;
+  constexpr Dtype wanted = std::is_same_v<G, float> ? Dtype::f32 : Dtype::bf16;
+  const int64_t count = task.last - task.first, part = task.end - task.begin, dim = mlp.dim;
+  const int64_t padded = round_up(count, kRowStep);
+  G* x = buffers.up.columns.get<G>(padded * dim);
+  for (int64_t j = 0; j < count; ++j) {
+    const void* row = mlp.rows_of(mlp.x).row(task.first + j);
+    if constexpr (wanted == Dtype::f32) {
+      simd().load(row, mlp.dtype, x + j * dim, dim);
+    } else {
+      std::memcpy(x + j * dim, row, static_cast<size_t>(dim) * sizeof(G));
+    }
+  }
+  std::memset(x + count * dim, 0, static_cast<size_t>((padded - count) * dim) * sizeof(G));
+  // An x that was bf16 before it was cast: the bf16 product, twice as fast, sums the same terms.
+  const Bf16* exact = nullptr;
+  if constexpr (wanted == Dtype::f32) {
+    if (mlp.stored == Dtype::bf16 && gemm.bf16 != nullptr && dim % 2 == 0 &&
+        are_bf16(x, count * dim)) {
+      Bf16* rounded = buffers.rounded.get<Bf16>(padded * dim);
+      simd().store(x, Dtype::bf16, rounded, padded * dim);
+      exact = rounded;
+    }
+  }
+
+  const bool whole = part == mlp.hidden;
+  const int64_t row_bytes = dim * bytes_of(mlp.stored);
+  if (whole) stream_in(at(mlp.up, mlp.stored, mlp.up_at(task.expert, 0)), mlp.up_rows * row_bytes);
+  G* activated = buffers.activated.get<G>(padded * part);
+  for (int64_t unit = task.begin; unit < task.end; unit += kUnits) {
+    const int64_t units = std::min(kUnits, task.end - unit);
+    if (exact != nullptr) {
+      project_columns<Bf16>(mlp, gemm, task.expert, exact, padded, unit, units, buffers.up);
+    } else {
+      project_columns<G>(mlp, gemm, task.expert, x, padded, unit, units, buffers.up);
+    }
+    const float* z[2] = {buffers.up.tiles.get<float>(0),
+                         mlp.gated ? buffers.up.tiles2.get<float>(0) : nullptr};
+    float* h = buffers.tile.get<float>(padded * units);
+    simd().activate(z[0], z[1], mlp.act, h, padded * units);
+    for (int64_t j = 0; j < padded; ++j) {
+      simd().store(h + j * units, wanted, activated + j * part + (unit - task.begin), units);
+    }
+    for (int64_t half = 0; out.saved != nullptr && half < (mlp.gated ? 2 : 1); ++half) {
+      const int64_t to = task.first * mlp.up_rows + half * mlp.hidden + unit;
+      store_matrix(z[half], count, units, mlp.dtype, at(out.saved, mlp.dtype, to), mlp.up_rows);
+    }
+  }
+
+  if (whole) {
+    stream_in(at(mlp.down, mlp.stored, mlp.down_at(task.expert, 0)), mlp.hidden * row_bytes);
+  }
+  for (int64_t first = 0; first < dim; first += kUnits) {
+    const int64_t dims = std::min(kUnits, dim - first);
+    G* factor = buffers.weights.get<G>(part * round_up(dims, 16));
+    const int64_t from = (task.expert * mlp.hidden + task.begin) * dim + first;
+    pack_matrix(at(mlp.down, mlp.stored, from), mlp.stored, dim, part, dims, factor);
+    float* rows = buffers.rows.get<float>(padded * dims);
+    multiply<G>(gemm, {activated, part}, padded, part, factor, dims, rows, dims, false);
+    row_epilogue(mlp, task, out, first, dims, rows, dims, 0, count, buffers);
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> expert_mlp_cpu(Tensor x, Tensor up_proj, Tensor down_proj,
@@ -172,12 +260,13 @@ std::tuple<Tensor, Tensor> expert_mlp_cpu(Tensor x, Tensor up_proj, Tensor down_
   ForwardOutput out{straight ? y.mutable_data_ptr() : nullptr, rows.mutable_data_ptr<float>(),
                     save ? saved.mutable_data_ptr() : nullptr};
   run_tasks(tasks.list, [&](const Task& task) {
-    if (has_few_rows(mlp, task.expert)) {
+    const bool bf16 = in_bf16(mlp, products);
+    if (mlp.layout != Layout::rows) {
+      (bf16 ? forward_columns<Bf16> : forward_columns<float>)(mlp, products, task, out);
+    } else if (has_few_rows(mlp, task.expert)) {
       forward_few(mlp, task, out);
-    } else if (in_bf16(mlp, products)) {
-      forward_task<Bf16>(mlp, products, task, out);
     } else {
-      forward_task<float>(mlp, products, task, out);
+      (bf16 ? forward_task<Bf16> : forward_task<float>)(mlp, products, task, out);
     }
     products.finish();
   });

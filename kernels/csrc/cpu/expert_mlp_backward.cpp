@@ -3,6 +3,7 @@
 //   dh = dO W2; h and dz from z; dW2 += (w dO)^T h; dW1 += dz^T x; dx += dz W1.
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "../expert_mlp.h"
 #include "gradient.h"
@@ -323,6 +324,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_c
     bool gated) {
   const Mlp mlp = view_mlp(x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights,
                            expert_offsets, row_to_token, row_to_slot, slot_to_row, act, gated);
+  if (mlp.layout != Layout::rows || mlp.stored != mlp.dtype) {
+    throw std::runtime_error("the backward takes contiguous weights in the dtype of x.");
+  }
   const PlanView& plan = mlp.plan;
   const void* grad_data = data_of("grad_y", grad_y, x, {plan.num_tokens, mlp.dim});
   const bool recompute = saved.dim() == 2 && saved.size(0) == 0;

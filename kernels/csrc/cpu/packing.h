@@ -277,6 +277,32 @@ void pack_rows(Row row, Dtype dtype, int64_t depth, int64_t n, G* panels) {
   }
 }
 
+// Packs a right factor [depth, n] of rows that are `ld` apart. Those that become floats are packed 16
+// at a time, because a call for each piece of 48 columns would cost as much as its work.
+template <typename G>
+void pack_matrix(const void* data, Dtype dtype, int64_t ld, int64_t depth, int64_t n, G* panels) {
+  if constexpr (!std::is_same_v<G, float>) {
+    pack_rows([&](int64_t k) { return at(data, dtype, k * ld); }, dtype, depth, n, panels);
+  } else {
+    constexpr int64_t kStep = 16;
+    for (int64_t k = 0; k < depth; k += kStep) {
+      const int64_t rows = std::min(kStep, depth - k);
+      for (int64_t next = k + kStep; next < std::min(k + 2 * kStep, depth); ++next) {
+        prefetch(at(data, dtype, next * ld), n * bytes_of(dtype));
+      }
+      for (int64_t column = 0; column < n; column += kPanel) {
+        const int64_t width = panel_width(n, column);
+        const int64_t used = std::min(kPanel, n - column);
+        float* out = panels + column * depth + k * width;
+        simd().load_rows(at(data, dtype, k * ld + column), dtype, ld, rows, used, out, width);
+        for (int64_t r = 0; used < width && r < rows; ++r) {
+          std::fill(out + r * width + used, out + (r + 1) * width, 0.0f);
+        }
+      }
+    }
+  }
+}
+
 // Rounds `num_rows` <= 32 rows of floats, `row_ld` apart, to G and writes them transposed, to
 // out[c * ld + r] for r < 32, with zeros from num_rows on. `buffer` holds pairs of rows.
 template <typename G>

@@ -39,8 +39,9 @@ PlanView view_plan(const Tensor& top_k_weights, const Tensor& expert_offsets,
                    const Tensor& row_to_token, const Tensor& row_to_slot,
                    const Tensor& slot_to_row, int64_t num_tokens, int64_t num_experts);
 
-// Throws std::runtime_error unless the tensor is contiguous, on the CPU and of this shape.
-void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape);
+// Throws std::runtime_error unless the tensor is on the CPU, of this shape and, if asked, contiguous.
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
+                 bool contiguous = true);
 
 // The values of a contiguous int64 tensor [size], or of the routing weights, float32 [num_tokens, K],
 // on the CPU.
@@ -57,9 +58,10 @@ Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes,
 // The dtype of x; throws for any but float32, bfloat16, float16.
 Dtype dtype_of(const Tensor& x);
 
-// The data of a contiguous tensor of x's dtype on the CPU, of the given shape; null if absent.
+// The data of a tensor of x's dtype on the CPU, of the given shape and, if asked, contiguous; null if
+// absent.
 const void* data_of(const char* name, const Tensor& tensor, const Tensor& x,
-                    std::vector<int64_t> shape);
+                    std::vector<int64_t> shape, bool contiguous = true);
 const void* data_of(const char* name, const std::optional<Tensor>& tensor, const Tensor& x,
                     std::vector<int64_t> shape);
 

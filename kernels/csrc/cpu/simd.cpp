@@ -109,6 +109,25 @@ void store(const float* source, Dtype dtype, void* out, int64_t n) {
   }
 }
 
+void load_rows(const void* source, Dtype dtype, int64_t ld, int64_t rows, int64_t n, float* out,
+               int64_t out_ld) {
+  if (dtype != Dtype::bf16) {
+    const int64_t bytes = dtype == Dtype::f32 ? 4 : 2;
+    const char* row = static_cast<const char*>(source);
+    for (int64_t r = 0; r < rows; ++r) load(row + r * ld * bytes, dtype, out + r * out_ld, n);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint16_t* from = static_cast<const uint16_t*>(source) + r * ld;
+    float* to = out + r * out_ld;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {  // rows are short: whole vectors, without a prologue
+      for (int64_t j = 0; j < 16; ++j) to[i + j] = from_bits(uint32_t{from[i + j]} << 16);
+    }
+    for (; i < n; ++i) to[i] = from_bits(uint32_t{from[i]} << 16);
+  }
+}
+
 #if defined(__AVX512F__)
 // 16 rows of 16 elements: four rounds, each exchanging blocks twice as large.
 void transpose_16x16(const uint32_t* const* rows, int64_t num_rows, int64_t c, uint32_t* out,
@@ -267,6 +286,8 @@ inline float fast_exp(float x) {
   return p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
 }
 
+constexpr float kLimit = 7.0f;  // of clamped_swiglu
+
 struct ValueAndSlope {
   float value;
   float slope;
@@ -296,6 +317,10 @@ inline ValueAndSlope evaluate(float z) {
     return {z * s, s + z * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * z * z)};
   } else if constexpr (act == Act::relu) {
     return {z <= 0.0f ? 0.0f : z, z <= 0.0f ? 0.0f : 1.0f};
+  } else if constexpr (act == Act::clamped_swiglu) {
+    const float g = z > kLimit ? kLimit : z;
+    const float s = 1.0f / (1.0f + fast_exp(-1.702f * g));
+    return {g * s, z > kLimit ? 0.0f : s + 1.702f * g * s * (1.0f - s)};
   } else {
     const float s = 1.0f / (1.0f + fast_exp(-z));
     return {z * s, s + z * s * (1.0f - s)};
@@ -319,13 +344,25 @@ void add_bias(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n)
   }
 }
 
+// What gated experts multiply the activation with, and the derivative.
+template <Act act>
+inline ValueAndSlope gate(float z2) {
+  if constexpr (act == Act::clamped_swiglu) {
+    const float high = z2 > kLimit ? kLimit : z2;
+    const float clamped = high < -kLimit ? -kLimit : high;
+    return {clamped + 1.0f, std::fabs(z2) > kLimit ? 0.0f : 1.0f};
+  } else {
+    return {z2, 1.0f};
+  }
+}
+
 template <Act act>
 void activate_as(const float* __restrict z, const float* __restrict z2, float* __restrict h,
                  int64_t n) {
   if (z2 == nullptr) {
     for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value;
   } else {
-    for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value * z2[i];
+    for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value * gate<act>(z2[i]).value;
   }
 }
 
@@ -346,9 +383,10 @@ float activate_backward_as(const float* __restrict dh, const float* __restrict z
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) {
       const ValueAndSlope f = evaluate<act>(z[i]);
-      h[i] = f.value * z2[i];
-      dz[i] = w * dh[i] * z2[i] * f.slope;
-      dz2[i] = w * dh[i] * f.value;
+      const ValueAndSlope g = gate<act>(z2[i]);
+      h[i] = f.value * g.value;
+      dz[i] = w * dh[i] * g.value * f.slope;
+      dz2[i] = w * dh[i] * f.value * g.slope;
       sum += dh[i] * h[i];
     }
   }
@@ -361,6 +399,7 @@ void activate(const float* z, const float* z2, Act act, float* h, int64_t n) {
     case Act::gelu_tanh: return activate_as<Act::gelu_tanh>(z, z2, h, n);
     case Act::relu: return activate_as<Act::relu>(z, z2, h, n);
     case Act::silu: return activate_as<Act::silu>(z, z2, h, n);
+    case Act::clamped_swiglu: return activate_as<Act::clamped_swiglu>(z, z2, h, n);
   }
 }
 
@@ -371,6 +410,8 @@ float activate_backward(const float* dh, const float* z, const float* z2, float 
     case Act::gelu_tanh: return activate_backward_as<Act::gelu_tanh>(dh, z, z2, w, h, dz, dz2, n);
     case Act::relu: return activate_backward_as<Act::relu>(dh, z, z2, w, h, dz, dz2, n);
     case Act::silu: return activate_backward_as<Act::silu>(dh, z, z2, w, h, dz, dz2, n);
+    case Act::clamped_swiglu:
+      return activate_backward_as<Act::clamped_swiglu>(dh, z, z2, w, h, dz, dz2, n);
   }
   return 0.0f;
 }
@@ -497,7 +538,7 @@ void dots_bf16(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t*
 
 extern const SimdOps ops;
 const SimdOps ops = {
-    MOE_STRING(MOE_ISA), load,     store,    transpose,         interleave, round_pairs,
+    MOE_STRING(MOE_ISA), load,     store,    load_rows,         transpose,  interleave, round_pairs,
     softmax,             scale_columns,
     add_bias,            activate, activate_backward, add_scaled, scale_add,  dot,
     dot4,                add_scaled4,

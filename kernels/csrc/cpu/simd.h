@@ -11,7 +11,7 @@ namespace moe_fast {
 enum class Dtype { f32, bf16, f16 };
 
 // The activations, by the names that moe_fast/ops/activations.py gives them.
-enum class Act { gelu, gelu_tanh, relu, silu };
+enum class Act { gelu, gelu_tanh, relu, silu, clamped_swiglu };
 struct NamedAct {
   const char* name;
   Act act;
@@ -19,7 +19,8 @@ struct NamedAct {
 inline constexpr NamedAct kActs[] = {{"gelu", Act::gelu},
                                      {"gelu_tanh", Act::gelu_tanh},
                                      {"relu", Act::relu},
-                                     {"silu", Act::silu}};
+                                     {"silu", Act::silu},
+                                     {"clamped_swiglu", Act::clamped_swiglu}};
 
 // Lengths are in elements. Rows of 16-bit elements are passed as void*.
 struct SimdOps {
@@ -28,6 +29,9 @@ struct SimdOps {
   // Convert between rows of `dtype` and floats, rounding to nearest even.
   void (*load)(const void* source, Dtype dtype, float* out, int64_t n);
   void (*store)(const float* source, Dtype dtype, void* out, int64_t n);
+  // The same of `rows` rows, ld and out_ld elements apart.
+  void (*load_rows)(const void* source, Dtype dtype, int64_t ld, int64_t rows, int64_t n, float* out,
+                    int64_t out_ld);
 
   // out[c * ld + r] = rows[r][c] for r < num_rows <= 16, and 0 for num_rows <= r < 16.
   void (*transpose)(const uint32_t* const* rows, int64_t num_rows, int64_t n, uint32_t* out,
@@ -51,7 +55,7 @@ struct SimdOps {
 
   // z [rows, n] += bias[row] (null stands for 0), then z is rounded to `dtype`.
   void (*add_bias)(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n);
-  // h = act(z), gated h = act(z) * z2; h overlaps neither.
+  // h = act(z), gated h = act(z) * z2 (clamped_swiglu: of z2 clamped, plus 1); h overlaps neither.
   void (*activate)(const float* z, const float* z2, Act act, float* h, int64_t n);
 
   // dh is the gradient of h before the routing weight w. Computes h and dz = w dh act'(z) (gated:

@@ -14,6 +14,26 @@ Act act_of(const std::string& name) {
   throw std::runtime_error("act is unknown: " + name + ".");
 }
 
+// Whether element (i, j, ...) lies at i * strides[0] + j * strides[1] ...
+bool lies_as(const Tensor& tensor, const std::vector<int64_t>& strides) {
+  for (size_t i = 0; i < strides.size(); ++i) {
+    const auto dim = static_cast<int64_t>(i);
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != strides[i]) return false;
+  }
+  return true;
+}
+
+Layout layout_of(const Tensor& up, const Tensor& down, int64_t up_rows) {
+  const int64_t dim = down.size(1), hidden = down.size(2), size = up_rows * dim;
+  if (up.is_contiguous() && down.is_contiguous()) return Layout::rows;
+  if (!lies_as(down, {dim * hidden, 1, dim})) return Layout::rows;
+  if (up.dim() == 3) {
+    return lies_as(up, {size, 1, up_rows}) ? Layout::columns : Layout::rows;
+  }
+  if (lies_as(up, {size, hidden, 1, up_rows})) return Layout::columns;
+  return lies_as(up, {size, 1, 2, up_rows}) ? Layout::pairs : Layout::rows;
+}
+
 }  // namespace
 
 Mlp view_mlp(const Tensor& x, const Tensor& up_proj, const Tensor& down_proj,
@@ -21,7 +41,8 @@ Mlp view_mlp(const Tensor& x, const Tensor& up_proj, const Tensor& down_proj,
              const std::optional<Tensor>& down_proj_bias, const Tensor& top_k_weights,
              const Tensor& expert_offsets, const Tensor& row_to_token, const Tensor& row_to_slot,
              const Tensor& slot_to_row, const std::string& act, bool gated) {
-  if (x.dim() != 2 || up_proj.dim() != 3 || down_proj.dim() != 3) {
+  const bool apart = gated && up_proj.dim() == 4;
+  if (x.dim() != 2 || (up_proj.dim() != 3 && !apart) || down_proj.dim() != 3) {
     throw std::runtime_error("x must be [T, D], up_proj [E, H, D] and down_proj [E, D, H].");
   }
   Mlp mlp;
@@ -35,10 +56,18 @@ Mlp view_mlp(const Tensor& x, const Tensor& up_proj, const Tensor& down_proj,
   mlp.plan = view_plan(top_k_weights, expert_offsets, row_to_token, row_to_slot, slot_to_row,
                        x.size(0), experts);
   mlp.x = data_of("x", x, x, {x.size(0), mlp.dim});
-  mlp.up = data_of("up_proj", up_proj, x, {experts, mlp.up_rows, mlp.dim});
-  mlp.down = data_of("down_proj", down_proj, x, {experts, mlp.dim, mlp.hidden});
-  mlp.up_bias = data_of("up_proj_bias", up_proj_bias, x, {experts, mlp.up_rows});
-  mlp.down_bias = data_of("down_proj_bias", down_proj_bias, x, {experts, mlp.dim});
+  // Weights of 16 bits may stand beside an x of float32.
+  const Tensor& like = mlp.dtype == Dtype::f32 && bytes_of(dtype_of(down_proj)) == 2 ? down_proj : x;
+  mlp.stored = dtype_of(like);
+  mlp.layout = layout_of(up_proj, down_proj, mlp.up_rows);
+  const bool in_rows = mlp.layout == Layout::rows;
+  const std::vector<int64_t> up_shape =
+      apart ? std::vector<int64_t>{experts, 2, mlp.hidden, mlp.dim}
+            : std::vector<int64_t>{experts, mlp.up_rows, mlp.dim};
+  mlp.up = data_of("up_proj", up_proj, like, up_shape, in_rows);
+  mlp.down = data_of("down_proj", down_proj, like, {experts, mlp.dim, mlp.hidden}, in_rows);
+  mlp.up_bias = data_of("up_proj_bias", up_proj_bias, like, {experts, mlp.up_rows});
+  mlp.down_bias = data_of("down_proj_bias", down_proj_bias, like, {experts, mlp.dim});
   if (mlp.dim == 0 || mlp.hidden == 0) throw std::runtime_error("D and H must not be 0.");
   return mlp;
 }
@@ -62,6 +91,20 @@ void store_rows(const float* tile, int64_t units, int64_t width, int64_t count, 
   }
 }
 
+void finish_rows(const Mlp& mlp, int64_t expert, int64_t unit, int64_t units, int64_t count,
+                 float* z, UpBuffers& buffers) {
+  const float* bias =
+      load_floats(mlp.up_bias, mlp.stored, expert * mlp.up_rows + unit, units, buffers.bias);
+  uint16_t* rounded = buffers.weights.get<uint16_t>(units);
+  for (int64_t j = 0; j < count; ++j) {
+    float* row = z + j * units;
+    simd().scale_add(row, 1.0f, bias, row, units);
+    if (mlp.dtype == Dtype::f32) continue;
+    simd().store(row, mlp.dtype, rounded, units);
+    simd().load(rounded, mlp.dtype, row, units);
+  }
+}
+
 bool has_few_rows(const Mlp& mlp, int64_t expert) {
   return mlp.dtype == Dtype::bf16 && simd().dots_bf16 != nullptr &&
          mlp.plan.rows_of(expert) <= kFewRows;
@@ -82,15 +125,7 @@ void project_few(const Mlp& mlp, int64_t expert, int64_t unit, int64_t units, co
   const auto* weights =
       reinterpret_cast<const Bf16*>(at(mlp.up, mlp.dtype, mlp.up_at(expert, unit)));
   simd().dots_bf16(weights, mlp.dim, units, x, mlp.dim, count, mlp.dim, z, units);
-  const float* bias =
-      load_floats(mlp.up_bias, mlp.dtype, expert * mlp.up_rows + unit, units, buffers.bias);
-  Bf16* rounded = buffers.weights.get<Bf16>(units);
-  for (int64_t j = 0; j < count; ++j) {
-    float* row = z + j * units;
-    simd().scale_add(row, 1.0f, bias, row, units);
-    simd().store(row, mlp.dtype, rounded, units);
-    simd().load(rounded, mlp.dtype, row, units);
-  }
+  finish_rows(mlp, expert, unit, units, count, z, buffers);
 }
 
 }  // namespace moe_fast

@@ -1,7 +1,8 @@
 """expert_mlp: sends every token through the MLPs of its K experts, and sums with its weights.
 
     z   = W1[e] . x + b1[e]                      (gated: z = [z1, z2], first half activated)
-    h   = act(z)                                 (gated: h = act(z1) * z2)
+    h   = act(z)                                 (gated: h = act(z1) * z2; "clamped_swiglu" changes
+                                                  both, see moe_fast/ops/activations.py)
     f_e = W2[e] . h + b2[e]
     y_t = sum over k of w[t, k] * f_{e(t, k)}(x_t)
 
@@ -37,6 +38,7 @@ from moe_fast.ops.checks import (
     check_dtype,
     check_like,
     check_shape,
+    check_tensor,
     wants_gradients,
 )
 from moe_fast.ops.expert_mlp import cpp, reference, triton  # noqa: F401 - each registers itself
@@ -56,13 +58,15 @@ def expert_mlp(
     act: str = "gelu",
     gated: bool = False,
     recompute: str | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute the mixture of expert MLPs; see the module's docstring for the mathematics.
 
     Args:
         x: [T, D].
-        up_proj: [E, H, D]; gated: [E, 2H, D], activated half first.
+        up_proj: [E, H, D]; gated: [E, 2H, D], activated half first, or the halves apart,
+            [E, 2, H, D], as a view of interleaved rows has them.
         down_proj: [E, D, H].
         up_proj_bias, down_proj_bias: [E, H] (gated [E, 2H]) and [E, D], or ``None``.
         top_k_weights: [T, K] float32 or float64, from :func:`route`.
@@ -71,17 +75,22 @@ def expert_mlp(
         gated: whether experts are gated.
         recompute: ``None``, or ``"up"`` to compute z again in the backward pass instead of saving
             it (less memory, one more product).
+        dtype: the dtype to compute in, as if x, weights and biases were cast to it; the forward
+            pass in C++ makes no copy of the weights. ``None``: x's dtype, or autocast's.
         backend: see :func:`moe_fast.use_backend`.
 
     Returns:
-        [T, D] in x's dtype (autocast's under autocast). Skipped slots contribute exactly 0.
+        [T, D] in ``dtype``, else in x's dtype (autocast's under autocast). Skipped slots contribute
+        exactly 0.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or names do not fit.
     """
     tensors = (x, up_proj, down_proj, up_proj_bias, down_proj_bias)
-    run, needs_grad = _prepare(*tensors, top_k_weights, plan, act, gated, recompute, backend)
-    if torch.is_autocast_enabled(x.device.type):
+    run, needs_grad = _prepare(*tensors, top_k_weights, plan, act, gated, recompute, dtype, backend)
+    if dtype is not None:
+        tensors = (x.to(dtype), *tensors[1:])
+    elif torch.is_autocast_enabled(x.device.type):
         tensors = autocast_to(*tensors)
     save = needs_grad and recompute is None
     y, _ = run(*tensors, top_k_weights, *plan.indices, ACTIVATIONS[act].name, gated, save)
@@ -92,7 +101,7 @@ def expert_mlp(
 def _prepare(x: Tensor, *arguments: Any) -> tuple[Callable, bool]:
     """Check the arguments; return the implementation to run, and whether it has gradients."""
     *tensors_and_settings, backend = arguments
-    return choose("expert_mlp", backend, (), x, *tensors_and_settings)
+    return choose("expert_mlp", backend, (), x, *tensors_and_settings, apart=True)
 
 
 def choose(
@@ -109,11 +118,16 @@ def choose(
     act: str,
     gated: bool,
     recompute: str | None,
+    dtype: torch.dtype | None = None,
+    *,
+    apart: bool = False,
 ) -> tuple[Callable, bool]:
     """Check the arguments of an expert MLP; return the implementation of ``op`` to run.
 
     Args:
         block: further tensors that may need gradients, in an op that computes more than the MLP.
+        dtype: the dtype to compute in, in an op that lets the caller choose it.
+        apart: whether the op takes an up_proj whose halves are apart, [E, 2, H, D].
 
     Returns:
         The implementation, and whether gradients are needed.
@@ -128,11 +142,7 @@ def choose(
     num_experts, dim, hidden = down_proj.shape
     if not (dim and hidden):
         raise ValueError(f"D and H must be at least 1; got {dim} and {hidden}.")
-    up_rows = 2 * hidden if gated else hidden
-    letters = "[E, 2H, D]" if gated else "[E, H, D]"
-    check_shape("up_proj", up_proj, (num_experts, up_rows, dim), letters)
-    if up_proj_bias is not None:
-        check_shape("up_proj_bias", up_proj_bias, (num_experts, up_rows), letters[:-4] + "]")
+    _check_up_projection(up_proj, up_proj_bias, (num_experts, hidden, dim), gated, apart)
     if down_proj_bias is not None:
         check_shape("down_proj_bias", down_proj_bias, (num_experts, dim), "[E, D]")
     check_dtype("x", x, FLOAT_DTYPES)
@@ -144,10 +154,27 @@ def choose(
         up_proj_bias=up_proj_bias,
         down_proj_bias=down_proj_bias,
     )
+    if dtype is not None and torch.promote_types(x.dtype, dtype) != dtype:
+        raise TypeError(f"dtype must be as wide as x's, {x.dtype}, or wider; got {dtype}.")
     check_plan(x, top_k_weights, plan, num_experts)
     needs_grad = wants_gradients(
         x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *block
     )
-    computed_in = torch.promote_types(autocast_dtype(x), top_k_weights.dtype)
+    computed_in = torch.promote_types(dtype or autocast_dtype(x), top_k_weights.dtype)
     act = ACTIVATIONS[act].name
     return backends.select(op, backend, x.device, computed_in, act, needs_grad), needs_grad
+
+
+def _check_up_projection(
+    up_proj: Tensor, bias: Tensor | None, sizes: tuple[int, int, int], gated: bool, apart: bool
+) -> None:
+    num_experts, hidden, dim = sizes
+    up_rows = 2 * hidden if gated else hidden
+    letters = "[E, 2H, D]" if gated else "[E, H, D]"
+    check_tensor("up_proj", up_proj)
+    if apart and gated and up_proj.dim() == 4:
+        check_shape("up_proj", up_proj, (num_experts, 2, hidden, dim), "[E, 2, H, D]")
+    else:
+        check_shape("up_proj", up_proj, (num_experts, up_rows, dim), letters)
+    if bias is not None:
+        check_shape("up_proj_bias", bias, (num_experts, up_rows), letters[:-4] + "]")

@@ -10,10 +10,12 @@ from moe_fast.ops import backends
 from moe_fast.ops.activations import activate, activate_backward
 from moe_fast.ops.checks import without_autocast
 from moe_fast.ops.eager_dispatch import Operation
+from moe_fast.ops.expert_mlp.plain_weights import backward_on_plain, forward_on_plain
 from moe_fast.ops.plan_checks import combine, experts_with_rows, slot_values
 
 
 @without_autocast
+@forward_on_plain
 def _expert_mlp(
     x: Tensor,
     up_proj: Tensor,
@@ -45,6 +47,7 @@ def _of(bias: Tensor | None, expert: int) -> Tensor | None:
 
 
 @without_autocast
+@backward_on_plain
 def _expert_mlp_backward(grad_y, x, up_proj, down_proj, *rest):
     up_proj_bias, down_proj_bias, top_k_weights, *plan, saved, act, gated = rest
     expert_offsets, row_to_token, row_to_slot, slot_to_row = plan
@@ -74,23 +77,28 @@ def _expert_mlp_backward(grad_y, x, up_proj, down_proj, *rest):
     return grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights
 
 
-def _fake(x, up_proj, *rest):
-    row_to_token, save = rest[5], rest[-1]
+def _fake(x, up_proj, down_proj, *rest):
+    row_to_token, gated, save = rest[4], *rest[-2:]
     saved_rows = row_to_token.shape[0] if save else 0
-    return x.new_empty(x.shape), x.new_empty((saved_rows, up_proj.shape[1]))
+    return x.new_empty(x.shape), x.new_empty((saved_rows, _up_rows(down_proj, gated)))
 
 
 def _fake_backward(
     grad_y, x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *rest
 ):
+    bias_shape = (up_proj.shape[0], _up_rows(down_proj, rest[-1]))
     return (
         x.new_empty(x.shape),
         up_proj.new_empty(up_proj.shape),
         down_proj.new_empty(down_proj.shape),
-        x.new_empty(up_proj.shape[:2]),
-        x.new_empty(down_proj.shape[:2]),
+        (x if up_proj_bias is None else up_proj_bias).new_empty(bias_shape),
+        (x if down_proj_bias is None else down_proj_bias).new_empty(down_proj.shape[:2]),
         top_k_weights.new_empty(top_k_weights.shape),
     )
+
+
+def _up_rows(down_proj: Tensor, gated: bool) -> int:
+    return down_proj.shape[2] * (2 if gated else 1)
 
 
 OPERATION = Operation(_expert_mlp, _fake, _fake_backward, differentiable=6, saved=(1,), settings=2)

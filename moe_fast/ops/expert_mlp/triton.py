@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_fast.ops import triton_backend
+from moe_fast.ops.expert_mlp.plain_weights import backward_on_plain, forward_on_plain
 from moe_fast.ops.expert_mlp.reference import OPERATION
 
 
@@ -94,6 +95,8 @@ def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 run = OPERATION.implement(
-    "expert_mlp_triton", triton_backend.on_device(forward), triton_backend.on_device(gradients)
+    "expert_mlp_triton",
+    triton_backend.on_device(forward_on_plain(forward)),
+    triton_backend.on_device(backward_on_plain(gradients)),
 )
 triton_backend.offer("expert_mlp", run)
