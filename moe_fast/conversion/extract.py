@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_fast.architectures import encoder_prefix
-from moe_fast.conversion.door import given, mixture_of
+from moe_fast.conversion.input_model import given, mixture_of
 from moe_fast.conversion.weights import config_settings, load_exactly, vocabulary_names
 from moe_fast.models.configuration import MoEConfigFields
 from moe_fast.models.pretrained import MoEPreTrainedModel

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_fast.architectures import encoder_prefix
-from moe_fast.conversion.door import given, mixture_of
 from moe_fast.conversion.extract import expert_index
+from moe_fast.conversion.input_model import given, mixture_of
 from moe_fast.conversion.weights import load_exactly, mean_of, vocabulary_names
 from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import build_moe

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from moe_fast.conversion.door import given, mixture_of
+from moe_fast.conversion.input_model import given, mixture_of
 from moe_fast.conversion.weights import load_exactly
 from moe_fast.models.checkpoint_files import (
     check_checkpoint,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from moe_fast.architectures import encoder_prefix
 from moe_fast.compat import child_modules
-from moe_fast.conversion.door import Given, loaded
+from moe_fast.conversion.input_model import Given, loaded
 from moe_fast.conversion.upcycle import upcycle
 from moe_fast.conversion.weights import mean_of, vocabulary_names
 from moe_fast.models.pretrained import MoEPreTrainedModel

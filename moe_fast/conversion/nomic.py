@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from moe_fast.conversion.door import Given, given, loaded, mixture_of
 from moe_fast.conversion.importing import read_weights
+from moe_fast.conversion.input_model import Given, given, loaded, mixture_of
 from moe_fast.conversion.weights import load_exactly
 from moe_fast.files import atomic_folder, check_output
 from moe_fast.models import modeling

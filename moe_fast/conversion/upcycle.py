@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_fast.architectures import encoder_prefix
-from moe_fast.conversion.door import loaded
+from moe_fast.conversion.input_model import loaded
 from moe_fast.conversion.trainable import set_trainable
 from moe_fast.conversion.weights import config_settings, load_exactly, vocabulary_names
 from moe_fast.models.pretrained import MoEPreTrainedModel
