@@ -63,7 +63,8 @@ def _names(statement: ast.stmt) -> list[str]:
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
         return [statement.name]
     if isinstance(statement, ast.Assign):
-        return [ast.unparse(target) for target in statement.targets]
+        targets = (ast.walk(target) for target in statement.targets)  # several names in a tuple
+        return [node.id for nodes in targets for node in nodes if isinstance(node, ast.Name)]
     return [ast.unparse(statement.target)] if isinstance(statement, ast.AnnAssign) else []
 
 
@@ -104,7 +105,7 @@ class SourceBundle:
         elif self._homes.get(name, home) != home:
             raise RuntimeError(f"{name} is defined in {home} and in {self._homes[name]}.")
         elif name not in self._homes:
-            self._homes[name] = home
+            self._homes |= dict.fromkeys(_names(found.statement), home)
             for node in ast.walk(found.statement):
                 if isinstance(node, ast.Name):
                     self.add(home, node.id)
