@@ -117,7 +117,7 @@ def activate(z, ACT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def gate(z2, ACT: tl.constexpr):
-    """What gated experts multiply ``act(z1)`` with."""
+    """Returns what gated experts multiply ``act(z1)`` by."""
     if ACT == "clamped_swiglu":
         z2 = tl.where(z2 > 7.0, 7.0, tl.where(z2 < -7.0, -7.0, z2)) + 1.0
     return z2
@@ -125,7 +125,7 @@ def gate(z2, ACT: tl.constexpr):
 
 @triton.jit
 def gate_backward(grad, z2, ACT: tl.constexpr):
-    """The gradient of ``z2`` from that of ``gate(z2)``."""
+    """Returns the gradient of ``z2`` from that of ``gate(z2)``."""
     if ACT == "clamped_swiglu":
         grad = tl.where(tl.abs(z2) <= 7.0, grad, 0.0)
     return grad

@@ -31,7 +31,7 @@ def calls():
 def test_other_values_of_the_same_shape_are_not_checked_again(calls):
     check, seen = calls
     for x in (X, X + 1, torch.nn.Parameter(X, requires_grad=False)):
-        check(x, PLAN, "gelu", None)
+        check(x, PLAN, "gelu", None, torch.float32)
     assert len(seen) == 1
 
 
@@ -49,6 +49,7 @@ def test_other_values_of_the_same_shape_are_not_checked_again(calls):
         (X, X, PLAN, 2),
         (X, X, PLAN, True),  # equal to 1
         (X, X, PLAN, 1.0),
+        (X, X, PLAN, torch.float32),
     ],
 )
 def test_whatever_else_differs_is_checked(calls, changed):

@@ -154,10 +154,10 @@ void forward_few(const Mlp& mlp, const Task& task, const ForwardOutput& out) {
   row_epilogue(mlp, task, out, 0, dim, rows, dim, 0, count, buffers);
 }
 
-// --- forward by weights that lie in columns ------------------------------------------------------
+// --- forward by weights in columns -------------------------------------------------------------
 
-// Reads memory in its order, at the rate of a stream. Blocks of an expert's weights are pieces of
-// many rows, for each of which the processor would wait: 7 GB/s, where a stream has 20.
+// Reads memory in its order, at the rate of a stream, 20 GB/s. Blocks of an expert's weights are
+// pieces of many rows, and the processor would wait for each piece, which gives 7 GB/s.
 void stream_in(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) (void)static_cast<const volatile char*>(data)[i];
 }
@@ -189,7 +189,7 @@ void forward_columns(const Mlp& mlp, const Gemm& gemm, const Task& task, const F
     }
   }
   std::memset(x + count * dim, 0, static_cast<size_t>((padded - count) * dim) * sizeof(G));
-  // An x that was bf16 before it was cast: the bf16 product, twice as fast, sums the same terms.
+  // If x was bf16 before it was cast, the bf16 product sums the same terms, twice as fast.
   const Bf16* exact = nullptr;
   if constexpr (wanted == Dtype::f32) {
     if (mlp.stored == Dtype::bf16 && gemm.bf16 != nullptr && dim % 2 == 0 &&

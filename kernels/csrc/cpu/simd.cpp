@@ -344,7 +344,7 @@ void add_bias(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n)
   }
 }
 
-// What gated experts multiply the activation with, and the derivative.
+// Returns what gated experts multiply the activation by, and its derivative.
 template <Act act>
 inline ValueAndSlope gate(float z2) {
   if constexpr (act == Act::clamped_swiglu) {

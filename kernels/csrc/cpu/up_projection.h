@@ -15,9 +15,9 @@ namespace moe_fast {
 
 constexpr int64_t kUnits = 128;  // units of H per block; the parts of H are multiples of it
 
-// How the weights lie: row after row (up_proj [E, U, D], down_proj [E, D, H]), or column after column
-// ([E, D, U] and [E, H, D], as x @ W reads them), then with the halves of U one after the other or
-// with each unit's pair together.
+// How the weights are stored: row after row (up_proj [E, U, D], down_proj [E, D, H]), or column after
+// column ([E, D, U] and [E, H, D], as x @ W reads them). In columns, the halves of U are either one
+// after the other, or each unit's pair is together.
 enum class Layout { rows, columns, pairs };
 
 struct Mlp {
@@ -30,7 +30,7 @@ struct Mlp {
   int64_t dim, hidden, up_rows;  // D, H, U
   const void *x, *up, *down, *up_bias, *down_bias;
 
-  // Where a row begins, of a weight that lies in rows; of any, where an expert begins (row 0).
+  // Where a row begins in a weight that is stored in rows; row 0 is where an expert begins in any.
   int64_t up_at(int64_t expert, int64_t row) const { return (expert * up_rows + row) * dim; }
   int64_t down_at(int64_t expert, int64_t row) const { return (expert * dim + row) * hidden; }
   RowSource rows_of(const void* data) const { return {data, dtype, dim, plan.row_to_token}; }
