@@ -180,7 +180,7 @@ def row(name):
 
 
 def _reason(experts):
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):
         return "a norm behind each expert"
     if experts.has_gate and not compat.has_usual_gate(experts):
         return "a gate of its own"
