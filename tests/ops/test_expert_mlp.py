@@ -539,3 +539,12 @@ def test_bad_input(change, says):
     with pytest.raises((ValueError, TypeError)) as error:
         ops.expert_mlp(**arguments)
     assert_says(error, *says)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64, torch.int64])
+def test_a_dtype_narrower_than_that_of_x_is_refused(dtype):
+    x, weights = torch.zeros(3, 2), torch.ones(3, 1)
+    plan = ops.plan(torch.zeros(3, 1, dtype=torch.long), 1)
+    up, down = torch.zeros(1, 4, 2), torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match="dtype must be one of torch.float64, torch.float32; got"):
+        ops.expert_mlp(x, up, down, None, None, weights, plan, dtype=dtype)

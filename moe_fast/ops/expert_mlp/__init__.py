@@ -154,8 +154,10 @@ def choose(
         up_proj_bias=up_proj_bias,
         down_proj_bias=down_proj_bias,
     )
-    if dtype is not None and torch.promote_types(x.dtype, dtype) != dtype:
-        raise TypeError(f"dtype must be as wide as x's, {x.dtype}, or wider; got {dtype}.")
+    if dtype is not None:
+        check_choice(
+            "dtype", dtype, (d for d in FLOAT_DTYPES if torch.promote_types(x.dtype, d) == d)
+        )
     check_plan(x, top_k_weights, plan, num_experts)
     needs_grad = wants_gradients(
         x, up_proj, down_proj, up_proj_bias, down_proj_bias, top_k_weights, *block
