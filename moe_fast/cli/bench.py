@@ -21,9 +21,9 @@ def run_command(
     operations: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Operations to measure: route, plan, rows, expert_mlp, moe_mlp, info_nce, "
-            "training_step, growth, peak_memory; by default all of these. Or whole jobs, which "
-            "take long: embedding, natural_step, cached_step, import_time."
+            help="Operations to measure: route, plan, rows, expert_mlp, privacy_filter, moe_mlp, "
+            "info_nce, training_step, growth, peak_memory; by default all of these. Or whole jobs, "
+            "which take long: embedding, natural_step, cached_step, import_time."
         ),
     ] = None,
     *,

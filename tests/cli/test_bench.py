@@ -13,7 +13,7 @@ from moe_fast.cli import bench as command
 def test_unknown_operations_are_usage_errors(moe_fast_cli, workspace):
     result = moe_fast_cli("bench", "plan", "nothing", "-o", "new.json")
     assert result.exit_code == 2
-    assert "got nothing" in " ".join(result.output.split())
+    assert "got nothing" in " ".join(result.output.replace("│", "").split())
     assert not (workspace / "new.json").exists()
 
 
