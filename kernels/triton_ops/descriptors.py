@@ -18,7 +18,10 @@ from .launch import aligned
 
 @triton.jit
 def load_weight(w, expert, n, k, TRANSPOSED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """The tile [BK, BN] of an expert's weights from row k and column n of their transpose."""
+    """Load a tile [BK, BN] of the transposed weights of one expert.
+
+    Its first element is row k and column n of the transpose [K, N]; outside of it the tile is 0.
+    """
     if TRANSPOSED:
         return w.load([expert, k, n]).reshape(BK, BN)
     return w.load([expert, n, k]).reshape(BN, BK).trans()

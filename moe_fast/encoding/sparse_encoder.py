@@ -20,15 +20,17 @@ from moe_fast.encoding.pipeline import DomainTextPipeline
 
 
 class MoESparseEncoder(DomainTextPipeline, SparseEncoder):
-    """A ``SparseEncoder`` on a mixture of experts; :func:`moe_fast.upcycle` makes one of another.
+    """A ``SparseEncoder`` whose encoder is a mixture of experts.
 
-    Constructor and methods are ``SparseEncoder``'s; ``encode``, ``encode_query`` and
-    ``encode_document`` take ``domain`` too. For SPLADE the mixture is one with a masked language
-    model's head (``MoEBertForMaskedLM``); an embedding has a column for each token, and for each
-    domain token behind them. Longer texts are cut at ``max_seq_length``, as ``SparseEncoder`` does.
+    :func:`moe_fast.upcycle` makes one of a dense ``SparseEncoder``. Constructor and methods are
+    those of ``SparseEncoder``; ``encode``, ``encode_query`` and ``encode_document`` also take
+    ``domain``, for all texts or one per text. For SPLADE the mixture has a masked language model's
+    head (``MoEBertForMaskedLM``). An embedding then has a column for each token of the vocabulary,
+    followed by one for each domain token (the token that tells the encoder a text's domain, in
+    place of [CLS]). Longer texts are cut at ``max_seq_length``, as by ``SparseEncoder``.
 
-    A saved one is a ``SparseEncoder``, which after ``import moe_fast`` loads it, too, and takes one
-    ``domain`` for a whole call.
+    After ``import moe_fast`` a plain ``SparseEncoder`` also loads a saved ``MoESparseEncoder``, and
+    then takes one ``domain`` for a whole call.
     """
 
     @compat.overrides

@@ -145,9 +145,9 @@ def pick(x: Tensor, places: Tensor | None) -> Tensor:
 
 
 def scatter_rows(x: Tensor, places: Tensor | None, size: int) -> Tensor:
-    """Scatters the rows of x [T, ...] to ``places`` in [size, ...]; the other rows are 0.
+    """Write row t of x [T, ...] to row ``places[t]`` of a new tensor [size, ...] of zeros.
 
-    The adjoint of :func:`pick`.
+    No place may occur twice. This undoes :func:`pick`, which takes the rows at ``places``.
     """
     if places is None:
         return x

@@ -74,7 +74,17 @@ class RoutingInfo:
     def route(
         self, hidden_states: Tensor, weight: Tensor | None, num_experts_per_tok: int, **modes: Any
     ) -> ops.Routing:
-        """:func:`moe_fast.ops.route` of this batch's hidden states [B, L, D] or, packed, [T, D]."""
+        """Choose experts for this batch's tokens, with its expert ids, mask and sequence starts.
+
+        Args:
+            hidden_states: [B, L, D] or, packed (without padding), [T, D].
+            weight: the router's weight [E, D]; ``None`` with enforced routing.
+            num_experts_per_tok: K.
+            modes: further arguments of :func:`moe_fast.ops.route`.
+
+        Returns:
+            The choices and their weights, as :func:`moe_fast.ops.route`.
+        """
         mask = self.token_mask
         if self.cu_seqlens is not None:
             hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])

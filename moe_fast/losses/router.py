@@ -33,8 +33,8 @@ class RouterLoss(nn.Module):
     """Adds weighted losses of the encoder's routers to another loss.
 
     Each term has a coefficient. It is computed over the real tokens of all text columns and summed
-    over MoE layers (or averaged, see ``reduction``). With E experts, f_e the share of routed slots
-    that went to expert e and P_e its mean probability:
+    over MoE layers (or averaged, see ``reduction``). With E experts, f_e the share of the tokens' K
+    choices that went to expert e and P_e its mean probability:
 
         total = loss + load_balance * (E sum_e f_e P_e) + z_loss * mean(logsumexp^2)
                 - mutual_information * I(domain; expert) + expert_supervision * cross entropy
@@ -46,26 +46,27 @@ class RouterLoss(nn.Module):
     Without gradients (in evaluation) every process uses its own batch, because processes may have
     different numbers of batches.
 
-    Hallee et al. (arXiv 2401.15713) use 0.05 for balance and 0.01 for the others. Their balance
-    term is computed once over all layers (from means of sentences, counting the first choice), ours
-    is a sum over layers: with L layers their 0.05 is about 0.05 / L here, or 0.05 with
-    ``reduction="mean"``.
+    Hallee et al. (arXiv 2401.15713) use 0.05 for balance and 0.01 for the other terms. Their
+    balance term is computed once over all layers (from means of sentences, counting the first
+    choice), ours is a sum over layers: with L layers their 0.05 is about 0.05 / L here, or 0.05
+    with ``reduction="mean"``.
 
     Args:
         loss: any loss of this package or of sentence-transformers that has its encoder as ``model``
             and encodes with gradients. A gradient cache does not: put
             :class:`moe_fast.losses.CachedLoss` around this loss.
         load_balance, z_loss, mutual_information, expert_supervision: the coefficients, >= 0.
-        reduction: over MoE layers, "sum" or "mean" (a coefficient then means the same whatever the
-            number of layers). ``expert_supervision`` is one term of all layers either way.
+        reduction: over MoE layers, "sum" or "mean". With "mean" a coefficient means the same
+            whatever the number of layers. ``expert_supervision`` is one term of all layers either
+            way.
         num_domains: the number of domain ids; by default that of the domains in the encoder's
-            config. The last two terms need it.
+            config. ``mutual_information`` and ``expert_supervision`` need it.
         joint_decay: in (0, 1). Estimates the joint distribution of domain and expert by a moving
             average, ``decay * running + (1 - decay) * batch``, for batches that are small or have
             one domain each. Only the batch's part has a gradient. The average is a buffer,
             ``running_joint`` [layers, domains, E], saved with the trainer's checkpoints. It is
-            updated in training only; evaluation uses the distribution of each batch. ``None``: so
-            does training.
+            updated in training only; evaluation uses the distribution of each batch. ``None``:
+            training uses the distribution of each batch, too.
 
     Attributes:
         last_metrics: those of the wrapped loss and, detached and without coefficients,

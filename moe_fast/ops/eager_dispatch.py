@@ -54,10 +54,12 @@ class Operation:
     settings: int | None = None
 
     def implement(self, name: str, forward: Callable, backward: Callable | None = None) -> Callable:
-        """Register ``forward`` as ``moe_fast::{name}``, ``backward`` as ``{name}_backward``.
+        """Register ``forward`` as the op ``moe_fast::{name}``, with its gradient.
+
+        ``backward`` becomes the op ``moe_fast::{name}_backward``, which autograd calls.
 
         Returns:
-            The function to call; it takes the arguments of the signature by position.
+            The function to call; it takes the arguments of this operation's signature by position.
         """
         name, schema = f"moe_fast::{name}", schema_of(self.signature)
         if backward is None:
