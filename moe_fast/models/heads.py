@@ -179,8 +179,12 @@ def _head_class(architecture: Architecture, head: str) -> type[MoEHeadModel]:
     order = tuple(signature.parameters)[1:]  # behind self
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
-        for parameter, value in zip(order[: len(args)], args, strict=True):
-            inputs[parameter] = value
+        if args:
+            signature.bind(self, *args)  # or a TypeError
+            named = dict(zip(order, args, strict=False))
+            if twice := sorted(named.keys() & inputs.keys()):
+                raise TypeError(f"forward() got multiple values for argument {twice[0]!r}")
+            inputs |= named
         return self._head_forward(inputs)
 
     forward.__signature__ = _with_routing(signature)  # type: ignore[attr-defined]

@@ -505,3 +505,12 @@ def test_the_example_of_the_docs_runs():
     assert names["output"].logits.shape == (1, 5, 102) and names["output"].loss > 0
     for sketch in sketches:
         compile(sketch, "docs/encoders.md", "exec")
+
+
+def test_positional_arguments_are_pythons(batch):
+    moe = moe_fast.upcycle(build_head("bert", "ForMaskedLM"), num_experts=2)
+    ids = batch["input_ids"]
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        moe(ids, input_ids=ids)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        moe(ids, *[None] * 30)
