@@ -70,6 +70,10 @@ class Architecture:
     not_fused: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("up", "mlp"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise TypeError(f"{name} must be a tuple of names; got {value!r}.")
         if self.pre_norm and self.not_fused is None:
             reason = "normalise before their MLP and have no output block behind it"
             object.__setattr__(self, "not_fused", reason)

@@ -282,6 +282,8 @@ def test_wrong_entries_are_refused(table):
         register_architecture(RemBertConfig, RemBertLayer, **BERT_LIKE)
     with pytest.raises(TypeError, match="unexpected keyword argument 'nrom'"):
         register_architecture(RemBertModel, RemBertLayer, **BERT_LIKE, nrom="output.LayerNorm")
+    with pytest.raises(TypeError, match="mlp must be a tuple of names; got 'intermediate'"):
+        register_architecture(RemBertModel, RemBertLayer, **{**BERT_LIKE, "mlp": "intermediate"})
     moe = register_architecture(
         RemBertModel, RemBertLayer, **{**BERT_LIKE, "norm": "output.layer_norm"}
     )
