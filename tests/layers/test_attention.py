@@ -127,3 +127,10 @@ def test_what_it_does_not_do_is_refused(module, key_length, options, message):
     query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, key_length, 4)
     with pytest.raises(ValueError, match=f"'moe_fast' is for encoders.*{message}.*'sdpa'"):
         attention_forward(module, query, key, key, None, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_mask": torch.ones(2, 3, dtype=torch.bool)}])
+def test_another_batch_of_keys_is_refused(options):
+    query, key = torch.zeros(2, 2, 3, 4), torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"cross-attention .*key \[1, 2, 3, 4\]"):
+        attention_forward(_module(), query, key, key, **{"attention_mask": None, **options})
