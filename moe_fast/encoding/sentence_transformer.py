@@ -18,7 +18,6 @@ from moe_fast.extras import missing
 
 try:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Transformer
 except ImportError as error:
     raise missing("sentence_transformers", "train", "MoESentenceTransformer", error) from error
 
@@ -35,6 +34,7 @@ from moe_fast.encoding.lengths import (
 )
 from moe_fast.encoding.model_card import use_domain
 from moe_fast.encoding.pipeline import MoEPipeline
+from moe_fast.encoding.plain_text import why_not_plain
 from moe_fast.encoding.prompts import prompt_of
 from moe_fast.models.modeling import MoEModelMixin
 from moe_fast.ops.route.reference import NonFiniteLogitsError
@@ -139,21 +139,11 @@ class MoESentenceTransformer(MoEPipeline, SentenceTransformer):
 
     def _is_plain(self, options: dict[str, Any]) -> bool:
         """Whether this call needs only the tokens of the texts, in this process."""
-        first = self[0]
         elsewhere = options.get("pool") is not None or isinstance(
             options.get("device"), (list, tuple)
         )
-        by_task = ("query_length", "document_length", "query_expansion")
-        return (
-            type(first) is Transformer
-            and not elsewhere
-            and first.modalities == ["text"]
-            and compat.is_plain_call(self)
-            and not first.processing_kwargs
-            and not options.get("processing_kwargs")
-            and not any(getattr(first, name, None) is not None for name in by_task)
-            and self.tokenizer.pad_token_id is not None
-        )
+        own = elsewhere or options.get("processing_kwargs")
+        return not own and why_not_plain(self) is None
 
     @compat.overrides
     def get_model_kwargs(self) -> list[str]:
@@ -184,7 +174,7 @@ class MoESentenceTransformer(MoEPipeline, SentenceTransformer):
             packed: leave padding out if the result is the same and faster, see docs/packed.md.
         """
         places = input.pop("text_index", None)
-        if packed and self._packs():
+        if packed and self.packs():
             input["packed"] = True
         try:
             output = super().forward(input, **kwargs)
@@ -193,8 +183,11 @@ class MoESentenceTransformer(MoEPipeline, SentenceTransformer):
         output.pop("packed", None)
         return output
 
-    def _packs(self) -> bool:
-        """Whether attention without padding gives the same result, and is faster."""
+    def packs(self) -> bool:
+        """Whether attention without padding gives the same result, and is faster.
+
+        Where it does not, ``packed`` has no effect.
+        """
         encoder = self.transformers_model
         dtype, kind = encoder.dtype, self.device.type
         faster = kind == "cpu" or attention_kernel(kind, dtype) != "sdpa"
