@@ -47,6 +47,7 @@ help:
 	@echo "  test-kernels   the slow tests of the Triton kernels: interpreted, and compiled for four GPUs; many minutes"
 	@echo "  test-install   wheels, sdist and editable installs, with and without compilers, in fresh environments"
 	@echo "  test-hostile   a thousand bad inputs and forty kills; how many errors are clear"
+	@echo "  test-serving   the server's description against five minutes of what schemathesis thinks of"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
@@ -144,6 +145,13 @@ test-install: setup
 .PHONY: test-hostile
 test-hostile: setup
 	OMP_NUM_THREADS=1 $(PY) -m tests.hostile $(ARGS)
+
+.PHONY: test-serving
+# SERVING_SECONDS: of schemathesis, which asks for all that the server's description allows, and more.
+SERVING_SECONDS ?= 300
+test-serving: setup
+	$(PIP) --quiet $(addprefix -c ,$(LOCK)) $(shell grep -o '"schemathesis[^"]*"' pyproject.toml)
+	$(PY) -m tests.serving.fuzz --seconds $(SERVING_SECONDS)
 
 # The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
 # is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.

@@ -5,8 +5,7 @@
 
 Both servers serve the same mixture, in a process of their own on loopback, with the same number of
 threads; the clients are coroutines of this process, which keep their connections. Every vector is
-compared with that of a direct ``encode``. The plain handler is what people write first: FastAPI,
-and ``SentenceTransformer.encode`` for each request, in a thread.
+compared with that of a direct ``encode``. The plain handler is :mod:`bench.plain_server`.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ def running(server: str, model: str, threads: int) -> Iterator[tuple[int, int]]:
     """Run a server of the model; yields its port and the id of its process."""
     command = [sys.executable, "-m", "moe_fast.cli", "serve", model, "--port", "0", "--truncate"]
     if server == PLAIN:
-        command = [sys.executable, "-m", "bench.serving", model, "--plain"]
+        command = [sys.executable, "-m", "bench.plain_server", model]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,
@@ -155,39 +154,6 @@ def running(server: str, model: str, threads: int) -> Iterator[tuple[int, int]]:
     finally:
         process.terminate()
         process.wait(60)
-
-
-def serve_plainly(path: str) -> None:
-    """Serve a model as people do first: one ``encode`` per request."""
-    import socket
-
-    import uvicorn
-    from fastapi import FastAPI
-    from pydantic import BaseModel
-
-    model = load_model(path)
-    app = FastAPI()
-
-    class Body(BaseModel):
-        model: str
-        input: list[str]
-        domain: list[str]
-        encoding_format: str
-
-    @app.post("/v1/embeddings")
-    def embeddings(body: Body) -> dict[str, Any]:
-        vectors = model.encode(body.input, domain=body.domain, truncate=True)
-        rows = [base64.b64encode(row.tobytes()).decode() for row in vectors]
-        return {"data": [{"index": i, "embedding": row} for i, row in enumerate(rows)]}
-
-    embeddings(Body(model="", input=["warm up"], domain=[_first_domain(model)], encoding_format=""))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
-        uvicorn.run(app, fd=listening.fileno(), access_log=False)
-
-
-def _first_domain(model: Any) -> str:
-    return model.transformers_model.config.domains[0]
 
 
 # --- the clients ---------------------------------------------------------------------------------
@@ -283,7 +249,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a mixture with domains")
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--plain", action="store_true", help="be the plain handler")
     parser.add_argument("--kinds", default="short,long", help="of texts: short, long, odd")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=15.0)
@@ -291,9 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only-ours", action="store_true")
     arguments = parser.parse_args(argv)
-    if arguments.plain:
-        serve_plainly(arguments.model)
-        return 0
     model = load_model(arguments.model)
     name = Path(arguments.model).name
     kinds = arguments.kinds.split(",")

@@ -107,6 +107,7 @@ class _Server:
             response_class=Response,
             responses={200: {"content": {"text/plain": {}}}},
         )
+        self.app.openapi = self.openapi  # type: ignore[method-assign]
         self.app.add_exception_handler(RequestValidationError, _on_invalid)
         self.app.add_exception_handler(RequestError, _on_refused)
         self.app.add_exception_handler(HTTPException, _on_http_error)
@@ -143,6 +144,17 @@ class _Server:
         """Count the texts and requests of a batch."""
         self.metrics.batch_texts.observe(texts)
         self.metrics.batch_requests.observe(requests)
+
+    def openapi(self) -> dict[str, Any]:
+        """The description of this server: what FastAPI knows, and what the model allows."""
+        if self.app.openapi_schema is None:
+            described = FastAPI.openapi(self.app)
+            fields = described["components"]["schemas"]["EmbeddingRequest"]["properties"]
+            self.model.describe(fields)
+            for path in described["paths"].values():
+                for operation in path.values():  # FastAPI's own answer, which is never given
+                    operation["responses"].pop("422", None)
+        return self.app.openapi_schema or {}
 
     # --- answers ----------------------------------------------------------------------------------
 

@@ -65,6 +65,20 @@ class ServedModel:
         self._skips_prompt = any(not getattr(module, "include_prompt", True) for module in model)
         self._is_mixture = isinstance(model, MoESentenceTransformer)
 
+    def describe(self, fields: dict[str, Any]) -> None:
+        """Add to the JSON schemas of a request's fields what this model allows."""
+        fields["model"]["enum"] = [self.name]
+        fields["dimensions"]["anyOf"][0] |= {"minimum": 1, "maximum": self.dimension}
+        ids, lists = fields["input"]["anyOf"][2:]
+        for schema in (ids["items"], lists["items"]["items"]):
+            schema |= {"minimum": 0, "maximum": self._vocabulary - 1}
+        for field, names in (("domain", self.domains), ("prompt_name", sorted(self.prompts))):
+            forms = fields[field]["anyOf"] if names else [fields[field]["anyOf"].pop()]
+            fields[field]["anyOf"] = forms
+            for schema in forms:
+                if (one := schema.get("items", schema)).get("type") == "string":
+                    one["enum"] = names
+
     # --- from a request to texts ------------------------------------------------------------------
 
     def domain_ids(self, domain: str | list[str] | None, num_texts: int) -> list[int | None]:

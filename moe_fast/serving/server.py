@@ -48,20 +48,26 @@ def serve(
         ValueError, TypeError, OSError, ImportError: the model cannot be loaded or served.
         OSError: the address cannot be listened on.
     """
-    # First, since loading a model takes seconds.
-    with _listening(host, port) as listening, _told_to_workers(settings, workers):
+    options: dict[str, Any] = dict(
+        log_level=log_level,
+        access_log=False,  # /metrics counts requests
+        timeout_graceful_shutdown=math.ceil(stop_timeout),
+    )
+    if workers > 1:
+        with _told_to_workers(settings):
+            uvicorn.run(
+                f"{__name__}:worker_app",
+                factory=True,
+                workers=workers,
+                host=host,
+                port=port,
+                **options,
+            )
+        return
+    with _listening(host, port) as listening:  # first, since loading a model takes seconds
         host, port, *_ = listening.getsockname()
         announce(f"Listening on http://{host}:{port}; loading {settings.model}")
-        own = workers == 1
-        uvicorn.run(
-            _app(settings) if own else f"{__name__}:worker_app",
-            factory=not own,
-            workers=workers,
-            fd=listening.fileno(),
-            log_level=log_level,
-            access_log=False,  # /metrics counts requests
-            timeout_graceful_shutdown=math.ceil(stop_timeout),
-        )
+        uvicorn.Server(uvicorn.Config(_app(settings), **options)).run(sockets=[listening])
 
 
 def worker_app() -> Any:
@@ -82,11 +88,8 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _told_to_workers(settings: ServerSettings, workers: int) -> Iterator[None]:
-    """Set what new processes read, and a folder in which several count together."""
-    if workers == 1:
-        yield
-        return
+def _told_to_workers(settings: ServerSettings) -> Iterator[None]:
+    """Set what new processes read, and a folder in which they count together."""
     with tempfile.TemporaryDirectory(prefix="moe_fast-metrics-") as folder:
         values = {_SETTINGS: json.dumps(asdict(settings)), "PROMETHEUS_MULTIPROC_DIR": folder}
         before = {name: os.environ.get(name) for name in values}

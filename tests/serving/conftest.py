@@ -10,34 +10,18 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra moe-fast[serve]")
 pytest.importorskip("sentence_transformers", reason="needs the extra moe-fast[train]")
 
-import torch
 import uvicorn
 from starlette.testclient import TestClient
 
 import moe_fast
 from moe_fast.serving import ServerSettings, create_app
-from tests.models.tiny import save_sentence_transformer
-
-DOMAINS = ["law", "medicine"]
+from tests.serving.tiny import save_models
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A folder with ``dense``, ``enforced`` (two domains, experts that differ) and ``learned``."""
-    folder = tmp_path_factory.mktemp("models")
-    dense = save_sentence_transformer(folder)
-    torch.manual_seed(0)
-    for name, options in (
-        ("enforced", {"routing": "enforced", "domains": DOMAINS}),
-        ("learned", {"routing": "token_topk"}),
-    ):
-        mixture = moe_fast.upcycle(dense, num_experts=2, **options)
-        with torch.no_grad():
-            for mlp in mixture.transformers_model.moe_mlps().values():
-                mlp.down_proj += 0.2 * torch.randn(mlp.down_proj.shape)
-        mixture.save_pretrained(str(folder / name), create_model_card=False)
-    (folder / "model").rename(folder / "dense")
-    return folder
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moe_fast.inference import load_model
 from moe_fast.serving import ServerSettings
-from tests.serving.conftest import DOMAINS, ask
+from tests.serving.conftest import ask
+from tests.serving.tiny import DOMAINS
 
 
 def vectors_of(answer):
@@ -270,3 +271,21 @@ def test_a_full_queue_answers_429_with_retry_after(client_of, monkeypatch):
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         ServerSettings("model", **settings)
+
+
+def test_the_description_says_what_the_model_allows(client, client_of):
+    def fields(client):
+        described = client.get("/openapi.json").json()
+        return described["components"]["schemas"]["EmbeddingRequest"]["properties"]
+
+    properties = fields(client)
+    assert properties["model"]["enum"] == ["enforced"]
+    assert properties["dimensions"]["anyOf"][0]["maximum"] == 32
+    assert properties["domain"]["anyOf"][0]["enum"] == DOMAINS
+    assert properties["domain"]["anyOf"][1]["items"]["enum"] == DOMAINS
+    assert properties["input"]["anyOf"][2]["items"] == {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": 59,
+    }
+    assert fields(client_of("dense"))["domain"]["anyOf"] == [{"type": "null"}]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from moe_fast.serving import ServerSettings, create_app
-from tests.serving.conftest import DOMAINS, running
+from tests.serving.conftest import running
+from tests.serving.tiny import DOMAINS
 
 JSON = {"Content-Type": "application/json"}
 HEAD = (

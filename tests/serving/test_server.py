@@ -2,68 +2,16 @@
 
 import contextlib
 import http.client
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Server:
-    """A process, its port and what it has logged."""
-
-    def __init__(self, *options):
-        command = [sys.executable, str(ROOT / "moe_fast_cli.py"), "serve", "--port", "0", *options]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stderr=subprocess.STDOUT,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        self.log = []
-        self.address = None
-        self._listening = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
-        assert self._listening.wait(300), "".join(self.log)
-
-    def _read(self):
-        for line in self.process.stdout:
-            self.log.append(line)
-            found = re.search(r"http://(127\.0\.0\.1:\d+)", line)
-            if found:
-                self.address = found[1]
-                self._listening.set()
-        self._listening.set()
-
-    def ask(self, texts):
-        connection = http.client.HTTPConnection(self.address, timeout=300)
-        body = {"model": "enforced", "input": texts, "domain": "law"}
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/embeddings", body=json.dumps(body), headers=headers)
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+from tests.serving.process import COMMAND, ROOT, Server
 
 
 def test_it_answers_and_ends_at_sigterm_with_what_it_took(models):
@@ -85,10 +33,8 @@ def test_it_answers_and_ends_at_sigterm_with_what_it_took(models):
 def test_a_port_in_use_is_an_error(models):
     with Server(str(models / "enforced")) as server:
         port = server.address.split(":")[1]
-        command = [sys.executable, str(ROOT / "moe_fast_cli.py"), "serve", str(models / "enforced")]
-        done = subprocess.run(
-            [*command, "--port", port], cwd=ROOT, capture_output=True, text=True, timeout=300
-        )
+        command = [*COMMAND, str(models / "enforced"), "--port", port]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert f"127.0.0.1:{port}" in done.stderr
 
