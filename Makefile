@@ -46,6 +46,7 @@ help:
 	@echo "  test-slow    the slow tests, but those of the next targets"
 	@echo "  test-kernels   the slow tests of the Triton kernels: interpreted, and compiled for four GPUs; many minutes"
 	@echo "  test-install   wheels, sdist and editable installs, with and without compilers, in fresh environments"
+	@echo "  test-mpnet     a real encoder of 110 M parameters, which is downloaded: 404 MB"
 	@echo "  test-hostile   a thousand bad inputs and forty kills; how many errors are clear"
 	@echo "  test-serving   the server's description against five minutes of what schemathesis thinks of"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
@@ -141,6 +142,13 @@ test-kernels: setup
 
 test-install: setup
 	$(PYTEST) $(ARGS) tests/test_packaging.py tests/test_installs.py
+
+# The model is 438 MB and downloaded once; see experiments/mpnet.py.
+.PHONY: test-mpnet
+MPNET := build/all-mpnet-base-v2
+test-mpnet: setup
+	test -d $(MPNET) || $(PY) -m experiments.mpnet $(MPNET)
+	MOE_FAST_MPNET=$(MPNET) $(PYTEST) $(ARGS) tests/test_mpnet.py
 
 .PHONY: test-hostile
 test-hostile: setup
