@@ -28,7 +28,8 @@ def save_converted(model: Any, output: Path, source: str, run: Run) -> None:
 
     with atomic_folder(output, replaces=("*",)) as temporary:
         model.save_pretrained(str(temporary))
-        tokenizer = None if hasattr(model, "encode") else tokenizer_beside(source)
+        bare = not hasattr(model, "transformers_model")  # sentence-transformers saves its own
+        tokenizer = tokenizer_beside(source) if bare else None
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         run.save_settings(temporary)

@@ -65,6 +65,13 @@ def run_command(
     model: ModelArgument,
     *,
     output: Output,
+    head: Annotated[
+        Literal["ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"] | None,
+        _experts(
+            "Head of a model that sentence-transformers has not saved, to be kept; by default the "
+            "encoder alone is read."
+        ),
+    ] = None,
     num_experts: NumExperts = None,
     num_experts_per_tok: ExpertsPerToken = 1,
     routing: Routing = None,
@@ -100,6 +107,7 @@ def run_command(
         model,
         SimpleNamespace(**{**run.settings, "layers": parse_layers(layers)}),
         names,
+        head=head,
         default_domain=default_domain,
         domain_tokens=domain_tokens,
         router_init=router_init,

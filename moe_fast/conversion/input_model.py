@@ -1,6 +1,7 @@
 """The entry of all conversions: finds the encoder in the input, and returns the same kind of model.
 
-A conversion takes a bare encoder or a ``SentenceTransformer``, or the path of either.
+A conversion takes an encoder, bare or with a head, or a model of sentence-transformers, or the path
+of either.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_fast.architectures import HEADS
 from moe_fast.encoding.loading import load_as_saved
 from moe_fast.models.loading import tokenizer_beside
 from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.saving import check_no_adapter
+from moe_fast.ops.checks import check_choice
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,32 @@ def _is_pipeline(model: Any) -> bool:
     return hasattr(model, "encode") or hasattr(model, "predict")  # a CrossEncoder has no encode
 
 
-def loaded(model_or_path: Any, name: str = "model_or_path") -> Given:
+def loaded(model_or_path: Any, name: str = "model_or_path", *, head: str | None = None) -> Given:
     """As :func:`given`, also for the model in a folder or with a hub id.
 
+    Args:
+        model_or_path, name: the argument, and what it is called.
+        head: one of :data:`moe_fast.architectures.HEADS`, to be loaded from a path with it.
+
     Raises:
-        TypeError: the argument, called ``name``, is neither a path nor a model.
+        TypeError: the argument is neither a path nor a model.
+        ValueError: for a ``head`` that there is not, that the model at the path lacks, or that is
+            given beside a model in memory, which has its own or none.
         ValueError, OSError: as :func:`moe_fast.encoding.loading.load_as_saved`.
     """
+    if head is not None:
+        check_choice("head", head, HEADS)
     if isinstance(model_or_path, (str, os.PathLike)):
         path = os.fspath(model_or_path)
-        model = load_as_saved(path)
+        model = load_as_saved(path, head or "")
         return Given(model, path=path) if isinstance(model, PreTrainedModel) else given(model)
     if not isinstance(model_or_path, nn.Module):
         raise TypeError(f"{name} must be a model or a path; got {type(model_or_path).__name__}.")
+    if head is not None:
+        raise ValueError(
+            f"head must be None for a model in memory, which is taken with the head that it has; "
+            f"got {head!r} and a {type(model_or_path).__name__}."
+        )
     return given(model_or_path)
 
 

@@ -83,7 +83,8 @@ def from_experts(
         ValueError: for models that differ in more than weights; the message says how.
     """
     _check_arguments(models, shared, upcycle_kwargs)
-    sources = [loaded(model, f"models[{i}]") for i, model in enumerate(models)]
+    head = upcycle_kwargs.pop("head", None)
+    sources = [loaded(model, f"models[{i}]", head=head) for i, model in enumerate(models)]
     _check_one_kind(sources)
     check_same_tokenizers([source.tokenizer for source in sources])
     sources[0].check_domains(routing, domains)

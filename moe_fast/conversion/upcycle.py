@@ -30,6 +30,7 @@ ROUTER_INITS = ("normal", "kaiming_uniform")
 def upcycle(
     model_or_path: Any,
     *,
+    head: str | None = None,
     num_experts: int,
     num_experts_per_tok: int = 1,
     routing: str = "token_topk",
@@ -50,9 +51,10 @@ def upcycle(
         model_or_path: a ``BertModel``, ``RobertaModel``, ``ModernBertModel`` or another encoder of
             docs/encoders.md, or a model with a head of theirs, such as ``BertForMaskedLM``; a
             ``SentenceTransformer``, ``SparseEncoder`` or ``CrossEncoder`` with one of them; or the
-            folder or hub id of a bare encoder or a SentenceTransformer (which has a
-            ``modules.json``). Load a model with a head first: from a folder, only the encoder is
-            read.
+            folder or hub id of any of them.
+        head: from a folder or hub id without sentence-transformers' ``modules.json`` the encoder
+            alone is read, as by ``AutoModel``; with "ForMaskedLM", "ForSequenceClassification" or
+            "ForTokenClassification" also this head, as by ``AutoModelForMaskedLM`` and the others.
         num_experts, num_experts_per_tok: E, the number of experts, and K, how many of them each
             token uses.
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
@@ -82,12 +84,13 @@ def upcycle(
 
     Raises:
         TypeError: for an unsupported architecture; the message lists the supported ones.
-        ValueError: for settings that do not go together, naming the argument.
+        ValueError: for settings that do not go together, naming the argument, and for a ``head``
+            that the checkpoint lacks.
     """
     check_choice("router_init", router_init, ROUTER_INITS)
     if isinstance(domains, str):
         raise TypeError(f"domains must be a sequence of names; got the str {domains!r}.")
-    source = loaded(model_or_path)
+    source = loaded(model_or_path, head=head)
     source.check_domains(routing, domains)
     model = source.encoder
     architecture = architecture_of(model)

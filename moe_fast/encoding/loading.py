@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from moe_fast.encoding.model_paths import (
     refuse_nomic,
 )
 from moe_fast.models.checkpoint_files import check_checkpoint
-from moe_fast.models.json_files import read_modules
+from moe_fast.models.json_files import read_modules, read_object
 from moe_fast.models.loading import load_encoder, naming
 from moe_fast.models.strict import check_encoder_weights
 
@@ -56,16 +57,54 @@ def load_model(path: str, *, device: str | None = None) -> Any:
     return model
 
 
-def load_as_saved(path: str) -> Any:
-    """As :func:`load_model`, on the CPU, but a bare encoder is returned without pooling."""
+def load_as_saved(path: str, head: str = "") -> Any:
+    """The model at ``path`` as what it was saved as, on the CPU, to be converted or described.
+
+    Args:
+        path: as in :func:`load_model`; a bare encoder is returned without pooling.
+        head: one of :data:`moe_fast.architectures.HEADS`, with which a bare encoder was saved;
+            empty: the encoder alone.
+
+    Returns:
+        An encoder, bare or with a head, or the model of sentence-transformers that was saved:
+        ``SentenceTransformer``, ``SparseEncoder`` or ``CrossEncoder``, or ours on a mixture.
+
+    Raises:
+        ValueError: as :func:`load_model`; for a ``head`` that is not in the checkpoint, and for one
+            of a model of sentence-transformers, which is loaded with its own.
+    """
     check_model_path(path)
     adapter = adapter_folder(path)
     if adapter is not None:
-        return load_with_adapter(path, adapter, load_as_saved)
-    if has_modules(path):
+        return load_with_adapter(path, adapter, partial(load_as_saved, head=head))
+    if not has_modules(path):
+        refuse_nomic(path)
+        return load_encoder(path, head)
+    if head:
+        raise ValueError(
+            f"head must be None for {path}, a model of sentence-transformers, which comes with "
+            f"the head that it has; got {head!r}."
+        )
+    kind = _pipeline_class(path)
+    if kind is None:
         return load_model(path, device="cpu")
-    refuse_nomic(path)
-    return load_encoder(path)
+    check_checkpoint(path)
+    with naming(path):
+        model = kind(path, device="cpu")
+    _check_weights(model, path)
+    return model
+
+
+def _pipeline_class(path: str) -> type[Any] | None:
+    """The class of a saved ``SparseEncoder`` or ``CrossEncoder``, stock or ours; else ``None``."""
+    settings = model_file(path, "config_sentence_transformers.json")
+    name = read_object(settings).get("model_type") if settings else None
+    if name not in ("SparseEncoder", "CrossEncoder"):
+        return None
+    if not is_mixture(path):
+        return getattr(importlib.import_module("sentence_transformers"), name)
+    module = "sparse_encoder" if name == "SparseEncoder" else "cross_encoder"
+    return getattr(importlib.import_module(f"moe_fast.encoding.{module}"), f"MoE{name}")
 
 
 def _check_weights(model: Any, path: str) -> None:

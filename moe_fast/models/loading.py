@@ -5,29 +5,35 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel
+import transformers
 
 from moe_fast.models.checkpoint_files import check_checkpoint
-from moe_fast.models.strict import check_loading_info
+from moe_fast.models.strict import check_filled_once, check_loading_info
 
 
-def load_encoder(path: str) -> Any:
-    """The bare encoder in a folder or under a hub id, dense or mixture.
+def load_encoder(path: str, head: str = "") -> Any:
+    """The encoder in a folder or under a hub id, dense or mixture, bare or with a head.
+
+    Args:
+        path: the folder or hub id.
+        head: one of :data:`moe_fast.architectures.HEADS`; empty: the encoder alone.
 
     Raises:
         ValueError: for a damaged file in a local folder, which the message names, and for weights
-            that the checkpoint lacks.
+            that the checkpoint lacks, such as those of the head, or gives twice.
         OSError: as transformers, for what is not there.
     """
     check_checkpoint(path)
     with naming(path):
         # Code that lies beside a model is never run: whoever wants that loads the model themselves.
-        model, info = AutoModel.from_pretrained(
+        model, info = getattr(transformers, f"AutoModel{head}").from_pretrained(
             path, output_loading_info=True, trust_remote_code=False
         )
-        check_loading_info(info, model, path)
+        check_loading_info(info, model, path, may_be_new=False)
+        check_filled_once(model, Path(path) if os.path.isdir(path) else None)
     return model
 
 
@@ -53,10 +59,13 @@ def naming(path: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 def tokenizer_beside(path: str) -> Any:
-    """The tokenizer in the same folder or under the same hub id; ``None`` where there is none."""
+    """The tokenizer in the same folder or under the same hub id; ``None`` where there is none.
+
+    One that needs code from there counts as none: the code is never run.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
         return None

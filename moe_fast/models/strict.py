@@ -23,9 +23,17 @@ logger = logging.getLogger(__name__)
 _MAY_BE_MISSING = ("pooler.",)
 # Buffers that older releases of transformers saved.
 _CONSTANTS = ("position_ids", "token_type_ids", "inv_freq")
+# Parameters of norms, as they were called before.
+_RENAMED = {"gamma": "weight", "beta": "bias"}
 
 
-def check_loading_info(info: Mapping[str, Any], model: Any, path: str | os.PathLike[str]) -> None:
+def check_loading_info(
+    info: Mapping[str, Any],
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    may_be_new: bool = True,
+) -> None:
     """Raise for weights that a checkpoint lacks; warn of those that the encoder has no place for.
 
     Heads that the model does not have, such as ``cls.predictions`` of an encoder, are nobody's
@@ -35,6 +43,7 @@ def check_loading_info(info: Mapping[str, Any], model: Any, path: str | os.PathL
         info: what transformers' ``from_pretrained(..., output_loading_info=True)`` reports.
         model: the model that was loaded.
         path: where from, for the messages.
+        may_be_new: whether the head may be missing.
 
     Raises:
         ValueError: naming the weights that are missing, or have other shapes than the model's.
@@ -48,6 +57,11 @@ def check_loading_info(info: Mapping[str, Any], model: Any, path: str | os.PathL
     if info["mismatched_keys"]:
         names = sorted(str(key) for key in info["mismatched_keys"])
         raise ValueError(f"{path} has weights of other shapes than {kind}: {shortened(names)}.")
+    if new_head and not may_be_new:
+        raise ValueError(
+            f"{path} has no head of {kind}, whose weights would be random. Convert the encoder "
+            "alone (head=None), or train the head first."
+        )
     if new_head:
         logger.warning("%s has no head of %s: the head is new, and must be trained.", path, kind)
     if unexpected:
@@ -68,16 +82,18 @@ def check_filled_once(model: Any, folder: Path | None) -> None:
             weights are looked at.
 
     Raises:
-        ValueError: for a weight that stands in the files with and without the encoder's prefix,
-            and for two different weights in the place of one that the model ties.
+        ValueError: for a weight that stands in the files with and without the encoder's prefix, or
+            by its name and by that of old checkpoints (``LayerNorm.gamma``), and for two different
+            weights in the place of one that the model ties.
     """
     kind, own = type(model).__name__, model.state_dict().keys()
     prefix = f"{model.base_model_prefix}."
     stored = stored_weights(folder).keys() if folder is not None else set()
     twice = [
-        f"{name} as {prefix}{name}"
+        f"{name} as {other}"
         for name in sorted(stored)
-        if prefix + name in stored and not {name, prefix + name} <= own
+        for other in (prefix + name, _today(name))
+        if other != name and other in stored and not {name, other} <= own
     ]
     if twice:
         raise ValueError(f"{folder} has weights of {kind} twice: {shortened(twice, 3)}.")
@@ -88,6 +104,14 @@ def check_filled_once(model: Any, folder: Path | None) -> None:
                 f"where {kind} ties them to one. Set tie_word_embeddings to false in its "
                 "configuration to keep both, or store one of them."
             )
+
+
+def _today(name: str) -> str:
+    """The name of a weight that transformers reads from one of an old checkpoint."""
+    for old, new in _RENAMED.items():
+        if name.endswith(f"LayerNorm.{old}"):
+            return name.removesuffix(old) + new
+    return name
 
 
 def check_encoder_weights(encoder: Any, path: str, subfolder: str = "") -> None:
@@ -103,7 +127,7 @@ def check_encoder_weights(encoder: Any, path: str, subfolder: str = "") -> None:
         subfolder: where in it.
 
     Raises:
-        ValueError: as :func:`check_loading_info`.
+        ValueError: as :func:`check_loading_info` and :func:`check_filled_once`.
     """
     if stored_weights(Path(path, subfolder)).keys() == encoder.state_dict().keys():
         return
@@ -121,6 +145,8 @@ def check_encoder_weights(encoder: Any, path: str, subfolder: str = "") -> None:
         **options,
     )
     check_loading_info(info, encoder, path)
+    folder = Path(path, subfolder)
+    check_filled_once(encoder, folder if folder.is_dir() else None)
 
 
 def _missing(names: set[str], model: Any) -> tuple[list[str], bool]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
 import moe_fast
 from moe_fast.inference import load_model
@@ -54,6 +54,19 @@ def test_a_bare_encoder_stays_one_and_keeps_its_tokenizer(moe_fast_cli, workspac
     assert type(AutoModel.from_pretrained("x")).__name__ == "MoEBertModel"
     assert type(AutoModel.from_pretrained("y")).__name__ == "BertModel"
     assert AutoTokenizer.from_pretrained("y")("w1")["input_ids"] == [4, 7, 5]
+
+
+def test_a_head_is_kept_where_it_is_asked_for(moe_fast_cli, workspace):
+    config = AutoModel.from_pretrained("dense-model").config
+    dense = BertForMaskedLM(config)
+    dense.save_pretrained("masked")
+    AutoTokenizer.from_pretrained("dense-model").save_pretrained("masked")
+    flags = ["--head", "ForMaskedLM", "--domains", "law,medicine"]
+    run(moe_fast_cli, "upcycle", "masked", *flags, "-o", "x")
+    moe = AutoModelForMaskedLM.from_pretrained("x")
+    assert type(moe).__name__ == "MoEBertForMaskedLM"
+    assert torch.equal(moe.cls.predictions.bias[: config.vocab_size], dense.cls.predictions.bias)
+    assert AutoTokenizer.from_pretrained("x")("w1")["input_ids"] == [4, 7, 5]
 
 
 @pytest.mark.parametrize(("expert", "domain"), [("medicine", "medicine"), ("0", "law")])

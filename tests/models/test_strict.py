@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_fast
 from moe_fast.models.checkpoint_files import check_checkpoint
-from moe_fast.models.loading import load_encoder
+from moe_fast.models.loading import load_encoder, tokenizer_beside
 from tests.models.tiny import build, save_sentence_transformer
 
 WEIGHTS = "model.safetensors"
@@ -97,6 +97,46 @@ def test_what_an_old_checkpoint_has_and_lacks_is_no_error(bert, tmp_path, caplog
     for name, value in bert.state_dict().items():
         assert name.startswith("pooler.") or torch.equal(loaded.state_dict()[name], value)
     assert not [r for r in caplog.records if r.name.startswith("moe_fast")]
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda name: f"bert.{name}",
+        lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma"),
+    ],
+    ids=["prefix", "gamma"],
+)
+def test_a_weight_that_is_there_twice(bert, tmp_path, other, mixture):
+    (moe_fast.upcycle(bert, num_experts=2) if mixture else bert).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    name = "embeddings.LayerNorm.weight"
+    weights[other(name)] = torch.zeros_like(weights[name])
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"weights of {'MoE' * mixture}BertModel twice: .* as "):
+        load_encoder(str(tmp_path))
+
+
+def test_a_weight_of_a_sentence_transformer_that_is_there_twice(tmp_path):
+    pytest.importorskip("sentence_transformers", reason="needs the extra moe-fast[train]")
+    folder = save_sentence_transformer(tmp_path)
+    file = tmp_path / "model" / WEIGHTS
+    weights = load_file(file)
+    weights["bert.pooler.dense.bias"] = torch.zeros(32)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="BertModel twice: pooler.dense.bias as bert.pooler"):
+        moe_fast.upcycle(folder, num_experts=2)
+
+
+def test_a_tokenizers_code_is_not_run(bert, tmp_path):
+    """Nor is anybody asked whether it may: a program has nobody to ask."""
+    bert.save_pretrained(tmp_path)
+    settings = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["code.T", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert tokenizer_beside(str(tmp_path)) is None
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("mixture", [False, True])

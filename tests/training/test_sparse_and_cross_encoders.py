@@ -33,6 +33,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification
 import moe_fast
 from moe_fast import MoECrossEncoder, MoESparseEncoder
 from moe_fast.encoding.domain_texts import DomainText
+from moe_fast.encoding.loading import load_as_saved
 from moe_fast.training import CrossEncoderDomainCollator, DomainDataCollator
 
 ENFORCED = {"num_experts": len(DOMAINS), "routing": "enforced", "domains": DOMAINS}
@@ -226,6 +227,20 @@ def test_a_saved_one_is_a_stock_one(stocks, stock, model_class, settings, tmp_pa
     with pytest.raises(ValueError, match=f"without a head; got {type(ours[0].model).__name__}"):
         ours.save_pretrained(str(tmp_path / "portable"), portable=True)
     assert not (tmp_path / "portable").exists()
+
+
+@stock_kinds
+def test_from_a_folder_it_is_what_was_saved(stocks, stock, model_class, settings, tmp_path):
+    stocks[stock].save_pretrained(str(tmp_path / "dense"))
+    moe = moe_fast.upcycle(tmp_path / "dense", **ENFORCED)
+    assert type(moe).__name__ == f"MoE{stock.__name__}"
+    texts = [query for _, query, _ in passages()[:4]]
+    want = outputs(moe_fast.upcycle(stocks[stock], **ENFORCED), texts, domain="files")
+    assert torch.equal(outputs(moe, texts, domain="files"), want)
+    moe.save_pretrained(str(tmp_path / "moe"))
+    again = load_as_saved(str(tmp_path / "moe"))
+    assert type(again) is type(moe)
+    assert torch.equal(outputs(again, texts, domain="files"), want)
 
 
 @stock_kinds
