@@ -2,15 +2,73 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 # The ends of the names of the models with a head that mixtures can have.
 HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+
+
+def _is_class(of: type[Any]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, type) and issubclass(value, of)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_optional_name(value: Any) -> bool:
+    return value is None or _is_name(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and value != () and all(map(_is_name, value))
+
+
+def _is_id(value: Any) -> bool:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return _is_optional_name(value) or (is_int and value >= 0)
+
+
+def _takes_keywords(value: Any) -> bool:
+    if value is None or not callable(value):
+        return value is None
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(value).parameters.values())
+
+
+# What each field of an entry must be, as the end of a sentence.
+_FIELD_KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
+    (_is_class(PreTrainedModel), "a class of a transformers model", ("dense_model",)),
+    (_is_class(nn.Module), "a class of a torch.nn.Module", ("dense_layer",)),
+    (_are_names, "a tuple of names, at least one", ("up", "mlp")),
+    (_is_name, "a name", ("layers", "down", "norm", "attention")),
+    (_is_optional_name, "a name or None", ("dropout", "attention_norm", "attention_dropout")),
+    (
+        _is_name,
+        "the name of a field of the configuration, or the value itself",
+        ("activation",),
+    ),
+    (_is_name, "the name of a field of the configuration", ("intermediate_size",)),
+    (
+        lambda value: isinstance(value, bool) or _is_name(value),
+        "True, False or the name of a field of the configuration",
+        ("bias",),
+    ),
+    (_is_id, "None, an id or the name of a field of the configuration", ("padding_id",)),
+    (
+        lambda value: isinstance(value, bool),
+        "True or False",
+        ("gated", "pre_norm", "tuple_output"),
+    ),
+    (_takes_keywords, "None or a function that takes **keywords", ("forward",)),
+    (_is_optional_name, "None or a reason, as text", ("not_packed", "not_fused")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +128,32 @@ class Architecture:
     not_fused: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("up", "mlp"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise TypeError(f"{name} must be a tuple of names; got {value!r}.")
+        for is_allowed, said, fields in _FIELD_KINDS:
+            for name in fields:
+                if not is_allowed(getattr(self, name)):
+                    raise TypeError(f"{name} must be {said}; got {getattr(self, name)!r}.")
+        self._check_together()
         if self.pre_norm and self.not_fused is None:
             reason = "normalise before their MLP and have no output block behind it"
             object.__setattr__(self, "not_fused", reason)
+
+    def _check_together(self) -> None:
+        """Raise ``ValueError`` for fields that do not go together."""
+        if not self.gated and len(self.up) != 1:
+            raise ValueError(f"up must name one linear map unless gated=True; got {self.up}.")
+        if len(self.up) > 2:
+            raise ValueError(f"up must name one linear map, or two if gated; got {self.up}.")
+        if self.attention_dropout is not None and self.attention_norm is None:
+            raise ValueError(
+                "attention_dropout must be None without attention_norm, where the module "
+                f"'attention' computes its whole block; got {self.attention_dropout!r}."
+            )
+        if not getattr(self.dense_config, "model_type", ""):
+            raise ValueError(
+                "dense_model must have a config_class with a model_type, by which a saved mixture "
+                f"is found again; got {self.dense_model.__name__}, whose config_class is "
+                f"{self.dense_config!r}."
+            )
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moe_fast.architectures import ARCHITECTURES, Architecture, make_class, setting
 from moe_fast.layers.moe_mlp import MoEMLP, OutputBlock
 from moe_fast.layers.routing_info import RoutingInfo
+from moe_fast.ops.activations import ACTIVATIONS
 
 # Fields of the configuration that a mixture's layers need and dense layers do not.
 _NEEDED = ("num_experts", "num_experts_per_tok", "routing", "weight_mode", "target")
@@ -68,6 +70,63 @@ def _check_parts(layer: nn.Module, parts: Architecture) -> None:
                 )
 
 
+def _check_settings(config: PreTrainedConfig, parts: Architecture) -> None:
+    """Raise ``ValueError`` for an entry whose settings this configuration does not have."""
+    size, bias = setting(config, parts.intermediate_size), setting(config, parts.bias)
+    padding = setting(config, parts.padding_id)
+    act = setting(config, parts.activation)
+    if act == parts.activation and act not in ACTIVATIONS:
+        raise ValueError(
+            f"activation of the architecture {parts.name} must be the name of a field of "
+            f"{type(config).__name__}, or one of {', '.join(ACTIVATIONS)}; got {act!r}."
+        )
+    for field, given, fits, said in (
+        ("intermediate_size", size, _is_count(size), "that holds a whole number above 0"),
+        ("bias", bias, isinstance(bias, bool), "that holds True or False, or one of these"),
+        ("padding_id", padding, padding is None or _is_count(padding, 0), "that holds an id"),
+    ):
+        if not fits:
+            raise ValueError(
+                f"{field} of the architecture {parts.name} must be the name of a field of "
+                f"{type(config).__name__} {said}; got {getattr(parts, field)!r}"
+                + (f", which holds {given!r}." if given != getattr(parts, field) else ".")
+            )
+
+
+def _is_count(value: Any, at_least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _check_weights(layer: nn.Module, config: PreTrainedConfig, parts: Architecture) -> None:
+    """Raise ``ValueError`` for modules that an entry names, and that are not of its kind."""
+    width, size = config.hidden_size, setting(config, parts.intermediate_size)
+    rows = size * (2 if parts.gated else 1)
+    has_bias = setting(config, parts.bias)
+    for field, names, shape in (
+        ("up", parts.up, [rows, width]),
+        ("down", (parts.down,), [width, size]),
+    ):
+        maps = [layer.get_submodule(name) for name in names]
+        found = [list(getattr(m, "weight", torch.empty(0)).shape) for m in maps]
+        together = [sum(s[0] for s in found), *found[0][1:]]
+        if together != shape:
+            raise ValueError(
+                f"{field} of the architecture {parts.name} must name linear maps with weights of "
+                f"{shape} in all, [out, in]; got {', '.join(names)} with {found}."
+            )
+        if any((getattr(m, "bias", None) is not None) != has_bias for m in maps):
+            raise ValueError(
+                f"bias of the architecture {parts.name} must say whether {', '.join(names)} have "
+                f"biases; got {parts.bias!r}, which is {has_bias}."
+            )
+    if parts.not_fused is None and not isinstance(layer.get_submodule(parts.norm), nn.LayerNorm):
+        kind = type(layer.get_submodule(parts.norm)).__name__
+        raise ValueError(
+            f"not_fused of the architecture {parts.name} must say why its layers cannot have "
+            f"fused_output, for norm ({parts.norm}) is no nn.LayerNorm but a {kind}; got None."
+        )
+
+
 class MoELayer(GradientCheckpointingLayer):
     """The base of all layers; it precedes the dense layer in their list of bases.
 
@@ -82,7 +141,9 @@ class MoELayer(GradientCheckpointingLayer):
         parts = self.architecture
         indexed = "layer_idx" in inspect.signature(parts.dense_layer).parameters
         super().__init__(config, *([layer_idx] if indexed else []))
+        _check_settings(config, parts)
         _check_parts(self, parts)
+        _check_weights(self, config, parts)
         self.config = config
         for name in parts.mlp:
             owner, _, leaf = name.rpartition(".")

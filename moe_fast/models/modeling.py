@@ -63,9 +63,26 @@ class MoEModelMixin(MoEPreTrainedModel):
         """Swap layers before transformers initialises weights and reads the modules' plans."""
         compat.check_overrides(type(self))
         self.config.check()  # fields may have been set since the configuration was made
+        self._check_layers()
         for i in self.config.moe_layers:
             self.encoder_layers[i] = self.moe_layer_class(self.config, i)
         super().post_init()
+
+    def _check_layers(self) -> None:
+        """Raise ``ValueError`` for an entry that names something else than the encoder's layers."""
+        parts = self.architecture
+        lists = {name: m for name, m in self.named_modules() if isinstance(m, nn.ModuleList)}
+        found = lists.get(parts.layers)
+        if found is None:
+            raise ValueError(
+                f"layers of the architecture {parts.name} must be the path of the list of layers "
+                f"in {parts.dense_model.__name__} ({', '.join(lists)}); got {parts.layers!r}."
+            )
+        if other := [type(m).__name__ for m in found if not isinstance(m, parts.dense_layer)]:
+            raise ValueError(
+                f"dense_layer of the architecture {parts.name} must be the class of the modules in "
+                f"{parts.layers!r}, {other[0]}; got {parts.dense_layer.__name__}."
+            )
 
     def _moe_forward(
         self,

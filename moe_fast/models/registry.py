@@ -131,14 +131,12 @@ def register_architecture(
         The class of its bare mixtures.
 
     Raises:
-        TypeError: for fields that are missing or that there are not, and for what is no model.
-        ValueError: for an encoder that is known already, or whose mixtures' name or model type
-            another one has. Names of modules are checked when a mixture is made.
+        TypeError: for fields that are missing, that there are not, or that are of another kind than
+            they must be; the message names the field.
+        ValueError: for fields that do not go together, for an encoder that is known already, and
+            for one whose mixtures' name or model type another one has. Names of modules and of
+            the configuration's fields are checked when a mixture is made.
     """
-    if not (isinstance(dense_model, type) and issubclass(dense_model, PreTrainedModel)):
-        raise TypeError(
-            f"dense_model must be a class of a transformers model; got {dense_model!r}."
-        )
     architecture = Architecture(dense_model=dense_model, dense_layer=dense_layer, **parts)
     if architecture in ARCHITECTURES:
         return moe_model(architecture)

@@ -4,7 +4,9 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, RemBertConfig, RemBertModel
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.rembert.modeling_rembert import RemBertLayer
 
 import moe_fast
 from moe_fast.architectures import ARCHITECTURES
@@ -260,8 +262,6 @@ def test_the_example_of_the_docs_runs(table, tmp_path, batch):
 
 
 def test_an_encoder_without_an_entry_is_told_what_to_write():
-    from transformers import RemBertConfig, RemBertModel
-
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = RemBertModel(RemBertConfig(vocab_size=9, intermediate_size=8, **sizes))
     with pytest.raises(TypeError, match="got RemBertModel") as error:
@@ -271,9 +271,6 @@ def test_an_encoder_without_an_entry_is_told_what_to_write():
 
 
 def test_wrong_entries_are_refused(table):
-    from transformers import RemBertConfig, RemBertModel
-    from transformers.models.rembert.modeling_rembert import RemBertLayer
-
     with pytest.raises(ValueError, match=r"BertModel .* must not be known already"):
         register_architecture(
             build("bert").__class__, RemBertLayer, **{**BERT_LIKE, "attention": "x"}
@@ -282,8 +279,6 @@ def test_wrong_entries_are_refused(table):
         register_architecture(RemBertConfig, RemBertLayer, **BERT_LIKE)
     with pytest.raises(TypeError, match="unexpected keyword argument 'nrom'"):
         register_architecture(RemBertModel, RemBertLayer, **BERT_LIKE, nrom="output.LayerNorm")
-    with pytest.raises(TypeError, match="mlp must be a tuple of names; got 'intermediate'"):
-        register_architecture(RemBertModel, RemBertLayer, **{**BERT_LIKE, "mlp": "intermediate"})
     moe = register_architecture(
         RemBertModel, RemBertLayer, **{**BERT_LIKE, "norm": "output.layer_norm"}
     )
@@ -292,6 +287,90 @@ def test_wrong_entries_are_refused(table):
     message = r"norm of the architecture RemBert must name modules of RemBertLayer .*LayerNorm.*"
     with pytest.raises(ValueError, match=message + "got 'output.layer_norm'"):
         moe(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dense_layer": "BertLayer"}, "dense_layer must be a class of a torch.nn.Module; got 'B"),
+        ({"mlp": "intermediate"}, "mlp must be a tuple of names, at least one; got 'intermediate'"),
+        ({"up": ()}, r"up must be a tuple of names, at least one; got \(\)"),
+        ({"up": ("a", 3)}, "up must be a tuple of names"),
+        ({"layers": None}, "layers must be a name; got None"),
+        ({"down": ("output.dense",)}, "down must be a name; got"),
+        ({"norm": ""}, "norm must be a name; got ''"),
+        ({"attention": None}, "attention must be a name; got None"),
+        ({"dropout": 0.1}, "dropout must be a name or None; got 0.1"),
+        ({"attention_norm": True}, "attention_norm must be a name or None; got True"),
+        ({"attention_dropout": ""}, "attention_dropout must be a name or None; got ''"),
+        ({"activation": torch.nn.GELU()}, "activation must be the name of a field .*; got GELU"),
+        ({"intermediate_size": 48}, "intermediate_size must be the name of a field .*; got 48"),
+        ({"bias": None}, "bias must be True, False or the name of a field .*; got None"),
+        ({"padding_id": -1}, "padding_id must be None, an id or the name of a field .*; got -1"),
+        ({"gated": "yes"}, "gated must be True or False; got 'yes'"),
+        ({"pre_norm": None}, "pre_norm must be True or False; got None"),
+        ({"tuple_output": 1}, "tuple_output must be True or False; got 1"),
+        ({"forward": "mpnet"}, r"forward must be None or a function that takes \*\*keywords"),
+        ({"forward": len}, r"forward must be None or a function that takes \*\*keywords"),
+        ({"not_packed": True}, "not_packed must be None or a reason, as text; got True"),
+        ({"not_fused": ""}, "not_fused must be None or a reason, as text; got ''"),
+    ],
+    ids=str,
+)
+def test_fields_of_another_kind_are_named(changes, message, table):
+    parts = {"dense_layer": RemBertLayer, **BERT_LIKE, **changes}
+    with pytest.raises(TypeError, match=message):
+        register_architecture(RemBertModel, **parts)
+    assert "RemBert" not in {a.name for a in table}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"up": ("intermediate.dense", "output.dense")}, "up must name one linear map unless gat"),
+        ({"up": ("a", "b", "c"), "gated": True}, "up must name one linear map, or two if gated"),
+        ({"attention_dropout": "x"}, "attention_dropout must be None without attention_norm"),
+    ],
+    ids=str,
+)
+def test_fields_that_do_not_go_together_are_named(changes, message, table):
+    with pytest.raises(ValueError, match=message):
+        register_architecture(RemBertModel, RemBertLayer, **{**BERT_LIKE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "layer"}, r"layers of the .* RemBert must be .*encoder\.layer\); got 'layer'"),
+        ({"layers": "encoder"}, r"layers of the .*\(encoder\.layer\); got 'encoder'"),
+        ({"dense_layer": BertLayer}, "dense_layer of the .* RemBertLayer; got BertLayer"),
+        ({"attention": "self"}, "attention of the .* must name modules of RemBertL.*got 'self'"),
+        (
+            {"activation": "act"},
+            "activation of the .*MoERemBertConfig, or one of gelu, .*; got 'act'",
+        ),
+        (
+            {"intermediate_size": "ffn"},
+            "intermediate_size of the .* field of MoERemBertConfig that holds a whole.*; got 'ffn'",
+        ),
+        ({"intermediate_size": "hidden_act"}, "intermediate_size of .*_act', which holds 'gelu'"),
+        ({"bias": "mlp_bias"}, "bias of the .* that holds True or False.*; got 'mlp_bias'"),
+        ({"bias": False}, "bias of the .* whether intermediate.dense have biases; got False"),
+        ({"padding_id": "pad"}, "padding_id of the .* that holds an id; got 'pad'"),
+        ({"gated": True}, r"up of the .* of \[32, 8\] in all.*intermediate\.dense with \[\[16, 8"),
+        ({"up": ("output.dense",)}, r"up of the .* of \[16, 8\] in all.*dense with \[\[8, 16\]\]"),
+        ({"down": "intermediate"}, r"down of the .* of \[8, 16\] in all.*intermediate with"),
+        ({"norm": "output.dropout"}, "not_fused of the .* no nn.LayerNorm but a Dropout"),
+    ],
+    ids=str,
+)
+def test_entries_that_do_not_fit_the_encoder_are_named(changes, message, table):
+    model = register_architecture(
+        RemBertModel, **{"dense_layer": RemBertLayer, **BERT_LIKE, **changes}
+    )
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+    with pytest.raises(ValueError, match=message):
+        model(model.config_class(vocab_size=9, intermediate_size=16, **sizes))
 
 
 def test_code_beside_a_model_is_not_run(tmp_path):
