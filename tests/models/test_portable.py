@@ -10,6 +10,7 @@ import subprocess
 import symtable
 import sys
 import types
+import venv
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,13 @@ from tests.models.tiny import (
 PAGE = Path(__file__).parents[2] / "docs" / "portable.md"
 DOMAINS = {"routing": "enforced", "domains": ["a", "b", "c"], "cls_token_id": CLS}
 LEARNED = {"num_experts_per_tok": 2}
-# Makes moe_fast impossible to import, and runs a script.
-WITHOUT = """
-import sys
+# What every program in the environment without moe_fast begins with.
+NOT_INSTALLED = """
+import importlib.metadata
+import importlib.util
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("moe_fast", "moe_fast_cli"):
-            raise ImportError(f"{name} is not installed here")
-
-sys.meta_path.insert(0, Refuse())
+assert importlib.util.find_spec("moe_fast") is None
+assert "moe-fast" not in {d.metadata["Name"] for d in importlib.metadata.distributions()}
 """
 
 
@@ -67,24 +65,34 @@ def loaded_by_its_code(folder, moe):
     return made
 
 
-def run_without_moe_fast(code, folder):
-    """The output of a program in another process, in which moe_fast cannot be imported."""
-    environment = {
-        **os.environ,
-        "HF_HOME": str(folder / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT + code],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture(scope="module")
+def without_moe_fast(tmp_path_factory):
+    """Runs a program in a fresh environment that has all of this one's packages but moe_fast."""
+    environment = tmp_path_factory.mktemp("environment")
+    venv.create(environment, symlinks=True)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    for entry in [
+        e for path in sys.path if path.endswith("-packages") for e in Path(path).iterdir()
+    ]:
+        ours = re.match(r"(__editable__)?[._]*moe_fast", entry.name) or entry.name == "__pycache__"
+        if not ours and not (site_packages / entry.name).exists():
+            (site_packages / entry.name).symlink_to(entry.resolve())
+    python = environment / "bin" / "python"
+
+    def run(code, folder):
+        variables = {**os.environ, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run(
+            [python, "-I", "-c", NOT_INSTALLED + code],
+            cwd=folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
 def compare(got, want, mask):
@@ -222,7 +230,7 @@ def test_two_definitions_of_one_name_are_an_error():
 
 
 @pytest.mark.slow  # another process loads the libraries
-def test_transformers_alone(batch, tmp_path):
+def test_transformers_alone(batch, tmp_path, without_moe_fast):
     wanted = {}
     for name, settings, how in (
         ("bert", DOMAINS, {"domain_ids": torch.tensor([2, 0, 1])}),
@@ -234,6 +242,8 @@ def test_transformers_alone(batch, tmp_path):
             wanted[name] = moe(**batch, **how).last_hidden_state
         torch.save({**batch, **how}, tmp_path / f"{name}.inputs")
     code = """
+import sys
+
 import torch
 from transformers import AutoModel
 
@@ -250,7 +260,7 @@ for name in ("bert", "xlm_roberta"):
     AutoModel.from_pretrained(f"{name}-again", trust_remote_code=True)
 assert not any(module.partition(".")[0] == "moe_fast" for module in sys.modules)
 """
-    said = run_without_moe_fast(code, tmp_path)
+    said = without_moe_fast(code, tmp_path)
     assert said.count("trust_remote_code=True") >= 2, "transformers' own error"
     real = batch["attention_mask"].bool()
     for name, want in wanted.items():
@@ -259,7 +269,7 @@ assert not any(module.partition(".")[0] == "moe_fast" for module in sys.modules)
 
 
 @pytest.mark.slow  # another process loads the libraries
-def test_the_pages_example(tmp_path, monkeypatch):
+def test_the_pages_example(tmp_path, monkeypatch, without_moe_fast):
     pytest.importorskip("sentence_transformers", reason="needs the extra moe-fast[train]")
     here, there = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     base = save_sentence_transformer(tmp_path)
@@ -284,7 +294,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    assert "trust_remote_code=True" in run_without_moe_fast(code, tmp_path)
+    assert "trust_remote_code=True" in without_moe_fast(code, tmp_path)
     got = json.loads((tmp_path / "vectors.json").read_text())
     for domain, vectors in zip(("law", "medicine"), got, strict=True):
         want = torch.from_numpy(model.encode(texts, domain=domain))
