@@ -52,7 +52,9 @@ def test_gradients_of_a_compiled_mixture():
         (model(**batch).last_hidden_state * direction).sum().backward()
         gradients.append({n: p.grad for n, p in moe.named_parameters() if p.grad is not None})
     got, want = gradients
-    assert got.keys() == want.keys() and len(want) > 10
+    assert got.keys() >= want.keys() and len(want) > 10
+    # A graph gives zeros to what the sum does not depend on, the pooler.
+    assert not any(got[name].any() for name in got.keys() - want.keys())
     scale = max(g.norm() for g in want.values())
     for name in want:  # that of a key's bias is 0 but for rounding
         assert (got[name] - want[name]).norm() <= 1e-4 * want[name].norm() + 1e-6 * scale, name
