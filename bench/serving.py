@@ -234,7 +234,7 @@ def padding_avoided(port: int) -> float:
 
 def direct_milliseconds(model: Any, questions: Sequence[Question], seconds: float) -> float:
     """The median time of a direct ``encode`` of one request."""
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         question = questions[len(times) % len(questions)]

@@ -213,9 +213,10 @@ class _Server:
         future = self._submit(texts)
         computed = asyncio.wrap_future(future)
         gone = asyncio.create_task(_client_left(request))
+        either: set[asyncio.Future[Any]] = {computed, gone}
         try:
             await asyncio.wait(
-                {computed, gone},
+                either,
                 timeout=self.settings.timeout,
                 return_when=asyncio.FIRST_COMPLETED,
             )
