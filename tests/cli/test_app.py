@@ -54,7 +54,8 @@ def test_help_ends_with_the_example(name, moe_fast_cli):
         assert flag in result.output
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - {"demo", "serve", "tune"}))  # serve does not end, tune needs a GPU
+# serve does not end, and tune needs a GPU.
+@pytest.mark.parametrize("name", sorted(NAMES - {"demo", "serve", "tune"}))
 def test_the_example_runs(name, moe_fast_cli, workspace):
     words = shlex.split(COMMANDS[name].EXAMPLE)
     assert words[:2] == ["moe-fast", name]
