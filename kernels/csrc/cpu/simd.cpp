@@ -269,10 +269,17 @@ void scale_columns(float* __restrict x, const float* __restrict by, int64_t rows
   }
 }
 
+// The processor takes a hundred cycles longer for a product of subnormal floats. So activations
+// store 0 in place of them, and their exponentials end where they cannot make one on the way.
+constexpr float kLargestExponent = 80.0f;
+
+inline float without_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? 0.0f : x; }
+
 // exp within 2 units in the last place: 2^k times a polynomial on [-ln(2) / 2, ln(2) / 2] (Cephes).
-inline float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+// It is 0 below exp(-80) = 2e-35, and infinite above exp(80).
+inline float fast_exp(float exponent) {
+  float x = exponent < -kLargestExponent ? -kLargestExponent : exponent;
+  x = x > kLargestExponent ? kLargestExponent : x;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float k = (x * 1.44269504f + kRound) - kRound;
   const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
@@ -283,7 +290,9 @@ inline float fast_exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
+  const float value = p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
+  const float high = exponent > kLargestExponent ? INFINITY : value;
+  return exponent < -kLargestExponent ? 0.0f : high;
 }
 
 constexpr float kLimit = 7.0f;  // of clamped_swiglu
@@ -360,9 +369,11 @@ template <Act act>
 void activate_as(const float* __restrict z, const float* __restrict z2, float* __restrict h,
                  int64_t n) {
   if (z2 == nullptr) {
-    for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value;
+    for (int64_t i = 0; i < n; ++i) h[i] = without_subnormal(evaluate<act>(z[i]).value);
   } else {
-    for (int64_t i = 0; i < n; ++i) h[i] = evaluate<act>(z[i]).value * gate<act>(z2[i]).value;
+    for (int64_t i = 0; i < n; ++i) {
+      h[i] = without_subnormal(evaluate<act>(z[i]).value * gate<act>(z2[i]).value);
+    }
   }
 }
 
@@ -375,18 +386,18 @@ float activate_backward_as(const float* __restrict dh, const float* __restrict z
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) {
       const ValueAndSlope f = evaluate<act>(z[i]);
-      h[i] = f.value;
-      dz[i] = w * dh[i] * f.slope;
-      sum += dh[i] * f.value;
+      h[i] = without_subnormal(f.value);
+      dz[i] = without_subnormal(w * dh[i] * f.slope);
+      sum += dh[i] * h[i];
     }
   } else {
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) {
       const ValueAndSlope f = evaluate<act>(z[i]);
       const ValueAndSlope g = gate<act>(z2[i]);
-      h[i] = f.value * g.value;
-      dz[i] = w * dh[i] * g.value * f.slope;
-      dz2[i] = w * dh[i] * f.value * g.slope;
+      h[i] = without_subnormal(f.value * g.value);
+      dz[i] = without_subnormal(w * dh[i] * g.value * f.slope);
+      dz2[i] = without_subnormal(w * dh[i] * f.value * g.slope);
       sum += dh[i] * h[i];
     }
   }

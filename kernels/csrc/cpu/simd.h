@@ -56,6 +56,7 @@ struct SimdOps {
   // z [rows, n] += bias[row] (null stands for 0), then z is rounded to `dtype`.
   void (*add_bias)(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n);
   // h = act(z), gated h = act(z) * z2 (clamped_swiglu: of z2 clamped, plus 1); h overlaps neither.
+  // Here and below h, dz and dz2 hold 0 in place of subnormal numbers.
   void (*activate)(const float* z, const float* z2, Act act, float* h, int64_t n);
 
   // dh is the gradient of h before the routing weight w. Computes h and dz = w dh act'(z) (gated:
