@@ -1,7 +1,8 @@
 """The contrastive loss alone, forward and backward, from given embeddings.
 
-All losses get the same leaves instead of an encoder's output, so only the loss is compared. ``its
-cached loss`` is sentence-transformers', with its default chunk of 32 rows and with 512. In both
+All losses get the same leaves instead of an encoder's output, so only the loss is compared. Ours
+has its defaults, but does not compare texts, which sentence-transformers' does not do either; with
+``texts compared`` it does. ``its cached loss`` is sentence-transformers', with its default chunk of 32 rows and with 512. In both
 directions (``symmetric``) the cached loss costs most: it computes the logits of a chunk twice. The
 matrix products of our loss are also timed alone: they are the floor for the rest of its work.
 """
@@ -25,6 +26,7 @@ from .record import Work
 
 DIM, SCALE = 384, 20.0
 TOLERANCE = 1e-5
+TEXTS = "moe_fast, texts compared"
 THEIRS, CACHED = "sentence-transformers' loss", "its cached loss"
 PRODUCTS = "moe_fast's four products alone"
 SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -32,8 +34,8 @@ SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "
 
 def cases(size: str) -> Iterator[Case]:
     """Yield B pairs, cosine, scale 20: one direction (both libraries' default), then both."""
-    batches = {"tiny": [8], "quick": [512], "default": [16, 512, 2048]}.get(
-        size, [16, 128, 512, 2048, 8192]
+    batches = {"tiny": [8], "quick": [512], "default": [16, 64, 256, 512, 2048]}.get(
+        size, [16, 64, 128, 256, 512, 2048, 8192]
     )
     for batch in batches:
         yield case_of(batch)
@@ -62,7 +64,7 @@ def candidates(batch: int, symmetric: bool) -> Candidates:
     if find_spec("sentence_transformers") is None:
         reason = "needs sentence-transformers, which is not installed"
         absent, theirs = dict.fromkeys(theirs, reason), []
-    names = [OURS, *theirs, *([PRODUCTS] if symmetric else [])]
+    names = [OURS, TEXTS, *theirs, *([PRODUCTS] if symmetric else [])]
     runs = {name: run_of(name, leaves, symmetric) for name in names}
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     check = near(plain(doubles, symmetric), TOLERANCE, [PRODUCTS])
@@ -85,12 +87,13 @@ def run_of(name: str, leaves: list[Tensor], symmetric: bool) -> Callable[[], lis
         return cached(int(name.partition(", ")[2]), leaves)
     if name == PRODUCTS:
         return partial(products, *(leaf.detach() for leaf in leaves))
-    if name == OURS:
-        loss: Any = InfoNCELoss(nn.Identity(), temperature=1 / SCALE, symmetric=symmetric)
+    if name in (OURS, TEXTS):
+        settings: dict[str, Any] = {"symmetric": symmetric, "mask_duplicates": name == TEXTS}
+        loss: Any = InfoNCELoss(nn.Identity(), temperature=1 / SCALE, **settings)
     else:
         from sentence_transformers.sentence_transformer import losses
 
-        settings: dict[str, Any] = SYMMETRIC if symmetric else {}
+        settings = SYMMETRIC if symmetric else {}
         loss = losses.MultipleNegativesRankingLoss(nn.Identity(), scale=SCALE, **settings)
     # The ids stand for different texts; a loss may search them for duplicates.
     ids = torch.arange(len(leaves[0]))[:, None]

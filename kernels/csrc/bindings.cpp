@@ -10,6 +10,7 @@
 #include "cpu/simd.h"
 #include "expert_linear.h"
 #include "expert_mlp.h"
+#include "info_nce.h"
 #include "plan.h"
 #include "route.h"
 #include "rows.h"
@@ -66,6 +67,16 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
       "route_backward(Tensor grad_weights, Tensor grad_logits, Tensor x, Tensor router_weight, "
       "Tensor logits, int num_experts_per_tok, str mode, str weight_mode, Tensor? token_mask, "
       "Tensor? starts) -> (Tensor grad_x, Tensor grad_router_weight)");
+  m.def(
+      "info_nce(Tensor a, Tensor b, Tensor? negatives, Tensor scale, Tensor? row_ids, "
+      "Tensor? col_ids, Tensor? domain_ids, Tensor? group_ids, Tensor? weights, "
+      "float label_smoothing, bool symmetric, bool cosine) -> (Tensor loss, Tensor row_loss, "
+      "Tensor rank, Tensor row_sums, Tensor column_sums, Tensor logits)");
+  m.def(
+      "info_nce_backward(Tensor grad_loss, Tensor a, Tensor b, Tensor? negatives, Tensor scale, "
+      "Tensor? row_ids, Tensor? col_ids, Tensor? domain_ids, Tensor? group_ids, Tensor? weights, "
+      "Tensor row_sums, Tensor column_sums, Tensor logits, float label_smoothing, bool symmetric, "
+      "bool cosine) -> (Tensor grad_a, Tensor grad_b, Tensor grad_negatives, Tensor grad_scale)");
   m.def("cpu_capability() -> str");
 }
 
@@ -73,6 +84,8 @@ STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
   m.impl("plan", TORCH_BOX(&moe_fast::plan_cpu));
   m.impl("route", TORCH_BOX(&moe_fast::route_cpu));
   m.impl("route_backward", TORCH_BOX(&moe_fast::route_backward_cpu));
+  m.impl("info_nce", TORCH_BOX(&moe_fast::info_nce_cpu));
+  m.impl("info_nce_backward", TORCH_BOX(&moe_fast::info_nce_backward_cpu));
   m.impl("gather_rows", TORCH_BOX(&moe_fast::gather_rows_cpu));
   m.impl("combine_rows", TORCH_BOX(&moe_fast::combine_rows_cpu));
   m.impl("combine_rows_backward", TORCH_BOX(&moe_fast::combine_rows_backward_cpu));

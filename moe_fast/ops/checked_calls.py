@@ -25,8 +25,8 @@ T = TypeVar("T")
 def once_per_signature(find_out: Callable[..., T]) -> Callable[..., T]:
     """Decorate ``find_out`` so that its result is remembered for calls of the same signature.
 
-    The signature is the shape, dtype, device and ``requires_grad`` of each tensor (and of the
-    ``indices`` of each plan), the type and value of each other argument, and the state around the
+    The signature is the shape, dtype, device and ``requires_grad`` of each tensor, the layout of
+    each plan (or the shapes, dtypes and devices of its ``indices``), the type and value of each other argument, and the state around the
     call: autocast, whether gradients are enabled, the default backend. ``find_out`` must depend on
     nothing else; in particular not on the values of tensors. Errors are not remembered.
     """
@@ -67,7 +67,8 @@ def _signature(first: Tensor, args: tuple[Any, ...]) -> tuple:
             device = value.is_cpu or value.device
             signature += (value.shape, value.dtype, device, grad and value.requires_grad)
         else:
-            signature.append(kind)
-            for index in value.indices:
-                signature += (index.shape, index.dtype, index.is_cpu or index.device)
+            signature += (kind, value.layout)
+            if value.layout is None:
+                for index in value.indices:
+                    signature += (index.shape, index.dtype, index.is_cpu or index.device)
     return tuple(signature)

@@ -32,6 +32,8 @@ _OPS = (
     "expert_mlp_backward",
     "expert_linear",
     "expert_linear_backward",
+    "info_nce",
+    "info_nce_backward",
     "varlen_attention",
     "cpu_capability",
 )

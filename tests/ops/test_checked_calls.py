@@ -1,5 +1,6 @@
 """A check runs once for all calls that look alike, and again for each that does not."""
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -57,6 +58,22 @@ def test_whatever_else_differs_is_checked(calls, changed):
     check(X, X, PLAN, 1)
     check(*changed)
     assert len(seen) == 2
+
+
+def test_a_plan_is_known_by_its_layout_unless_it_was_changed(calls):
+    check, seen = calls
+    for ids in ([[0], [1], [0]], [[1], [1], [1]]):
+        check(X, ops.plan(torch.tensor(ids), 2))
+    assert len(seen) == 1
+    for other in (ops.plan(torch.tensor([[0], [1], [0]]), 3), ops.plan(torch.tensor([[0]]), 2)):
+        check(X, other)
+    assert len(seen) == 3
+    changed = [dataclasses.replace(PLAN, row_to_token=torch.zeros(n).long()) for n in (3, 4, 4)]
+    for plan in (*changed, ops.RoutingPlan(*PLAN.indices)):
+        assert plan.layout is None
+        check(X, plan)
+    assert len(seen) == 5
+    assert copy.deepcopy(PLAN).layout == PLAN.layout
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,17 @@ import math
 import pytest
 import torch
 
+import moe_fast
 from moe_fast import ops
 
 from .helpers import assert_says
-from .test_info_nce import F64, B, D, G, backend  # noqa: F401 - a fixture, for all tests
+from .test_info_nce import BACKENDS, F64, B, D, G
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request):
+    with moe_fast.use_backend(request.param):
+        yield
 
 
 def with_value(rows: int, row: int, value: float) -> torch.Tensor:

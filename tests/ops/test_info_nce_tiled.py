@@ -1,4 +1,4 @@
-"""The tiled form at sizes of a batch, in float32, against a dense one in float64.
+"""The tiled and the compiled form at sizes of a batch, in float32, against a dense one in float64.
 
 ``test_info_nce.py`` runs everything on tiny tiles; here are real tiles, ragged ones among them,
 and the accuracy: relative L2 error of the loss and of every gradient.
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fast import ops
+from moe_fast.ops.backends import available_backends
 from moe_fast.ops.info_nce import tiles as logit_tiles
 
 from .helpers import gradients, leaves
@@ -22,6 +23,13 @@ from .helpers import gradients, leaves
 # tail left out one of more than 1e-2.
 ROUNDING = 1e-6  # of a logit, per scale
 ONE = torch.ones(())
+
+
+@pytest.fixture(params=["tiled", "cpp"])
+def backend(request):
+    if request.param not in available_backends("info_nce"):
+        pytest.skip("the native library is not built")
+    return request.param
 
 
 def dense(
@@ -75,10 +83,10 @@ def problem(batch: int, dim: int, per_row: int, scale: float) -> dict:
 @pytest.mark.parametrize(("batch", "dim"), [(2, 3), (63, 384), (64, 1), (300, 65), (1000, 128)])
 @pytest.mark.parametrize("per_row", [0, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_sizes_and_scales(batch, dim, per_row, scale, symmetric, monkeypatch):
+def test_sizes_and_scales(batch, dim, per_row, scale, symmetric, backend, monkeypatch):
     monkeypatch.setitem(logit_tiles.TILE_ROWS, "cpu", 128)
     inputs = problem(batch, dim, per_row, scale)
-    loss = ops.info_nce(**inputs, symmetric=symmetric, backend="tiled")
+    loss = ops.info_nce(**inputs, symmetric=symmetric, backend=backend)
     expected = dense(**inputs, symmetric=symmetric)
     if dim == 1:  # cosines are 1 or -1: gradients are 0, up to rounding
         assert l2_error(loss, expected) <= ROUNDING * max(5.0, scale)
@@ -86,13 +94,13 @@ def test_sizes_and_scales(batch, dim, per_row, scale, symmetric, monkeypatch):
         assert_accurate(loss, expected, inputs)
 
 
-def test_the_real_tile_and_a_ragged_one():
+def test_the_real_tile_and_a_ragged_one(backend):
     inputs = problem(1030, 32, 1, 20.0)
-    assert_accurate(ops.info_nce(**inputs, backend="tiled"), dense(**inputs), inputs)
+    assert_accurate(ops.info_nce(**inputs, backend=backend), dense(**inputs), inputs)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_masks_and_groups_across_tiles(similarity, monkeypatch):
+def test_masks_and_groups_across_tiles(similarity, backend, monkeypatch):
     monkeypatch.setitem(logit_tiles.TILE_ROWS, "cpu", 64)
     batch = 200
     inputs = problem(batch, 16, 1, 20.0 if similarity == "cosine" else 0.5)
@@ -107,7 +115,7 @@ def test_masks_and_groups_across_tiles(similarity, monkeypatch):
     ids = dict(row_ids=row_ids, col_ids=col_ids, domain_ids=domain_ids)
     for groups, own in [(None, None), (group_ids, positive)]:
         loss = ops.info_nce(
-            **inputs, **ids, group_ids=groups, similarity=similarity, backend="tiled"
+            **inputs, **ids, group_ids=groups, similarity=similarity, backend=backend
         )
         expected = dense(**inputs, similarity=similarity, excluded=excluded, positive=own)
         assert_accurate(loss, expected, inputs)
@@ -115,22 +123,22 @@ def test_masks_and_groups_across_tiles(similarity, monkeypatch):
 
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("scale", [20.0, 60.0])
-def test_losses_near_zero_keep_their_relative_accuracy(scale, groups):
+def test_losses_near_zero_keep_their_relative_accuracy(scale, groups, backend):
     """Pairs told apart so well that lse - s_ii in float32 would be 0, or rounding alone."""
     a = torch.randn(100, 256)
     inputs = leaves(a=a, b=a + 0.01 * torch.randn(100, 256), scale=torch.tensor(scale))
     group_ids = torch.arange(100) if groups else None
-    loss = ops.info_nce(**inputs, group_ids=group_ids, backend="tiled")
+    loss = ops.info_nce(**inputs, group_ids=group_ids, backend=backend)
     expected = dense(**inputs, negatives=None)
     assert 0 < expected < 1e-5
     assert_accurate(loss, expected, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_inputs_lose_no_more_than_their_own_rounding(dtype):
+def test_low_precision_inputs_lose_no_more_than_their_own_rounding(dtype, backend):
     full = problem(300, 64, 1, 20.0)
     inputs = leaves(**{n: t if n == "scale" else t.detach().to(dtype) for n, t in full.items()})
-    loss = ops.info_nce(**inputs, backend="tiled")
+    loss = ops.info_nce(**inputs, backend=backend)
     assert loss.dtype == torch.float32
     expected = dense(**inputs)
     assert l2_error(loss, expected) <= 20 * ROUNDING

@@ -30,7 +30,6 @@
 namespace moe_fast {
 namespace {
 
-using torch::stable::new_empty;
 
 constexpr int64_t kKeys = 256;    // per block: a panel's scores, 48 KB, fit the level 2 cache
 constexpr int64_t kKeyStep = 16;  // blocks are multiples of it, to generate few kernels
@@ -381,7 +380,7 @@ std::vector<Piece> cut(const Attention& in) {
 Tensor varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, double scale,
                             std::optional<int64_t> window) {
   const Attention in = view_attention(query, key, value, cu_seqlens, scale, window);
-  Tensor y = new_empty(query, {query.size(0), in.heads, in.dim});
+  Tensor y = new_tensor(query, {query.size(0), in.heads, in.dim});
   if (in.heads == 0 || in.dim == 0) return y;
   void* to = y.mutable_data_ptr();
   const Gemm& products = gemm();

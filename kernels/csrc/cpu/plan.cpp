@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../buckets.h"
+#include "plan_view.h"
 
 namespace moe_fast {
 namespace {
@@ -164,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(Tensor top_k_index, int64_t 
   const int64_t num_tokens = top_k_index.size(0);
   const int64_t k = top_k_index.size(1);
   const auto empty = [&](int64_t size) {
-    return torch::stable::new_empty(top_k_index, {size}, ScalarType::Long);
+    return new_tensor(top_k_index, {size}, ScalarType::Long);
   };
   Tensor expert_offsets = empty(num_experts + 1);
   Tensor row_to_token = empty(num_tokens * k);

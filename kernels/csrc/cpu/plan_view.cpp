@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace moe_fast {
@@ -27,6 +28,16 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
 
 void check(bool holds, const std::string& message) {
   if (!holds) throw std::runtime_error(message);
+}
+
+int32_t code_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Long: return aoti_torch_dtype_int64();
+    default: throw std::runtime_error("no operation returns tensors of this dtype.");
+  }
 }
 
 void check_values(const PlanView& plan) {
@@ -97,9 +108,23 @@ PlanView view_plan(const Tensor& top_k_weights, const Tensor& expert_offsets,
   return plan;
 }
 
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes,
+                  std::optional<ScalarType> dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
+    strides[d] = stride;
+  }
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      code_of(dtype.value_or(like.scalar_type())), aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
 Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes,
                   std::optional<ScalarType> dtype) {
-  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+  Tensor out = new_tensor(like, sizes, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{2} << 20;
   const auto data = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());

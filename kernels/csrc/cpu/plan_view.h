@@ -48,7 +48,12 @@ void check_shape(const char* name, const Tensor& tensor, const std::vector<int64
 const int64_t* indices_of(const char* name, const Tensor& tensor, int64_t size);
 const float* weights_of(const Tensor& top_k_weights, int64_t num_tokens);
 
-// An uninitialised tensor [sizes] on the CPU, of like's dtype or another. For a large tensor it
+// An uninitialised tensor [sizes] on the CPU, of like's dtype or another. torch's own new_empty looks
+// its operation up by name in every call, which costs microseconds.
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes,
+                  std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
+
+// The same for the largest outputs of an operation. For a large tensor it
 // asks the system for large pages, where these are available: torch gets new memory for each large
 // tensor, and a page fault per 4 KiB of the weights' gradients takes up to a fifth of the time of
 // the experts in a training step.

@@ -22,7 +22,6 @@ namespace moe_fast {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::new_empty;
 
 constexpr int64_t kFour = 4;  // the number of rows of simd().dot4 and add_scaled4
 
@@ -362,10 +361,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_cpu(Tensor x, Tensor router_wei
   const Router router =
       view_router(x, router_weight, k, mode, weight_mode, token_mask, starts);
   const int64_t tokens = router.num_tokens, experts = router.num_experts;
-  Tensor weights = new_empty(x, {tokens, router.k}, ScalarType::Float);
-  Tensor logits = new_empty(x, {tokens, experts}, ScalarType::Float);
-  Tensor index = new_empty(x, {tokens, router.k}, ScalarType::Long);
-  Tensor counts = new_empty(x, {experts}, ScalarType::Long);
+  Tensor weights = new_tensor(x, {tokens, router.k}, ScalarType::Float);
+  Tensor logits = new_tensor(x, {tokens, experts}, ScalarType::Float);
+  Tensor index = new_tensor(x, {tokens, router.k}, ScalarType::Long);
+  Tensor counts = new_tensor(x, {experts}, ScalarType::Long);
   auto* weights_to = weights.mutable_data_ptr<float>();
   auto* logits_to = logits.mutable_data_ptr<float>();
   auto* index_to = index.mutable_data_ptr<int64_t>();
@@ -405,9 +404,9 @@ std::tuple<Tensor, Tensor> route_backward_cpu(Tensor grad_weights, Tensor grad_l
   const float* from_weights = floats_of("grad_weights", grad_weights, {tokens, router.k});
   const float* from_logits = floats_of("grad_logits", grad_logits, {tokens, experts});
   const float* values = floats_of("logits", logits, {tokens, experts});
-  Tensor grad_x = new_empty(x, {tokens, router.dim});
-  Tensor grad_weight = new_empty(router_weight, {experts, router.dim});
-  Tensor grad = new_empty(logits, {tokens, experts});
+  Tensor grad_x = new_tensor(x, {tokens, router.dim});
+  Tensor grad_weight = new_tensor(router_weight, {experts, router.dim});
+  Tensor grad = new_tensor(logits, {tokens, experts});
   auto* grad_to = grad.mutable_data_ptr<float>();
   logits_gradient(router, values, from_weights, from_logits, grad_to);
   input_gradient(router, grad_to, grad_x.mutable_data_ptr());

@@ -17,7 +17,6 @@
 namespace moe_fast {
 namespace {
 
-using torch::stable::new_empty;
 
 void refuse(const char* name, const std::string& allowed, int64_t value, int64_t position) {
   throw std::runtime_error(std::string(name) + " must be " + allowed + "; got " +
@@ -90,7 +89,7 @@ Tensor gather_rows_cpu(Tensor x, Tensor expert_offsets, Tensor row_to_token) {
       refuse("plan.row_to_token", "a token below " + std::to_string(tokens), token_of[row], row);
     }
   }
-  Tensor rows = new_empty(x, {num_rows, dim});
+  Tensor rows = new_tensor(x, {num_rows, dim});
   if (dim == 0) return rows;
   void* to = rows.mutable_data_ptr();
   const auto bytes = static_cast<size_t>(dim * bytes_of(dtype));
@@ -108,7 +107,7 @@ Tensor gather_rows_cpu(Tensor x, Tensor expert_offsets, Tensor row_to_token) {
 Tensor combine_rows_cpu(Tensor rows, Tensor top_k_weights, Tensor slot_to_row) {
   const Weighted in = view(rows, top_k_weights);
   const int64_t* places = places_of(slot_to_row, in.num_tokens * in.k, in.num_tokens * in.k);
-  Tensor y = new_empty(rows, {in.num_tokens, in.dim});
+  Tensor y = new_tensor(rows, {in.num_tokens, in.dim});
   if (in.dim == 0) return y;
   void* to = y.mutable_data_ptr();
   run_chunks(in.num_tokens, grain(in.dim * in.k), [&](int64_t begin, int64_t end) {
@@ -135,8 +134,8 @@ std::tuple<Tensor, Tensor> combine_rows_backward_cpu(Tensor grad_y, Tensor rows,
   const int64_t valid = valid_rows(expert_offsets, slots);
   const int64_t* places = places_of(slot_to_row, slots, valid);
   const void* upstream = data_of("grad_y", grad_y, rows, {in.num_tokens, in.dim});
-  Tensor grad_rows = new_empty(rows, {slots, in.dim});
-  Tensor grad_weights = new_empty(top_k_weights, {in.num_tokens, in.k});
+  Tensor grad_rows = new_tensor(rows, {slots, in.dim});
+  Tensor grad_weights = new_tensor(top_k_weights, {in.num_tokens, in.k});
   void* to = grad_rows.mutable_data_ptr();
   float* dots = grad_weights.mutable_data_ptr<float>();
   std::fill_n(dots, slots, 0.0f);

@@ -6,6 +6,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "exponential.h"
+#include "logit_rows.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -16,18 +19,6 @@
 namespace moe_fast {
 namespace MOE_ISA {
 namespace {
-
-float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 // The bf16 nearest to a float, ties to even, in the lower half; NaN stays NaN.
 uint32_t to_bf16(float value) {
@@ -183,24 +174,6 @@ void interleave(const uint16_t* a, const uint16_t* b, uint32_t* out, int64_t n) 
 
 void round_pairs(const float* a, const float* b, uint32_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(a[i]) | to_bf16(b[i]) << 16;
-}
-
-// 2^x for x <= 0 (or slightly above), within 1.1e-7: 2^k times a polynomial on [-1/2, 1/2], minimax
-// within 3e-9. It is 0 below about -127, where k = -127 makes the bits of the exponent 0; NaN for
-// NaN.
-inline float exp2_below(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  x = -127.0f > x ? -127.0f : x;
-  const float shifted = x + kRound;
-  const float r = x - (shifted - kRound);
-  float p = 1.5594678e-4f;
-  p = p * r + 1.3406643e-3f;
-  p = p * r + 9.617693e-3f;
-  p = p * r + 5.5503104e-2f;
-  p = p * r + 2.4022652e-1f;
-  p = p * r + 6.9314724e-1f;
-  p = p * r + 1.0f;
-  return p * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
 }
 
 // Two weights from 0 to 1 as bf16. Ties are rounded away from 0, which saves three instructions.
@@ -547,6 +520,7 @@ void dots_bf16(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t*
 
 }  // namespace
 
+extern const LogitOps logit_ops;
 extern const SimdOps ops;
 const SimdOps ops = {
     MOE_STRING(MOE_ISA), load,     store,    load_rows,         transpose,  interleave, round_pairs,
@@ -558,6 +532,7 @@ const SimdOps ops = {
 #else
     nullptr,
 #endif
+    &logit_ops,
 };
 
 }  // namespace MOE_ISA

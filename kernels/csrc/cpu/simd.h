@@ -8,6 +8,8 @@
 
 namespace moe_fast {
 
+struct LogitOps;  // in logit_rows.h
+
 enum class Dtype { f32, bf16, f16 };
 
 // The activations, by the names that moe_fast/ops/activations.py gives them.
@@ -77,6 +79,8 @@ struct SimdOps {
   // few rows, so that a is read once, in place. Null if the processor does not multiply bf16.
   void (*dots_bf16)(const uint16_t* a, int64_t lda, int64_t num_rows, const uint16_t* b, int64_t ldb,
                     int64_t num_columns, int64_t k, float* out, int64_t ldo);
+
+  const LogitOps* logits;
 };
 
 // MOE_FAST_CPU=portable, avx2 or avx512 in the environment limits the choice (for tests).

@@ -33,13 +33,16 @@ Source: Henderson et al., arXiv 1705.00652 (in-batch negatives); van den Oord et
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moe_fast.ops import backends
+from moe_fast.ops.checked_calls import once_per_signature
 from moe_fast.ops.checks import compute_dtype, wants_gradients
-from moe_fast.ops.info_nce import reference, tiled, triton  # noqa: F401 - each registers itself
+from moe_fast.ops.info_nce import cpp, reference, tiled, triton  # noqa: F401 - register themselves
 from moe_fast.ops.info_nce.arguments import as_scale, check_arguments, check_not_alone
 
 
@@ -104,13 +107,12 @@ def info_nce(
         ValueError, TypeError: shapes, dtypes, devices or values do not fit; a single pair without
             hard negatives is a ``ValueError``.
     """
-    ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
-    check_arguments(a, b, negatives, similarity, label_smoothing, weights, col_ids, **ids)
-    check_not_alone(a, negatives)
-    dtype = compute_dtype(a.dtype)
+    learned = scale if isinstance(scale, Tensor) else None
+    dtype, run = _prepare(
+        *(a, b, negatives, learned, row_ids, col_ids, domain_ids, group_ids, weights),
+        *(label_smoothing, similarity, backend),
+    )
     scale = as_scale(scale, a.device, dtype)
-    needs_grad = wants_gradients(a, b, negatives, scale)
-    run = backends.select("info_nce", backend, a.device, dtype, gradients=needs_grad)
     loss, row_loss, rank = run(
         *(a, b, negatives, scale, row_ids, col_ids, domain_ids, group_ids, weights),
         *(label_smoothing, symmetric, similarity == "cosine"),
@@ -119,3 +121,27 @@ def info_nce(
         return loss
     row_loss = row_loss.detach()
     return loss, InfoNCEStats(row_loss, rank, (rank == 1).to(row_loss.dtype).mean())
+
+
+@once_per_signature
+def _prepare(
+    a: Tensor,
+    b: Tensor,
+    negatives: Tensor | None,
+    learned_scale: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    group_ids: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    similarity: str,
+    backend: str | None,
+) -> tuple[torch.dtype, Callable]:
+    """Check the arguments; return the dtype of the logits, and who computes."""
+    ids = {"row_ids": row_ids, "domain_ids": domain_ids, "group_ids": group_ids}
+    check_arguments(a, b, negatives, similarity, label_smoothing, weights, col_ids, **ids)
+    check_not_alone(a, negatives)
+    dtype = compute_dtype(a.dtype)
+    needs_grad = wants_gradients(a, b, negatives, learned_scale)
+    return dtype, backends.select("info_nce", backend, a.device, dtype, gradients=needs_grad)

@@ -409,8 +409,9 @@ OPERATION = Operation(_info_nce_tiled, _fake, fake_backward, differentiable=4, s
 _run_op = OPERATION.implement("info_nce_tiled", _info_nce_tiled, _info_nce_tiled_backward)
 
 
-def _run(*inputs):
+def run(*inputs):
+    """Compute the loss, row losses and ranks."""
     return _run_op(*inputs)[:3]
 
 
-backends.register("info_nce", "tiled", _run)
+backends.register("info_nce", "tiled", run)

@@ -34,6 +34,8 @@ class RoutingPlan:
             padded with -1 to ``n = ceil(max(S - E + 1, 0) / block) + E - 1``, which depends on
             shapes only.
         indices: the four index tensors, in the order in which the registered ops take them.
+        layout: what determines the shapes, dtypes and device of a plan of :func:`plan`; ``None``
+            for any other plan, such as a changed one. Ops recognise the plan by it.
 
     Only the first ``expert_offsets[E]`` rows are valid. The rows behind them are the skipped slots,
     in slot order; they must not be used.
@@ -57,6 +59,7 @@ class RoutingPlan:
     slot_to_row: Tensor
     tiles: dict[int, Tensor] = field(default_factory=dict)
     indices: tuple[Tensor, Tensor, Tensor, Tensor] = field(init=False, repr=False, compare=False)
+    layout: tuple | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # An attribute, not a property, because every layer reads it twice per call.
@@ -91,22 +94,30 @@ def plan(
     """
     for size in block_sizes:
         check_count("block_sizes", size)
-    run = _prepare(top_k_index, num_experts, backend)
+    run, layout = _prepare(top_k_index, num_experts, backend)
     offsets, row_to_token, row_to_slot, slot_to_row = run(top_k_index, num_experts)
     tiles = {b: _tile_schedule(offsets, row_to_slot.shape[0], b) for b in block_sizes}
-    return RoutingPlan(offsets, row_to_token, row_to_slot, slot_to_row, tiles)
+    made = RoutingPlan(offsets, row_to_token, row_to_slot, slot_to_row, tiles)
+    if layout is not None:
+        object.__setattr__(made, "layout", layout)
+    return made
 
 
 @once_per_signature
-def _prepare(top_k_index: Tensor, num_experts: int, backend: str | None) -> Callable:
-    """Check the arguments and return the implementation to run."""
+def _prepare(
+    top_k_index: Tensor, num_experts: int, backend: str | None
+) -> tuple[Callable, tuple | None]:
+    """Check the arguments; return the implementation to run, and the layout of its plan."""
     check_dtype("top_k_index", top_k_index, INTEGER_DTYPES)
     if top_k_index.dim() != 2 or top_k_index.shape[1] < 1:
         raise ValueError(f"top_k_index must be [T, K], K >= 1; got {list(top_k_index.shape)}.")
     check_count("num_experts", num_experts)
     if num_experts > _MOST_EXPERTS:
         raise ValueError(f"num_experts must be at most {_MOST_EXPERTS}; got {num_experts}.")
-    return backends.select("plan", backend, top_k_index.device)
+    run = backends.select("plan", backend, top_k_index.device)
+    if torch.compiler.is_compiling():  # sizes are symbols there
+        return run, None
+    return run, (tuple(top_k_index.shape), num_experts, top_k_index.device)
 
 
 def _tile_schedule(expert_offsets: Tensor, num_rows: int, block_size: int) -> Tensor:
