@@ -2,9 +2,10 @@
 
 All losses get the same leaves instead of an encoder's output, so only the loss is compared. Ours
 has its defaults, but does not compare texts, which sentence-transformers' does not do either; with
-``texts compared`` it does. ``its cached loss`` is sentence-transformers', with its default chunk of 32 rows and with 512. In both
-directions (``symmetric``) the cached loss costs most: it computes the logits of a chunk twice. The
-matrix products of our loss are also timed alone: they are the floor for the rest of its work.
+``texts compared`` it does. ``its cached loss`` is sentence-transformers', with its default chunk of
+32 rows and with 512. In both directions (``symmetric``) the cached loss costs most: it computes the
+logits of a chunk twice. The matrix products of our loss are also timed alone: they are the floor
+for the rest of its work.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ def once_per_signature(find_out: Callable[..., T]) -> Callable[..., T]:
     """Decorate ``find_out`` so that its result is remembered for calls of the same signature.
 
     The signature is the shape, dtype, device and ``requires_grad`` of each tensor, the layout of
-    each plan (or the shapes, dtypes and devices of its ``indices``), the type and value of each other argument, and the state around the
-    call: autocast, whether gradients are enabled, the default backend. ``find_out`` must depend on
-    nothing else; in particular not on the values of tensors. Errors are not remembered.
+    each plan (or the shapes, dtypes and devices of its ``indices``), the type and value of each
+    other argument, and the state around the call: autocast, whether gradients are enabled, the
+    default backend. ``find_out`` must depend on nothing else; in particular not on the values of
+    tensors. Errors are not remembered.
     """
     known: dict[tuple, Any] = {}
 
