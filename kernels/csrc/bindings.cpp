@@ -11,6 +11,7 @@
 #include "expert_linear.h"
 #include "expert_mlp.h"
 #include "info_nce.h"
+#include "layer.h"
 #include "plan.h"
 #include "route.h"
 #include "rows.h"
@@ -77,6 +78,15 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
       "Tensor? row_ids, Tensor? col_ids, Tensor? domain_ids, Tensor? group_ids, Tensor? weights, "
       "Tensor row_sums, Tensor column_sums, Tensor logits, float label_smoothing, bool symmetric, "
       "bool cosine) -> (Tensor grad_a, Tensor grad_b, Tensor grad_negatives, Tensor grad_scale)");
+  m.def(
+      "add_norm(Tensor y, Tensor residual, Tensor weight, Tensor? bias, float eps, "
+      "bool keep_exact) -> (Tensor out, Tensor exact)");
+  m.def(
+      "attention_block(Tensor x, Tensor residual, Tensor q_weight, Tensor k_weight, "
+      "Tensor v_weight, Tensor out_weight, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
+      "Tensor? out_bias, Tensor norm_weight, Tensor? norm_bias, Tensor cu_seqlens, Tensor? cos, "
+      "Tensor? sin, int heads, float scale, int? window, float eps, bool keep_exact) -> "
+      "(Tensor out, Tensor exact)");
   m.def("cpu_capability() -> str");
 }
 
@@ -90,6 +100,8 @@ STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
   m.impl("combine_rows", TORCH_BOX(&moe_fast::combine_rows_cpu));
   m.impl("combine_rows_backward", TORCH_BOX(&moe_fast::combine_rows_backward_cpu));
   m.impl("varlen_attention", TORCH_BOX(&moe_fast::varlen_attention_cpu));
+  m.impl("add_norm", TORCH_BOX(&moe_fast::add_norm_cpu));
+  m.impl("attention_block", TORCH_BOX(&moe_fast::attention_block_cpu));
   m.impl("expert_mlp", TORCH_BOX(&moe_fast::expert_mlp_cpu));
   m.impl("expert_mlp_backward", TORCH_BOX(&moe_fast::expert_mlp_backward_cpu));
   m.impl("expert_linear", TORCH_BOX(&moe_fast::expert_linear_cpu));

@@ -94,6 +94,9 @@ class Architecture:
         attention: the module that computes the attention.
         attention_norm, attention_dropout: as ``norm`` and ``dropout``, for the attention's block.
             Without ``attention_norm`` the module ``attention`` computes the whole block.
+        projections: the maps of the attention to queries, keys and values, and of its result.
+            ``None``: they are not computed in one operation with what follows them.
+        projections_norm: the norm after the attention, where ``attention`` contains it.
         padding_id: a setting: position ids start after this id. ``None``: they start at 0.
         tuple_output: whether a layer returns a tuple of the hidden states and the attention's other
             outputs.
@@ -121,6 +124,8 @@ class Architecture:
     dropout: str | None = None
     attention_norm: str | None = None
     attention_dropout: str | None = None
+    projections: tuple[str, str, str, str] | None = None
+    projections_norm: str | None = None
     padding_id: str | int | None = None
     tuple_output: bool = False
     forward: Callable[..., Any] | None = None

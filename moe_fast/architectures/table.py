@@ -36,6 +36,14 @@ _BERT: dict[str, Any] = {
     "dropout": "output.dropout",
     "attention": "attention",
 }
+# The attention of those that normalise after its sum.
+_BERT_ATTENTION: dict[str, Any] = {
+    "projections": (
+        *("attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention.output.dense",
+    ),
+    "projections_norm": "attention.output.LayerNorm",
+}
 _ROBERTA = {**_BERT, "padding_id": "pad_token_id"}
 # Gate and up are two linear maps, as in Llama.
 _GATE_AND_UP: dict[str, Any] = {
@@ -50,6 +58,10 @@ _NOMIC: dict[str, Any] = {
     "attention": "self_attn",
     "attention_norm": "post_attention_layernorm",
     "attention_dropout": "post_attention_dropout",
+    "projections": (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+    ),
     "norm": "post_mlp_layernorm",
     "dropout": "post_mlp_dropout",
 }
@@ -61,11 +73,11 @@ _DEBERTA = {
 }
 
 ARCHITECTURES = [
-    *_of("bert", "Bert", **_BERT),
-    *_of("roberta", "Roberta", **_ROBERTA),
-    *_of("xlm_roberta", "XLMRoberta", **_ROBERTA),
-    *_of("camembert", "Camembert", **_ROBERTA),
-    *_of("electra", "Electra", **_BERT),
+    *_of("bert", "Bert", **_BERT, **_BERT_ATTENTION),
+    *_of("roberta", "Roberta", **_ROBERTA, **_BERT_ATTENTION),
+    *_of("xlm_roberta", "XLMRoberta", **_ROBERTA, **_BERT_ATTENTION),
+    *_of("camembert", "Camembert", **_ROBERTA, **_BERT_ATTENTION),
+    *_of("electra", "Electra", **_BERT, **_BERT_ATTENTION),
     *_of(
         "distilbert",
         "DistilBert",
@@ -78,6 +90,10 @@ ARCHITECTURES = [
         intermediate_size="hidden_dim",
         attention="attention",
         attention_norm="sa_layer_norm",
+        projections=(
+            *("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+            "attention.out_lin",
+        ),
         norm="output_layer_norm",
         dropout="ffn.dropout",
     ),

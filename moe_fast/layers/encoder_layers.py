@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_fast.architectures import ARCHITECTURES, Architecture, make_class, setting
 from moe_fast.layers.moe_mlp import MoEMLP, OutputBlock
+from moe_fast.layers.packed_inference import PackedInference
 from moe_fast.layers.routing_info import RoutingInfo
 from moe_fast.ops.activations import ACTIVATIONS
 
@@ -34,6 +35,7 @@ _UNSUPPORTED = {
 _PARTS = (
     *("up", "down", "mlp", "norm", "dropout"),
     *("attention", "attention_norm", "attention_dropout"),
+    *("projections", "projections_norm"),
 )
 # Keywords that decoders pass to their layers.
 _DECODER_INPUTS = ("encoder_hidden_states", "cache", "past_key_values")
@@ -169,7 +171,12 @@ class MoELayer(GradientCheckpointingLayer):
                 raise ValueError(f"{name} must be None: moe_fast layers are encoders; got a value.")
         kwargs.pop("encoder_attention_mask", None)
         routing = RoutingInfo.pop_from(kwargs)
+        packed: PackedInference | None = kwargs.pop("packed_inference", None)
         parts = self.architecture
+        if packed is not None:
+            y = packed.run(self, x, attention_mask, routing, kwargs)
+            if y is not None:
+                return (y,) if parts.tuple_output else y
         norm = parts.attention_norm
         before = self._part(norm)(x) if norm is not None and parts.pre_norm else x
         output = self._part(parts.attention)(before, attention_mask=attention_mask, **kwargs)

@@ -19,6 +19,7 @@ from moe_fast import compat, layers
 from moe_fast.architectures import ARCHITECTURES, Architecture, make_class, setting
 from moe_fast.layers import MoERouter, RouterOutput
 from moe_fast.layers.attention import packed_attention
+from moe_fast.layers.packed_inference import PackedInference
 from moe_fast.models import configuration
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.pretrained import MoEPreTrainedModel
@@ -141,6 +142,9 @@ class MoEModelMixin(MoEPreTrainedModel):
         if packing is not None:
             expert_ids = pack_inputs(self, packing, dense_inputs, expert_ids)
             kwargs.update(packing.attention_kwargs)
+            if not kwargs.get("output_attentions", self.config.output_attentions):
+                inference = PackedInference.of_call(self.dtype, packing.cu_seqlens)
+                kwargs |= {} if inference is None else {"packed_inference": inference}
         routing = build_routing(
             self.config,
             dense_inputs["input_ids"] if input_ids is not None else dense_inputs["inputs_embeds"],

@@ -6,6 +6,8 @@ their backends. The forms are registered as ``torch.library`` ops of the namespa
 Functions with several backends take ``backend=`` as their last argument.
 """
 
+from moe_fast.ops.add_norm import Normed, add_norm
+from moe_fast.ops.attention_block import Projections, attention_block
 from moe_fast.ops.backends import available_backends, show_backends, use_backend
 from moe_fast.ops.combine_rows import combine_rows
 from moe_fast.ops.expert_linear import expert_linear
@@ -20,8 +22,12 @@ from moe_fast.ops.varlen_attention import varlen_attention
 
 __all__ = [
     "InfoNCEStats",
+    "Normed",
+    "Projections",
     "Routing",
     "RoutingPlan",
+    "add_norm",
+    "attention_block",
     "available_backends",
     "combine_rows",
     "expert_linear",

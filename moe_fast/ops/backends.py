@@ -31,6 +31,8 @@ OPS = (
     "expert_mlp_norm",
     "expert_linear",
     "varlen_attention",
+    "add_norm",
+    "attention_block",
     "info_nce",
 )
 BACKENDS = ("triton", "cpp", "tiled", "torch")  # in the order "auto" tries them
@@ -197,6 +199,11 @@ def _automatic(op: str, needs: Needs) -> str:
 
 def _computes_in(op: str, backend: str, dtype: torch.dtype | None) -> bool:
     return dtype is None or dtype in _registry[op, backend].dtypes
+
+
+def default_backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend that would run a call of ``op`` without gradients, if none is named."""
+    return _backend_for(op, None, Needs(device.type, dtype))
 
 
 def _in_pytorch(op: str) -> str:

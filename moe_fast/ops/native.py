@@ -35,6 +35,8 @@ _OPS = (
     "info_nce",
     "info_nce_backward",
     "varlen_attention",
+    "add_norm",
+    "attention_block",
     "cpu_capability",
 )
 

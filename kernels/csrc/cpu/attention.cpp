@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_core.h"
 #include "gemm.h"
 #include "packing.h"
 #include "plan_view.h"
@@ -33,34 +34,7 @@ namespace {
 
 constexpr int64_t kKeys = 256;    // per block: a panel's scores, 48 KB, fit the level 2 cache
 constexpr int64_t kKeyStep = 16;  // blocks are multiples of it, to generate few kernels
-constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// A tensor [T, heads, head_dim] whose last stride is 1; the others are free.
-struct Strided {
-  const void* data;
-  Dtype dtype;
-  int64_t token_stride, head_stride;
-  const void* row(int64_t token, int64_t head) const {
-    return at(data, dtype, token * token_stride + head * head_stride);
-  }
-  // Whether each row can be read as pairs of 16-bit elements.
-  bool in_pairs() const {
-    return token_stride % 2 == 0 && head_stride % 2 == 0 &&
-           reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0;
-  }
-};
-
-struct Attention {
-  Strided query, key, value;
-  const int64_t* starts;
-  int64_t num_sequences, heads, dim;
-  Dtype dtype;
-  float scale;     // of scores in base 2
-  int64_t window;  // no limit if at least T
-
-  int64_t length(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
-};
 
 Strided view(const char* name, const Tensor& tensor, const Tensor& query) {
   const auto check = [&](bool holds, const char* rule) {
@@ -300,14 +274,6 @@ void finish(const Attention& in, const Head<G>& head, Running<G>& running, void*
 
 // --- tasks ---------------------------------------------------------------------------------------
 
-// Heads first_head .. last_head and query panels first_panel .. last_panel of a sequence, the ends
-// excluded.
-struct Piece {
-  int64_t sequence;
-  int64_t first_head, last_head;
-  int64_t first_panel, last_panel;
-};
-
 template <typename G>
 void attend(const Attention& in, const Gemm& gemm, const Piece& piece, void* y) {
   thread_local Buffers buffers;
@@ -341,10 +307,9 @@ void attend(const Attention& in, const Gemm& gemm, const Piece& piece, void* y) 
   }
 }
 
-// Divides the heads of a sequence, and its queries if there are too few heads, among the threads;
-// the largest pieces come first. Results do not depend on the division: no sum runs across pieces.
-std::vector<Piece> cut(const Attention& in) {
-  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+}  // namespace
+
+std::vector<Piece> cut_attention(const Attention& in, int64_t threads) {
   const auto cost = [&](int64_t sequence) {
     const int64_t length = in.length(sequence);
     return static_cast<double>(length) * static_cast<double>(std::min(length, in.window) + kKeys);
@@ -375,7 +340,13 @@ std::vector<Piece> cut(const Attention& in) {
   return sorted;
 }
 
-}  // namespace
+void attend_piece(const Attention& in, const Gemm& gemm, const Piece& piece, void* y) {
+  if (in_bf16(in, gemm)) {
+    attend<Bf16>(in, gemm, piece, y);
+  } else {
+    attend<float>(in, gemm, piece, y);
+  }
+}
 
 Tensor varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, double scale,
                             std::optional<int64_t> window) {
@@ -384,13 +355,10 @@ Tensor varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_se
   if (in.heads == 0 || in.dim == 0) return y;
   void* to = y.mutable_data_ptr();
   const Gemm& products = gemm();
-  const std::vector<Piece> pieces = cut(in);
+  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+  const std::vector<Piece> pieces = cut_attention(in, threads);
   run_all(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-    if (in_bf16(in, products)) {
-      attend<Bf16>(in, products, pieces[static_cast<size_t>(i)], to);
-    } else {
-      attend<float>(in, products, pieces[static_cast<size_t>(i)], to);
-    }
+    attend_piece(in, products, pieces[static_cast<size_t>(i)], to);
     products.finish();
   });
   return y;

@@ -18,6 +18,11 @@
 
 namespace moe_fast {
 namespace MOE_ISA {
+
+// Those of simd_norm.cpp.
+void normalize(float* x, const float* weight, const float* bias, float eps, int64_t n);
+void rotate(float* x, const float* cos, const float* sin, int64_t heads, int64_t half);
+
 namespace {
 
 // The bf16 nearest to a float, ties to even, in the lower half; NaN stays NaN.
@@ -524,7 +529,7 @@ extern const LogitOps logit_ops;
 extern const SimdOps ops;
 const SimdOps ops = {
     MOE_STRING(MOE_ISA), load,     store,    load_rows,         transpose,  interleave, round_pairs,
-    softmax,             scale_columns,
+    softmax,             scale_columns, normalize, rotate,
     add_bias,            activate, activate_backward, add_scaled, scale_add,  dot,
     dot4,                add_scaled4,
 #if defined(__AVX512BF16__)

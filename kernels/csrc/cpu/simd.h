@@ -55,6 +55,11 @@ struct SimdOps {
   // Multiplies column i of x [rows, n] by by[i].
   void (*scale_columns)(float* x, const float* by, int64_t rows, int64_t n);
 
+  // x = weight (x - mean) / sqrt(var + eps) + bias, of a row; a null bias stands for zeros.
+  void (*normalize)(float* x, const float* weight, const float* bias, float eps, int64_t n);
+  // Rotates each of `heads` rows of 2 * half elements, see attention_block in layer.h.
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads, int64_t half);
+
   // z [rows, n] += bias[row] (null stands for 0), then z is rounded to `dtype`.
   void (*add_bias)(float* z, const float* bias, Dtype dtype, int64_t rows, int64_t n);
   // h = act(z), gated h = act(z) * z2 (clamped_swiglu: of z2 clamped, plus 1); h overlaps neither.
