@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> add_norm_cpu(Tensor y, Tensor residual, Tensor weight
     float* sum = sums.get<float>(dim);
     for (int64_t t = begin; t < end; ++t) {
       simd().load(at(from, dtype, t * dim), dtype, sum, dim);
-      rows.finish(sum, t, converted);
+      rows.finish(sum, nullptr, t, converted);
     }
   });
   return {out, exact};

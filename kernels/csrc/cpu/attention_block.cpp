@@ -23,7 +23,7 @@
 namespace moe_fast {
 namespace {
 
-constexpr int64_t kRowBlock = 64;          // rows of a product
+constexpr int64_t kRowBlock = 32;          // rows of a product: their sums fit the level 1 cache
 constexpr int64_t kMostDepth = 1024;       // of a product's K at a time
 constexpr int64_t kSequenceTokens = 256;   // sequences are taken together up to so many tokens
 constexpr int64_t kLongSequence = 2048;    // longer ones are divided among the threads
@@ -117,17 +117,25 @@ LeftFactor<G> left_rows(const void* data, Dtype dtype, int64_t dim, int64_t coun
   return {copy, dim};
 }
 
-// c [rows, weights.padded()] = A [rows, K] B, without the bias.
+// Columns `panel` .. panel + width of A [rows, K] B, without the bias, to c, `ldc` apart.
+template <typename G>
+void multiply_panel(const Gemm& gemm, LeftFactor<G> a, int64_t rows, const Weights& weights,
+                    const G* packed, int64_t panel, int64_t width, float* c, int64_t ldc) {
+  const int64_t depth = weights.depth;
+  for (int64_t k = 0; k < depth; k += kMostDepth) {
+    run(gemm, rows, width, std::min(kMostDepth, depth - k), a.data + k, a.ld,
+        packed + panel * depth + k * width, width, c, ldc, k > 0);
+  }
+}
+
+// All columns of it, to c [rows, weights.padded()].
 template <typename G>
 void multiply_rows(const Gemm& gemm, LeftFactor<G> a, int64_t rows, const Weights& weights,
                    const G* packed, float* c) {
-  const int64_t depth = weights.depth, padded = weights.padded();
+  const int64_t padded = weights.padded();
   for (int64_t panel = 0; panel < padded; panel += kColumns<G>) {
-    const int64_t width = std::min(kColumns<G>, padded - panel);
-    for (int64_t k = 0; k < depth; k += kMostDepth) {
-      run(gemm, rows, width, std::min(kMostDepth, depth - k), a.data + k, a.ld,
-          packed + panel * depth + k * width, width, c + panel, padded, k > 0);
-    }
+    multiply_panel(gemm, a, rows, weights, packed, panel, std::min(kColumns<G>, padded - panel),
+                   c + panel, padded);
   }
 }
 
@@ -179,18 +187,33 @@ class Runner {
   // Writes q, k and v of the tokens first .. last to projected [last - first, 3 inner].
   void project(int64_t first, int64_t last, G* projected, Scratch& scratch) const {
     const Weights& weights = in_.projections;
-    const int64_t width = weights.count(), ld = weights.padded();
-    float* sums = scratch.sums.get<float>(kRowBlock * ld);
+    const int64_t padded = weights.padded();
+    // A rotation needs whole rows; otherwise a panel is stored while it is in the level 1 cache.
+    const bool whole = in_.rotation.cos != nullptr;
+    const int64_t step = whole ? padded : kColumns<G>;
+    float* sums = scratch.sums.get<float>(kRowBlock * std::min(step, padded));
     for (int64_t t = first; t < last; t += kRowBlock) {
-      const int64_t count = std::min(kRowBlock, last - t);
+      const int64_t count = std::min(kRowBlock, last - t), rows = round_up(count, 16);
       const auto a = left_rows<G>(at(in_.x, in_.dtype, t * in_.dim), in_.dtype, in_.dim, count,
                                   scratch.rows);
-      multiply_rows(gemm_, a, round_up(count, 16), weights, projections_, sums);
-      for (int64_t r = 0; r < count; ++r) {
-        float* row = sums + r * ld;
-        if (!weights.bias.empty()) simd().add_scaled(row, weights.bias.data(), 1.0f, width);
-        rotate(row, t + r, scratch);
-        simd().store(row, kStored, projected + (t - first + r) * width, width);
+      for (int64_t panel = 0; panel < weights.count(); panel += step) {
+        const int64_t width = std::min(step, padded - panel);
+        if (whole) {
+          multiply_rows(gemm_, a, rows, weights, projections_, sums);
+        } else {
+          multiply_panel(gemm_, a, rows, weights, projections_, panel, width, sums, width);
+        }
+        const int64_t used = std::min(width, weights.count() - panel);
+        const float* bias = weights.bias.empty() ? nullptr : weights.bias.data() + panel;
+        for (int64_t r = 0; r < count; ++r) {
+          float* row = sums + r * width;
+          G* to = projected + (t - first + r) * weights.count() + panel;
+          if (whole) {
+            if (bias != nullptr) simd().add_scaled(row, bias, 1.0f, used);
+            rotate(row, t + r, scratch);
+          }
+          simd().store_sum(row, whole ? nullptr : bias, kStored, to, used);
+        }
       }
     }
   }
@@ -223,9 +246,8 @@ class Runner {
                                   count, scratch.rows);
       multiply_rows(gemm_, a, round_up(count, 16), weights, output_, sums);
       for (int64_t r = 0; r < count; ++r) {
-        float* row = sums + r * ld;
-        if (!weights.bias.empty()) simd().add_scaled(row, weights.bias.data(), 1.0f, in_.dim);
-        in_.norm.finish(row, t + r, scratch.floats);
+        in_.norm.finish(sums + r * ld, weights.bias.empty() ? nullptr : weights.bias.data(), t + r,
+                        scratch.floats);
       }
     }
   }
@@ -274,7 +296,6 @@ class Runner {
 
   void rotate(float* row, int64_t token, Scratch& scratch) const {
     const Rotation& rotation = in_.rotation;
-    if (rotation.cos == nullptr) return;
     const int64_t dim = in_.head_dim;
     float* factors = scratch.floats.get<float>(2 * dim);
     simd().load(at(rotation.cos, rotation.dtype, token * dim), rotation.dtype, factors, dim);

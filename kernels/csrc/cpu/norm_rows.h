@@ -1,7 +1,8 @@
 // The end of a block of a layer: a row's sum with the residual is normalised, rounded and stored.
 #pragma once
 
-#include <cstring>
+#include <optional>
+#include <vector>
 
 #include "packing.h"
 #include "plan_view.h"
@@ -23,15 +24,14 @@ struct NormRows {
   Dtype dtype;
   float* exact;  // null: not wanted
 
-  // Completes row t: `sum` [dim] is what is added to the residual, and is overwritten.
-  void finish(float* sum, int64_t t, Buffer& buffer) const {
+  // Completes row t: `y` [dim], which is overwritten, and the bias are added to the residual.
+  void finish(float* y, const float* y_bias, int64_t t, Buffer& buffer) const {
     const float* from = residual_dtype == Dtype::f32
                             ? static_cast<const float*>(residual) + t * dim
                             : load_floats(residual, residual_dtype, t * dim, dim, buffer);
-    simd().add_scaled(sum, from, 1.0f, dim);
-    simd().normalize(sum, weight.data(), bias.empty() ? nullptr : bias.data(), eps, dim);
-    if (exact != nullptr) std::memcpy(exact + t * dim, sum, static_cast<size_t>(dim) * sizeof(float));
-    simd().store(sum, dtype, at(out, dtype, t * dim), dim);
+    simd().norm_row({y, y_bias, from, weight.data(), bias.empty() ? nullptr : bias.data(), eps,
+                     exact == nullptr ? nullptr : exact + t * dim, at(out, dtype, t * dim), dtype},
+                    dim);
   }
 };
 

@@ -20,7 +20,7 @@ namespace moe_fast {
 namespace MOE_ISA {
 
 // Those of simd_norm.cpp.
-void normalize(float* x, const float* weight, const float* bias, float eps, int64_t n);
+void norm_row(const NormedRow& row, int64_t n);
 void rotate(float* x, const float* cos, const float* sin, int64_t heads, int64_t half);
 
 namespace {
@@ -102,6 +102,22 @@ void store(const float* source, Dtype dtype, void* out, int64_t n) {
     for (int64_t i = 0; i < n; ++i) bits[i] = static_cast<uint16_t>(to_bf16(source[i]));
   } else {
     store_f16(source, static_cast<uint16_t*>(out), n);
+  }
+}
+
+void store_sum(const float* x, const float* bias, Dtype dtype, void* out, int64_t n) {
+  constexpr int64_t kStep = 64;  // of both, so that the sum does not leave the level 1 cache
+  if (bias == nullptr) return store(x, dtype, out, n);
+  const int64_t bytes = dtype == Dtype::f32 ? 4 : 2;
+  float sum[kStep];
+  for (int64_t i = 0; i < n; i += kStep) {
+    const int64_t here = n - i < kStep ? n - i : kStep;
+    if (here == kStep) {
+      for (int64_t j = 0; j < kStep; ++j) sum[j] = x[i + j] + bias[i + j];
+    } else {
+      for (int64_t j = 0; j < here; ++j) sum[j] = x[i + j] + bias[i + j];
+    }
+    store(sum, dtype, static_cast<char*>(out) + i * bytes, here);
   }
 }
 
@@ -529,7 +545,7 @@ extern const LogitOps logit_ops;
 extern const SimdOps ops;
 const SimdOps ops = {
     MOE_STRING(MOE_ISA), load,     store,    load_rows,         transpose,  interleave, round_pairs,
-    softmax,             scale_columns, normalize, rotate,
+    softmax,             scale_columns, norm_row, rotate,
     add_bias,            activate, activate_backward, add_scaled, scale_add,  dot,
     dot4,                add_scaled4,
 #if defined(__AVX512BF16__)
@@ -538,6 +554,7 @@ const SimdOps ops = {
     nullptr,
 #endif
     &logit_ops,
+    store_sum,
 };
 
 }  // namespace MOE_ISA

@@ -24,6 +24,18 @@ inline constexpr NamedAct kActs[] = {{"gelu", Act::gelu},
                                      {"silu", Act::silu},
                                      {"clamped_swiglu", Act::clamped_swiglu}};
 
+// s = y + bias + residual, then v = weight (s - mean(s)) / sqrt(var(s) + eps) + shift; v is written
+// to `exact`, and rounded to `out`.
+struct NormedRow {
+  float* y;  // is overwritten
+  const float *bias, *residual;  // a null bias stands for zeros
+  const float *weight, *shift;   // a null shift stands for zeros
+  float eps;
+  float* exact;  // null: not wanted
+  void* out;
+  Dtype dtype;
+};
+
 // Lengths are in elements. Rows of 16-bit elements are passed as void*.
 struct SimdOps {
   const char* name;
@@ -55,8 +67,8 @@ struct SimdOps {
   // Multiplies column i of x [rows, n] by by[i].
   void (*scale_columns)(float* x, const float* by, int64_t rows, int64_t n);
 
-  // x = weight (x - mean) / sqrt(var + eps) + bias, of a row; a null bias stands for zeros.
-  void (*normalize)(float* x, const float* weight, const float* bias, float eps, int64_t n);
+  // The end of a block of a layer for one row, see NormedRow.
+  void (*norm_row)(const NormedRow& row, int64_t n);
   // Rotates each of `heads` rows of 2 * half elements, see attention_block in layer.h.
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads, int64_t half);
 
@@ -86,6 +98,9 @@ struct SimdOps {
                     int64_t num_columns, int64_t k, float* out, int64_t ldo);
 
   const LogitOps* logits;
+
+  // store of x + bias; a null bias stands for zeros.
+  void (*store_sum)(const float* x, const float* bias, Dtype dtype, void* out, int64_t n);
 };
 
 // MOE_FAST_CPU=portable, avx2 or avx512 in the environment limits the choice (for tests).
