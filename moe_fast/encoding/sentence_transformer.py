@@ -137,6 +137,29 @@ class MoESentenceTransformer(MoEPipeline, SentenceTransformer):
         long.settle(truncate)
         return shortened(texts, prompt, long)
 
+    def tokenize_ahead(
+        self, texts: Sequence[str], *, truncate: bool | None = None, **options: Any
+    ) -> list[TokenizedText] | None:
+        """Tokenize texts that a later call of :meth:`encode` is given in place of the texts.
+
+        Any thread may do it while another one encodes, which then need not wait for the tokenizer.
+
+        Args:
+            texts: N texts.
+            truncate: as for :meth:`encode`.
+            options: those of that call, such as ``prompt_name``.
+
+        Returns:
+            The N texts as :meth:`encode` takes them, with the same ``options``; ``None``: that call
+            needs the texts themselves.
+
+        Raises:
+            ValueError: for texts that are too long, unless ``truncate`` is true.
+        """
+        if not texts or not self._is_plain(options):
+            return None
+        return self._prepared(list(texts), options, self.truncate if truncate is None else truncate)
+
     def _is_plain(self, options: dict[str, Any]) -> bool:
         """Whether this call needs only the tokens of the texts, in this process."""
         elsewhere = options.get("pool") is not None or isinstance(

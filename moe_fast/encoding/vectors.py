@@ -23,6 +23,7 @@ def encode_texts(
     role: Role | None = None,
     truncate: bool | None = None,
     dtype: str | None = None,
+    tokens: Sequence[Any] | None = None,
     **options: Any,
 ) -> Any:
     """Compute one vector per text, as the model returns them.
@@ -35,6 +36,7 @@ def encode_texts(
         truncate: whether texts longer than the model's ``max_seq_length`` are cut. Otherwise such
             a text is an error (``None``: the ``truncate`` of a `MoESentenceTransformer` decides).
         dtype: the dtype of the result; ``None``: the model's, but float32 for bfloat16.
+        tokens: the texts as the ``tokenize_ahead`` of a `MoESentenceTransformer` gives them.
         **options: passed to the model, such as ``domain``, ``prompt_name`` and ``batch_size``.
 
     Returns:
@@ -47,7 +49,7 @@ def encode_texts(
     """
     check_one_encoder(model)
     encode = _method(model, role)
-    given = list(texts)
+    given = list(texts if tokens is None else tokens)
     if hasattr(model, "truncate"):  # a MoESentenceTransformer measures the texts itself
         options |= {} if truncate is None else {"truncate": truncate}
     else:

@@ -11,6 +11,7 @@ one by one, and removed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -28,7 +29,13 @@ from moe_fast.data.texts import TextRow, read_texts
 from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
 from moe_fast.encoding.model_paths import file_sha256, model_fingerprint
 from moe_fast.files import check_output, exclusive
-from moe_fast.inference.chunks import Chunk, EmbeddedChunk, domains_of_rows, embed_chunk
+from moe_fast.inference.chunks import (
+    Chunk,
+    EmbeddedChunk,
+    domains_of_rows,
+    embed_chunk,
+    tokenized_ahead,
+)
 from moe_fast.inference.parts import Parts, has_parts, open_parts
 from moe_fast.inference.text_encoder import EncoderSettings, TextEncoder, torch_threads
 from moe_fast.inference.threads import check_threads
@@ -248,6 +255,9 @@ def _in_this_process(
     chunks: Iterable[Chunk], encoder: TextEncoder, parts: Parts
 ) -> Iterator[EmbeddedChunk]:
     """Embed the chunks one by one, and yield each result."""
-    with torch_threads(parts.threads):
-        for chunk in chunks:
-            yield embed_chunk(encoder, parts, chunk)
+    with (
+        torch_threads(parts.threads),
+        contextlib.closing(tokenized_ahead(encoder, chunks)) as ahead,
+    ):
+        for chunk, tokenized in ahead:
+            yield embed_chunk(encoder, parts, chunk, tokenized)

@@ -79,12 +79,34 @@ class TextEncoder:
                 listed = ", ".join(known) or "it has none"
                 raise ValueError(f"domain must be one of the model's ({listed}); got {name!r}")
 
-    def encode(self, texts: Sequence[str], domains: Sequence[str] | None) -> NDArray[np.floating]:
+    def tokenize(self, texts: Sequence[str]) -> list[Any] | None:
+        """Tokenize texts for a later call of :meth:`encode`, in any thread.
+
+        Returns:
+            What that call takes as `tokens`; ``None`` for models that tokenize while they encode.
+
+        Raises:
+            ValueError: a text is too long, unless the settings truncate.
+        """
+        tokenize = getattr(self.model, "tokenize_ahead", None)
+        if tokenize is None:
+            return None
+        return tokenize(
+            texts, truncate=self.settings.truncate, prompt_name=self.settings.prompt_name
+        )
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        domains: Sequence[str] | None,
+        tokens: Sequence[Any] | None = None,
+    ) -> NDArray[np.floating]:
         """Embed N texts as vectors [N, d], in the settings' dtype.
 
         Args:
             texts: N texts.
             domains: one domain per text; ``None``: the settings' domain.
+            tokens: the result of :meth:`tokenize` for these texts; ``None``: it is done here.
 
         Raises:
             ValueError: a text is too long, unless the settings truncate.
@@ -99,6 +121,7 @@ class TextEncoder:
             texts,
             truncate=self.settings.truncate,
             dtype=self.settings.dtype,
+            tokens=tokens,
             batch_size=self.settings.batch_size,
             normalize_embeddings=self.settings.normalize,
             show_progress_bar=False,

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_fast.inference import EncoderSettings, embed_file, load_model
+from moe_fast.inference.text_encoder import TextEncoder
 
 TEXTS = [f"w{i % 50} w{(7 * i) % 50} w{i % 11}" for i in range(60)]
 
@@ -502,3 +504,26 @@ def test_output_formats(models, texts, tmp_path):
 def test_no_such_model(models, texts, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         embed(texts, tmp_path / "v.npy", settings(models, model=str(tmp_path / "none")))
+
+
+def test_tokenizing_ahead_changes_nothing(models, texts, tmp_path, monkeypatch):
+    """The same bytes as with tokens made chunk by chunk, and no thread is left."""
+    before = threading.enumerate()
+    embed(texts, tmp_path / "ahead.npy", settings(models))
+    assert threading.enumerate() == before
+    monkeypatch.setattr(TextEncoder, "tokenize", lambda self, texts: None)
+    embed(texts, tmp_path / "chunk by chunk.npy", settings(models))
+    assert (tmp_path / "ahead.npy").read_bytes() == (tmp_path / "chunk by chunk.npy").read_bytes()
+
+
+def test_an_error_of_the_tokenizer_comes_in_its_chunks_turn(models, tmp_path):
+    """The chunks before it are kept, the error names the chunk, and no thread is left."""
+    rows = [{"text": "w1 w2"} for _ in range(40)]
+    rows[20]["text"] = "w1 " * 500
+    source, output = write(tmp_path / "t.jsonl", rows), tmp_path / "v.npy"
+    before = threading.enumerate()
+    with pytest.raises(ValueError, match=r"in the 16 texts from .*line 17.*: texts must have"):
+        embed(source, output, settings(models))
+    assert threading.enumerate() == before
+    kept = sorted(path.name for path in (tmp_path / "v.npy.parts").iterdir())
+    assert sum("0" in name and name.endswith(".npy") for name in kept) == 1, kept

@@ -12,7 +12,7 @@ from moe_fast.ops.eager_dispatch import Operation
 
 # With fewer tokens than this share of the weights' rows, packing the weights for the products takes
 # longer than it saves; see docs/kernels-cpu.md.
-_TOKENS_PER_ROW = 1 / 16
+_TOKENS_PER_ROW = 1 / 8
 
 
 def _attention_block(
