@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ def tokenize_chunk(encoder: TextEncoder, chunk: Chunk) -> TokenizedChunk:
 
 def tokenized_ahead(
     encoder: TextEncoder, chunks: Iterable[Chunk]
-) -> Iterator[tuple[Chunk, Future[TokenizedChunk]]]:
+) -> Generator[tuple[Chunk, Future[TokenizedChunk]], None, None]:
     """Yield each chunk and its tokens, while a thread tokenizes the chunk after it.
 
     An error of reading or tokenizing a chunk is raised when this chunk's turn comes. The thread

@@ -142,7 +142,7 @@ def _check_projections(x: Tensor, projections: Projections, heads: int) -> None:
         size = x.shape[1] if name == "output_bias" else inner
         if bias is not None:
             check_shape(name, bias, (size,), "[D]" if name == "output_bias" else "[N]")
-    check_like("x", x, **projections._asdict())
+    check_like("x", x, **dict(zip(Projections._fields, projections, strict=True)))
 
 
 def _check_rotation(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
