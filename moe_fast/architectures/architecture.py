@@ -48,7 +48,16 @@ _FIELD_KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (_is_class(nn.Module), "a class of a torch.nn.Module", ("dense_layer",)),
     (_are_names, "a tuple of names, at least one", ("up", "mlp")),
     (_is_name, "a name", ("layers", "down", "norm", "attention")),
-    (_is_optional_name, "a name or None", ("dropout", "attention_norm", "attention_dropout")),
+    (
+        _is_optional_name,
+        "a name or None",
+        ("dropout", "attention_norm", "attention_dropout", "projections_norm"),
+    ),
+    (
+        lambda value: value is None or (_are_names(value) and len(value) == 4),
+        "a tuple of four names or None",
+        ("projections",),
+    ),
     (
         _is_name,
         "the name of a field of the configuration, or the value itself",
