@@ -188,41 +188,20 @@ def in_backward() -> bool:
 
 
 def has_forward_hook(module: nn.Module, hook: Method) -> bool:
-    """Whether the function is among the module's forward hooks.
-
-    Raises:
-        RuntimeError: torch no longer has the private dict of hooks; the hook would be registered
-            again and again.
-    """
+    """Whether the function is among the module's forward hooks; an error if that is not known."""
     hooks = getattr(module, "_forward_hooks", None)
     if hooks is None:
         raise _gone("torch", "Module._forward_hooks", "routing cannot be recorded for a loss")
     return hook in hooks.values()
 
 
-def runs_as_written(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's forward alone: it has no hooks and no own forward.
-
-    Hooks by which transformers collects outputs that are asked for do not count. ``False`` where
-    torch no longer has the private names of hooks, which could then be missed.
-    """
-    own = vars(module)
-    if own.get("_forward_pre_hooks", True) or "forward" in own:
-        return False
-    hooks = own.get("_forward_hooks")
-    return hooks is not None and all(
-        getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
-        for hook in hooks.values()
-    )
-
-
-def hooks_on_all_modules() -> bool:
-    """Whether hooks are registered for all modules of the process.
-
-    ``True`` where torch no longer has the private names of these hooks.
-    """
-    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
-    return any(getattr(nn.modules.module, name, True) for name in names)
+def are_unhooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether modules surely have no forward hooks, but those that collect outputs."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = [vars(module).get(name, {0: None}) for module in modules for name in names]
+    hooks += [getattr(nn.modules.module, f"_global{name}", {0: None}) for name in names]
+    collector = "transformers.utils.output_capturing"
+    return all(getattr(h, "__module__", "") == collector for some in hooks for h in some.values())
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -376,18 +355,6 @@ def attention_can_be_chosen() -> bool:
             "encode computes padding too, which is slower",
         )
     return known
-
-
-def head_dim_and_scale(attention: Any) -> tuple[int, float] | None:
-    """Return the width of the heads of a module of attention, and the factor on its scores.
-
-    ``None`` where it has no attributes of the known names; its own forward then runs.
-    """
-    for name in ("attention_head_size", "head_dim"):
-        head_dim, scale = getattr(attention, name, None), getattr(attention, "scaling", None)
-        if isinstance(head_dim, int) and isinstance(scale, float):
-            return head_dim, scale
-    return None
 
 
 def sdpa_attention() -> Method:

@@ -60,7 +60,6 @@ class PackedInference:
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
             and nobody_looks()
-            and not compat.hooks_on_all_modules()
             and backends.default_backend("attention_block", cu_seqlens.device, dtype) == "cpp"
         )
         return cls(cu_seqlens) if suits else None
@@ -114,7 +113,7 @@ def _parts_of(layer: Any) -> _Parts | None:
     if architecture.projections is not None and not layer.training:
         maps = [layer.get_submodule(name) for name in architecture.projections]
         inner = layer.get_submodule(architecture.projections[0].rpartition(".")[0])
-        shape = compat.head_dim_and_scale(inner)
+        shape = _head_dim_and_scale(inner)
     if shape is None or not _computes_only_this(layer):
         return None
     projections = ops.Projections(*(m.weight for m in maps), *(m.bias for m in maps))
@@ -137,6 +136,18 @@ def _parts_of(layer: Any) -> _Parts | None:
     return _Parts(projections, norms[0], norms[1], *shape)
 
 
+def _head_dim_and_scale(attention: Any) -> tuple[int, float] | None:
+    """The width of the heads of a module of attention, and the factor on its scores.
+
+    ``None`` where it has no attributes of the known names; its own forward then runs.
+    """
+    for name in ("attention_head_size", "head_dim"):
+        head_dim, scale = getattr(attention, name, None), getattr(attention, "scaling", None)
+        if isinstance(head_dim, int) and isinstance(scale, float):
+            return head_dim, scale
+    return None
+
+
 def _computes_only_this(layer: Any) -> bool:
     """Whether the replaced modules are transformers' and torch's own, without hooks.
 
@@ -151,6 +162,6 @@ def _computes_only_this(layer: Any) -> bool:
     return all(
         (type(module) in _TORCH_MODULES or type(module).__module__ == theirs)
         and not module.training
-        and compat.runs_as_written(module)
+        and "forward" not in vars(module)  # of this instance alone
         for module in modules
-    )
+    ) and compat.are_unhooked(modules)

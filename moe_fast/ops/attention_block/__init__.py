@@ -33,6 +33,8 @@ from moe_fast.ops.checks import (
     wants_gradients,
 )
 
+_BIASES = ("query_bias", "key_bias", "value_bias", "output_bias")
+
 
 class Projections(NamedTuple):
     """The linear maps of an attention, N = heads * head_dim.
@@ -137,12 +139,13 @@ def _check_projections(x: Tensor, projections: Projections, heads: int) -> None:
     for name in ("key", "value"):
         check_shape(name, getattr(projections, name), (inner, x.shape[1]), "[N, D]")
     check_shape("output", projections.output, (x.shape[1], inner), "[D, N]")
-    for name in ("query_bias", "key_bias", "value_bias", "output_bias"):
+    for name in _BIASES:
         bias = getattr(projections, name)
         size = x.shape[1] if name == "output_bias" else inner
         if bias is not None:
             check_shape(name, bias, (size,), "[D]" if name == "output_bias" else "[N]")
-    check_like("x", x, **dict(zip(Projections._fields, projections, strict=True)))
+    names = ("query", "key", "value", "output", *_BIASES)
+    check_like("x", x, True, **dict(zip(names, projections, strict=True)))
 
 
 def _check_rotation(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
