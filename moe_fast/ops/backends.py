@@ -32,6 +32,7 @@ OPS = (
     "expert_linear",
     "varlen_attention",
     "info_nce",
+    "maxsim",
 )
 BACKENDS = ("triton", "cpp", "tiled", "torch")  # in the order "auto" tries them
 CHOICES = ("auto", *BACKENDS)

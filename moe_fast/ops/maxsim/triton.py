@@ -1,0 +1,1 @@
+"""maxsim on a GPU (to come in this file)."""
