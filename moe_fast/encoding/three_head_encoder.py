@@ -27,6 +27,7 @@ except ImportError as error:
 from torch import Tensor, nn
 
 from moe_fast import compat
+from moe_fast.architectures import setting
 from moe_fast.encoding.batches import padded_batch
 from moe_fast.encoding.domains import checked_domain
 from moe_fast.encoding.encoder import check_one_encoder
@@ -41,16 +42,20 @@ from moe_fast.encoding.head_files import (
 )
 from moe_fast.encoding.head_outputs import HeadOutputs, lexical_rows
 from moe_fast.encoding.lengths import TokenizedText, prompt_length, tokenize_texts
+from moe_fast.encoding.loading import load_model
 from moe_fast.encoding.model_card import use_domain
-from moe_fast.encoding.model_paths import has_modules, is_mixture
+from moe_fast.encoding.model_paths import has_modules
 from moe_fast.encoding.prompts import prompt_of
 from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 from moe_fast.encoding.three_heads import OUTPUTS, ThreeHeads
 from moe_fast.files import atomic_folder
 from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.pretrained import MoEPreTrainedModel
+from moe_fast.models.registry import architecture_of
+from moe_fast.models.saving import replaced_files
 from moe_fast.ops.checks import check_choice, check_count
 
+# Weights of an earlier save, which must not outlive a new one.
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
 
@@ -73,7 +78,7 @@ class ThreeHeadPipeline:
         super().__init__(*args, **kwargs)
         model: Any = self
         check_one_encoder(model)
-        self._file_dtypes: dict[str, torch.dtype] = {}
+        self.head_file_dtypes: dict[str, torch.dtype] = {}
         if not any(isinstance(module, ThreeHeads) for module in model):
             if path is None:
                 raise TypeError(
@@ -92,7 +97,7 @@ class ThreeHeadPipeline:
         heads.colbert_linear.load_state_dict(colbert)
         heads.on_model_ready(model)
         model.append(heads)
-        self._file_dtypes = {SPARSE: sparse["weight"].dtype, COLBERT: colbert["weight"].dtype}
+        self.head_file_dtypes = {SPARSE: sparse["weight"].dtype, COLBERT: colbert["weight"].dtype}
 
     @property
     def heads(self) -> ThreeHeads:
@@ -271,13 +276,16 @@ class ThreeHeadPipeline:
             return
         model: Any = self
         heads = self.heads
-        with atomic_folder(path, replaces=(*_WEIGHTS, *REPLACED)) as temporary:
+        encoder = model.transformers_model
+        mixture = isinstance(encoder, MoEPreTrainedModel)
+        replaces = (*(replaced_files(encoder) if mixture else _WEIGHTS), *REPLACED)
+        with atomic_folder(path, replaces=replaces) as temporary:
             super().save(str(temporary), model_name, create_model_card, *args, **kwargs)
             _unlist_heads(temporary)
             write_heads(temporary, heads.sparse_linear, heads.colbert_linear)
             if bge_m3_files:
                 layers = (heads.sparse_linear, heads.colbert_linear)
-                write_bge_m3_heads(temporary, *layers, self._file_dtypes)
+                write_bge_m3_heads(temporary, *layers, self.head_file_dtypes)
         model.model_card_data.save_dir = str(path)
 
     @compat.overrides
@@ -350,14 +358,14 @@ def load_three_heads(path: str, *, device: str | None = None) -> Any:
 
     Raises:
         FileNotFoundError: the files of the heads are missing.
-        ValueError: a file is damaged or does not fit; the message names it.
+        ValueError: a file is damaged, does not fit or lacks weights; the message names it.
     """
     if not has_heads(path):
         raise FileNotFoundError(
             f"model {path!r} has no heads: it needs {SPARSE} and {COLBERT}, each as .safetensors "
             "or .pt. Add new ones with moe_fast.add_three_heads."
         )
-    return (MoEThreeHeadEncoder if is_mixture(path) else ThreeHeadEncoder)(path, device=device)
+    return load_model(path, device=device)
 
 
 class _Collected:
@@ -408,7 +416,7 @@ class _Collected:
 def _finite(values: Tensor, owners: Any) -> Any:
     """As a float32 array; ``ValueError`` names the text (``owners[row]``) of a NaN or infinity."""
     array = values.float().cpu().numpy()
-    good = np.isfinite(array).reshape(len(array), -1).all(1)
+    good = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
     if not good.all():
         place = int(owners[int(np.flatnonzero(~good)[0])])
         raise ValueError(f"the model gives NaN or infinite numbers for text {place}.")
@@ -433,4 +441,20 @@ def _published_modules(path: str, options: dict[str, Any]) -> Iterable[nn.Module
     names = ("model_kwargs", "processor_kwargs", "config_kwargs")
     given = {name: options[name] for name in names if options.get(name) is not None}
     encoder = Transformer(path, **given)
+    most = _most_tokens(encoder.model)
+    if most is not None and (encoder.max_seq_length or most) >= most:
+        encoder.max_seq_length = most
     return [encoder, Pooling(encoder.get_embedding_dimension(), "cls"), Normalize()]
+
+
+def _most_tokens(encoder: Any) -> int | None:
+    """The number of tokens for which the encoder has positions; ``None``: not known.
+
+    RoBERTa's kin number positions from behind the padding's id: 8,194 of them hold 8,192 tokens.
+    """
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    try:
+        padding = setting(encoder.config, architecture_of(encoder).padding_id)
+    except TypeError:  # an encoder that is not in our table
+        return None
+    return positions if positions is None or padding is None else positions - padding - 1
