@@ -1,6 +1,6 @@
-"""Three heads on MiniLM: retrieval before and after unified fine-tuning, and the sparse head's fate.
+"""Three heads on MiniLM: retrieval before and after training, the sparse head's fate, memory.
 
-    python -m experiments.three_heads --data FOLDER [--only collapse|retrieval] [--steps 300]
+    python -m experiments.three_heads --data FOLDER [--only collapse|retrieval|memory]
 
 FOLDER holds ``pairs_medquad_question_answer.jsonl.gz`` (columns a, b and focus). Both parts train
 on its pairs, split by focus, and measure on questions whose focus was not trained.
@@ -9,6 +9,9 @@ on its pairs, split by focus, and measure on questions whose focus was not train
   few steps, the median number of non-zero weights per question and answer, and the mean logit.
 - ``retrieval``: nDCG@10 of the dense, sparse, multi-vector and combined scores over the held-out
   answers, before and after, and the paired difference with a 95 % interval over questions.
+
+- ``memory``: peak memory of a cached step on random token embeddings, of the dense loss and of the
+  loss of three heads, each in a process of its own, and the time of each part (B = 1,024, L = 128).
 
 A finished part is recorded in ``experiments/results/three_heads.json`` and not run again; remove
 its entry to repeat it.
@@ -21,6 +24,9 @@ import gzip
 import importlib.util
 import json
 import random
+import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -112,7 +118,9 @@ def collapse(arguments: argparse.Namespace) -> dict[str, Any]:
         model = new_model(arguments.layers, arguments.length)
         curve: list[dict[str, float]] = []
 
-        def watch(step: int, model: Any = model, curve: Any = curve) -> None:
+        def watch(
+            step: int, model: Any = model, curve: list[Any] = curve, name: str = name
+        ) -> None:
             sides = {k: nonzeros(model, [p[i] for p in test]) for i, k in enumerate(("a", "b"))}
             bias = float(model.heads.sparse_linear.bias.detach())
             curve.append({"step": step, "questions": sides["a"], "answers": sides["b"]})
@@ -182,6 +190,74 @@ def retrieval(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+class TokenTable(torch.nn.Module):
+    """A table of token embeddings with three heads, in place of an encoder."""
+
+    def __init__(self, vocabulary: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(vocabulary, hidden)
+        self.sparse = torch.nn.Linear(hidden, 1)
+        self.colbert = torch.nn.Linear(hidden, dim)
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        """The outputs of a batch of padded texts."""
+        hidden, real = self.table(features["input_ids"]), features["attention_mask"].bool()
+        outputs = dict(features, sentence_embedding=hidden.mean(1))
+        if features.get("dense_alone"):
+            return outputs
+        return outputs | {
+            "token_logits": self.sparse(hidden)[..., 0],
+            "lexical_mask": real,
+            "multi_vectors": torch.nn.functional.normalize(self.colbert(hidden), dim=-1),
+            "multi_vector_mask": real & (real.cumsum(1) > 1),
+        }
+
+
+def memory_of(kind: str, rows: int, length: int, dim: int) -> dict[str, float]:
+    """One cached step; the peak memory over that before it, in MB, and seconds."""
+    from moe_fast.losses import CachedLoss, InfoNCELoss, MultiHeadInfoNCELoss
+
+    torch.manual_seed(0)
+    model = TokenTable(30_000, 384, dim)
+    inner: Any = MultiHeadInfoNCELoss(model) if kind == "heads" else InfoNCELoss(model)
+    loss = CachedLoss(inner, tokens_per_chunk=8192)
+    columns = []
+    for _ in range(2):
+        ids = torch.randint(1000, 30_000, (rows, length))
+        features: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        columns.append(features | ({} if kind == "heads" else {"dense_alone": True}))
+    loss(
+        [{k: v[:8] if torch.is_tensor(v) else v for k, v in c.items()} for c in columns]
+    ).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    value = loss(columns)
+    middle = time.perf_counter()
+    value.backward()
+    end = time.perf_counter()
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"MB": round(peak, 1), "forward": middle - start, "backward": end - middle}
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure both losses in processes of their own."""
+    rows, length, dim = arguments.memory
+    found: dict[str, Any] = {"rows": rows, "length": length, "dim": dim}
+    for kind in ("dense", "heads"):
+        code = f"from experiments.three_heads import memory_of, json; print(json.dumps(memory_of({kind!r}, {rows}, {length}, {dim})))"  # noqa: E501
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+        found[kind] = json.loads(done.stdout.splitlines()[-1])
+        print(kind, found[kind], flush=True)
+    vectors = 2 * rows * (length - 1) * dim * 4 / 2**20
+    found["vectors in MB"] = round(vectors, 1)
+    more = found["heads"]["MB"] - found["dense"]["MB"]
+    found["more memory, in vectors' bytes"] = round(more / vectors, 2)
+    print(json.dumps(found, indent=2))
+    return found
+
+
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("steps", "rows", "rate", "length", "layers", "questions")
     return {name: getattr(arguments, name) for name in names}
@@ -189,9 +265,9 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Run the parts that are not recorded yet."""
-    parts = {"collapse": collapse, "retrieval": retrieval}
+    parts = {"collapse": collapse, "retrieval": retrieval, "memory": memory}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--only", choices=list(parts))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=16, help="pairs per batch")
@@ -199,6 +275,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="most tokens per text")
     parser.add_argument("--layers", type=int, help="train the first layers of MiniLM alone")
     parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument(
+        "--memory", type=int, nargs=3, default=[1024, 128, 384], metavar=("B", "L", "DIM")
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     known = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}

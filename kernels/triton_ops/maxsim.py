@@ -74,7 +74,9 @@ def maxsim_best_kernel(
             if not EVEN_D:
                 q_mask = q_mask & (d < D - k)[None, :]
                 p_mask = p_mask & (d < D - k)[:, None]
-            s = dot(tl.load(q, mask=q_mask, other=0), tl.load(p, mask=p_mask, other=0), s, PRECISION)
+            s = dot(
+                tl.load(q, mask=q_mask, other=0), tl.load(p, mask=p_mask, other=0), s, PRECISION
+            )
             q += BK
             p += BK
         s = tl.where((col < last)[None, :], s, float("-inf"))

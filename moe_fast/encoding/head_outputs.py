@@ -50,9 +50,7 @@ class HeadOutputs:
         return [
             {
                 name(int(i)): float(w)
-                for i, w in zip(
-                    rows.indices[first:last], rows.data[first:last], strict=True
-                )
+                for i, w in zip(rows.indices[first:last], rows.data[first:last], strict=True)
             }
             for first, last in zip(rows.indptr, rows.indptr[1:], strict=False)
         ]

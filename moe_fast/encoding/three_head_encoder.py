@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections import OrderedDict
@@ -57,6 +58,9 @@ from moe_fast.ops.checks import check_choice, check_count
 
 # Weights of an earlier save, which must not outlive a new one.
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+
+_OPTIONS = {"domain", "prompt", "prompt_name", "batch_size", "truncate", "packed"}
+_STOCK = inspect.signature(SentenceTransformer.encode).parameters
 
 
 class ThreeHeadPipeline:
@@ -137,6 +141,7 @@ class ThreeHeadPipeline:
             return super().encode(inputs, *args, **kwargs, outputs=("dense",))
         if args:
             raise TypeError("with outputs, all arguments but the texts must be given by name.")
+        options = _without_stock_defaults(kwargs)
         names = [outputs] if isinstance(outputs, str) else list(outputs)
         if not names:
             raise ValueError(f"outputs must name at least one of {', '.join(OUTPUTS)}; got none.")
@@ -146,7 +151,7 @@ class ThreeHeadPipeline:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts must be strings; text {i} is a {type(text).__name__}.")
-        return self._encode_heads(texts, tuple(names), **kwargs)
+        return self._encode_heads(texts, tuple(names), **options)
 
     def _encode_heads(
         self,
@@ -366,6 +371,23 @@ def load_three_heads(path: str, *, device: str | None = None) -> Any:
             "or .pt. Add new ones with moe_fast.add_three_heads."
         )
     return load_model(path, device=device)
+
+
+def _without_stock_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the stock class's options that have their default, as ``encode_query`` gives them.
+
+    Raises:
+        TypeError: for any other option that does not go with ``outputs``.
+    """
+    kept = {}
+    for name, value in options.items():
+        if name in _OPTIONS:
+            kept[name] = value
+        elif name != "task" and (name not in _STOCK or value != _STOCK[name].default):
+            raise TypeError(
+                f"with outputs, encode takes {', '.join(sorted(_OPTIONS))}; got {name}={value!r}."
+            )
+    return kept
 
 
 class _Collected:

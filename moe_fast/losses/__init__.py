@@ -4,8 +4,9 @@ They are plain ``nn.Module``s and need torch only; :mod:`moe_fast.losses.functio
 mathematics as functions of tensors. Over embeddings: :class:`InfoNCELoss`,
 :class:`ContrastiveLearningPenaltyLoss`, :class:`MultipleNegativesRankingPlusLoss`,
 :class:`SigmoidLoss`. Around one of these: :class:`DistillationLoss`, :class:`MatryoshkaLoss`. Over
-the outputs of an encoder with three heads: :class:`MultiHeadInfoNCELoss`. Around any loss of a mixture of experts: :class:`RouterLoss`. Around all of these, for batches
-that do not fit in memory: :class:`CachedLoss`.
+the outputs of an encoder with three heads: :class:`MultiHeadInfoNCELoss`. Around any loss of a
+mixture of experts: :class:`RouterLoss`. Around all of these, for batches that do not fit in memory:
+:class:`CachedLoss`.
 """
 
 from moe_fast.losses import functional

@@ -23,7 +23,7 @@ from moe_fast.losses.citations import citation_of
 from moe_fast.losses.cross_device_negatives import table_of
 from moe_fast.losses.functional.head_scores import ScoredTexts, head_scores
 from moe_fast.losses.functional.penalty import contrastive_learning_penalty
-from moe_fast.losses.functional.sparse_floor import active_share, sparse_floor
+from moe_fast.losses.functional.sparse_floor import sparse_floor
 from moe_fast.losses.functional.three_head_loss import combined_scores, three_head_loss
 from moe_fast.losses.global_sum import global_sum, several_processes
 from moe_fast.losses.head_embeddings import HeadEmbeddings, head_embeddings
@@ -79,6 +79,7 @@ class MultiHeadInfoNCELoss(TemperatureLoss):
     """
 
     citation = citation_of("chen2024m3")
+    several_outputs = True
     steps: Tensor
     first_share: Tensor
 
@@ -247,7 +248,9 @@ class MultiHeadInfoNCELoss(TemperatureLoss):
         own = torch.arange(rows, device=device)[:, None] + own
         ids = text_ids(columns) if self.mask_duplicates else None
         if self.gathers:  # all processes must take the same turn
-            ids = None if any(not row[0] for row in table_of([int(ids is not None)], device)) else ids
+            ids = (
+                None if any(not row[0] for row in table_of([int(ids is not None)], device)) else ids
+            )
         if ids is None:
             return own, torch.zeros_like(like, dtype=torch.bool)
         excluded = _duplicates(ids, counts, rank if self.gathers else None)
@@ -257,12 +260,12 @@ class MultiHeadInfoNCELoss(TemperatureLoss):
     def _floor(self, used: list[HeadEmbeddings]) -> Tensor:
         """The penalty for tokens that lost their sparse weight, the mean over texts."""
         if torch.isnan(self.first_share):
-            share = active_share(torch.cat([texts.logits for texts in used]))
-            if self.gathers:
-                share = global_sum(share) / dist.get_world_size()
+            logits = torch.cat([texts.logits.detach() for texts in used])
             if not torch.is_grad_enabled():
-                return share.new_zeros(())
-            self.first_share.copy_(share)
+                return logits.new_zeros(())
+            counts = torch.tensor([int((logits > 0).sum()), len(logits)], device=logits.device)
+            positive, tokens = global_sum(counts.float()) if self.gathers else counts.float()
+            self.first_share.copy_(positive / tokens.clamp(min=1))
         share = self.sparse_floor * self.first_share
         penalties = [
             sparse_floor(texts.logits.float(), texts.token_starts, share, self.sparse_margin)
@@ -270,9 +273,7 @@ class MultiHeadInfoNCELoss(TemperatureLoss):
         ]
         return self._mean(torch.stack(penalties).mean(0))
 
-    def _penalty(
-        self, negatives: list[HeadEmbeddings], queries: list[HeadEmbeddings]
-    ) -> Tensor:
+    def _penalty(self, negatives: list[HeadEmbeddings], queries: list[HeadEmbeddings]) -> Tensor:
         repeated = [n.dense for n in negatives for _ in range(self.queries_per_negative)]
         negative, query = torch.cat(repeated), torch.cat([q.dense for q in queries])
         penalty = contrastive_learning_penalty(negative, query)

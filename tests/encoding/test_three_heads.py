@@ -192,8 +192,9 @@ def test_stock_classes_open_the_parts(published, model, tmp_path, mixture):
         for got, expected in zip(vectors, want.multi_vector, strict=True):
             assert error(got.numpy(), expected) < 1e-5
     scores = multi.similarity(vectors[:2], vectors[2:])
-    parts = HeadOutputs(multi_vector=want.multi_vector[:2]), HeadOutputs(
-        multi_vector=want.multi_vector[2:]
+    parts = (
+        HeadOutputs(multi_vector=want.multi_vector[:2]),
+        HeadOutputs(multi_vector=want.multi_vector[2:]),
     )
     assert error(scores.numpy(), head_scores(*parts, weights=(0, 0, 1)).multi_vector) < 1e-5
 
@@ -275,6 +276,12 @@ def one_of(model, text):
     return model.encode(text, outputs=OUTPUTS)
 
 
+def test_queries_have_their_prompt(dense):
+    model = moe_fast.add_three_heads(dense)
+    got = model.encode_query(["w3"], outputs="sparse").lexical_weights(model.tokenizer)
+    assert set(got[0]) == {"w1", "w3"}, "the prompt is w1"
+
+
 def test_long_texts_are_not_cut_silently(model, caplog):
     long = ["w3", "w4 " * 60]
     with pytest.raises(ValueError, match="at most max_seq_length = 32 tokens"):
@@ -291,6 +298,7 @@ def test_long_texts_are_not_cut_silently(model, caplog):
         (ValueError, {"outputs": OUTPUTS, "batch_size": 0}, "batch_size must be at least 1"),
         (TypeError, {"outputs": OUTPUTS, "domain": "a"}, "a dense model has no domains"),
         (TypeError, {"outputs": OUTPUTS, "inputs": [3]}, "text 0 is a int"),
+        (TypeError, {"outputs": OUTPUTS, "convert_to_tensor": True}, "got convert_to_tensor=True"),
     ],
 )
 def test_bad_arguments(model, kind, arguments, message):

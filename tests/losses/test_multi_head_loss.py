@@ -10,7 +10,7 @@ from loss_checks import assert_close
 from three_head_oracle import ThreeHeadEncoder, texts
 from toy_encoder import BagEncoder
 
-from moe_fast.losses import CachedLoss, MultiHeadInfoNCELoss
+from moe_fast.losses import CachedLoss, DistillationLoss, MatryoshkaLoss, MultiHeadInfoNCELoss
 from moe_fast.losses.functional import lexical
 from moe_fast.losses.functional.sparse_floor import sparse_floor
 from moe_fast.ops.maxsim import tiled
@@ -46,9 +46,7 @@ def assert_equal(loss, columns, expected, labels=None):
 @pytest.mark.parametrize("distils", [False, True])
 def test_equals_the_published_loss(columns, temperature, distils):
     model, batch = ThreeHeadEncoder(), texts(5, columns)
-    loss = loss_of(
-        model, temperature=temperature, self_distillation_from=0 if distils else None
-    )
+    loss = loss_of(model, temperature=temperature, self_distillation_from=0 if distils else None)
     expected = oracle.loss(model, batch, temperature=temperature, distils=distils)
     assert_equal(loss, batch, expected)
 
@@ -75,14 +73,12 @@ def test_self_distillation_begins_at_its_step_and_the_step_is_saved():
 def test_the_same_text_is_no_negative():
     model = ThreeHeadEncoder()
     batch = texts(4, 3)
-    for key in batch[1]:  # positive 2 is positive 0, negative 1 is positive 3
+    for key in batch[1]:  # positive 2 is positive 0; each row's negative is its positive
         batch[1][key][2] = batch[1][key][0]
-    width = batch[2]["input_ids"].shape[1]
-    fitting = batch[1]["input_ids"].shape[1] >= width
-    batch[2] = {k: (v if fitting else v).clone() for k, v in batch[1].items()}
+    batch[2] = {k: v.clone() for k, v in batch[1].items()}
     loss = loss_of(model, self_distillation_from=None, temperature=1.0)
     s = oracle.scores(model, batch[0], batch[1])
-    ids = [0, 1, 0, 3]  # of the positives; each is a hard negative too
+    ids = [0, 1, 0, 3]
     total = torch.zeros((), dtype=F64)
     for name, weight in (("dense", 1.0), ("sparse", 0.1), ("multi", 1.0), ("all", 1.0)):
         for i in range(4):
@@ -207,6 +203,12 @@ def test_bad_columns_and_models():
         taught(texts(3, 3), torch.full((3, 2), torch.nan))
     with pytest.raises(TypeError, match="must have three heads, .* BagEncoder lack token_logits"):
         MultiHeadInfoNCELoss(BagEncoder())(texts(3, 2))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: MatryoshkaLoss(x, [3]), DistillationLoss])
+def test_wrappers_that_change_embeddings_refuse_it(wrap):
+    with pytest.raises(TypeError, match="MultiHeadInfoNCELoss compares several outputs"):
+        wrap(loss_of(ThreeHeadEncoder()))
 
 
 def test_memory_holds_no_product_of_all_tokens():

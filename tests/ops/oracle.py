@@ -418,11 +418,8 @@ def maxsim(queries, documents, query_starts, document_starts, mean=True):
     for a, b in zip(query_starts, query_starts[1:], strict=False):
         row = []
         for c, d in zip(document_starts, document_starts[1:], strict=False):
-            best = [
-                max((queries[i] * documents[j]).sum() for j in range(c, d))
-                for i in range(a, b)
-                if d > c
-            ]
+            pairs = (queries[a:b, None] * documents[None, c:d]).sum(-1)
+            best = [pair.max() for pair in pairs] if d > c else []
             total = sum(best, torch.zeros((), dtype=queries.dtype))
             row.append(total / len(best) if mean and best else total)
         rows.append(torch.stack(row))

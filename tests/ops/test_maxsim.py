@@ -39,9 +39,7 @@ def check(queries, documents, dim, dtype, mean, backend, index=torch.int64) -> N
         for name, grad, reference in zip(("queries", "documents"), got, want, strict=True):
             assert grad.dtype == dtype
             assert_close(grad, reference, TOLERANCES[dtype], f"gradient of {name}")
-    again = maxsim_gradients(
-        upstream, q.detach(), p.detach(), *where, mean=mean, backend=backend
-    )
+    again = maxsim_gradients(upstream, q.detach(), p.detach(), *where, mean=mean, backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
 
 

@@ -134,9 +134,7 @@ class _Scores(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
-        texts = [
-            part.with_tensors(*tensors[3 * i : 3 * i + 3]) for i, part in enumerate(ctx.texts)
-        ]
+        texts = [part.with_tensors(*tensors[3 * i : 3 * i + 3]) for i, part in enumerate(ctx.texts)]
         queries, columns = texts[0], texts[1:]
         found: list[Any] = [None] * len(texts)
         first = 0

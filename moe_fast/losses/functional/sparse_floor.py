@@ -35,8 +35,3 @@ def sparse_floor(logits: Tensor, starts: Tensor, share: float | Tensor, margin: 
     order, texts = order[kept], texts[kept]
     missing = torch.relu(1 - logits[order] / margin) / wanted[texts]
     return torch.zeros_like(wanted).index_add(0, texts, missing)
-
-
-def active_share(logits: Tensor) -> Tensor:
-    """Return the share of the logits [T] that are positive, []; 0 without logits."""
-    return (logits.detach() > 0).float().sum() / max(len(logits), 1)

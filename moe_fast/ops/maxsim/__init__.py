@@ -129,9 +129,7 @@ def maxsim_gradients(
         queries, documents, query_starts, document_starts, mean, backend: as in :func:`maxsim`.
     """
     run = _prepare(queries, documents, query_starts, document_starts, backend)
-    return reference.GRADIENTS[run](
-        grad, queries, documents, query_starts, document_starts, mean
-    )
+    return reference.GRADIENTS[run](grad, queries, documents, query_starts, document_starts, mean)
 
 
 def _check_starts(name: str, starts: Tensor, count: int) -> None:

@@ -1,4 +1,4 @@
-"""MaxSim's kernels against a loop over pairs in float64: several tiles, ragged, NaN around inputs."""
+"""MaxSim's kernels against a loop over pairs in float64: several tiles, NaN around inputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ TOLERANCES = {
     torch.bfloat16: 1e-2,
     torch.float16: 2e-3,
 }
-QUERIES = [0, 3, 3, 20, 37, 38]  # one without vectors, more than a tile of 16
-DOCUMENTS = [0, 0, 2, 35, 36, 36, 70]
+QUERIES = [0, 3, 3, 20]  # one without vectors, more than a tile of 16
+DOCUMENTS = [0, 0, 2, 35, 35, 40]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("dim", [5, 32])
-@pytest.mark.parametrize("mean", [True, False])
-@pytest.mark.parametrize("entries", [2**25, 100])
+@pytest.mark.parametrize(("dim", "mean", "entries"), [(5, True, 2**25), (32, False, 50)])
 def test_scores_and_gradients(monkeypatch, dtype, dim, mean, entries):
     monkeypatch.setattr(maxsim_triton, "MOST_ENTRIES", entries)
     torch.manual_seed(0)
@@ -53,7 +51,7 @@ def test_nan_is_not_lost():
 
 
 def test_the_same_bits_every_time():
-    q, p = torch.randn(38, 8), torch.randn(70, 8)
+    q, p = torch.randn(QUERIES[-1], 8), torch.randn(DOCUMENTS[-1], 8)
     starts = torch.tensor(QUERIES), torch.tensor(DOCUMENTS)
     runs = []
     for _ in range(2):
