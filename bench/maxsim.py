@@ -83,7 +83,8 @@ def ours(
     leaves: list[Tensor], starts: Tensor, upstream: Tensor, backend: str | None = None
 ) -> list[Tensor]:
     """Return the scores and the gradients of both sides."""
-    scores = ops.maxsim(*leaves, starts, starts, backend=backend)
+    queries, documents = leaves
+    scores = ops.maxsim(queries, documents, starts, starts, backend=backend)
     return [scores.detach(), *torch.autograd.grad(scores, leaves, upstream)]
 
 

@@ -57,8 +57,12 @@ def read_pairs(folder: Path, num_test: int) -> tuple[list[tuple[str, str]], list
     return [(r["a"], r["b"]) for r in train], [(r["a"], r["b"]) for r in test]
 
 
-def new_model(layers: int | None, length: int) -> Any:
-    """MiniLM with three new heads; its first layers alone if ``layers`` is given."""
+def new_model(layers: int | None, length: int, random_sparse: bool = False) -> Any:
+    """MiniLM with three new heads; its first layers alone if ``layers`` is given.
+
+    ``random_sparse`` initialises the sparse head as torch does by default, as FlagEmbedding does
+    for a model that has none.
+    """
     from sentence_transformers import SentenceTransformer
 
     from moe_fast import add_three_heads
@@ -71,7 +75,10 @@ def new_model(layers: int | None, length: int) -> Any:
     if layers is not None:
         encoder = dense[0].model.encoder
         encoder.layer = encoder.layer[:layers]
-    return add_three_heads(dense)
+    model = add_three_heads(dense)
+    if random_sparse:
+        model.heads.sparse_linear.reset_parameters()
+    return model
 
 
 def train(
@@ -113,9 +120,14 @@ def collapse(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train with and without the floor, and record the numbers of non-zero weights."""
     pairs, test = read_pairs(arguments.data, 64)
     found: dict[str, Any] = {"settings": _settings(arguments)}
-    for name, floor in (("published", 0.0), ("with the floor", 0.6)):
+    for name, random_sparse, floor in (
+        ("random head, published loss", True, 0.0),
+        ("random head, with the floor", True, 0.6),
+        ("our head, published loss", False, 0.0),
+        ("our head, with the floor", False, 0.6),
+    ):
         torch.manual_seed(0)
-        model = new_model(arguments.layers, arguments.length)
+        model = new_model(arguments.layers, arguments.length, random_sparse)
         curve: list[dict[str, float]] = []
 
         def watch(

@@ -35,13 +35,13 @@ from moe_fast.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from moe_fast.encoding.cross_encoder import MoECrossEncoder
+    from moe_fast.encoding.loading import load_three_heads
     from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
     from moe_fast.encoding.sparse_encoder import MoESparseEncoder
     from moe_fast.encoding.three_head_encoder import (
         MoEThreeHeadEncoder,
         ThreeHeadEncoder,
         add_three_heads,
-        load_three_heads,
     )
 
 __all__ = [
@@ -78,7 +78,7 @@ _WITH_EXTRAS = {
     "MoEThreeHeadEncoder": "three_head_encoder",
     "ThreeHeadEncoder": "three_head_encoder",
     "add_three_heads": "three_head_encoder",
-    "load_three_heads": "three_head_encoder",
+    "load_three_heads": "loading",
 }
 
 

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch_config
 from .config import Config
 from .launch import accumulator, precision, triton_dtype
-from .launch_config import target_of
 from .numerics import cast, dot
 
 # Columns of the gradients that a program sums, and query vectors that it takes at once.
@@ -29,7 +29,7 @@ _GRAD_COLUMNS, _GRAD_ROWS = 64, 32
 
 def config_of(x: Tensor) -> Config:
     """Tile sizes for vectors [n, d]."""
-    if target_of(x.device.index) == "interpreter":
+    if launch_config.target_of(x.device.index) == "interpreter":
         return Config(16, 16, 16, 4, 1)
     if x.dtype.itemsize == 2:
         return Config(128, 64, 64, 4, 3)

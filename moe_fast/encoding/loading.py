@@ -10,7 +10,7 @@ from typing import Any
 from moe_fast import compat
 from moe_fast.encoding.adapters import adapter_folder, load_with_adapter
 from moe_fast.encoding.encoder import check_one_encoder
-from moe_fast.encoding.head_files import has_heads
+from moe_fast.encoding.head_files import COLBERT, SPARSE, has_heads
 from moe_fast.encoding.model_paths import (
     check_model_path,
     has_modules,
@@ -62,6 +62,28 @@ def load_model(path: str, *, device: str | None = None) -> Any:
         model = kinds[0](path, device=device)
     _check_weights(model, path)
     return model
+
+
+def load_three_heads(path: str, *, device: str | None = None) -> Any:
+    """Load the encoder with three heads in a folder or with a hub id, dense or a mixture.
+
+    Args:
+        path: a folder that this library saved, or one in BGE-M3's format.
+        device: as in PyTorch; ``None``: a GPU if there is one, else the CPU.
+
+    Returns:
+        A :class:`moe_fast.ThreeHeadEncoder` or :class:`moe_fast.MoEThreeHeadEncoder`.
+
+    Raises:
+        FileNotFoundError: the files of the heads are missing.
+        ValueError: a file is damaged, does not fit or lacks weights; the message names it.
+    """
+    if not has_heads(path):
+        raise FileNotFoundError(
+            f"model {path!r} has no heads: it needs {SPARSE} and {COLBERT}, each as .safetensors "
+            "or .pt. Add new ones with moe_fast.add_three_heads."
+        )
+    return load_model(path, device=device)
 
 
 def load_as_saved(path: str, head: str = "") -> Any:

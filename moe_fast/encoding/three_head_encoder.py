@@ -43,7 +43,6 @@ from moe_fast.encoding.head_files import (
 )
 from moe_fast.encoding.head_outputs import HeadOutputs, lexical_rows
 from moe_fast.encoding.lengths import TokenizedText, prompt_length, tokenize_texts
-from moe_fast.encoding.loading import load_model
 from moe_fast.encoding.model_card import use_domain
 from moe_fast.encoding.model_paths import has_modules
 from moe_fast.encoding.prompts import prompt_of
@@ -354,25 +353,6 @@ def add_three_heads(
     return new.train(model.training)
 
 
-def load_three_heads(path: str, *, device: str | None = None) -> Any:
-    """Load the encoder with three heads in a folder or with a hub id, dense or a mixture.
-
-    Args:
-        path: a folder that this library saved, or one in BGE-M3's format.
-        device: as in PyTorch; ``None``: a GPU if there is one, else the CPU.
-
-    Raises:
-        FileNotFoundError: the files of the heads are missing.
-        ValueError: a file is damaged, does not fit or lacks weights; the message names it.
-    """
-    if not has_heads(path):
-        raise FileNotFoundError(
-            f"model {path!r} has no heads: it needs {SPARSE} and {COLBERT}, each as .safetensors "
-            "or .pt. Add new ones with moe_fast.add_three_heads."
-        )
-    return load_model(path, device=device)
-
-
 def _without_stock_defaults(options: dict[str, Any]) -> dict[str, Any]:
     """Leave out the stock class's options that have their default, as ``encode_query`` gives them.
 
@@ -430,8 +410,8 @@ class _Collected:
         if "sparse" in self._outputs:
             empty_tokens = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
             columns = zip(*(self._tokens or [empty_tokens]), strict=True)
-            tokens = [np.concatenate(column) for column in columns]
-            sparse = lexical_rows(*tokens, len(self._dense), vocab_size)
+            owners, ids, weights = (np.concatenate(column) for column in columns)
+            sparse = lexical_rows(owners, ids, weights, len(self._dense), vocab_size)
         return HeadOutputs(dense, sparse, multi)
 
 

@@ -226,8 +226,8 @@ class MultiHeadInfoNCELoss(TemperatureLoss):
         """Return 0 with a gradient of 0, so that a last, lone row does not end a training."""
         warn_of_lone_pair()
         self.last_metrics = temperature_metric(scale)
-        total = sum(tensor.float().sum() for texts in used for tensor in texts.tensors)
-        return 0.0 * (total + scale)
+        sums = [tensor.float().sum() for texts in used for tensor in texts.tensors]
+        return 0.0 * (torch.stack(sums).sum() + scale)
 
     def _mean(self, rows: Tensor) -> Tensor:
         """The mean over the rows of all processes, if they share a batch."""

@@ -143,7 +143,7 @@ class _Scores(torch.autograd.Function):
             here = [grad[:, first:last].contiguous() for grad in grads]
             of_queries, of_part = _gradients(here, queries, part)
             found[0] = _sum(found[0], of_queries)
-            kept = _reduce(of_part, *ctx.exchange, own)
+            kept = _reduce(of_part, own[0]) if ctx.exchange[1] else of_part
             if kept is not None:
                 found[1 + own[1]] = kept
             del of_queries, of_part, kept
@@ -203,13 +203,9 @@ def _visit(
             yield texts, (rank, number)
 
 
-def _reduce(
-    grads: list[Tensor], sizes: list[list[list[int]]], gather: bool, own: tuple[int, int]
-) -> list[Tensor] | None:
+def _reduce(grads: list[Tensor], owner: int) -> list[Tensor] | None:
     """Sum the gradients in the process that owns the texts; ``None`` in the others."""
-    if not gather:
-        return grads
     for grad in grads:
         if grad.numel():
-            dist.reduce(grad, dst=own[0])
-    return grads if own[0] == dist.get_rank() else None
+            dist.reduce(grad, dst=owner)
+    return grads if owner == dist.get_rank() else None
