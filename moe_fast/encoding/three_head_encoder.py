@@ -36,7 +36,6 @@ from moe_fast.encoding.head_files import (
     COLBERT,
     REPLACED,
     SPARSE,
-    has_heads,
     read_heads,
     write_bge_m3_heads,
     write_heads,
