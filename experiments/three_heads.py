@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib.util
+import itertools
 import json
 import random
 import resource
@@ -120,12 +121,10 @@ def collapse(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train with and without the floor, and record the numbers of non-zero weights."""
     pairs, test = read_pairs(arguments.data, 64)
     found: dict[str, Any] = {"settings": _settings(arguments)}
-    for name, random_sparse, floor in (
-        ("random head, published loss", True, 0.0),
-        ("random head, with the floor", True, 0.6),
-        ("our head, published loss", False, 0.0),
-        ("our head, with the floor", False, 0.6),
-    ):
+    heads = [("new head", False), ("torch's random head", True)]
+    losses = [("published loss", 0.0), ("with the floor", 0.6)]
+    for (head, random_sparse), (loss, floor) in itertools.product(heads, losses):
+        name = f"{head}, {loss}"
         torch.manual_seed(0)
         model = new_model(arguments.layers, arguments.length, random_sparse)
         curve: list[dict[str, float]] = []
@@ -248,7 +247,11 @@ def memory_of(kind: str, rows: int, length: int, dim: int) -> dict[str, float]:
     value.backward()
     end = time.perf_counter()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"MB": round(peak, 1), "forward": middle - start, "backward": end - middle}
+    return {
+        "MB": round(peak, 1),
+        "forward": round(middle - start, 2),
+        "backward": round(end - middle, 2),
+    }
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
