@@ -69,6 +69,7 @@ class ThreeHeadPipeline:
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        compat.check_overrides(type(self))
         path = args[0] if args else kwargs.get("model_name_or_path")
         path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
         if path is not None:
@@ -302,17 +303,17 @@ class ThreeHeadEncoder(ThreeHeadPipeline, SentenceTransformer):
 
     Constructor and methods are those of ``SentenceTransformer``; ``encode`` also takes ``outputs``.
     It loads folders in BGE-M3's format, also without a ``modules.json``: then the dense vector is
-    the normalised first token, as published. :func:`add_three_heads` adds heads to another model.
+    the normalised first token, as published. :func:`moe_fast.add_three_heads` adds heads to another model.
     """
 
     model_type = "SentenceTransformer"  # what is saved opens as one
 
 
 class MoEThreeHeadEncoder(ThreeHeadPipeline, MoESentenceTransformer):
-    """As :class:`ThreeHeadEncoder`, with a mixture of experts as its encoder.
+    """As :class:`moe_fast.ThreeHeadEncoder`, with a mixture of experts as its encoder.
 
     Constructor and methods are those of :class:`moe_fast.MoESentenceTransformer`; ``encode`` also
-    takes ``outputs``. :func:`moe_fast.upcycle` makes one of a :class:`ThreeHeadEncoder`.
+    takes ``outputs``. :func:`moe_fast.upcycle` makes one of a :class:`moe_fast.ThreeHeadEncoder`.
     """
 
 

@@ -37,7 +37,7 @@ class MultiHeadInfoNCELoss(TemperatureLoss):
 
     See :mod:`moe_fast.losses.functional.three_head_loss` for the mathematics; with the defaults the
     weights are those published for BGE-M3. The model is an encoder with three heads, such as one
-    made by :func:`moe_fast.encoding.three_head_encoder.add_three_heads`. The scores of a batch are
+    made by :func:`moe_fast.add_three_heads`. The scores of a batch are
     computed in tiles: memory holds the heads' outputs, their gradients, and a few matrices of a
     score per query and candidate, but no B x B x L x L or B x L x V tensor. Put
     :class:`moe_fast.losses.CachedLoss` around it for batches that do not fit in memory.
@@ -176,14 +176,14 @@ class MultiHeadInfoNCELoss(TemperatureLoss):
             raise ValueError("labels, the teacher's scores, must be finite.")
 
     def embed_columns(self, columns: Columns) -> list[Any]:
-        """Encode each column in one forward pass; returns its :class:`HeadEmbeddings`."""
+        """Encode each column in one forward pass; returns its ``HeadEmbeddings``."""
         return [self._embed(column) for column in columns]
 
     def _embed(self, column: Mapping[str, Any]) -> HeadEmbeddings:
         return head_embeddings(self.model(encoder_features(self.model, column)), self.model)
 
     def from_embeddings(self, embeddings: list[Any], columns: Columns, labels: Any) -> Tensor:
-        """Compute the loss, [], from each column's :class:`HeadEmbeddings`."""
+        """Compute the loss, [], from each column's ``HeadEmbeddings``."""
         count = 2 + self.num_negatives(len(columns))
         used: list[HeadEmbeddings] = embeddings[:count]
         scale = self.current_scale()

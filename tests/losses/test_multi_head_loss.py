@@ -13,6 +13,7 @@ from toy_encoder import BagEncoder
 from moe_fast.losses import CachedLoss, DistillationLoss, MatryoshkaLoss, MultiHeadInfoNCELoss
 from moe_fast.losses.functional import lexical
 from moe_fast.losses.functional.sparse_floor import sparse_floor
+from moe_fast.losses.head_embeddings import head_embeddings
 from moe_fast.ops.maxsim import tiled
 
 F64 = torch.float64
@@ -209,6 +210,22 @@ def test_bad_columns_and_models():
 def test_wrappers_that_change_embeddings_refuse_it(wrap):
     with pytest.raises(TypeError, match="MultiHeadInfoNCELoss compares several outputs"):
         wrap(loss_of(ThreeHeadEncoder()))
+
+
+def test_packed_features_are_the_padded_ones():
+    model, (padded,) = ThreeHeadEncoder(), texts(5, 1)
+    outputs = model(padded)
+    real = padded["attention_mask"].bool()
+    packed = {
+        name: value[real][None]
+        for name, value in outputs.items()
+        if name not in ("sentence_embedding", "attention_mask")
+    }
+    packed["sentence_embedding"] = outputs["sentence_embedding"]
+    packed["cu_seq_lens_q"] = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+    got, want = head_embeddings(packed, model), head_embeddings(outputs, model)
+    for name in ("dense", "logits", "vectors", "ids", "token_starts", "vector_starts"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
 def test_memory_holds_no_product_of_all_tokens():
