@@ -303,7 +303,8 @@ class ThreeHeadEncoder(ThreeHeadPipeline, SentenceTransformer):
 
     Constructor and methods are those of ``SentenceTransformer``; ``encode`` also takes ``outputs``.
     It loads folders in BGE-M3's format, also without a ``modules.json``: then the dense vector is
-    the normalised first token, as published. :func:`moe_fast.add_three_heads` adds heads to another model.
+    the normalised first token, as published. :func:`moe_fast.add_three_heads` adds heads to another
+    model.
     """
 
     model_type = "SentenceTransformer"  # what is saved opens as one
