@@ -17,6 +17,7 @@ from .cases import OURS
 from .growth import Curve, curves_of
 from .harness import ROOT
 from .info_nce import PRODUCTS
+from .maxsim import PRODUCTS as MAXSIM_PRODUCTS
 from .record import Record, Row, read_record
 
 INTRODUCTION = Path(__file__).with_name("introduction.md")
@@ -27,10 +28,11 @@ FILES = {
     "privacy-filter experts": "privacy_filter",
     "MoE layer": "moe_mlp",
     "contrastive loss": "info_nce",
+    "MaxSim": "maxsim",
     "import": "import_time",
 }
 """The operation files that are not called as their operations are."""
-NO_ALTERNATIVES = (OURS, "dense", "dense, compiled", PRODUCTS, "bare products")
+NO_ALTERNATIVES = (OURS, "dense", "dense, compiled", PRODUCTS, MAXSIM_PRODUCTS, "bare products")
 """The candidates that are moe_fast itself, or compute something else."""
 
 

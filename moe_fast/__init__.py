@@ -9,6 +9,7 @@ Importing this registers the architectures with transformers' AutoConfig and Aut
 and numpy, and loads neither sentence-transformers nor any other extra.
 """
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,14 @@ from moe_fast.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from moe_fast.encoding.cross_encoder import MoECrossEncoder
+    from moe_fast.encoding.loading import load_three_heads
     from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
     from moe_fast.encoding.sparse_encoder import MoESparseEncoder
+    from moe_fast.encoding.three_head_encoder import (
+        MoEThreeHeadEncoder,
+        ThreeHeadEncoder,
+        add_three_heads,
+    )
 
 __all__ = [
     "MoEBertLayer",
@@ -43,14 +50,18 @@ __all__ = [
     "MoEMLP",
     "MoESentenceTransformer",
     "MoESparseEncoder",
+    "MoEThreeHeadEncoder",
+    "ThreeHeadEncoder",
     "__version__",
     "add_expert",
+    "add_three_heads",
     "available_backends",
     "export_nomic",
     "extract_expert",
     "from_experts",
     "import_checkpoint",
     "import_nomic",
+    "load_three_heads",
     "losses",
     "ops",
     "remove_expert",
@@ -60,18 +71,19 @@ __all__ = [
 ]
 
 
+_WITH_EXTRAS = {
+    "MoECrossEncoder": "cross_encoder",
+    "MoESentenceTransformer": "sentence_transformer",
+    "MoESparseEncoder": "sparse_encoder",
+    "MoEThreeHeadEncoder": "three_head_encoder",
+    "ThreeHeadEncoder": "three_head_encoder",
+    "add_three_heads": "three_head_encoder",
+    "load_three_heads": "loading",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Load what needs an extra only when it is asked for."""
-    if name == "MoESentenceTransformer":
-        from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
-
-        return MoESentenceTransformer
-    if name == "MoESparseEncoder":
-        from moe_fast.encoding.sparse_encoder import MoESparseEncoder
-
-        return MoESparseEncoder
-    if name == "MoECrossEncoder":
-        from moe_fast.encoding.cross_encoder import MoECrossEncoder
-
-        return MoECrossEncoder
+    if name in _WITH_EXTRAS:
+        return getattr(_import_module(f"moe_fast.encoding.{_WITH_EXTRAS[name]}"), name)
     raise AttributeError(f"module 'moe_fast' has no attribute {name!r}")

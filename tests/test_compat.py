@@ -19,6 +19,7 @@ from moe_fast import compat
 from moe_fast.encoding.cross_encoder import MoECrossEncoder
 from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 from moe_fast.encoding.sparse_encoder import MoESparseEncoder
+from moe_fast.encoding.three_head_encoder import MoEThreeHeadEncoder, ThreeHeadEncoder
 from moe_fast.layers import MoERouter
 from moe_fast.layers.attention import packed_attention
 from moe_fast.models import heads, modeling
@@ -38,6 +39,8 @@ OVERRIDING = [
     MoESentenceTransformer,
     MoESparseEncoder,
     MoECrossEncoder,
+    ThreeHeadEncoder,
+    MoEThreeHeadEncoder,
     MoESentenceTransformerTrainer,
     DomainDataCollator,
 ]

@@ -15,10 +15,16 @@ from moe_fast.encoding.cross_encoder import MoECrossEncoder
 from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 from moe_fast.encoding.sparse_encoder import MoESparseEncoder
+from moe_fast.encoding.three_head_encoder import (
+    MoEThreeHeadEncoder,
+    ThreeHeadEncoder,
+    ThreeHeadPipeline,
+)
 from moe_fast.models.pretrained import MoEPreTrainedModel
 
 # The stock classes and, of the same, those on a mixture.
 _CLASSES: dict[type[Any], type[Any]] = {
+    ThreeHeadEncoder: MoEThreeHeadEncoder,
     SentenceTransformer: MoESentenceTransformer,
     SparseEncoder: MoESparseEncoder,
     CrossEncoder: MoECrossEncoder,
@@ -46,7 +52,8 @@ def with_encoder(model: Any, encoder: Any) -> Any:
     """A copy of ``model`` with ``encoder`` as its transformers encoder.
 
     Args:
-        model: a ``SentenceTransformer``, ``SparseEncoder`` or ``CrossEncoder``, stock or ours.
+        model: a ``SentenceTransformer``, ``SparseEncoder`` or ``CrossEncoder``, stock or ours, or
+            an encoder with three heads.
         encoder: of the same kind as its own: a mixture or a dense model, with the same head.
 
     Returns:
@@ -72,7 +79,7 @@ def with_encoder(model: Any, encoder: Any) -> Any:
     kept = copy.deepcopy(model.module_kwargs or {})
     if is_mixture:
         new.module_kwargs = {**kept, **(new.module_kwargs or {})}
-        if stock is SentenceTransformer:
+        if isinstance(new, MoESentenceTransformer):
             new.truncate = getattr(model, "truncate", False)
             new.packed = getattr(model, "packed", True)
     else:  # a dense encoder has no domains
@@ -80,12 +87,16 @@ def with_encoder(model: Any, encoder: Any) -> Any:
     for name in _SETTINGS:
         if hasattr(model, name):
             setattr(new, name, getattr(model, name))
+    if isinstance(model, ThreeHeadPipeline):
+        new.head_file_dtypes = dict(model.head_file_dtypes)
     if getattr(model, "keep_in_fp32_modules", None):
         new.set_keep_in_fp32_modules(model.keep_in_fp32_modules)
     return new.train(model.training)
 
 
 def _stock_class(model: Any) -> type[Any]:
+    if isinstance(model, ThreeHeadPipeline):
+        return ThreeHeadEncoder
     for stock in _CLASSES:
         if isinstance(model, stock):
             return stock

@@ -10,6 +10,7 @@ from typing import Any
 from moe_fast import compat
 from moe_fast.encoding.adapters import adapter_folder, load_with_adapter
 from moe_fast.encoding.encoder import check_one_encoder
+from moe_fast.encoding.head_files import COLBERT, SPARSE, has_heads
 from moe_fast.encoding.model_paths import (
     check_model_path,
     has_modules,
@@ -33,7 +34,8 @@ def load_model(path: str, *, device: str | None = None) -> Any:
         device: as in PyTorch; ``None``: a GPU if there is one, else the CPU.
 
     Returns:
-        A ``MoESentenceTransformer`` for a mixture, a ``SentenceTransformer`` for a dense model.
+        A ``MoESentenceTransformer`` for a mixture, a ``SentenceTransformer`` for a dense model; a
+        ``MoEThreeHeadEncoder`` or ``ThreeHeadEncoder`` if the files of three heads are there.
 
     Raises:
         FileNotFoundError: `path` looks like a folder that does not exist.
@@ -49,12 +51,39 @@ def load_model(path: str, *, device: str | None = None) -> Any:
     refuse_nomic(path)
     from moe_fast.encoding.sentence_transformer import MoESentenceTransformer, SentenceTransformer
 
+    kinds = SentenceTransformer, MoESentenceTransformer
+    if has_heads(path):
+        from moe_fast.encoding.three_head_encoder import MoEThreeHeadEncoder, ThreeHeadEncoder
+
+        kinds = ThreeHeadEncoder, MoEThreeHeadEncoder
     with naming(path):
         if is_mixture(path):
-            return MoESentenceTransformer(path, device=device)
-        model = SentenceTransformer(path, device=device)
+            return kinds[1](path, device=device)
+        model = kinds[0](path, device=device)
     _check_weights(model, path)
     return model
+
+
+def load_three_heads(path: str, *, device: str | None = None) -> Any:
+    """Load the encoder with three heads in a folder or with a hub id, dense or a mixture.
+
+    Args:
+        path: a folder that this library saved, or one in BGE-M3's format.
+        device: as in PyTorch; ``None``: a GPU if there is one, else the CPU.
+
+    Returns:
+        A :class:`moe_fast.ThreeHeadEncoder` or :class:`moe_fast.MoEThreeHeadEncoder`.
+
+    Raises:
+        FileNotFoundError: the files of the heads are missing.
+        ValueError: a file is damaged, does not fit or lacks weights; the message names it.
+    """
+    if not has_heads(path):
+        raise FileNotFoundError(
+            f"model {path!r} has no heads: it needs {SPARSE} and {COLBERT}, each as .safetensors "
+            "or .pt. Add new ones with moe_fast.add_three_heads."
+        )
+    return load_model(path, device=device)
 
 
 def load_as_saved(path: str, head: str = "") -> Any:
@@ -77,7 +106,7 @@ def load_as_saved(path: str, head: str = "") -> Any:
     adapter = adapter_folder(path)
     if adapter is not None:
         return load_with_adapter(path, adapter, partial(load_as_saved, head=head))
-    if not has_modules(path):
+    if not has_modules(path) and not has_heads(path):
         refuse_nomic(path)
         return load_encoder(path, head)
     if head:

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,13 @@ class EmbeddingLoss(nn.Module):
 
     Attributes:
         model: the encoder; it maps a features dict to a dict with ``sentence_embedding`` [B, d].
+        several_outputs: whether a text has other outputs than one embedding [d], so that wrappers
+            which change embeddings cannot take the loss.
         last_metrics: after a call, detached [] tensors by name; empty before the first call.
     """
 
     model: nn.Module
+    several_outputs: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,6 +187,15 @@ def check_num_columns(loss: nn.Module, columns: Columns, at_least: int, meaning:
         raise ValueError(
             f"{type(loss).__name__} needs at least {number} text columns ({meaning}); "
             f"got {len(columns)}."
+        )
+
+
+def check_one_embedding(wrapper: str, loss: EmbeddingLoss) -> None:
+    """Raise ``TypeError`` if ``wrapper`` cannot take a loss of several outputs per text."""
+    if loss.several_outputs:
+        raise TypeError(
+            f"{wrapper} takes a loss of one embedding per text; {type(loss).__name__} compares "
+            "several outputs of a text."
         )
 
 

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from moe_fast.losses.base import EmbeddingLoss
+from moe_fast.losses.head_embeddings import HeadEmbeddings, join
 from moe_fast.losses.router import RouterLoss
 from moe_fast.losses.routing_record import record_routing
 from moe_fast.losses.routing_replay import RoutingChoices
@@ -36,8 +37,10 @@ def encode_in_chunks(
     router_loss: RouterLoss | None,
     columns: Sequence[Mapping[str, Any]],
     chunks: Sequence[Chunk],
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Return each column's embeddings [B, d], and the sums by name for the router losses.
+) -> tuple[list[Any], dict[str, Tensor]]:
+    """Return each column's embeddings, and the sums by name for the router losses.
+
+    Embeddings are what the loss's ``embed_columns`` gives: [B, d], or :class:`HeadEmbeddings`.
 
     If gradients are enabled and the encoder has trainable parameters, the outputs carry a graph.
     Its backward pass adds to the parameters' ``.grad``; ``torch.autograd.grad`` does not see the
@@ -52,8 +55,8 @@ def encode_in_chunks(
     else:
         with torch.no_grad():
             outputs = encoding.values()
-    sums = dict(zip(encoding.sum_names, outputs[len(columns) :], strict=True))
-    return list(outputs[: len(columns)]), sums
+    embeddings, rest = encoding.unflatten(outputs)
+    return embeddings, dict(zip(encoding.sum_names, rest, strict=True))
 
 
 class _Encode(torch.autograd.Function):
@@ -85,6 +88,8 @@ class _Encoding:
         self.columns = [dict(column) for column in columns]  # the encoder may change them
         self.chunks = chunks
         self.sum_names: list[str] = []
+        # Of each column with several tensors, its texts' layout, without these tensors.
+        self._layouts: list[HeadEmbeddings | None] = []
         self._device = chunks[0].rows.device
         self._autocast = _autocast_state(self._device)
         self.keeps_replay = False  # whether `values` keeps what `backward` needs
@@ -92,8 +97,8 @@ class _Encoding:
         self._choices: list[RoutingChoices] = []
 
     def values(self) -> tuple[Tensor, ...]:
-        """Return the embeddings of each column, then the sums in the order of ``sum_names``."""
-        parts: list[list[Tensor]] = [[] for _ in self.columns]
+        """Return the tensors of each column's embeddings, then the sums as in ``sum_names``."""
+        parts: list[list[Any]] = [[] for _ in self.columns]
         totals: dict[str, Tensor] = {}
         for chunk in self.chunks:
             with self._remembered(chunk):
@@ -104,11 +109,30 @@ class _Encoding:
         # Weights that autocast cast without a graph must not be reused in passes that need a graph.
         torch.clear_autocast_cache()
         embeddings = [self._in_order(column, part) for column, part in enumerate(parts)]
-        return (*embeddings, *totals.values())
+        self._layouts = [_layout(embedding) for embedding in embeddings]
+        return *(t for embedding in embeddings for t in _tensors(embedding)), *totals.values()
+
+    def unflatten(self, outputs: Sequence[Tensor]) -> tuple[list[Any], list[Tensor]]:
+        """Return the columns' embeddings and the sums, from what :meth:`values` returned."""
+        embeddings, rest = self._by_column(outputs)
+        return [
+            of_column[0] if layout is None else layout.with_tensors(of_column)
+            for layout, of_column in zip(self._layouts, embeddings, strict=True)
+        ], rest
+
+    def _by_column(self, tensors: Sequence[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Group outputs, or their gradients, by column; the sums' are the rest."""
+        rest = list(tensors)
+        columns = []
+        for layout in self._layouts:
+            count = 1 if layout is None else 3
+            columns.append(rest[:count])
+            del rest[:count]
+        return columns, rest
 
     def backward(self, grads: Sequence[Tensor]) -> None:
         """Add to the parameters' ``.grad``, given the gradients of :meth:`values`' outputs."""
-        of_columns, of_sums = grads[: len(self.columns)], grads[len(self.columns) :]
+        of_columns, of_sums = self._by_column(grads)
         with torch.enable_grad(), random_state_kept(self._device):
             for number, chunk in enumerate(self.chunks):
                 last = number == len(self.chunks) - 1
@@ -119,16 +143,23 @@ class _Encoding:
                     with self._choices[number].replaying():
                         with self._autocast_as_before():
                             embedding, sums = self._encode(chunk)
-                        outputs = [embedding, *(sums[name] for name in self.sum_names)]
-                        _backward(outputs, [of_columns[chunk.column][chunk.rows], *of_sums])
+                        outputs = [*_tensors(embedding), *(sums[n] for n in self.sum_names)]
+                        _backward(outputs, [*self._rows_of(of_columns, chunk), *of_sums])
 
-    def _in_order(self, column: int, parts: list[Tensor]) -> Tensor:
-        """Return the column's embeddings [B, d] in the batch's order, from those of its chunks."""
-        rows = torch.cat([chunk.rows for chunk in self.chunks if chunk.column == column])
-        return torch.cat(parts)[rows.argsort()]
+    def _rows_of(self, of_columns: list[list[Tensor]], chunk: Chunk) -> list[Tensor]:
+        """Take a chunk's part of the columns' gradients."""
+        layout, grads = self._layouts[chunk.column], of_columns[chunk.column]
+        return [grads[0][chunk.rows]] if layout is None else layout.rows_of(grads, chunk.rows)
 
-    def _encode(self, chunk: Chunk) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the chunk's embeddings [n, d] and its part of the sums, by name."""
+    def _in_order(self, column: int, parts: list[Any]) -> Any:
+        """Return the column's embeddings in the batch's order, from those of its chunks."""
+        rows = [chunk.rows for chunk in self.chunks if chunk.column == column]
+        if isinstance(parts[0], HeadEmbeddings):
+            return join(parts, rows)
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def _encode(self, chunk: Chunk) -> tuple[Any, dict[str, Tensor]]:
+        """Return the chunk's embeddings and its part of the sums, by name."""
         features = take_rows(self.columns[chunk.column], chunk)
         if self.router_loss is None:
             return self.loss.embed_columns([features])[0], {}
@@ -154,6 +185,17 @@ class _Encoding:
             for state in self._autocast:
                 stack.enter_context(torch.autocast(**state))
             yield
+
+
+def _tensors(embedding: Any) -> tuple[Tensor, ...]:
+    return embedding.tensors if isinstance(embedding, HeadEmbeddings) else (embedding,)
+
+
+def _layout(embedding: Any) -> HeadEmbeddings | None:
+    if not isinstance(embedding, HeadEmbeddings):
+        return None
+    nothing = embedding.dense.new_empty(0)
+    return embedding.with_tensors((nothing, nothing, nothing))
 
 
 def random_state_kept(device: torch.device) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from moe_fast.losses.base import (
     EmbeddingLoss,
     TemperatureLoss,
     check_num_columns,
+    check_one_embedding,
     check_weight,
     temperature_metric,
 )
@@ -69,6 +70,8 @@ class DistillationLoss(TemperatureLoss):
         similarity: str = "cosine",
     ) -> None:
         loss = model_or_loss if isinstance(model_or_loss, EmbeddingLoss) else None
+        if loss is not None:
+            check_one_embedding("DistillationLoss", loss)
         super().__init__(
             model_or_loss if loss is None else loss.model,
             temperature=temperature,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_fast.losses.base import Columns, EmbeddingLoss, check_weight
+from moe_fast.losses.base import Columns, EmbeddingLoss, check_one_embedding, check_weight
 from moe_fast.losses.citations import citation_of
 from moe_fast.losses.info_nce import InfoNCELoss
 from moe_fast.ops.checks import check_count
@@ -57,6 +57,7 @@ class MatryoshkaLoss(EmbeddingLoss):
                 f"whose second half can be called alone; got {type(loss).__name__}. Around a loss "
                 "of sentence-transformers use the wrapper of sentence-transformers."
             )
+        check_one_embedding("MatryoshkaLoss", loss)
         dims = list(dims)
         if not dims or len(set(dims)) < len(dims):
             raise ValueError(f"dims must name at least one length, and none twice; got {dims}.")

@@ -16,6 +16,7 @@ from moe_fast.ops.expert_mlp_norm import expert_mlp_norm
 from moe_fast.ops.gather_rows import gather_rows
 from moe_fast.ops.info_nce import InfoNCEStats, info_nce
 from moe_fast.ops.info_nce.matryoshka import matryoshka_info_nce
+from moe_fast.ops.maxsim import maxsim
 from moe_fast.ops.plan import RoutingPlan, plan
 from moe_fast.ops.route import Routing, route
 from moe_fast.ops.varlen_attention import varlen_attention
@@ -36,6 +37,7 @@ __all__ = [
     "gather_rows",
     "info_nce",
     "matryoshka_info_nce",
+    "maxsim",
     "plan",
     "route",
     "show_backends",

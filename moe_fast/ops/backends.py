@@ -34,6 +34,7 @@ OPS = (
     "add_norm",
     "attention_block",
     "info_nce",
+    "maxsim",
 )
 BACKENDS = ("triton", "cpp", "tiled", "torch")  # in the order "auto" tries them
 CHOICES = ("auto", *BACKENDS)

@@ -14,6 +14,7 @@ from bench import (
     expert_mlp,
     growth,
     info_nce,
+    maxsim,
     moe_mlp,
     peak_memory,
     peers,
@@ -38,6 +39,7 @@ FILES = {
     "privacy_filter": privacy_filter,
     "moe_mlp": moe_mlp,
     "info_nce": info_nce,
+    "maxsim": maxsim,
     "training_step": training_step,
     "cached_step": cached_step,
 }

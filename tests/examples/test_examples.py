@@ -142,6 +142,16 @@ def test_large_batch(model):
     assert losses[0] == pytest.approx(whole.item(), abs=1e-3), "not the loss of the whole batch"
 
 
+def test_three_heads(model, capsys):
+    module = example("three_heads")
+    scores = module.main(model=model)
+    printed = capsys.readouterr().out
+    for name in (*module.OUTPUTS, "combined"):
+        assert getattr(scores, name).shape == (32, 32)
+        assert re.search(rf"{name}: \d+% of the answers found first", printed)
+    assert scores.sparse.any() and "matches by" in printed
+
+
 def test_own_experts():
     module = example("own_experts")
     losses = module.main()

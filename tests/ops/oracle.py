@@ -410,3 +410,17 @@ def combine_rows(
                 total = total + top_k_weights[t, j] * rows[row]
         sums.append(total)
     return torch.stack(sums) if sums else rows.new_zeros(0, rows.shape[1])
+
+
+def maxsim(queries, documents, query_starts, document_starts, mean=True):
+    """The score of every query against every document, one pair after the other, [Q, P]."""
+    rows = []
+    for a, b in zip(query_starts, query_starts[1:], strict=False):
+        row = []
+        for c, d in zip(document_starts, document_starts[1:], strict=False):
+            pairs = (queries[a:b, None] * documents[None, c:d]).sum(-1)
+            best = [pair.max() for pair in pairs] if d > c else []
+            total = sum(best, torch.zeros((), dtype=queries.dtype))
+            row.append(total / len(best) if mean and best else total)
+        rows.append(torch.stack(row))
+    return torch.stack(rows)

@@ -21,7 +21,7 @@ def run_pytest(*arguments: str, **environment: str) -> None:
 @pytest.mark.parametrize(
     "files",
     [
-        ["test_grouped_products", "test_sums", "test_route_kernels"],
+        ["test_grouped_products", "test_sums", "test_route_kernels", "test_maxsim_kernels"],
         ["test_backend", "test_clamped_swiglu", "test_tune_kernels", "test_info_nce_kernels"],
     ],
     ids=" ".join,
