@@ -188,7 +188,8 @@ def best_settings(candidate: Candidate, texts: Sequence[str]) -> list[int]:
         for batch_size in BATCHES:
             encode = candidate.load(batch_size, streams)
             seconds[batch_size, streams] = min(timed(encode, texts)[0] for _ in range(2))
-    return list(min(seconds, key=lambda setting: seconds[setting]))
+    best = min(seconds.items(), key=lambda item: item[1])[0]
+    return list(best)
 
 
 def timed(encode: Encode, texts: Sequence[str]) -> tuple[float, Tensor]:

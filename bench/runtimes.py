@@ -287,7 +287,7 @@ def openvino_session(path: Path, threads: int, streams: int, precision: str | No
     """Compile a model that computes ``streams`` batches at a time, sharing the threads."""
     import openvino
 
-    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams}
+    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams}
     if precision:
         options["INFERENCE_PRECISION_HINT"] = precision
     compiled = openvino.Core().compile_model(path, "CPU", options)
