@@ -10,7 +10,7 @@
 As upcycled, the experts are equal: every candidate must give the dense model's vectors, and the
 least cosine to those in float32 is in the record. All have the same threads and the same texts, cut
 to 256 tokens, and tokenizing is timed; each has its best number of texts per batch and of batches
-at a time. 1,000 texts take minutes per round, so a round is made of pieces whose times are added:
+at a time (in PyTorch: Python threads, which share the threads). 1,000 texts take minutes per round, so a round is made of pieces whose times are added:
 texts are sorted by length, and blocks of them are dealt to the pieces, so that batches are those of
 all texts. A run stops before ``--seconds`` are over; the next continues where it stopped.
 """
@@ -25,6 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -84,12 +85,12 @@ def candidates(precision: str, exports: Exports) -> tuple[dict[str, Candidate], 
         if quantize is None:
             absent[OURS] = "this version has no moe_fast.quantize"
         else:
-            found[OURS] = Candidate(partial(ours, quantize(mixture(exports.model), "int8")))
-        found[OURS_BFLOAT16] = Candidate(partial(ours, mixture(exports.model).bfloat16()))
+            found[OURS] = in_torch(ours(quantize(mixture(exports.model), "int8")))
+        found[OURS_BFLOAT16] = in_torch(ours(mixture(exports.model).bfloat16()))
     else:
         dtype = getattr(torch, precision)
-        found[OURS] = Candidate(partial(ours, mixture(exports.model).to(dtype)))
-        found[DENSE] = Candidate(partial(dense, copy.deepcopy(exports.model).to(dtype)))
+        found[OURS] = in_torch(ours(mixture(exports.model).to(dtype)))
+        found[DENSE] = in_torch(dense(copy.deepcopy(exports.model).to(dtype)))
     for form in FORMS[precision]:
         reason = form.missing()
         if reason:
@@ -106,10 +107,10 @@ def mixture(model: Any) -> Any:
     return moe.eval()
 
 
-def ours(model: Any, batch_size: int, streams: int) -> Encode:
-    """Encode with the texts' domains in turn."""
+def ours(model: Any) -> Callable[[Sequence[str], int], Tensor]:
+    """Encode texts, so many per batch, with their domains in turn."""
 
-    def encode(texts: Sequence[str]) -> Tensor:
+    def encode(texts: Sequence[str], batch_size: int) -> Tensor:
         from moe_fast.encoding.lengths import counted_truncation
 
         domains = [DOMAINS[i % EXPERTS] for i in range(len(texts))]
@@ -121,14 +122,42 @@ def ours(model: Any, batch_size: int, streams: int) -> Encode:
     return encode
 
 
-def dense(model: Any, batch_size: int, streams: int) -> Encode:
-    """Encode with the dense model in PyTorch."""
+def dense(model: Any) -> Callable[[Sequence[str], int], Tensor]:
+    """Encode texts, so many per batch, with the dense model in PyTorch."""
 
-    def encode(texts: Sequence[str]) -> Tensor:
+    def encode(texts: Sequence[str], batch_size: int) -> Tensor:
         vectors: Tensor = model.encode(list(texts), batch_size=batch_size, convert_to_tensor=True)
         return vectors.float()
 
     return encode
+
+
+def in_torch(encode: Callable[[Sequence[str], int], Tensor]) -> Candidate:
+    """Let PyTorch compute one batch at a time, or several in Python threads that share ours."""
+
+    def load(batch_size: int, streams: int) -> Encode:
+        if streams == 1:
+            return partial(encode, batch_size=batch_size)
+        return partial(in_threads, partial(encode, batch_size=batch_size), streams)
+
+    return Candidate(load, STREAMS)
+
+
+def in_threads(encode: Encode, streams: int, texts: Sequence[str]) -> Tensor:
+    """Encode in so many Python threads; each has an equal share of long and short texts."""
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    shares = [order[number::streams] for number in range(streams)]
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(
+            streams, initializer=torch.set_num_threads, initargs=(max(1, threads // streams),)
+        ) as pool:
+            parts = list(pool.map(lambda share: encode([texts[i] for i in share]), shares))
+    finally:
+        torch.set_num_threads(threads)  # also for threads that begin later
+    vectors = torch.cat(parts)
+    places = torch.tensor([i for share in shares for i in share])
+    return torch.empty_like(vectors).index_copy_(0, places, vectors)
 
 
 def in_runtime(
@@ -182,12 +211,13 @@ def pieces_of(texts: Sequence[str]) -> list[list[int]]:
 
 
 def best_settings(candidate: Candidate, texts: Sequence[str]) -> list[int]:
-    """Return the fastest [texts per batch, batches at a time] on ``texts``; the better of two."""
+    """Return the fastest [texts per batch, batches at a time] on ``texts``."""
     seconds = {}
     for streams in candidate.streams:
         for batch_size in BATCHES:
             encode = candidate.load(batch_size, streams)
-            seconds[batch_size, streams] = min(timed(encode, texts)[0] for _ in range(2))
+            encode(texts[-16:])  # what is made at the first call
+            seconds[batch_size, streams] = timed(encode, texts)[0]
     best = min(seconds.items(), key=lambda item: item[1])[0]
     return list(best)
 
@@ -291,7 +321,7 @@ def scores_of(
         name: (encode(questions), read_vectors(folder, name, texts))
         for name, encode in encoders.items()
     }
-    return quality(pairs, (dense(exports.model, BATCHES[-1], 1)(questions), exact), vectors)
+    return quality(pairs, (dense(exports.model)(questions, BATCHES[-1]), exact), vectors)
 
 
 def noise_of(progress: Progress) -> list[str]:
@@ -325,7 +355,7 @@ def run(
                 return
     encoders = {name: found[name].load(*progress.settings[name]) for name in found}
     for encode in encoders.values():
-        encode(texts[:BLOCK])  # what is made at the first call
+        encode(texts[:BLOCK])
     longest = 0.0
     while (place := progress.next_piece(list(found), rounds)) is not None:
         start = time.monotonic()
@@ -351,8 +381,12 @@ def run(
 def reference(exports: Exports, texts: Sequence[str]) -> Tensor:
     """Return the vectors of the dense model in float32, from a file if they are there."""
     name = f"vectors-{hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}.npy"
-    exact = dense(exports.model, BATCHES[-1], 1)
-    return torch.from_numpy(np.load(exports.file(name, lambda p: np.save(p, exact(texts).numpy()))))
+    encode = dense(exports.model)
+
+    def make(path: Path) -> None:
+        np.save(path, encode(texts, BATCHES[-1]).numpy())
+
+    return torch.from_numpy(np.load(exports.file(name, make)))
 
 
 def tokens_of(exports: Exports, texts: Sequence[str]) -> int:
