@@ -9,10 +9,12 @@
 
 As upcycled, the experts are equal: every candidate must give the dense model's vectors, and the
 least cosine to those in float32 is in the record. All have the same threads and the same texts, cut
-to 256 tokens, and tokenizing is timed; each has its best number of texts per batch and of batches
-at a time (in PyTorch: Python threads, which share the threads). 1,000 texts take minutes per round, so a round is made of pieces whose times are added:
-texts are sorted by length, and blocks of them are dealt to the pieces, so that batches are those of
-all texts. A run stops before ``--seconds`` are over; the next continues where it stopped.
+to 256 tokens, and tokenizing is timed. Each has its best number of texts per batch, and of batches
+at a time, which share the threads; in PyTorch these are computed in Python threads.
+
+1,000 texts take minutes per round, so a round is made of pieces whose times are added: texts are
+sorted by length, and blocks of them are dealt to the pieces, so that batches are those of all
+texts. A run stops before ``--seconds`` are over; the next continues where it stopped.
 """
 
 from __future__ import annotations
@@ -211,15 +213,15 @@ def pieces_of(texts: Sequence[str]) -> list[list[int]]:
 
 
 def best_settings(candidate: Candidate, texts: Sequence[str]) -> list[int]:
-    """Return the fastest [texts per batch, batches at a time] on ``texts``."""
-    seconds = {}
-    for streams in candidate.streams:
-        for batch_size in BATCHES:
-            encode = candidate.load(batch_size, streams)
-            encode(texts[-16:])  # what is made at the first call
-            seconds[batch_size, streams] = timed(encode, texts)[0]
-    best = min(seconds.items(), key=lambda item: item[1])[0]
-    return list(best)
+    """Return the fastest [texts per batch, batches at a time] on ``texts``, chosen in this order."""
+
+    def seconds(batch_size: int, streams: int) -> float:
+        encode = candidate.load(batch_size, streams)
+        encode(texts[-16:])  # what is made at the first call
+        return timed(encode, texts)[0]
+
+    batch_size = min(BATCHES, key=lambda batch_size: seconds(batch_size, 1))
+    return [batch_size, min(candidate.streams, key=lambda streams: seconds(batch_size, streams))]
 
 
 def timed(encode: Encode, texts: Sequence[str]) -> tuple[float, Tensor]:
