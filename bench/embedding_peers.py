@@ -213,7 +213,7 @@ def pieces_of(texts: Sequence[str]) -> list[list[int]]:
 
 
 def best_settings(candidate: Candidate, texts: Sequence[str]) -> list[int]:
-    """Return the fastest [texts per batch, batches at a time] on ``texts``, chosen in this order."""
+    """Return the fastest [texts per batch, batches at a time], chosen in this order."""
 
     def seconds(batch_size: int, streams: int) -> float:
         encode = candidate.load(batch_size, streams)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -31,6 +32,26 @@ def test_the_fastest_settings_are_chosen(monkeypatch):
     monkeypatch.setattr(e, "timed", lambda encode, texts: (encode(texts), torch.zeros(1)))
     candidate = e.Candidate(lambda batch, streams: lambda texts: abs(batch - 32) - streams, (1, 2))
     assert e.best_settings(candidate, ["a"]) == [32, 2]
+
+
+def test_threads_share_the_texts_and_torch_s_threads():
+    seen = []
+
+    def encode(texts):
+        seen.append((threading.get_ident(), torch.get_num_threads(), len(texts)))
+        return torch.tensor([[float(len(t))] for t in texts])
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        texts = ["x" * ((7 * i) % 13) for i in range(21)]
+        found = e.in_threads(encode, 2, texts)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert found.flatten().tolist() == [len(text) for text in texts]
+    assert sorted(number for _, _, number in seen) == [10, 11]
+    assert {threads for _, threads, _ in seen} == {2}
 
 
 def candidate(factor: float, seen: list[list[str]]) -> e.Candidate:
