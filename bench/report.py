@@ -29,7 +29,7 @@ FILES = {
     "MoE layer": "bench moe_mlp",
     "contrastive loss": "bench info_nce",
     "import": "bench import_time",
-    "embedding beside other runtimes": "bench.embedding_peers",
+    "embedding beside other runtimes": "bench.embedding_peers {dtype}",
 }
 """What measures an operation, where it is not called as the operation is."""
 PROCESSOR = "cpu-"
@@ -93,7 +93,8 @@ def section(records: Mapping[str, Record], title: str, images: Path) -> str:
         first = next(iter(found.values()))[0]
         operation = first.operation.partition(",")[0]
         file = FILES.get(operation, "bench " + operation.lower().replace(" ", "_"))
-        parts.append(f"### {group}\n\nRepeat: `python -m {file}`\n")
+        command = file.format(dtype=first.dtype)
+        parts.append(f"### {group}\n\nRepeat: `python -m {command}`\n")
         for name, rows in found.items():
             if any(row.ratio and row.who != row.baseline for row in rows):
                 sentence = f"How long each candidate takes, {rows[0].baseline} being 1: {group}"
@@ -101,7 +102,7 @@ def section(records: Mapping[str, Record], title: str, images: Path) -> str:
                 number = list(grouped[name]).index(group)
                 draw = pictures.draw_ratios
                 parts.append(picture(images, name, str(number), sentence, draw, rows, group))
-        parts.append(table({labels[name]: rows for name, rows in found.items()}))
+        parts.append(table({labels[name]: rows for name, rows in found.items()}, several))
     for name, record in records.items():
         heading = f" on {labels[name]}" if several else ""
         parts += growth_parts(record, heading, partial(picture, images, name))
@@ -193,13 +194,13 @@ def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]
     return best
 
 
-def table(columns: Mapping[str, Sequence[Row]]) -> str:
+def table(columns: Mapping[str, Sequence[Row]], named: bool = False) -> str:
     """Return a table with a line per candidate and shape, and why some did not run.
 
     Args:
         columns: the rows of each processor, by its name; several stand side by side.
+        named: whether heads and reasons say the processor.
     """
-    several = len(columns) > 1
     cells = {label: {_line(row): _cells(row) for row in rows} for label, rows in columns.items()}
     heads = [
         (label, head)
@@ -209,7 +210,7 @@ def table(columns: Mapping[str, Sequence[Row]]) -> str:
     header = (
         "shape",
         "candidate",
-        *(f"{head}, {label}" if several else head for label, head in heads),
+        *(f"{head}, {label}" if named else head for label, head in heads),
     )
     lines = [header]
     for line in dict.fromkeys(line for found in cells.values() for line in found):
@@ -217,7 +218,7 @@ def table(columns: Mapping[str, Sequence[Row]]) -> str:
         if any(values):
             lines.append((*line, *values))
     notes = [
-        f"- {label + ': ' if several else ''}{reason}"
+        f"- {label + ': ' if named else ''}{reason}"
         for label, rows in columns.items()
         for reason in _reasons(rows)
     ]
@@ -237,7 +238,7 @@ def _cells(row: Row) -> dict[str, str]:
     if row.share_of_floor:
         cells["share of the floor"] = f"{row.share_of_floor:.0%}"
     for name, value in (row.figures or {}).items():
-        cells[name] = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        cells[name] = f"{value:,}" if isinstance(value, int) else f"{value:.5f}"
     return cells
 
 
