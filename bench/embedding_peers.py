@@ -45,7 +45,7 @@ from .embedding_quality import quality
 from .harness import ROOT, environment, summarize, write_json
 from .machine import processor_share
 from .record import Record, Row, append
-from .runtimes import FORMS, Embed, Exports, encoder
+from .runtimes import FORMS, Embed, Exports, encoder, versions
 
 Encode = Callable[[Sequence[str]], Tensor]
 
@@ -296,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run(progress, state, found, texts, exact, arguments.rounds, deadline)
     done = sum(len(measured) for r in progress.rounds for measured in list(r.values())[:1])
     print(f"{done} of {arguments.rounds * PIECES} pieces are measured")
+    settings["versions"] |= versions()
     if done == arguments.rounds * PIECES:
         scores = scores_of(progress, state, found, pairs, exports, exact)
         rows = rows_of(progress, arguments.precision, exports, texts, absent, scores)

@@ -34,6 +34,11 @@ PACKAGES = ("onnx", "onnxruntime", "openvino", "nncf")
 OUTPUT = "sentence_embedding"
 
 
+def versions() -> dict[str, str | None]:
+    """Return the versions of the runtimes' packages; None for those that are not installed."""
+    return {name: metadata.version(name) if find_spec(name) else None for name in PACKAGES}
+
+
 class Network(nn.Module):
     """A SentenceTransformer as a function of the tokenizer's arrays."""
 
@@ -63,8 +68,8 @@ class Exports:
         state = hashlib.sha256()
         for name, tensor in model.state_dict().items():
             state.update(name.encode() + tensor.contiguous().numpy().tobytes())
-        versions = [metadata.version(p) if find_spec(p) else None for p in (*PACKAGES, "torch")]
-        state.update(repr([self.calibration, model.max_seq_length, versions]).encode())
+        used = [*versions().values(), metadata.version("torch")]
+        state.update(repr([self.calibration, model.max_seq_length, used]).encode())
         self.folder = folder / state.hexdigest()[:16]
 
     @property
