@@ -138,9 +138,10 @@ def in_torch(encode: Callable[[Sequence[str], int], Tensor]) -> Candidate:
     """Let PyTorch compute one batch at a time, or several in Python threads that share ours."""
 
     def load(batch_size: int, streams: int) -> Encode:
-        if streams == 1:
-            return partial(encode, batch_size=batch_size)
-        return partial(in_threads, partial(encode, batch_size=batch_size), streams)
+        def alone(texts: Sequence[str]) -> Tensor:
+            return encode(texts, batch_size)
+
+        return alone if streams == 1 else partial(in_threads, alone, streams)
 
     return Candidate(load, STREAMS)
 
