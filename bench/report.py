@@ -102,7 +102,9 @@ def section(records: Mapping[str, Record], title: str, images: Path) -> str:
                 number = list(grouped[name]).index(group)
                 draw = pictures.draw_ratios
                 parts.append(picture(images, name, str(number), sentence, draw, rows, group))
-        parts.append(table({labels[name]: rows for name, rows in found.items()}, several))
+        if several and len(found) == 1:
+            parts.append(f"On {labels[next(iter(found))]}:\n")
+        parts.append(table({labels[name]: rows for name, rows in found.items()}))
     for name, record in records.items():
         heading = f" on {labels[name]}" if several else ""
         parts += growth_parts(record, heading, partial(picture, images, name))
@@ -194,13 +196,13 @@ def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]
     return best
 
 
-def table(columns: Mapping[str, Sequence[Row]], named: bool = False) -> str:
+def table(columns: Mapping[str, Sequence[Row]]) -> str:
     """Return a table with a line per candidate and shape, and why some did not run.
 
     Args:
         columns: the rows of each processor, by its name; several stand side by side.
-        named: whether heads and reasons say the processor.
     """
+    named = len(columns) > 1
     cells = {label: {_line(row): _cells(row) for row in rows} for label, rows in columns.items()}
     heads = [
         (label, head)
