@@ -200,8 +200,11 @@ bench-full: setup
 bench-gpu: setup
 	$(PY) -m bench.gpu $(ARGS)
 
-# Exit code 1: a case became slower. AGAINST: the committed run to hold RESULT against.
-AGAINST ?= $(lastword $(sort $(wildcard bench/results/cpu-*.json)))
+# Exit code 1: a case became slower. AGAINST: the committed run to hold RESULT against; by default the
+# newest of this processor's maker.
+INTEL := $(sort $(wildcard bench/results/cpu-intel-*.json))
+AMD := $(filter-out $(INTEL),$(sort $(wildcard bench/results/cpu-*.json)))
+AGAINST ?= $(lastword $(if $(shell grep -m 1 -s GenuineIntel /proc/cpuinfo),$(INTEL),$(AMD)))
 bench-compare: setup
 	@test -n "$(AGAINST)" || { echo "bench-compare: no committed run; name one: AGAINST=FILE" >&2; exit 2; }
 	$(PY) -m bench.compare $(AGAINST) $(RESULT)

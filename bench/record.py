@@ -56,6 +56,7 @@ class Row:
         sweep: the letter of ``shape`` that a series of cases varies.
         peak_bytes: its peak memory, if that was measured.
         instructions: the number of its instructions, if that was measured.
+        figures: what else was measured of it, by name, such as the least cosine to float32.
         reason: why it did not run.
     """
 
@@ -72,6 +73,7 @@ class Row:
     sweep: str | None = None
     peak_bytes: int | None = None
     instructions: int | None = None
+    figures: dict[str, float] | None = None
     reason: str | None = None
 
     @property
@@ -154,6 +156,38 @@ class Recorder:
             self._before, self.record.load_after, self._shares, torch.get_num_threads()
         )
         write_json(Path(path), asdict(self.record))
+
+
+def append(path: str | os.PathLike[str], new: Record) -> None:
+    """Add a record's rows to the one in ``path``, in place of its rows of the same cases.
+
+    So one processor's record can be measured in parts. The environment becomes that of the last
+    part; ``earlier_commits`` in it lists those of the others. Without a file, ``new`` is written.
+
+    Raises:
+        ValueError: ``path`` holds no record, or one of another processor or number of threads.
+    """
+    path = Path(path)
+    if not path.exists():
+        write_json(path, asdict(new))
+        return
+    old = read_record(path)
+    for name in ("cpu", "threads"):
+        was, now = old.environment.get(name), new.environment.get(name)
+        if was != now:
+            raise ValueError(f"{path} was measured with {name} {was!r}; this run has {now!r}.")
+    measured = {(row.case, row.sweep) for row in new.rows}
+    kept = [row for row in old.rows if (row.case, row.sweep) not in measured]
+    commits = {*old.environment.get("earlier_commits", ()), old.environment.get("commit")}
+    earlier = sorted(str(c) for c in commits - {new.environment.get("commit")})
+    joined = replace(
+        new,
+        environment=new.environment | ({"earlier_commits": earlier} if earlier else {}),
+        machine=old.machine or new.machine,
+        noisy=list(dict.fromkeys([*(old.noisy if kept else ()), *new.noisy])),
+        rows=kept + new.rows,
+    )
+    write_json(path, asdict(joined))
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:

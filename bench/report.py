@@ -6,7 +6,8 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from .record import Record, Row, read_record
 
 INTRODUCTION = Path(__file__).with_name("introduction.md")
 FILES = {
-    "gather_rows": "rows",
-    "combine_rows": "rows",
-    "expert MLP beside dense": "expert_mlp",
-    "privacy-filter experts": "privacy_filter",
-    "MoE layer": "moe_mlp",
-    "contrastive loss": "info_nce",
-    "MaxSim": "maxsim",
-    "import": "import_time",
+    "gather_rows": "bench rows",
+    "combine_rows": "bench rows",
+    "expert MLP beside dense": "bench expert_mlp",
+    "privacy-filter experts": "bench privacy_filter",
+    "MoE layer": "bench moe_mlp",
+    "contrastive loss": "bench info_nce",
+    "MaxSim": "bench maxsim",
+    "import": "bench import_time",
+    "embedding beside other runtimes": "bench.embedding_peers {dtype}",
 }
-"""The operation files that are not called as their operations are."""
+"""What measures an operation, where it is not called as the operation is."""
+PROCESSOR = "cpu-"
+"""Begins the names of records that hold the same operations on different processors."""
 NO_ALTERNATIVES = (OURS, "dense", "dense, compiled", PRODUCTS, MAXSIM_PRODUCTS, "bare products")
 """The candidates that are moe_fast itself, or compute something else."""
 
@@ -52,53 +56,91 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     records = {name: record for name, record in every.items() if record.rows}
+    processors = {n: record for n, record in records.items() if n.startswith(PROCESSOR)}
     for name, record in records.items():
-        text += "\n" + section(name, record, images)
+        if name not in processors:
+            text += "\n" + section({name: record}, name, images)
+        elif name == next(iter(processors)):  # all of them stand where the first would
+            title = name if len(processors) == 1 else "Several processors"
+            text += "\n" + section(processors, title, images)
     with atomic_write(arguments.output) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{arguments.output}: {len(records)} runs")
     return 0
 
 
-def section(name: str, record: Record, images: Path) -> str:
-    """Return the part of the page about one run; draws its pictures into ``images``."""
-    parts = [f"## {name}\n", machine_lines(record)]
-    single = [row for row in record.rows if row.sweep is None and row.peak_bytes is None]
+def section(records: Mapping[str, Record], title: str, images: Path) -> str:
+    """Return the part of the page about one run, or about the same operations on processors.
 
-    def picture(kind: str, sentence: str, draw: Callable[..., None], *what: Any) -> str:
-        draw(*what, images / f"bench-{name}-{kind}.png")
-        return f"![{sentence}](images/bench-{name}-{kind}.png)\n\n{sentence}\n"
+    Its pictures are drawn into ``images``, for each record its own.
+    """
+    several = len(records) > 1
+    parts = [f"## {title}\n"]
+    singles: dict[str, list[Row]] = {}
+    labels = labels_of(records)
+    for name, record in records.items():
+        parts.append((f"**{labels[name]}**: " if several else "") + machine_lines(record))
+        singles[name] = [r for r in record.rows if r.sweep is None and r.peak_bytes is None]
+        best = best_of_others(singles[name])
+        if best:
+            sentence = (
+                "The fastest alternative that computes the same, per operation: the mean over all "
+                "shapes, the line from least to most."
+            )
+            parts.append(picture(images, name, "best", sentence, pictures.draw_best, best))
+    titles = dict.fromkeys(t for rows in singles.values() for t in groups(rows))
+    grouped = {name: groups(rows) for name, rows in singles.items()}
+    for group in titles:
+        found = {name: rows[group] for name, rows in grouped.items() if group in rows}
+        first = next(iter(found.values()))[0]
+        operation = first.operation.partition(",")[0]
+        file = FILES.get(operation, "bench " + operation.lower().replace(" ", "_"))
+        command = file.format(dtype=first.dtype)
+        parts.append(f"### {group}\n\nRepeat: `python -m {command}`\n")
+        for name, rows in found.items():
+            if any(row.ratio and row.who != row.baseline for row in rows):
+                sentence = f"How long each candidate takes, {rows[0].baseline} being 1: {group}"
+                sentence += f", {labels[name]}." if several else "."
+                number = list(grouped[name]).index(group)
+                draw = pictures.draw_ratios
+                parts.append(picture(images, name, str(number), sentence, draw, rows, group))
+        if several and len(found) == 1:
+            parts.append(f"On {labels[next(iter(found))]}:\n")
+        parts.append(table({labels[name]: rows for name, rows in found.items()}))
+    for name, record in records.items():
+        heading = f" on {labels[name]}" if several else ""
+        parts += growth_parts(record, heading, partial(picture, images, name))
+    return "\n".join(parts)
 
-    best = best_of_others(single)
-    if best:
-        sentence = (
-            "The fastest alternative that computes the same, per operation: the mean over all "
-            "shapes, the line from least to most."
-        )
-        parts.append(picture("best", sentence, pictures.draw_best, best))
-    for number, (title, rows) in enumerate(groups(single).items()):
-        operation = rows[0].operation.partition(",")[0]
-        file = FILES.get(operation, operation.lower().replace(" ", "_"))
-        parts.append(f"### {title}\n\nRepeat: `python -m bench {file}`\n")
-        if any(row.ratio and row.who != row.baseline for row in rows):
-            sentence = f"How long each candidate takes, {rows[0].baseline} being 1: {title}."
-            parts.append(picture(str(number), sentence, pictures.draw_ratios, rows, title))
-        parts.append(table(rows))
-    return "\n".join([*parts, *growth_parts(record, picture)])
+
+def labels_of(records: Mapping[str, Record]) -> dict[str, str]:
+    """Return a name for each record's processor; that of the file where two are the same."""
+    cpus = {name: str(record.environment.get("cpu")) for name, record in records.items()}
+    return {
+        name: cpu if list(cpus.values()).count(cpu) == 1 else name for name, cpu in cpus.items()
+    }
 
 
-def growth_parts(record: Record, picture: Callable[..., str]) -> list[str]:
-    """Return roofline, growth and memory, if they were measured."""
+def picture(
+    images: Path, name: str, kind: str, sentence: str, draw: Callable[..., None], *what: Any
+) -> str:
+    """Draw a picture of a record, and return the lines that show it."""
+    draw(*what, images / f"bench-{name}-{kind}.png")
+    return f"![{sentence}](images/bench-{name}-{kind}.png)\n\n{sentence}\n"
+
+
+def growth_parts(record: Record, heading: str, picture: Callable[..., str]) -> list[str]:
+    """Return roofline, growth and memory, if they were measured; ``heading`` says where."""
     parts = []
     if record.machine and any(r.who == OURS and r.work and r.work.flop for r in record.rows):
         sentence = "How near moe_fast comes to what this machine could do at best."
         drawn = picture("roofline", sentence, pictures.draw_roofline, record.rows, record.machine)
-        parts += ["### The limit\n", drawn]
+        parts += [f"### The limit{heading}\n", drawn]
     curves = curves_of(record.rows, lambda row: row.seconds.median * 1e3 if row.seconds else None)
     if curves:
         sentence = "How time grows with one size, the others fixed; in the legend the exponent."
         parts += [
-            "### Growth\n\nRepeat: `python -m bench growth`\n",
+            f"### Growth{heading}\n\nRepeat: `python -m bench growth`\n",
             picture("growth", sentence, pictures.draw_curves, curves, "ms"),
             growth_table(curves),
         ]
@@ -106,7 +148,7 @@ def growth_parts(record: Record, picture: Callable[..., str]) -> list[str]:
     if curves:
         sentence = "What one forward and backward takes beyond its inputs, in fresh processes."
         parts += [
-            "### Memory\n\nRepeat: `python -m bench peak_memory`\n",
+            f"### Memory{heading}\n\nRepeat: `python -m bench peak_memory`\n",
             picture("memory", sentence, pictures.draw_curves, curves, "MiB beyond the inputs"),
             memory_table(curves),
         ]
@@ -116,10 +158,13 @@ def growth_parts(record: Record, picture: Callable[..., str]) -> list[str]:
 def machine_lines(record: Record) -> str:
     """Describe machine, versions and noise of a run."""
     e = record.environment
+    commits = f"commit {str(e.get('commit'))[:12]}"
+    if e.get("earlier_commits"):
+        commits += f", parts at {', '.join(c[:12] for c in e['earlier_commits'])}"
     versions = ", ".join(f"{name} {v}" for name, v in e.get("versions", {}).items() if v)
     lines = [
         f"{e.get('cpu')}, {e.get('threads')} threads of {e.get('cpus')} processors; {versions}; "
-        f"Python {e.get('python')}; commit {str(e.get('commit'))[:12]}; {e.get('time')}.\n"
+        f"Python {e.get('python')}; {commits}; {e.get('time')}.\n"
     ]
     if record.machine:
         lines.append(f"The machine's limits: {record.machine}.\n")
@@ -153,24 +198,65 @@ def best_of_others(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]
     return best
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return a table with a line per candidate and shape, and why some did not run."""
-    lines = [("shape", "candidate", f"time over {rows[0].baseline}'s", "ms", "share of the floor")]
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        shape = " ".join(f"{k}={v}" for k, v in row.shape.items())
-        if row.ratio and row.seconds:
-            share = f"{row.share_of_floor:.0%}" if row.share_of_floor else ""
-            milliseconds = f"{row.seconds.median * 1e3:.3g}"
-            lines.append((shape, row.who, row.ratio.shown(2), milliseconds, share))
-        elif row.reason:
-            reasons.setdefault(f"{row.who}: {row.reason}", []).append(shape)
-    count = len({row.case for row in rows})
+def table(columns: Mapping[str, Sequence[Row]]) -> str:
+    """Return a table with a line per candidate and shape, and why some did not run.
+
+    Args:
+        columns: the rows of each processor, by its name; several stand side by side.
+    """
+    named = len(columns) > 1
+    cells = {label: {_line(row): _cells(row) for row in rows} for label, rows in columns.items()}
+    heads = [
+        (label, head)
+        for label, found in cells.items()
+        for head in dict.fromkeys(h for values in found.values() for h in values)
+    ]
+    header = (
+        "shape",
+        "candidate",
+        *(f"{head}, {label}" if named else head for label, head in heads),
+    )
+    lines = [header]
+    for line in dict.fromkeys(line for found in cells.values() for line in found):
+        values = [cells[label].get(line, {}).get(head, "") for label, head in heads]
+        if any(values):
+            lines.append((*line, *values))
     notes = [
-        f"- {reason}" + ("" if len(shapes) == count else f" ({'; '.join(shapes)})")
-        for reason, shapes in reasons.items()
+        f"- {label + ': ' if named else ''}{reason}"
+        for label, rows in columns.items()
+        for reason in _reasons(rows)
     ]
     return markdown(lines) + "\n".join(["", "Not run:", "", *notes, ""] if notes else [])
+
+
+def _line(row: Row) -> tuple[str, str]:
+    return " ".join(f"{k}={v}" for k, v in row.shape.items()), row.who
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """What one processor's columns say about a row, by the columns' heads."""
+    if not row.ratio or not row.seconds:
+        return {}
+    cells = {f"time over {row.baseline}'s": row.ratio.shown(2)}
+    cells["ms"] = f"{row.seconds.median * 1e3:.3g}"
+    if row.share_of_floor:
+        cells["share of the floor"] = f"{row.share_of_floor:.0%}"
+    for name, value in (row.figures or {}).items():
+        cells[name] = f"{value:,}" if isinstance(value, int) else f"{value:.5f}"
+    return cells
+
+
+def _reasons(rows: Sequence[Row]) -> list[str]:
+    """Why candidates did not run, and in which shapes unless it was in all."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.reason:
+            reasons.setdefault(f"{row.who}: {row.reason}", []).append(_line(row)[0])
+    count = len({row.case for row in rows})
+    return [
+        reason + ("" if len(shapes) == count else f" ({'; '.join(shapes)})")
+        for reason, shapes in reasons.items()
+    ]
 
 
 def growth_table(curves: Sequence[Curve]) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from bench.harness import Summary
 from bench.machine import Machine, noise
-from bench.record import Recorder, Row, Work, pooled, read_record
+from bench.record import Record, Recorder, Row, Work, append, pooled, read_record
 
 MACHINE = Machine(2e10, 3e10, {"float32": 1e11})
 RATIO, SECONDS = Summary(1.5, 1.4, 1.6, 9), Summary(0.003, 0.002, 0.004, 9)
@@ -119,3 +119,37 @@ def test_noise(before, after, shares, reasons):
 )
 def test_the_floor_is_the_larger_of_two_times(flop, moved, dtype, seconds):
     assert MACHINE.floor_seconds(flop, moved, dtype) == seconds
+
+
+def part(who: str, seconds: float, operation: str = "plan", **environment) -> Record:
+    given = {"cpu": "a processor", "threads": 2, "commit": "1"} | environment
+    summary = Summary(seconds, seconds, seconds, 5)
+    figures = {"tokens per second": 7}
+    return Record(given, rows=[
+        Row(operation, {"T": 4}, "int64", who, "ours", summary, summary, figures=figures)
+    ])  # fmt: skip
+
+
+def test_parts_are_appended_and_cases_replaced(tmp_path):
+    path = tmp_path / "run.json"
+    append(path, part("ours", 1.0))
+    append(path, part("ours", 2.0, "route", commit="2"))
+    assert [row.operation for row in read_record(path).rows] == ["plan", "route"]
+    append(path, part("ours", 3.0, commit="3"))
+    record = read_record(path)
+    assert [(row.operation, row.seconds.median) for row in record.rows] == [
+        ("route", 2.0), ("plan", 3.0)
+    ]  # fmt: skip
+    assert record.rows[0].figures == {"tokens per second": 7}
+    assert record.environment["commit"] == "3"
+    assert record.environment["earlier_commits"] == ["1", "2"]
+
+
+@pytest.mark.parametrize("other", [{"cpu": "another"}, {"threads": 1}])
+def test_another_machine_s_record_is_not_touched(tmp_path, other):
+    path = tmp_path / "run.json"
+    append(path, part("ours", 1.0))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"{path}.*{next(iter(other))}"):
+        append(path, part("ours", 1.0, **other))
+    assert path.read_bytes() == before

@@ -76,9 +76,40 @@ def test_the_best_of_the_others_is_never_dense_nor_ours():
 def test_who_never_ran_is_named_once():
     rows = [Row("op", {"T": t}, "float32", "Liger", OURS, reason="no GPU") for t in (1, 2)]
     rows.append(Row("op", {"T": 2}, "float32", "batched_mm", OURS, reason="copies too much"))
-    text = table(rows)
+    text = table({"a processor": rows})
     assert text.count("Liger: no GPU") == 1
     assert "- Liger: no GPU\n" in text and "batched_mm: copies too much (T=2)" in text
+
+
+def test_processors_stand_side_by_side(tmp_path):
+    """Each operation has one table; what only one processor has leaves the other's cells empty."""
+    results, page = tmp_path / "results", tmp_path / "docs" / "benchmarks.md"
+    figures = {"tokens per second": 12345, "least cosine": 0.99951}
+    for name, ratio in (("a", 2.0), ("b", 3.0)):
+        rows = [row(OURS, 1), row("eager", ratio), row("eager", 1.5, 16 if name == "a" else 32)]
+        rows.append(Row("expert MLP", {"T": 8, "D": 4}, "float32", "X", OURS, reason=f"on {name}"))
+        if name == "b":
+            rows.append(
+                row("peer", 4, operation="embedding beside other runtimes", figures=figures)
+            )
+        record = Record(ENVIRONMENT | {"cpu": f"processor {name}"}, rows=rows)
+        write_json(results / f"cpu-{name}.json", asdict(record))
+    assert main(["--results", str(results), "--output", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("## Several processors") == text.count("### expert MLP, float32") == 1
+    assert "**processor a**" in text and "**processor b**" in text
+    columns = [
+        f"{head}, processor {name}"
+        for name in "ab"
+        for head in (f"time over {OURS}'s", "ms", "share of the floor")
+    ]
+    assert f"| shape | candidate | {' | '.join(columns)} |" in text
+    first, second = "2.00 [1.80, 2.20] | 16 | 50%", "3.00 [2.70, 3.30] | 24 | 50%"
+    assert f"| T=8 D=4 | eager | {first} | {second} |" in text
+    assert "| T=16 D=4 | eager | 1.50 [1.35, 1.65] | 24 | 50% |  |  |  |" in text
+    assert "- processor a: X: on a" in text and "- processor b: X: on b" in text
+    assert "Repeat: `python -m bench.embedding_peers float32`" in text and "On processor b:" in text
+    assert "| tokens per second | least cosine |" in text and "| 12,345 | 0.99951 |" in text
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
