@@ -18,7 +18,7 @@ from .helpers import need_native_library
 
 need_native_library()
 
-LEVELS = ["portable", "avx2", "avx512", "avx512bf16"]
+LEVELS = ["portable", "avx2", "avx512", "vnni", "avx512bf16", "amx"]
 OWN = native.cpu_capability.rpartition(", ")[2]
 CHOSEN = {
     "test_attention_cpp": "any_shape or many_blocks or the_first or views or nan or infinite",
@@ -52,3 +52,35 @@ def test_the_ops_are_right_at_a_lower_level(level):
     assert level != "portable" or has.startswith("BLAS float32")
     assert " passed" in report[-1]
     assert "failed" not in report[-1] and "skipped" not in report[-1]
+
+
+def import_with(level: str) -> subprocess.CompletedProcess:
+    """Import the native library in a process of its own, with MOE_FAST_CPU=level."""
+    return subprocess.run(
+        [sys.executable, "-c", "from moe_fast.ops import native; print(native.cpu_capability)"],
+        env=os.environ | {"MOE_FAST_CPU": level, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones():
+    done = import_with("avx3")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == (
+        f"ValueError: MOE_FAST_CPU must be auto, {', '.join(LEVELS)}; got 'avx3'."
+    )
+
+
+@pytest.mark.skipif(OWN == LEVELS[-1], reason="this processor has every instruction set")
+def test_an_instruction_set_that_the_processor_lacks_is_an_error_that_names_it():
+    better = LEVELS[LEVELS.index(OWN) + 1]
+    done = import_with(better)
+    assert done.returncode != 0
+    has = ", ".join(LEVELS[: LEVELS.index(OWN) + 1])
+    assert f"MOE_FAST_CPU asks for {better}" in done.stderr and f"It has {has}." in done.stderr
+
+
+@pytest.mark.parametrize("level", ["auto", ""])
+def test_auto_is_the_best_instruction_set_that_the_processor_has(level):
+    assert import_with(level).stdout.strip() == native.cpu_capability

@@ -7,10 +7,10 @@
 
 #include <dlfcn.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
-#include <vector>
+
+#include "instruction_set.h"
 
 namespace moe_fast {
 namespace {
@@ -115,11 +115,6 @@ bool block_bf16_works() {
          computes<Bf16>(block_bf16, bits, true);
 }
 
-bool blas_only() {
-  const char* asked = std::getenv("MOE_FAST_CPU");
-  return asked != nullptr && std::strcmp(asked, "portable") == 0;
-}
-
 }  // namespace
 
 const char* why_no_gemm() {
@@ -132,7 +127,7 @@ const Gemm& gemm() {
   static const Gemm bf16{block_f32, block_bf16, release_all, "oneDNN float32 and bfloat16"};
   static const Gemm f32{block_f32, nullptr, release_f32, "oneDNN float32"};
   static const Gemm blas{blas_f32, nullptr, [] {}, "BLAS float32"};
-  static const bool only_blas = blas_only();
+  static const bool only_blas = instruction_set() == InstructionSet::portable;
   // Checked in every call: oneDNN can be switched off in torch, and then its kernel throws.
   if (!only_blas && block_f32_works()) return block_bf16_works() ? bf16 : f32;
   if (sgemm == nullptr) throw std::runtime_error(why_no_gemm());

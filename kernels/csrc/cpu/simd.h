@@ -83,7 +83,7 @@ struct SimdOps {
   const LogitOps* logits;
 };
 
-// MOE_FAST_CPU=portable, avx2 or avx512 in the environment limits the choice (for tests).
+// Those of instruction_set().
 const SimdOps& simd();
 
 }  // namespace moe_fast
