@@ -114,11 +114,12 @@ void forward_task(const Mlp& mlp, const Gemm& gemm, const Task& task, const Forw
     }
   }
 
-  const int64_t step = count <= kPanel ? kUnits / 4 : kUnits;  // a copy of the rows must fit
+  const bool copied = count <= kPanel && !gemm.fits_tiles(kUnits, part);
+  const int64_t step = copied ? kUnits / 4 : kUnits;  // a copy of the rows must fit
   for (int64_t dim = 0; dim < mlp.dim; dim += step) {
     const int64_t dims = std::min(step, mlp.dim - dim);
     const int64_t from = mlp.down_at(task.expert, dim) + task.begin;
-    const auto weights = left_factor<G>(at(mlp.down, mlp.stored, from), mlp.stored, mlp.hidden,
+    const auto weights = left_factor<G>(gemm, at(mlp.down, mlp.stored, from), mlp.stored, mlp.hidden,
                                         dims, part, count, buffers.weights);
     float* tiles = buffers.tile.get<float>(dims * round_up(count, 16));
     multiply_tiles(gemm, weights, dims, part, activated, count, tiles);
@@ -263,7 +264,7 @@ std::tuple<Tensor, Tensor> expert_mlp_cpu(Tensor x, Tensor up_proj, Tensor down_
     const bool bf16 = in_bf16(mlp, products);
     if (mlp.layout != Layout::rows) {
       (bf16 ? forward_columns<Bf16> : forward_columns<float>)(mlp, products, task, out);
-    } else if (has_few_rows(mlp, task.expert)) {
+    } else if (has_few_rows(mlp, products, task.expert)) {
       forward_few(mlp, task, out);
     } else {
       (bf16 ? forward_task<Bf16> : forward_task<float>)(mlp, products, task, out);

@@ -80,7 +80,7 @@ void compute_z(const Mlp& mlp, const Gemm& gemm, const Task& task, const RowBloc
   const int64_t halves = mlp.gated ? 2 : 1;
   float* z[2] = {buffers.z.template get<float>(block.padded * unit.units),
                  buffers.z2.template get<float>(mlp.gated ? block.padded * unit.units : 0)};
-  if (has_few_rows(mlp, task.expert)) {
+  if (has_few_rows(mlp, gemm, task.expert)) {
     const Bf16* x = gather_few(mlp, block.first, block.count, buffers.up.columns);
     for (int64_t half = 0; half < halves; ++half) {
       project_few(mlp, task.expert, half * mlp.hidden + unit.first, unit.units, x, block.count,

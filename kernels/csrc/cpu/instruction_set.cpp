@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(MOE_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "vnni", "avx512bf16", "amx"};
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(MOE_AMX)
 // Whether the processor has tiles with products of bf16 and of 8-bit integers, and Linux gives them
 // to this process: their 8 KB are saved for a thread only after the process has asked for it.
 bool has_amx() {
