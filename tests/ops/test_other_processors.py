@@ -36,46 +36,59 @@ sys.exit(pytest.main(sys.argv[1:]))
 @pytest.mark.parametrize("level", LEVELS[: LEVELS.index(OWN)])
 def test_the_ops_are_right_at_a_lower_level(level):
     """The code without AVX-512, and without oneDNN's kernels, on the tests of shapes and values."""
-    chosen = " or ".join(f"({file} and ({names}))" for file, names in CHOSEN.items())
+    has = report_of_tests(CHOSEN, MOE_FAST_CPU=level)
+    assert has.endswith(f", {level}")
+    assert level != "portable" or has.startswith("BLAS float32")
+
+
+@pytest.mark.skipif(OWN != "amx", reason="without AMX, dots and blocks serve bf16 in every test")
+@pytest.mark.parametrize("product", ["dots", "blocks"])
+def test_the_products_beside_amx_are_right(product):
+    has = report_of_tests({"test_expert_mlp_cpp": "any_shape"}, MOE_FAST_PRODUCT=product)
+    assert "AMX tiles" not in has
+
+
+def report_of_tests(names_by_file: dict[str, str], **environment: str) -> str:
+    """Run tests in a process with these variables; return how it multiplies."""
+    chosen = " or ".join(f"({file} and ({names}))" for file, names in names_by_file.items())
     folder = Path(__file__).parent
-    files = [str(folder / f"{file}.py") for file in CHOSEN]
+    files = [str(folder / f"{file}.py") for file in names_by_file]
     done = subprocess.run(
         [sys.executable, "-c", CODE, "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
-        env=os.environ | {"MOE_FAST_CPU": level, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=folder.parents[1],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     has, *report = done.stdout.splitlines()
-    assert has.endswith(f", {level}")
-    assert level != "portable" or has.startswith("BLAS float32")
     assert " passed" in report[-1]
     assert "failed" not in report[-1] and "skipped" not in report[-1]
+    return has
 
 
-def import_with(level: str) -> subprocess.CompletedProcess:
-    """Import the native library in a process of its own, with MOE_FAST_CPU=level."""
+def import_with(**environment: str) -> subprocess.CompletedProcess:
+    """Import the native library in a process of its own, with these variables."""
     return subprocess.run(
         [sys.executable, "-c", "from moe_fast.ops import native; print(native.cpu_capability)"],
-        env=os.environ | {"MOE_FAST_CPU": level, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
 
 
 def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones():
-    done = import_with("avx3")
+    done = import_with(MOE_FAST_CPU="avx3")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == (
         f"ValueError: MOE_FAST_CPU must be auto, {', '.join(LEVELS)}; got 'avx3'."
     )
 
 
-@pytest.mark.skipif(OWN == LEVELS[-1], reason="this processor has every instruction set")
+@pytest.mark.skipif(LEVELS[-1] == OWN, reason="this processor has every instruction set")
 def test_an_instruction_set_that_the_processor_lacks_is_an_error_that_names_it():
     better = LEVELS[LEVELS.index(OWN) + 1]
-    done = import_with(better)
+    done = import_with(MOE_FAST_CPU=better)
     assert done.returncode != 0
     has = ", ".join(LEVELS[: LEVELS.index(OWN) + 1])
     assert f"MOE_FAST_CPU asks for {better}" in done.stderr and f"It has {has}." in done.stderr
@@ -83,4 +96,4 @@ def test_an_instruction_set_that_the_processor_lacks_is_an_error_that_names_it()
 
 @pytest.mark.parametrize("level", ["auto", ""])
 def test_auto_is_the_best_instruction_set_that_the_processor_has(level):
-    assert import_with(level).stdout.strip() == native.cpu_capability
+    assert import_with(MOE_FAST_CPU=level).stdout.strip() == native.cpu_capability

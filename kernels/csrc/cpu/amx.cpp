@@ -15,7 +15,7 @@ constexpr int64_t kTile = 16;      // rows of a tile, and columns of floats
 constexpr int64_t kStep = 32;      // of k in a tile
 constexpr int64_t kPanel = 48;     // columns of a panel of B, see packing.h
 constexpr int64_t kColumns = 384;  // of B at a time, with
-constexpr int64_t kDepth = 1024;   // of k: 0.8 MB, which stays in the level 2 cache
+constexpr int64_t kDepth = 512;    // of k: .4 MB stay in the level 2 cache, 32 KB of A in level 1
 constexpr int64_t kFewColumns = 32;  // up to here A is read once, and waiting for it takes the time
 
 struct alignas(64) TileConfig {
@@ -99,7 +99,7 @@ struct Product {
   }
 };
 
-// Multiplies k0 .. k0 + depth of A and of columns first .. last of B.
+// Multiplies rows of A from `row` on, k0 .. k0 + depth of them, by columns first .. last of B.
 template <int Rows, bool Ahead>
 void row_of_blocks(const Product& p, int64_t row, const uint16_t* a, int64_t lda, int64_t first,
                    int64_t last, int64_t k0, int64_t depth, bool add) {
@@ -115,6 +115,38 @@ void row_of_blocks(const Product& p, int64_t row, const uint16_t* a, int64_t lda
       block<Rows, 2, Ahead>(rows, lda * 2, b, c, depth / kStep, add);
     } else {
       block<Rows, 1, Ahead>(rows, lda * 2, b, c, depth / kStep, add);
+    }
+  }
+}
+
+// The same for all of k; the results are rounded to `out`, ldo apart, while they are in the level 1
+// cache.
+template <int Rows>
+void rounded_blocks(const Product& p, int64_t row, const uint16_t* a, int64_t lda, int64_t first,
+                    int64_t last, uint16_t* out, int64_t ldo) {
+  alignas(64) float sums[2 * kTile][2 * kTile];
+  const auto place = [&](int64_t i, int64_t j) {
+    return Place{reinterpret_cast<char*>(&sums[i][j]), sizeof sums[0]};
+  };
+  const Place c[2][2] = {{place(0, 0), place(0, kTile)}, {place(kTile, 0), place(kTile, kTile)}};
+  const char* rows = reinterpret_cast<const char*>(a + row * lda);
+  for (int64_t column = first; column < last; column += 2 * kTile) {
+    const bool two = column + kTile < last;
+    const Place b[2] = {p.b_tile(column, 0), p.b_tile(two ? column + kTile : column, 0)};
+    if (two) {
+      block<Rows, 2, false>(rows, lda * 2, b, c, p.k / kStep, false);
+    } else {
+      block<Rows, 1, false>(rows, lda * 2, b, c, p.k / kStep, false);
+    }
+    for (int64_t i = 0; i < Rows * kTile; ++i) {
+      uint16_t* to = out + (row + i) * ldo + column;
+      const __m512 lower = _mm512_load_ps(sums[i]);
+      if (two) {
+        const __m512 upper = _mm512_load_ps(sums[i] + kTile);
+        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(upper, lower));
+      } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(lower));
+      }
     }
   }
 }
@@ -136,6 +168,21 @@ void amx_bf16(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, c
       }
       if (row < m) row_of_blocks<1, false>(p, row, a, lda, first, last, k0, depth, add || k0 > 0);
     }
+  }
+  _tile_release();
+}
+
+void amx_bf16_rounded(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,
+                      const uint16_t* b, uint16_t* c, int64_t ldc) {
+  const Product p{m, n, k, b, nullptr, 0};
+  _tile_loadconfig(&kConfig);
+  for (int64_t first = 0; first < n; first += kColumns) {
+    const int64_t last = n - first < kColumns ? n : first + kColumns;
+    int64_t row = 0;
+    for (; row + 2 * kTile <= m; row += 2 * kTile) {
+      rounded_blocks<2>(p, row, a, lda, first, last, c, ldc);
+    }
+    if (row < m) rounded_blocks<1>(p, row, a, lda, first, last, c, ldc);
   }
   _tile_release();
 }

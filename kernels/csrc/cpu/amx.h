@@ -12,4 +12,8 @@ namespace moe_fast {
 void amx_bf16(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b,
               float* c, int64_t ldc, bool add);
 
+// C = A B, rounded to bf16; n is a multiple of 16.
+void amx_bf16_rounded(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,
+                      const uint16_t* b, uint16_t* c, int64_t ldc);
+
 }  // namespace moe_fast

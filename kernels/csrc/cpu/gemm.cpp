@@ -7,7 +7,10 @@
 
 #include <dlfcn.h>
 
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -69,6 +72,12 @@ void tiles_bf16(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t lda, con
                 float* c, int64_t ldc, bool add) {
   if (onednn_has_tiles) release_all();
   amx_bf16(m, n, k, a, lda, b, c, ldc, add);
+}
+
+void rounded_tiles_bf16(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t lda, const Bf16* b,
+                        Bf16* c, int64_t ldc) {
+  if (onednn_has_tiles) release_all();
+  amx_bf16_rounded(m, n, k, a, lda, b, c, ldc);
 }
 #endif
 
@@ -137,6 +146,13 @@ bool block_bf16_works() {
 }
 
 #if defined(MOE_AMX)
+float float_of(Bf16 v) {
+  const uint32_t u = static_cast<uint32_t>(v) << 16;
+  float f;
+  std::memcpy(&f, &u, sizeof f);
+  return f;
+}
+
 // Whether AMX multiplies small integers correctly, as one block of each kind that has several tiles.
 bool tiles_work() {
   constexpr int m = 48, n = 48, k = 64;
@@ -151,24 +167,50 @@ bool tiles_work() {
     for (int j = 0; j < n; ++j) b[(p / 2 * n + j) * 2 + p % 2] = bf16_of(b_at(p, j));
   }
   tiles_bf16(m, n, k, a.data(), k, b.data(), c.data(), n, true);
+  std::vector<Bf16> rounded(m * n);
+  rounded_tiles_bf16(m, n, k, a.data(), k, b.data(), rounded.data(), n);
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < n; ++j) {
-      float expected = 5.0f;
+      float expected = 0.0f;  // at most 6 k: a bf16 near to it is within 1
       for (int p = 0; p < k; ++p) expected += a_at(i, p) * b_at(p, j);
-      if (c[i * n + j] != expected) return false;
+      if (c[i * n + j] != 5.0f + expected) return false;
+      if (std::fabs(float_of(rounded[i * n + j]) - expected) > 1.0f) return false;
     }
   }
   return true;
 }
 #endif
 
-// The product by tiles, if this process uses it; else null.
-Gemm::Tiles tiles() {
+// The product that MOE_FAST_PRODUCT in the environment asks for, for measurements and tests.
+Bf16Product forced() {
+  const char* asked = std::getenv("MOE_FAST_PRODUCT");
+  if (asked == nullptr || *asked == '\0') return Bf16Product::automatic;
+  for (int i = 0; i < 4; ++i) {
+    if (std::strcmp(asked, kBf16Products[i]) == 0) return static_cast<Bf16Product>(i);
+  }
+  throw std::runtime_error(
+      std::string("MOE_FAST_PRODUCT must be auto, dots, blocks or tiles; got '") + asked + "'.");
+}
+
+// Adds the products by tiles, if this process uses them.
+Gemm with_tiles(Gemm products) {
+  const Bf16Product only = forced();
+  const bool dots = instruction_set() >= InstructionSet::avx512bf16;
+  const bool tiles = instruction_set() == InstructionSet::amx;
+  if ((only == Bf16Product::dots && !dots) || (only == Bf16Product::tiles && !tiles)) {
+    throw std::runtime_error(std::string("MOE_FAST_PRODUCT asks for ") +
+                             kBf16Products[static_cast<int>(only)] + ", which " +
+                             name_of(instruction_set()) + " does not have.");
+  }
 #if defined(MOE_AMX)
-  static const bool use = instruction_set() == InstructionSet::amx && tiles_work();
-  if (use) return tiles_bf16;
+  const bool wanted = only == Bf16Product::automatic || only == Bf16Product::tiles;
+  if (wanted && tiles && tiles_work()) {
+    products.tiles = tiles_bf16;
+    products.rounded_tiles = rounded_tiles_bf16;
+    products.name = "oneDNN float32 and bfloat16, AMX tiles";
+  }
 #endif
-  return nullptr;
+  return products;
 }
 
 }  // namespace
@@ -180,24 +222,24 @@ const char* why_no_gemm() {
 }
 
 const Gemm& gemm() {
-  static const Gemm bf16{block_f32, block_bf16, tiles(), release_all,
-                         tiles() ? "oneDNN float32 and bfloat16, AMX tiles"
-                                 : "oneDNN float32 and bfloat16"};
-  static const Gemm f32{block_f32, nullptr, nullptr, release_f32, "oneDNN float32"};
-  static const Gemm blas{blas_f32, nullptr, nullptr, [] {}, "BLAS float32"};
+  static const Gemm bf16 = with_tiles({block_f32, block_bf16, nullptr, nullptr, release_all,
+                                       "oneDNN float32 and bfloat16"});
+  static const Gemm f32{block_f32, nullptr, nullptr, nullptr, release_f32, "oneDNN float32"};
+  static const Gemm blas{blas_f32, nullptr, nullptr, nullptr, [] {}, "BLAS float32"};
   static const bool only_blas = instruction_set() == InstructionSet::portable;
   // Checked in every call: oneDNN can be switched off in torch, and then its kernel throws.
-  if (!only_blas && block_f32_works()) {
-    static const bool bf16_works = block_bf16_works();
-    return bf16_works ? bf16 : f32;
-  }
+  if (!only_blas && block_f32_works()) return block_bf16_works() ? bf16 : f32;
   if (sgemm == nullptr) throw std::runtime_error(why_no_gemm());
   return blas;
 }
 
 int64_t most_rows_of_dots(bool fits_tiles) {
-  for (const Bf16Products& entry : kBf16Products) {
-    if (entry.set == instruction_set()) return fits_tiles ? entry.dots_beside_tiles : entry.dots;
+  static const Bf16Product only = forced();
+  if (only != Bf16Product::automatic) {
+    return only == Bf16Product::dots ? std::numeric_limits<int64_t>::max() : 0;
+  }
+  for (const MostRowsOfDots& entry : kMostRowsOfDots) {
+    if (entry.set == instruction_set()) return fits_tiles ? entry.beside_tiles : entry.beside_blocks;
   }
   return 0;
 }

@@ -20,9 +20,12 @@ struct Gemm {
   // As amx_bf16() in amx.h, which says what sizes it takes.
   using Tiles = void (*)(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t lda, const Bf16* b,
                          float* c, int64_t ldc, bool add);
+  using RoundedTiles = void (*)(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t lda,
+                                const Bf16* b, Bf16* c, int64_t ldc);
   F32 f32;         // never null in the result of gemm()
   BF16 bf16;       // null: bf16 is computed in float32
   Tiles tiles;     // null: all bf16 products are by `bf16`
+  RoundedTiles rounded_tiles;  // null as `tiles` is
   void (*finish)();  // each thread calls it after its last product
   const char* name;
 
