@@ -26,7 +26,7 @@ inline constexpr MostRowsOfDots kMostRowsOfDots[] = {
     // AMD EPYC (Zen 5), two cores, November 2026.
     {InstructionSet::avx512bf16, 48, 0},
     // Intel Xeon with AMX (family 6, model 167), two cores, November 2026.
-    {InstructionSet::amx, 48, 0},
+    {InstructionSet::amx, 8, 2},
 };
 
 }  // namespace moe_fast
