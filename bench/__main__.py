@@ -32,7 +32,7 @@ TIMED = (
     "route", "plan", "rows", "expert_mlp", "privacy_filter", "moe_mlp", "info_nce", "training_step",
     "growth",
 )  # fmt: skip
-JOBS = ("embedding", "natural_step", "cached_step", "import_time")
+JOBS = ("experts", "embedding", "natural_step", "cached_step", "import_time")
 """Measured only where they are asked for: they take long, and need what training needs."""
 OPERATIONS = (*TIMED, "peak_memory", *JOBS)
 
