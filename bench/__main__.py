@@ -33,7 +33,7 @@ TIMED = (
     "growth",
 )  # fmt: skip
 JOBS = ("experts", "embedding", "natural_step", "cached_step", "import_time")
-"""Measured only where they are asked for: they take long, and need what training needs."""
+"""Measured only where they are asked for: they take long, and most need what training needs."""
 OPERATIONS = (*TIMED, "peak_memory", *JOBS)
 
 
