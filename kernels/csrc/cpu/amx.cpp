@@ -23,7 +23,7 @@ struct alignas(64) TileConfig {
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-const TileConfig kConfig;
+constexpr TileConfig kConfig;
 
 // A tile in memory: where it begins, and the bytes between its rows.
 struct Place {
