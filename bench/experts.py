@@ -19,8 +19,9 @@ import torch
 
 from .cases import OURS, Candidates, Case, near
 from .expert_mlp import DENSE, TOLERANCES, TRANSFORMERS, work
+from .harness import Summary
 from .peers import dense, transformers_experts
-from .problem import HALF, Problem, Shape, bert, timed
+from .problem import HALF, Problem, Run, Shape, bert, timed
 from .record import Row, read_record
 
 LOADS = {"any": "balanced", HALF: "half to one expert"}
@@ -45,7 +46,8 @@ def cases(size: str) -> Iterator[Case]:
 def candidates(shape: Shape) -> Candidates:
     """Make ours, transformers' experts and dense, checked against the reference in float32."""
     problem = Problem(shape)
-    runs, absent = {OURS: problem.forward}, {}
+    runs: dict[str, Run] = {OURS: problem.forward}
+    absent = {}
     copied = shape.tokens * shape.k * shape.dim * shape.hidden * shape.dtype.itemsize
     for name in TRANSFORMERS:
         if name == "batched_mm" and copied > LARGEST_COPY:
@@ -65,26 +67,23 @@ def summary(rows: Iterable[Row]) -> str:
 
     The least is that of the upper quartile: below 1 means slower outside of the quartiles.
     """
-    best: dict[tuple[str, str, str], Row] = {}
+    best: dict[tuple[str, str, str], tuple[Summary, str]] = {}
     for row in rows:
-        peer = row.operation.startswith("experts, ") and row.who in TRANSFORMERS
-        if not peer or row.ratio is None:
+        if row.ratio is None or row.who not in TRANSFORMERS:
             continue
-        known = best.get(row.case)
-        if known is None or known.ratio is None or row.ratio.median < known.ratio.median:
-            best[row.case] = row
-    by_dtype: dict[str, list[Row]] = defaultdict(list)
-    for row in best.values():
-        by_dtype[row.dtype].append(row)
+        if row.case not in best or row.ratio.median < best[row.case][0].median:
+            best[row.case] = row.ratio, f"{', '.join(row.case[:2])}, {row.who}"
+    by_dtype: dict[str, list[tuple[Summary, str]]] = defaultdict(list)
+    for (_, _, dtype), found in best.items():
+        by_dtype[dtype].append(found)
     lines = []
-    for dtype, found in by_dtype.items():
-        mean = math.exp(sum(math.log(row.ratio.median) for row in found) / len(found))
-        least = min(found, key=lambda row: row.ratio.median)
-        slower = [row for row in found if row.ratio.q3 < 1]
+    for dtype, cases_of in by_dtype.items():
+        mean = math.exp(sum(math.log(ratio.median) for ratio, _ in cases_of) / len(cases_of))
+        least, where = min(cases_of, key=lambda found: found[0].median)
+        slower = sum(ratio.q3 < 1 for ratio, _ in cases_of)
         lines.append(
-            f"{dtype}: {len(found)} cases, geometric mean {mean:.2f}, least "
-            f"{least.ratio.median:.2f} ({', '.join(least.case[:2])}, {least.who}), "
-            f"{len(slower)} below 1 outside the quartiles"
+            f"{dtype}: {len(cases_of)} cases, geometric mean {mean:.2f}, least {least.median:.2f} "
+            f"({where}), {slower} below 1 outside the quartiles"
         )
     return "\n".join(lines)
 

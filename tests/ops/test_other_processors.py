@@ -85,6 +85,12 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones():
     )
 
 
+def test_a_product_that_the_instruction_set_lacks_is_an_error_that_names_it():
+    done = import_with(MOE_FAST_CPU="portable", MOE_FAST_PRODUCT="tiles")
+    assert done.returncode != 0
+    assert "MOE_FAST_PRODUCT asks for tiles, which portable does not have." in done.stderr
+
+
 @pytest.mark.skipif(LEVELS[-1] == OWN, reason="this processor has every instruction set")
 def test_an_instruction_set_that_the_processor_lacks_is_an_error_that_names_it():
     better = LEVELS[LEVELS.index(OWN) + 1]
