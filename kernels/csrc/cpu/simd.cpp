@@ -290,15 +290,6 @@ inline float fast_exp(float exponent) {
   return exponent < -kLargestExponent ? 0.0f : high;
 }
 
-// 1 / x within 1e-7 of it, for x from 1 to 16: a guess from the exponent, within 6 %, and three steps
-// of Newton's. These operations overlap, while processors divide vectors one after the other.
-inline float reciprocal(float x) {
-  float r = from_bits(0x7ef311c7u - to_bits(x));
-  r = r + r * (1.0f - x * r);
-  r = r + r * (1.0f - x * r);
-  return r + r * (1.0f - x * r);
-}
-
 constexpr float kLimit = 7.0f;  // of clamped_swiglu
 
 struct ValueAndSlope {
@@ -313,7 +304,7 @@ inline ValueAndSlope evaluate(float z) {
     // erfc(|z| / sqrt(2)) = poly(t) exp(-z^2 / 2), Abramowitz and Stegun 7.1.26: one exponential
     // serves the value and the derivative. The tail is computed from erfc, so it keeps its sign.
     const float a = std::fabs(z) * 0.70710678f;
-    const float t = reciprocal(1.0f + 0.3275911f * (a < 40.0f ? a : 40.0f));
+    const float t = 1.0f / (1.0f + 0.3275911f * a);
     const float e = fast_exp(-a * a);
     float p = 1.061405429f;
     p = p * t - 1.453152027f;
