@@ -32,8 +32,8 @@ TIMED = (
     "route", "plan", "rows", "expert_mlp", "privacy_filter", "moe_mlp", "info_nce", "training_step",
     "growth",
 )  # fmt: skip
-JOBS = ("maxsim", "embedding", "natural_step", "cached_step", "import_time")
-"""Measured only where they are asked for: they take long, and need what training needs."""
+JOBS = ("experts", "maxsim", "embedding", "natural_step", "cached_step", "import_time")
+"""Measured only where they are asked for: they take long, and most need what training needs."""
 OPERATIONS = (*TIMED, "peak_memory", *JOBS)
 
 

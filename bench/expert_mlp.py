@@ -34,6 +34,7 @@ from .record import Work
 LARGEST_COPY = 1 << 30
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DENSE = ("dense", "dense, compiled")
+TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
 
 
 def cases(size: str) -> Iterator[Case]:
@@ -102,7 +103,7 @@ def candidates(shape: Shape, backward: bool, everyone: bool = True) -> Candidate
     absent = gpu_only() if everyone else {}
     same: dict[str, Run] = {OURS: problem.forward}
     copied = shape.tokens * shape.k * shape.dim * shape.hidden * shape.dtype.itemsize
-    for name in ("eager", "batched_mm", "grouped_mm"):
+    for name in TRANSFORMERS:
         if name == "batched_mm" and (copied > LARGEST_COPY or not everyone):
             absent[name] = f"copies each row's weights, {copied / 1e9:.1f} GB per projection"
         else:

@@ -21,6 +21,7 @@ NAMES = ("x", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias", "top_k_w
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # Where tokens go: to any experts; all to one; to any but the first; a third of them is skipped.
 LOADS = ("any", "one", "empty", "skip")
+HALF = "half"  # another load: half of the tokens to the first expert, the others to any
 Run = Callable[[Mapping[str, Any]], Tensor]
 
 
@@ -166,6 +167,8 @@ def _top_k_index(shape: Shape, device: torch.device | str) -> Tensor:
     scores = torch.rand(shape.tokens, shape.experts, device=device)
     if shape.load == "one":
         scores[:, -1] = 2
+    if shape.load == HALF:
+        scores[torch.rand(shape.tokens, device=device) < 1 / 2, 0] = 2
     if shape.load == "empty":
         scores[:, 0] = -1
     ids = scores.topk(shape.k).indices

@@ -7,7 +7,7 @@
 
 #include "attention.h"
 #include "cpu/gemm.h"
-#include "cpu/simd.h"
+#include "cpu/instruction_set.h"
 #include "expert_linear.h"
 #include "expert_mlp.h"
 #include "info_nce.h"
@@ -19,10 +19,11 @@
 namespace {
 
 // The libraries and instruction set that the CPU's operations use here, as text; empty if they
-// cannot run.
+// cannot run. Throws std::runtime_error if MOE_FAST_CPU cannot be satisfied.
 std::string cpu_capability() {
+  const std::string set = moe_fast::name_of(moe_fast::instruction_set());
   if (moe_fast::why_no_gemm() != nullptr) return "";
-  return std::string(moe_fast::gemm().name) + ", " + moe_fast::simd().name;
+  return std::string(moe_fast::gemm().name) + ", " + set;
 }
 
 }  // namespace

@@ -69,10 +69,21 @@ def _load_cuda() -> str | None:
     return None
 
 
+def _describe() -> str:
+    """Return how native ops compute on the CPU; ValueError if MOE_FAST_CPU asks for what is not."""
+    if _missing is not None:
+        return ""
+    try:
+        return torch.ops.moe_fast_cpp.cpu_capability()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
 _missing = _load()
 _missing_cuda = _load_cuda()
-# How native ops multiply matrices on the CPU, for users to read; empty if they cannot.
-cpu_capability: str = torch.ops.moe_fast_cpp.cpu_capability() if _missing is None else ""
+# How native ops multiply matrices on the CPU, and the instruction set that they use, for users to
+# read; empty if they cannot.
+cpu_capability = _describe()
 
 
 _warned = _missing is None or sys.platform == "win32"

@@ -79,7 +79,7 @@ void forward_task(const Linear& linear, const Gemm& gemm, const Task& task, void
   for (int64_t o = task.begin; o < task.end; o += kOutputs) {
     const int64_t outputs = std::min(kOutputs, task.end - o);
     const int64_t padded = round_up(outputs, 16);
-    const auto weights = left_factor<G>(linear.weight_row(task.expert, o), linear.dtype, linear.in,
+    const auto weights = left_factor<G>(gemm, linear.weight_row(task.expert, o), linear.dtype, linear.in,
                                         outputs, linear.in, count, buffers.weights);
     float* tiles = buffers.tiles.get<float>(outputs * round_up(count, 16));
     multiply_tiles(gemm, weights, outputs, linear.in, columns, count, tiles);

@@ -86,6 +86,14 @@ void finish_tiles(const Mlp& mlp, const Task& task, const ForwardOutput& out, in
   }
 }
 
+// Of D, in the second product of `count` rows of `bytes` each.
+int64_t dims_at_once(bool tiles, int64_t count, int64_t bytes) {
+  constexpr int64_t kLevel2 = 3 << 19;  // 1.5 MB of the 2 MB that processors with AMX have
+  // Every step reads h again. oneDNN's needs a copy of few rows' weights, which must fit the cache.
+  if (tiles) return count * bytes > kLevel2 ? 3 * kUnits : kUnits;
+  return count <= kPanel ? kUnits / 4 : kUnits;
+}
+
 template <typename G>
 void forward_task(const Mlp& mlp, const Gemm& gemm, const Task& task, const ForwardOutput& out) {
   thread_local ForwardBuffers buffers;
@@ -114,11 +122,11 @@ void forward_task(const Mlp& mlp, const Gemm& gemm, const Task& task, const Forw
     }
   }
 
-  const int64_t step = count <= kPanel ? kUnits / 4 : kUnits;  // a copy of the rows must fit
+  const int64_t step = dims_at_once(gemm.fits_tiles(mlp.dim, part), count, part * sizeof(G));
   for (int64_t dim = 0; dim < mlp.dim; dim += step) {
     const int64_t dims = std::min(step, mlp.dim - dim);
     const int64_t from = mlp.down_at(task.expert, dim) + task.begin;
-    const auto weights = left_factor<G>(at(mlp.down, mlp.stored, from), mlp.stored, mlp.hidden,
+    const auto weights = left_factor<G>(gemm, at(mlp.down, mlp.stored, from), mlp.stored, mlp.hidden,
                                         dims, part, count, buffers.weights);
     float* tiles = buffers.tile.get<float>(dims * round_up(count, 16));
     multiply_tiles(gemm, weights, dims, part, activated, count, tiles);
@@ -263,7 +271,7 @@ std::tuple<Tensor, Tensor> expert_mlp_cpu(Tensor x, Tensor up_proj, Tensor down_
     const bool bf16 = in_bf16(mlp, products);
     if (mlp.layout != Layout::rows) {
       (bf16 ? forward_columns<Bf16> : forward_columns<float>)(mlp, products, task, out);
-    } else if (has_few_rows(mlp, task.expert)) {
+    } else if (has_few_rows(mlp, products, task.expert)) {
       forward_few(mlp, task, out);
     } else {
       (bf16 ? forward_task<Bf16> : forward_task<float>)(mlp, products, task, out);

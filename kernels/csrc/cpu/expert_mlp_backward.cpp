@@ -80,7 +80,7 @@ void compute_z(const Mlp& mlp, const Gemm& gemm, const Task& task, const RowBloc
   const int64_t halves = mlp.gated ? 2 : 1;
   float* z[2] = {buffers.z.template get<float>(block.padded * unit.units),
                  buffers.z2.template get<float>(mlp.gated ? block.padded * unit.units : 0)};
-  if (has_few_rows(mlp, task.expert)) {
+  if (has_few_rows(mlp, gemm, task.expert)) {
     const Bf16* x = gather_few(mlp, block.first, block.count, buffers.up.columns);
     for (int64_t half = 0; half < halves; ++half) {
       project_few(mlp, task.expert, half * mlp.hidden + unit.first, unit.units, x, block.count,
@@ -164,13 +164,20 @@ void activation_backward(const Mlp& mlp, const void* saved, const RowBlock<G>& b
 }
 
 // Where the weights' gradients of units first .. first + units are summed, in float32: in the
-// output itself if that is its dtype.
+// output itself if that is its dtype. Null if they are not summed but written at once, rounded.
 struct WeightSums {
   int64_t first, units;
   float* up[2];   // [units, D]
   float* down;    // [D, units], down_ld apart
   int64_t down_ld;
 };
+
+// Whether the weights' gradients of `units` of H, from one block of rows, are written at once.
+template <typename G>
+bool written_at_once(const Mlp& mlp, const Gemm& gemm, const RowBlock<G>& block, int64_t units) {
+  return std::is_same_v<G, Bf16> && gemm.fits_tiles(mlp.dim, block.padded) &&
+         gemm.fits_tiles(units, block.padded);
+}
 
 template <typename G>
 WeightSums weight_sums(const Mlp& mlp, const Task& task, const BackwardOutput& out, int64_t first,
@@ -195,7 +202,7 @@ WeightSums weight_sums(const Mlp& mlp, const Task& task, const BackwardOutput& o
 
 void store_sums(const Mlp& mlp, const Task& task, const BackwardOutput& out,
                 const WeightSums& sums) {
-  if (mlp.dtype == Dtype::f32) return;
+  if (mlp.dtype == Dtype::f32 || sums.down == nullptr) return;
   for (int64_t half = 0; half < (mlp.gated ? 2 : 1); ++half) {
     const int64_t row = mlp.up_at(task.expert, half * mlp.hidden + sums.first);
     store_matrix(sums.up[half], sums.units, mlp.dim, mlp.dtype, at(out.grad_up, mlp.dtype, row),
@@ -204,6 +211,20 @@ void store_sums(const Mlp& mlp, const Task& task, const BackwardOutput& out,
   const int64_t column = mlp.down_at(task.expert, 0) + sums.first;
   store_matrix(sums.down, mlp.dim, sums.units, mlp.dtype, at(out.grad_down, mlp.dtype, column),
                mlp.hidden);
+}
+
+// A gradient of weights, A B [m, n]: added to (or, unless `later`, written to) sums, sums_ld apart,
+// or written to `out` in bf16 if sums is null.
+template <typename G>
+void weight_gradient(const Gemm& gemm, LeftFactor<G> a, int64_t m, int64_t k, const G* b, int64_t n,
+                     float* sums, int64_t sums_ld, bool later, void* out, int64_t out_ld) {
+  if constexpr (std::is_same_v<G, Bf16>) {
+    if (sums == nullptr) {
+      gemm.rounded_tiles(m, n, k, a.data, a.ld, b, static_cast<Bf16*>(out), out_ld);
+      return;
+    }
+  }
+  multiply<G>(gemm, a, m, k, b, n, sums, sums_ld, later);
 }
 
 // The products of a block of rows with a block of units.
@@ -239,12 +260,17 @@ void backward_block(const Mlp& mlp, const Gemm& gemm, const Task& task, const vo
 
   const bool later = block.first > task.first;
   const int64_t offset = first_unit - sums.first;
-  multiply<G>(gemm, {block.grad_t, block.padded}, dim, block.padded, unit.h, n, sums.down + offset,
-              sums.down_ld, later);
+  const bool summed = sums.down != nullptr;
+  const int64_t down_at = mlp.down_at(task.expert, 0) + first_unit;
+  weight_gradient<G>(gemm, {block.grad_t, block.padded}, dim, block.padded, unit.h, n,
+                     summed ? sums.down + offset : nullptr, sums.down_ld, later,
+                     at(out.grad_down, mlp.dtype, down_at), mlp.hidden);
   float* rows = buffers.rows_x.template get<float>(block.padded * dim);
   for (int64_t half = 0; half < halves; ++half) {
-    multiply<G>(gemm, {unit.dz_t[half], block.padded}, n, block.padded, block.x, dim,
-                sums.up[half] + offset * dim, dim, later);
+    const int64_t up_at = mlp.up_at(task.expert, half * mlp.hidden + first_unit);
+    weight_gradient<G>(gemm, {unit.dz_t[half], block.padded}, n, block.padded, block.x, dim,
+                       summed ? sums.up[half] + offset * dim : nullptr, dim, later,
+                       at(out.grad_up, mlp.dtype, up_at), dim);
     const auto up_row = [&](int64_t u) {
       return at(mlp.up, mlp.dtype,
                 mlp.up_at(task.expert, half * mlp.hidden + first_unit + u));
@@ -284,7 +310,11 @@ void backward_task(const Mlp& mlp, const Gemm& gemm, const RowSource& grad_y, co
     const auto block = gather_block<G>(mlp, grad_y, first, count, b2, db2, row_weights, buffers);
     for (int64_t unit = task.begin; unit < task.end; unit += kBackwardUnits) {
       const int64_t here = std::min(kBackwardUnits, task.end - unit);
-      if (whole) sums = weight_sums(mlp, task, out, unit, here, buffers);
+      if (whole && written_at_once(mlp, gemm, block, here)) {
+        sums = {unit, here, {nullptr, nullptr}, nullptr, 0};
+      } else if (whole) {
+        sums = weight_sums(mlp, task, out, unit, here, buffers);
+      }
       backward_block<G>(mlp, gemm, task, saved, block, unit, here, sums, out, db1, buffers);
       if (whole) store_sums(mlp, task, out, sums);
     }

@@ -128,16 +128,17 @@ struct LeftFactor {
 };
 
 // `rows` rows of `columns` elements of `dtype`, `ld` apart, as a left factor of G for a right one of
-// `width` columns. The rows are used in place if their dtype allows it. bf16 rows for few columns
-// are copied first: oneDNN reads many rows at once, in pieces too short for the processor's
-// prefetching, while a copy reads one row after the other (4 to 10 against 16 GB/s of weights,
-// width 16).
+// `width` columns. The rows are used in place if their dtype allows it. Without AMX tiles, bf16 rows
+// for few columns are copied first: oneDNN reads many rows at once, in pieces too short for the
+// processor's prefetching, while a copy reads one row after the other (4 to 10 against 16 GB/s of
+// weights, width 16).
 template <typename G>
-LeftFactor<G> left_factor(const void* data, Dtype dtype, int64_t ld, int64_t rows, int64_t columns,
-                          int64_t width, Buffer& buffer) {
+LeftFactor<G> left_factor(const Gemm& gemm, const void* data, Dtype dtype, int64_t ld, int64_t rows,
+                          int64_t columns, int64_t width, Buffer& buffer) {
   constexpr Dtype wanted = std::is_same_v<G, float> ? Dtype::f32 : Dtype::bf16;
   constexpr int64_t kFew = 48;
-  if (dtype == wanted && (dtype == Dtype::f32 || width > kFew)) {
+  if (dtype == wanted &&
+      (dtype == Dtype::f32 || width > kFew || gemm.fits_tiles(rows, columns))) {
     return {static_cast<const G*>(data), ld};
   }
   G* copy = buffer.get<G>(rows * columns);
@@ -165,6 +166,9 @@ inline void run(const Gemm& gemm, int64_t m, int64_t n, int64_t k, const Bf16* a
 template <typename G>
 void multiply_tiles(const Gemm& gemm, LeftFactor<G> a, int64_t m, int64_t k, const G* b, int64_t n,
                     float* tiles) {
+  if constexpr (std::is_same_v<G, Bf16>) {
+    if (gemm.fits_tiles(m, k)) return gemm.tiles(m, n, k, a.data, a.ld, b, tiles, 0, false);
+  }
   for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
     const int64_t depth = std::min(kDepth, k - k0);
     for (int64_t column = 0; column < n; column += kPanel) {
@@ -179,6 +183,11 @@ void multiply_tiles(const Gemm& gemm, LeftFactor<G> a, int64_t m, int64_t k, con
 template <typename G>
 void multiply(const Gemm& gemm, LeftFactor<G> a, int64_t m, int64_t k, const G* b, int64_t n,
               float* c, int64_t ldc, bool add) {
+  if constexpr (std::is_same_v<G, Bf16>) {
+    if (gemm.fits_tiles(m, k) && n % 16 == 0) {
+      return gemm.tiles(m, n, k, a.data, a.ld, b, c, ldc, add);
+    }
+  }
   constexpr int64_t kRows = 128;
   for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
     const int64_t depth = std::min(kDepth, k - k0);

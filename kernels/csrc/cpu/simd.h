@@ -103,7 +103,7 @@ struct SimdOps {
   void (*store_sum)(const float* x, const float* bias, Dtype dtype, void* out, int64_t n);
 };
 
-// MOE_FAST_CPU=portable, avx2 or avx512 in the environment limits the choice (for tests).
+// Those of instruction_set().
 const SimdOps& simd();
 
 }  // namespace moe_fast

@@ -1,6 +1,4 @@
-#include <cstdlib>
-#include <cstring>
-
+#include "instruction_set.h"
 #include "simd.h"
 
 namespace moe_fast {
@@ -24,19 +22,13 @@ namespace {
 
 const SimdOps& select() {
 #if defined(__x86_64__)
-  const char* asked = std::getenv("MOE_FAST_CPU");
-  const auto allowed = [&](const char* name) {
-    return asked == nullptr || std::strcmp(asked, "auto") == 0 || std::strcmp(asked, name) == 0;
-  };
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (allowed("avx512bf16") && has_avx512 && __builtin_cpu_supports("avx512bf16")) {
-    return avx512bf16::ops;
-  }
-  if (allowed("avx512") && has_avx512) return avx512::ops;
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    return avx2::ops;
+  switch (instruction_set()) {
+    case InstructionSet::portable: return portable::ops;
+    case InstructionSet::avx2: return avx2::ops;
+    case InstructionSet::avx512:
+    case InstructionSet::vnni: return avx512::ops;
+    case InstructionSet::avx512bf16:
+    case InstructionSet::amx: return avx512bf16::ops;
   }
 #endif
   return portable::ops;

@@ -5,8 +5,6 @@
 namespace moe_fast {
 namespace {
 
-constexpr int64_t kFewRows = kPanel;
-
 Act act_of(const std::string& name) {
   for (const NamedAct& known : kActs) {
     if (name == known.name) return known.act;
@@ -105,9 +103,10 @@ void finish_rows(const Mlp& mlp, int64_t expert, int64_t unit, int64_t units, in
   }
 }
 
-bool has_few_rows(const Mlp& mlp, int64_t expert) {
-  return mlp.dtype == Dtype::bf16 && simd().dots_bf16 != nullptr &&
-         mlp.plan.rows_of(expert) <= kFewRows;
+bool has_few_rows(const Mlp& mlp, const Gemm& gemm, int64_t expert) {
+  if (mlp.dtype != Dtype::bf16 || simd().dots_bf16 == nullptr) return false;
+  const bool tiles = gemm.fits_tiles(mlp.up_rows, mlp.dim) && gemm.fits_tiles(mlp.dim, mlp.hidden);
+  return mlp.plan.rows_of(expert) <= most_rows_of_dots(tiles);
 }
 
 const Bf16* gather_few(const Mlp& mlp, int64_t first, int64_t count, Buffer& buffer) {

@@ -60,7 +60,7 @@ void project_up(const Mlp& mlp, const Gemm& gemm, int64_t expert, int64_t count,
   for (int64_t half = 0; half < (mlp.gated ? 2 : 1); ++half) {
     float* tiles = (half ? buffers.tiles2 : buffers.tiles).get<float>(units * round_up(count, 16));
     const int64_t row = half * mlp.hidden + first_unit;
-    const auto weights = left_factor<G>(at(mlp.up, mlp.stored, mlp.up_at(expert, row)), mlp.stored,
+    const auto weights = left_factor<G>(gemm, at(mlp.up, mlp.stored, mlp.up_at(expert, row)), mlp.stored,
                                         mlp.dim, units, mlp.dim, count, buffers.weights);
     multiply_tiles(gemm, weights, units, mlp.dim, columns, count, tiles);
     const float* bias =
@@ -109,10 +109,9 @@ void project_columns(const Mlp& mlp, const Gemm& gemm, int64_t expert, const G* 
 void store_rows(const float* tile, int64_t units, int64_t width, int64_t count, Dtype dtype,
                 void* out, int64_t ld, Buffer& buffer);
 
-// Whether an expert has so few bf16 rows that reading the weights takes most of the time. Then dot
-// products read the weights in place, once. The answer depends on the rows of the expert, not on
+// Whether an expert has so few bf16 rows that dot products serve it (product_table.h). The answer depends on the rows of the expert, not on
 // those of a block, so that the backward computes the same z as the forward.
-bool has_few_rows(const Mlp& mlp, int64_t expert);
+bool has_few_rows(const Mlp& mlp, const Gemm& gemm, int64_t expert);
 
 // Copies rows first .. first + count of x, one after the other.
 const Bf16* gather_few(const Mlp& mlp, int64_t first, int64_t count, Buffer& buffer);
