@@ -107,7 +107,7 @@ def test_without_the_library_the_first_slow_call_says_how_to_build_it(tmp_path):
 @pytest.mark.parametrize("backend", [None, "auto", "torch"])
 def test_every_choice_gives_the_same_numbers(backend):
     for actual, expected in zip(call(backend), call("torch"), strict=True):
-        assert torch.allclose(actual, expected, rtol=1e-6, atol=0)
+        assert torch.allclose(actual, expected, rtol=1e-5, atol=0)  # float32, 1 - p
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -115,7 +115,7 @@ def test_every_available_backend_of_an_op_gives_the_same_numbers(op):
     for backend in ops.available_backends(op):
         with moe_fast.use_backend(backend):
             for actual, expected in zip(call(), call("torch"), strict=True):
-                assert torch.allclose(actual, expected, rtol=1e-5, atol=0)
+                assert torch.allclose(actual, expected, rtol=1e-5, atol=0)  # float32, 1 - p
 
 
 def test_use_backend_nests_and_lets_errors_through():
