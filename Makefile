@@ -174,7 +174,7 @@ test-sanitize: setup
 	  $(PYTEST) -n $(WORKERS) -k "not compiles and not opcheck" $(ARGS) tests/ops/test_plan_cpp.py \
 	  tests/ops/test_gather_rows.py tests/ops/test_combine_rows.py \
 	  tests/ops/test_expert_mlp_cpp.py tests/ops/test_expert_linear_cpp.py tests/ops/test_route_cpp.py \
-	  tests/ops/test_attention_cpp.py
+	  tests/ops/test_attention_cpp.py tests/ops/test_amx.py
 	CI=true $(PYTEST) -n $(WORKERS) $(ARGS) $(CUDA_ON_CPU)
 
 # FUZZ_SEED=... repeats a run.
