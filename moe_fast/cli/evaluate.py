@@ -231,10 +231,15 @@ def _measure(
 ) -> dict[str, Evaluation]:
     """Load a model, and return its evaluations; the model is not kept in memory."""
     from moe_fast.inference import load_model
+    from moe_fast.models.configuration import AUTO
+    from moe_fast.models.domain_predictor import predictor_of
 
     model = load_model(path, device=device)
     config = model.transformers_model.config
     if domain is not None and getattr(config, "domains", None):
-        config.domain_id(domain)  # an unknown one is an error
+        if domain == AUTO:
+            predictor_of(model.transformers_model)  # an error where there is none
+        else:
+            config.domain_id(domain)  # an unknown one is an error
         config.default_domain = domain
     return {task: measure(model, name=path, **common) for task, measure in tasks.items()}

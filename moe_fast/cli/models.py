@@ -110,7 +110,17 @@ def describe_model(model: Any, name: str) -> dict[str, Any]:
         "layers with experts": list(config.moe_layers),
         "domains": list(config.domains),
         "default domain": config.default_domain or "none",
+        "domain predictor": _describe_predictor(config.domain_predictor),
         "domain tokens": "yes" if config.domain_token_ids else "no",
         "made from": config.upcycled_from or "unknown",
         "made by": f"moe_fast {config.moe_fast_version}",
     }
+
+
+def _describe_predictor(fitted: dict[str, Any] | None) -> str:
+    """Describe a domain predictor by what the configuration says of it."""
+    if fitted is None:
+        return "none"
+    accuracy = fitted.get("accuracy")
+    said = f"of {len(fitted['domains'])} domains, fitted to {fitted['num_texts']:,} texts"
+    return said if accuracy is None else f"{said}, accuracy {accuracy:.3f} in cross-validation"

@@ -57,7 +57,11 @@ TextColumn = Annotated[
 ]
 TEXT = ["text"]
 Domain = Annotated[
-    str | None, typer.Option(help="Name of the domain of all texts, one that the model knows.")
+    str | None,
+    typer.Option(
+        help="Name of the domain of all texts, one that the model knows; 'auto': the one that its "
+        "domain predictor finds for each text."
+    ),
 ]
 DomainColumn = Annotated[
     str | None, typer.Option(help="Column of the file that has the name of each text's domain.")

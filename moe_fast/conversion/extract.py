@@ -12,6 +12,7 @@ from moe_fast.architectures import encoder_prefix
 from moe_fast.conversion.input_model import given, mixture_of
 from moe_fast.conversion.weights import config_settings, load_exactly, vocabulary_names
 from moe_fast.models.configuration import MoEConfigFields
+from moe_fast.models.domain_predictor import NAME as PREDICTOR
 from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import build_dense
 
@@ -82,6 +83,8 @@ def _dense_state(model: MoEPreTrainedModel, expert: int) -> dict[str, Tensor]:
     prefix, dense_names = encoder_prefix(model), architecture.mlp_names
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
+        if name.startswith(f"{prefix}{PREDICTOR}."):
+            continue
         layer, inner = architecture.split(name.removeprefix(prefix)) or (-1, "")
         if layer not in mlps or not inner.startswith("mlp."):
             state[name] = value.clone()

@@ -13,6 +13,8 @@ from moe_fast.architectures import encoder_prefix
 from moe_fast.conversion.extract import expert_index
 from moe_fast.conversion.input_model import given, mixture_of
 from moe_fast.conversion.weights import load_exactly, mean_of, vocabulary_names
+from moe_fast.models.domain_predictor import NAME as PREDICTOR
+from moe_fast.models.domain_predictor import predicted_domains
 from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import build_moe
 
@@ -27,7 +29,8 @@ def add_expert(
     learned router gets a copy of the row of ``from_expert``. With K = 1 and weight 1 (modes
     "straight_through" and "one") outputs stay the same too, until training changes the row, because
     the lower id is chosen if logits are equal. In the other modes no row could keep the outputs:
-    there the new expert takes a share of the tokens of ``from_expert``.
+    there the new expert takes a share of the tokens of ``from_expert``. A domain predictor does not
+    know the new domain: ``domain="auto"`` is an error until it is fitted again.
 
     Args:
         model: a mixture, or a ``MoESentenceTransformer``.
@@ -63,7 +66,7 @@ def remove_expert(model: Any, expert: int | str) -> Any:
     """Make a mixture without one of the experts, and with enforced routing without its domain.
 
     The indices of the later experts decrease by one. ``remove_expert(add_expert(model, ...), E)``
-    equals ``model``, bit for bit.
+    equals ``model``, bit for bit. A domain predictor goes on without the removed domain.
 
     Args:
         model: a mixture, or a ``MoESentenceTransformer``.
@@ -137,6 +140,11 @@ def _regroup(
         )
         weights[name] = _gather(value, groups) if stacked else value.clone()
     config = _regrouped_config(model.config, groups, domains)
+    before, after = predicted_domains(model.config), predicted_domains(config)
+    for name in [f"{prefix}{PREDICTOR}.{part}" for part in ("weight", "bias") if before]:
+        scores = weights.pop(name)  # a column for each domain
+        if after:
+            weights[name] = scores[..., [before.index(domain) for domain in after]]
     with torch.device("meta"):
         new = build_moe(config, model)
     for name in vocabulary_names(new, weights):  # each expert's domain has a token
@@ -163,5 +171,10 @@ def _regrouped_config(config: Any, groups: Sequence[Sequence[int]], domains: lis
         new.domain_token_ids = list(range(first, first + len(domains)))
         new.vocab_size = first + len(domains)
     new.domains = domains
+    if (fitted := new.domain_predictor) is not None:
+        known = [name for name in fitted["domains"] if name in domains]
+        if known != fitted["domains"]:
+            fitted.pop("accuracy", None)  # measured with the domain that went
+            new.domain_predictor = {**fitted, "domains": known} if known else None
     new.check()
     return new

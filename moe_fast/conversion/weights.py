@@ -57,7 +57,7 @@ def mean_of(values: Sequence[Tensor]) -> Tensor:
 def load_exactly(
     new: PreTrainedModel, weights: dict[str, Tensor], buffers_of: PreTrainedModel
 ) -> None:
-    """Load all weights into ``new``, which is on the meta device, and another model's buffers.
+    """Load all weights into ``new``, which is on the meta device, and another's other buffers.
 
     Every parameter must be given, so that none keeps a random initialisation.
 
@@ -73,9 +73,11 @@ def load_exactly(
                 "(tie_word_embeddings); got another one. Set config.tie_word_embeddings=False "
                 "to keep both."
             )
-    saved = new.state_dict().keys()  # other buffers are not persistent
+    given = buffers_of.state_dict().keys()  # the others are not persistent
     new.name_or_path = ""  # these weights are not saved yet; PEFT saves it as the adapter's base
     for name, buffer in buffers_of.named_buffers():
+        if name in given:
+            continue
         module_name, _, leaf = name.rpartition(".")
         module = new.get_submodule(module_name)
-        module.register_buffer(leaf, copy.deepcopy(buffer), persistent=name in saved)
+        module.register_buffer(leaf, copy.deepcopy(buffer), persistent=False)

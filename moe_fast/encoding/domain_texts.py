@@ -6,13 +6,14 @@ model, and nothing beside them. A :class:`DomainText` is such a text and says it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_fast.encoding.domains import checked_domain
+from moe_fast.encoding.domain_prediction import PredictsDomains, with_predictions
+from moe_fast.encoding.domains import asks_for_prediction, checked_domain
 
 
 class DomainText(str):
@@ -37,13 +38,17 @@ class DomainText(str):
         return str(self), self.domain
 
 
-def with_domains(model: Any, inputs: Any, domain: Any) -> Any:
+def with_domains(
+    model: Any, inputs: Any, domain: Any, options: Mapping[str, Any] | None = None
+) -> Any:
     """The inputs of ``encode`` or ``predict``, each with its domain; as they are where none is.
 
     Args:
         model: the pipeline.
         inputs: a text or pair of texts, or a sequence of them.
-        domain: one name, one per input, or ``None``.
+        domain: one name, one per input, or ``None``; "auto" in the place of a name where the
+            pipeline predicts domains.
+        options: those of ``encode``, of which the prompt counts for a prediction.
 
     Raises:
         ValueError, TypeError: as :func:`moe_fast.encoding.domains.checked_domain`, and for inputs
@@ -53,7 +58,11 @@ def with_domains(model: Any, inputs: Any, domain: Any) -> Any:
         return inputs
     singular = model.is_singular_input(inputs)
     given = [inputs] if singular else list(inputs)
-    checked = checked_domain(model.transformers_model.config, domain, len(given))
+    predicts = isinstance(model, PredictsDomains)
+    config = model.transformers_model.config
+    checked = checked_domain(config, domain, len(given), auto=predicts)
+    if checked is not None and asks_for_prediction(checked):
+        checked = with_predictions(model, given, checked, options or {})
     names = [checked] * len(given) if isinstance(checked, str) else checked
     marked = [_marked(text, name) for text, name in zip(given, names or (), strict=True)]
     return marked[0] if singular else marked

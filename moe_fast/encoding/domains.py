@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_fast.models.configuration import AUTO
+
 
 def domains_of(model: Any) -> list[str]:
     """The domains of the model's encoder, which chooses experts or adds tokens by domain."""
@@ -15,8 +17,21 @@ def domains_of(model: Any) -> list[str]:
     return list(getattr(config, "domains", None) or ())
 
 
-def checked_domain(config: Any, domain: Any, num_texts: int) -> str | list[str] | None:
+def asks_for_prediction(domain: Any) -> bool:
+    """Whether ``domain``, one name or a list of them, is or contains "auto"."""
+    return domain == AUTO or (isinstance(domain, list) and AUTO in domain)
+
+
+def checked_domain(
+    config: Any, domain: Any, num_texts: int, *, auto: bool = False
+) -> str | list[str] | None:
     """``domain`` as one name, a list with one name per text, or ``None``.
+
+    Args:
+        config: the mixture's.
+        domain: what the caller gave.
+        num_texts: the number of texts.
+        auto: whether "auto" may stand for a name.
 
     Raises:
         ValueError: for an unknown domain, for no domain if one is needed, and if the number of
@@ -29,9 +44,10 @@ def checked_domain(config: Any, domain: Any, num_texts: int) -> str | list[str] 
                 "domain must be given: the model routes by domain and has no default_domain. "
                 f"Known domains: {', '.join(config.domains) or 'none'}; got None."
             )
-        return None
+        return AUTO if auto and config.default_domain == AUTO else None
     if isinstance(domain, str):
-        config.domain_id(domain)
+        if not (auto and domain == AUTO):
+            config.domain_id(domain)
         return domain
     names = None if isinstance(domain, (Mapping, Set, bytes)) else _as_list(domain)
     if names is None or not all(isinstance(name, str) for name in names):
@@ -44,7 +60,8 @@ def checked_domain(config: Any, domain: Any, num_texts: int) -> str | list[str] 
             f"{num_texts} texts."
         )
     for name in dict.fromkeys(names):
-        config.domain_id(name)
+        if not (auto and name == AUTO):
+            config.domain_id(name)
     return names
 
 

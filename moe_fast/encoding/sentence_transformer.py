@@ -24,7 +24,8 @@ except ImportError as error:
 import moe_fast.models  # noqa: F401  registers the architectures
 from moe_fast import compat
 from moe_fast.encoding.batches import padded_batch
-from moe_fast.encoding.domains import checked_domain, encode_by_domain
+from moe_fast.encoding.domain_prediction import PredictsDomains, with_predictions
+from moe_fast.encoding.domains import asks_for_prediction, checked_domain, encode_by_domain
 from moe_fast.encoding.lengths import (
     TokenizedText,
     measure_texts,
@@ -36,6 +37,7 @@ from moe_fast.encoding.model_card import use_domain
 from moe_fast.encoding.pipeline import MoEPipeline
 from moe_fast.encoding.plain_text import why_not_plain
 from moe_fast.encoding.prompts import prompt_of
+from moe_fast.models.domain_predictor import predictor_of
 from moe_fast.models.modeling import MoEModelMixin
 from moe_fast.ops.route.reference import NonFiniteLogitsError
 from moe_fast.ops.varlen_attention.maintained import attention_kernel
@@ -44,7 +46,7 @@ from moe_fast.ops.varlen_attention.maintained import attention_kernel
 _ENCODE_OPTIONS = tuple(inspect.signature(SentenceTransformer.encode).parameters)[2:]
 
 
-class MoESentenceTransformer(MoEPipeline, SentenceTransformer):
+class MoESentenceTransformer(PredictsDomains, MoEPipeline, SentenceTransformer):
     """A ``SentenceTransformer`` with a mixture of experts; made by :func:`moe_fast.upcycle`.
 
     Constructor and methods are those of ``SentenceTransformer``; ``encode`` also takes ``domain``,
@@ -85,8 +87,9 @@ class MoESentenceTransformer(MoEPipeline, SentenceTransformer):
 
         Args:
             inputs: a text or a sequence of texts.
-            domain: a domain's name, or a sequence with one name per text. ``None``: the learned
-                router, or the model's ``default_domain``.
+            domain: a domain's name, or a sequence with one name per text. "auto" in the place of a
+                name: the domain that :meth:`predict_domain` predicts. ``None``: the learned router,
+                or the model's ``default_domain``.
             truncate: cut texts longer than ``max_seq_length`` tokens, and warn how many were cut;
                 otherwise such a text is an error before any work starts. ``None``: the attribute
                 ``truncate`` decides. Only plain strings are measured.
@@ -97,8 +100,9 @@ class MoESentenceTransformer(MoEPipeline, SentenceTransformer):
 
         Raises:
             ValueError: for an unknown domain (the message lists the known ones), for no domain if
-                one is needed, if the number of domains is not that of the texts, for texts that
-                are too long, and for a text for which a learned router computes NaN or infinity.
+                one is needed, if the number of domains is not that of the texts, for "auto" where
+                no predictor knows all domains, for texts that are too long, and for a text for
+                which a learned router computes NaN or infinity.
             TypeError: for a ``domain`` that is neither a name nor a sequence of names.
         """
         if inputs is None:
@@ -107,10 +111,14 @@ class MoESentenceTransformer(MoEPipeline, SentenceTransformer):
         singular = self.is_singular_input(inputs)
         texts = [inputs] if singular else list(inputs)
         config = self.transformers_model.config
-        domain = checked_domain(config, use_domain(domain), len(texts))
+        domain = checked_domain(config, use_domain(domain), len(texts), auto=True)
+        if asks_for_prediction(domain):
+            predictor_of(self.transformers_model)  # or an error, before any work
         if self.packed if packed is None else packed:
             kwargs["packed"] = True
         texts = self._prepared(texts, kwargs, self.truncate if truncate is None else truncate)
+        if asks_for_prediction(domain):
+            domain = with_predictions(self, texts, domain, kwargs)
         if isinstance(domain, list) and not singular and texts:
             return encode_by_domain(super().encode, texts, domain, kwargs)
         if isinstance(domain, list):

@@ -14,12 +14,13 @@ except ImportError as error:
 
 import moe_fast.models  # noqa: F401  registers the architectures
 from moe_fast import compat
+from moe_fast.encoding.domain_prediction import PredictsDomains
 from moe_fast.encoding.domain_texts import with_domains
 from moe_fast.encoding.model_card import use_domain
 from moe_fast.encoding.pipeline import DomainTextPipeline
 
 
-class MoESparseEncoder(DomainTextPipeline, SparseEncoder):
+class MoESparseEncoder(PredictsDomains, DomainTextPipeline, SparseEncoder):
     """A ``SparseEncoder`` whose encoder is a mixture of experts.
 
     :func:`moe_fast.upcycle` makes one of a dense ``SparseEncoder``. Constructor and methods are
@@ -45,8 +46,9 @@ class MoESparseEncoder(DomainTextPipeline, SparseEncoder):
 
         Args:
             inputs: a text or a sequence of texts.
-            domain: a domain's name, or as many as there are texts. ``None``: that of each text
-                that is a :class:`~moe_fast.encoding.domain_texts.DomainText`; else the model's
+            domain: a domain's name, or as many as there are texts; "auto" in the place of a name:
+                the one that :meth:`predict_domain` predicts. ``None``: that of each text that is a
+                :class:`~moe_fast.encoding.domain_texts.DomainText`; else the model's
                 ``default_domain``, or a learned router alone.
 
         Raises:
@@ -56,4 +58,5 @@ class MoESparseEncoder(DomainTextPipeline, SparseEncoder):
         """
         if inputs is None:
             inputs = kwargs.pop("sentences", None)  # the name it had before
-        return super().encode(with_domains(self, inputs, use_domain(domain)), *args, **kwargs)
+        marked = with_domains(self, inputs, use_domain(domain), kwargs)
+        return super().encode(marked, *args, **kwargs)

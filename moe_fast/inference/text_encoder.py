@@ -15,6 +15,8 @@ from moe_fast.encoding.domains import domains_of
 from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.encoding.loading import load_model
 from moe_fast.encoding.vectors import encode_texts
+from moe_fast.models.configuration import AUTO
+from moe_fast.models.domain_predictor import predictor_of
 from moe_fast.ops.checks import check_choice, check_count
 
 Precision = Literal["float32", "float16"]
@@ -27,7 +29,8 @@ class EncoderSettings:
 
     Attributes:
         model: folder or hub id, as in :func:`moe_fast.inference.load_model`.
-        domain: the domain of every text, for a mixture that knows domains.
+        domain: the domain of every text, for a mixture that knows domains; "auto": the one that
+            it predicts.
         prompt_name: the name of the model's prompt that is put in front of each text.
         batch_size: texts per forward pass.
         dtype: the dtype of the vectors, "float32" or "float16".
@@ -72,8 +75,14 @@ class TextEncoder:
         self.check_domains([settings.domain])
 
     def check_domains(self, names: Sequence[str | None]) -> None:
-        """Raise ValueError if a name, unless it is None, is not one of the model's domains."""
+        """Raise ValueError if a name, unless it is None, is not one of the model's domains.
+
+        "auto" is one if the model can predict domains.
+        """
         known = domains_of(self.model)
+        if AUTO in names and known:
+            predictor_of(self.model.transformers_model)
+            known = [*known, AUTO]
         for name in names:
             if name is not None and name not in known:
                 listed = ", ".join(known) or "it has none"

@@ -4,6 +4,7 @@ from typing import Any
 
 from moe_fast.architectures import ARCHITECTURES
 from moe_fast.models import configuration, heads, modeling
+from moe_fast.models.domain_predictor import DomainPredictor
 from moe_fast.models.heads import (
     MoEMaskedLMOutput,
     MoESequenceClassifierOutput,
@@ -13,6 +14,7 @@ from moe_fast.models.modeling import MoEModelOutput, MoEModelOutputWithPooling
 from moe_fast.models.registry import register_architecture
 
 __all__ = [
+    "DomainPredictor",
     "MoEMaskedLMOutput",
     "MoEModelOutput",
     "MoEModelOutputWithPooling",

@@ -17,6 +17,9 @@ from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.ops.route.modes import check_experts_per_tok, resolve_weight_mode
 from moe_fast.version import __version__
 
+AUTO = "auto"
+"""In place of a domain's name: the domain that the model predicts."""
+
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class MoEConfigFields(AttentionOfTheCall):
@@ -33,7 +36,11 @@ class MoEConfigFields(AttentionOfTheCall):
         moe_layers: indices of the layers with experts; ``None``: all of them.
         domains: names of the domains, in the order of their ids; with enforced routing a
             domain's id is its expert's.
-        default_domain: the domain of a batch that names none; ``None``: there is no default.
+        default_domain: the domain of a batch that names none, or "auto": for each text the one
+            that is predicted; ``None``: there is no default.
+        domain_predictor: what the encoder's :class:`moe_fast.models.DomainPredictor` was fitted
+            to: ``domains``, their names in the order of its columns, ``vocab_size``,
+            ``num_texts`` and ``accuracy``; ``None``: there is none.
         domain_token_ids: one token id per domain, put in [CLS]'s place; empty: no such tokens.
         domain_token_replaces: the id of [CLS], whose place a domain token takes.
         fused_output: whether experts, dropout, residual and LayerNorm are one op
@@ -56,6 +63,7 @@ class MoEConfigFields(AttentionOfTheCall):
     moe_layers: list[int] | None = None
     domains: list[str] = field(default_factory=list)
     default_domain: str | None = None
+    domain_predictor: dict[str, Any] | None = None
     domain_token_ids: list[int] = field(default_factory=list)
     domain_token_replaces: int | None = None
     fused_output: bool = False
@@ -126,12 +134,19 @@ class MoEConfigFields(AttentionOfTheCall):
             raise TypeError(f"domains must be non-empty names (str); got {self.domains}.")
         if len(set(self.domains)) != len(self.domains):
             raise ValueError(f"domains must be distinct names; got {self.domains}.")
+        if AUTO in self.domains:
+            raise ValueError(
+                f"domains must not have the name {AUTO!r}, by which encode(texts, domain={AUTO!r}) "
+                f"asks the model to predict the domain; got {self.domains}. Give it another name."
+            )
+        self._check_predictor()
         if self.default_domain is not None:
             if not self.domains:
                 raise ValueError(
                     f"default_domain needs domains; got {self.default_domain!r} and no domains."
                 )
-            check_choice("default_domain", self.default_domain, self.domains)
+            if self.default_domain != AUTO:
+                check_choice("default_domain", self.default_domain, self.domains)
         if self.routing == "enforced" and len(self.domains) not in (0, self.num_experts):
             raise ValueError(
                 "domains must name one domain per expert with routing='enforced' (a domain's id "
@@ -159,6 +174,21 @@ class MoEConfigFields(AttentionOfTheCall):
             raise ValueError(
                 f"domains with routing={self.routing!r} need domain tokens: without them a domain "
                 "would have no effect. Leave domains out, or domain_tokens on."
+            )
+
+    def _check_predictor(self) -> None:
+        if self.domain_predictor is None:
+            return
+        names, size = (self.domain_predictor.get(key) for key in ("domains", "vocab_size"))
+        if not _is_int(size) or size < 1:
+            raise ValueError(
+                f"domain_predictor's vocab_size must be a whole number above 0; got {size!r}."
+            )
+        fits = isinstance(names, list) and bool(names) and all(d in self.domains for d in names)
+        if not fits or len(set(names)) != len(names):
+            raise ValueError(
+                "domain_predictor's domains must be distinct names of the model's domains "
+                f"({', '.join(self.domains) or 'it has none'}); got {names!r}."
             )
 
     def domain_id(self, domain: str) -> int:
@@ -229,6 +259,7 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (_are_ints, "a list of whole numbers", ("domain_token_ids",)),
     (lambda v: v is None or _is_int(v), "a whole number", ("domain_token_replaces",)),
     (lambda v: isinstance(v, (list, tuple)), "a list of names", ("domains",)),
+    (lambda v: v is None or isinstance(v, dict), "a JSON object", ("domain_predictor",)),
     (_is_optional_text, "text", ("default_domain", "upcycled_from", "moe_fast_version")),
 )
 

@@ -96,6 +96,8 @@ def describe_mixture(config: Any, total: int, active: int) -> str:
         lines.append(f"- Domain tokens: {tokens if config.domain_token_ids else 'none'}")
         default = inline(config.default_domain) if config.default_domain else "none, give one"
         lines.append(f"- Default domain: {default}")
+        if config.domain_predictor is not None:
+            lines.append('- Unknown domains: `domain="auto"` uses the domain predictor')
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from moe_fast.layers import MoERouter, RouterOutput
 from moe_fast.layers.attention import packed_attention
 from moe_fast.layers.packed_inference import PackedInference
 from moe_fast.models import configuration
+from moe_fast.models.domain_predictor import add_predictor, predicted_domain_ids
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
@@ -67,6 +68,7 @@ class MoEModelMixin(MoEPreTrainedModel):
         self._check_layers()
         for i in self.config.moe_layers:
             self.encoder_layers[i] = self.moe_layer_class(self.config, i)
+        add_predictor(self)
         super().post_init()
 
     def _check_layers(self) -> None:
@@ -135,6 +137,7 @@ class MoEModelMixin(MoEPreTrainedModel):
             domain=domain,
             domain_ids=domain_ids,
             token_type_ids=dense_inputs.get("token_type_ids"),
+            predict=lambda: predicted_domain_ids(self, input_ids, attention_mask, cu_seqlens),
         )
         dense_inputs["input_ids"] = place_domain_tokens(
             self.config, input_ids, domain_ids, attention_mask, cu_seqlens
@@ -259,7 +262,9 @@ class MoEModel(MoEModelMixin):
         Args:
             expert_ids: [B] or [B, L] int64 in [0, E); enforced routing only. In a model with
                 domains, [B] are domains too and place their tokens; [B, L] place none.
-            domain: one name for the whole batch; excludes ``expert_ids`` and ``domain_ids``.
+            domain: one name for the whole batch, or "auto": the one that the model's
+                :class:`moe_fast.models.DomainPredictor` predicts for each text; excludes
+                ``expert_ids`` and ``domain_ids``.
             domain_ids: [B] int64, indices into ``config.domains``. Without effect where routing
                 is learned and the model has no domains.
             output_router_logits: also return ``router_logits`` and ``tokens_per_expert``;

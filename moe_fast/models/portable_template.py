@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from moe_fast.architectures import Architecture
 from moe_fast.layers.encoder_layers import layer_class
 from moe_fast.models.configuration import config_class
+from moe_fast.models.domain_predictor import add_predictor, predicted_domain_ids
 from moe_fast.models.modeling import model_class
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
 from moe_fast.ops.checks import INTEGER_DTYPES, autocast_to, check_dtype, compute_dtype
@@ -127,6 +128,7 @@ class MoEModelMixin(PreTrainedModel):
         encoder_layers = self.get_submodule(self.architecture.layers)
         for i in self.config.moe_layers:
             encoder_layers[i] = self.moe_layer_class(self.config, i)
+        add_predictor(self)
         super().post_init()
 
     def _moe_forward(
@@ -156,6 +158,7 @@ class MoEModelMixin(PreTrainedModel):
             domain=domain,
             domain_ids=domain_ids,
             token_type_ids=dense_inputs.get("token_type_ids"),
+            predict=lambda: predicted_domain_ids(self, input_ids, attention_mask, None),
         )
         dense_inputs["input_ids"] = place_domain_tokens(
             self.config, input_ids, domain_ids, attention_mask, None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_fast.layers.routing_info import RoutingInfo, token_mask_of
-from moe_fast.models.configuration import MoEConfigFields
+from moe_fast.models.configuration import AUTO, MoEConfigFields
 from moe_fast.ops.checks import (
     INTEGER_DTYPES,
     check_dtype,
@@ -28,11 +29,12 @@ def resolve_ids(
     domain: str | None,
     domain_ids: Tensor | None,
     token_type_ids: Tensor | None,
+    predict: Callable[[], Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The batch's expert ids ([B] or [B, L], enforced routing only) and domain ids ([B]).
 
     Domain ids without effect (a learned router and no domains) are dropped: our collator gives
-    them to every encoder, for the losses.
+    them to every encoder, for the losses. ``predict`` gives the domain ids for the domain "auto".
 
     Raises:
         ValueError, TypeError: for contradictions, unknown domains, and ids that do not fit.
@@ -51,7 +53,9 @@ def resolve_ids(
         if config.route_by_token_type and token_type_ids is not None:
             return token_type_ids, None
         domain = config.default_domain
-    if domain is not None:
+    if domain == AUTO:
+        domain_ids = predict()
+    elif domain is not None:
         domain_ids = torch.full((batch,), config.domain_id(domain), device=like.device)
     if domain_ids is not None:
         _check_domain_ids(config, domain_ids, like, batch)

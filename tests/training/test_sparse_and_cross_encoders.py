@@ -117,6 +117,22 @@ def outputs(model, texts, **options):
 # --- trained and evaluated -----------------------------------------------------------------------
 
 
+def test_splade_predicts_domains(splade):
+    pytest.importorskip("sklearn", reason="needs the extra moe-fast[eval]")
+    domains, texts, _ = zip(*passages(), strict=True)
+    set_apart(splade).fit_domain_predictor(texts, domains)
+    names = splade.predict_domain(texts).domains
+    assert len(set(names)) == len(DOMAINS)
+    assert torch.equal(outputs(splade, texts, domain="auto"), outputs(splade, texts, domain=names))
+
+
+def test_a_reranker_predicts_none(reranker):
+    with pytest.raises(
+        ValueError, match=r"domain must be one of the model's domains .* got 'auto'"
+    ):
+        reranker.predict([("a", "b")], domain="auto")
+
+
 def test_splade_is_trained_and_evaluated(splade, tmp_path):
     loss = sparse_losses.SpladeLoss(
         splade,
