@@ -86,7 +86,7 @@ def run(data: Path, model: Path, output: Path, settings: Settings) -> dict[str, 
             settings,
             per_device_train_batch_size=size,
             learning_rate=rate,
-            batch_sampler=_sequential,
+            batch_sampler=sequential,
         )
         systems[name] = comparison.measure(name, encoder, test, settings, *trained)
     *others, large = systems
@@ -106,7 +106,8 @@ def in_order(train: Dataset, settings: Settings) -> Dataset:
     return concatenate_datasets(shuffled).select(range(wanted))
 
 
-def _sequential(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+def sequential(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+    """Make batches of the rows as they come, for the trainer's ``batch_sampler``."""
     return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 FOLDS = 5
 """Parts of the texts that are held out in turn, to measure the accuracy."""
 # Chosen on MedQuAD, see docs/domains.md: the inverse strength of scikit-learn's penalty.
-_INVERSE_PENALTY = 0.03
+_INVERSE_PENALTY = 0.01
 
 
 class DomainPrediction(NamedTuple):
@@ -147,7 +147,7 @@ class PredictsDomains:
 
 
 def with_predictions(
-    model: Any, texts: list[Any], domain: str | list[str], options: dict[str, Any]
+    model: Any, texts: list[Any], domain: str | list[str], options: Mapping[str, Any]
 ) -> str | list[str]:
     """``domain``, one name or one per text, with predictions in the place of "auto".
 
@@ -228,7 +228,7 @@ def _checked_names(config: Any, texts: list[str], domains: Any) -> list[str]:
         )
     if isinstance(domains, str):
         raise TypeError(f"domains must be a sequence of names, one per text; got {domains!r}.")
-    names = checked_domain(config, domains, len(texts))
+    names: Any = checked_domain(config, list(domains), len(texts))
     counts = Counter(names)
     if few := {name: counts[name] for name in config.domains if counts[name] < FOLDS}:
         said = ", ".join(f"{name} ({count})" for name, count in few.items())

@@ -117,7 +117,7 @@ class MoESentenceTransformer(PredictsDomains, MoEPipeline, SentenceTransformer):
         if self.packed if packed is None else packed:
             kwargs["packed"] = True
         texts = self._prepared(texts, kwargs, self.truncate if truncate is None else truncate)
-        if asks_for_prediction(domain):
+        if domain is not None and asks_for_prediction(domain):
             domain = with_predictions(self, texts, domain, kwargs)
         if isinstance(domain, list) and not singular and texts:
             return encode_by_domain(super().encode, texts, domain, kwargs)

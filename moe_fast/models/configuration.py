@@ -179,7 +179,8 @@ class MoEConfigFields(AttentionOfTheCall):
     def _check_predictor(self) -> None:
         if self.domain_predictor is None:
             return
-        names, size = (self.domain_predictor.get(key) for key in ("domains", "vocab_size"))
+        size: Any = self.domain_predictor.get("vocab_size")
+        names: Any = self.domain_predictor.get("domains")
         if not _is_int(size) or size < 1:
             raise ValueError(
                 f"domain_predictor's vocab_size must be a whole number above 0; got {size!r}."
