@@ -94,7 +94,7 @@ class PredictsDomains:
         size = len(vocabulary) - len(encoder.config.domain_token_ids)
         words = vocabulary[:size].to("cpu", torch.float64)
         features = torch.nn.functional.embedding_bag(tokens, words, starts, mode="mean")
-        known = [name for name in encoder.config.domains if name in set(names)]
+        known = list(encoder.config.domains)
         weights, bias, accuracy = _fit(features.numpy(), [known.index(name) for name in names])
         predictor = DomainPredictor(size, len(known))
         predictor.weight.copy_(words @ torch.from_numpy(weights))

@@ -179,12 +179,13 @@ class MoEConfigFields(AttentionOfTheCall):
     def _check_predictor(self) -> None:
         if self.domain_predictor is None:
             return
-        size: Any = self.domain_predictor.get("vocab_size")
         names: Any = self.domain_predictor.get("domains")
-        if not _is_int(size) or size < 1:
-            raise ValueError(
-                f"domain_predictor's vocab_size must be a whole number above 0; got {size!r}."
-            )
+        for key in ("vocab_size", "num_texts"):
+            size: Any = self.domain_predictor.get(key)
+            if not _is_int(size) or size < 1:
+                raise ValueError(
+                    f"domain_predictor's {key} must be a whole number above 0; got {size!r}."
+                )
         fits = isinstance(names, list) and bool(names) and all(d in self.domains for d in names)
         if not fits or len(set(names)) != len(names):
             raise ValueError(

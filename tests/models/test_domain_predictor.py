@@ -32,7 +32,7 @@ def with_predictor(name="bert", order=(2, 0, 1), seed=0, **settings):
     moe.domain_predictor.weight.normal_(generator=generator)
     moe.domain_predictor.bias.normal_(generator=generator)
     known = [DOMAINS[i] for i in order]
-    moe.config.domain_predictor = {"domains": known, "vocab_size": size, "num_texts": 0}
+    moe.config.domain_predictor = {"domains": known, "vocab_size": size, "num_texts": 9}
     return moe
 
 
@@ -128,7 +128,7 @@ def test_a_learned_router_with_domain_tokens_takes_auto():
     moe = moe_fast.upcycle(build("bert"), num_experts=2, domains=["a", "b"], cls_token_id=CLS)
     moe.domain_predictor = DomainPredictor(60, 2)
     moe.domain_predictor.bias[1] = 1.0
-    moe.config.domain_predictor = {"domains": ["a", "b"], "vocab_size": 60}
+    moe.config.domain_predictor = {"domains": ["a", "b"], "vocab_size": 60, "num_texts": 9}
     torch.nn.init.normal_(moe.get_input_embeddings().weight)
     batch = make_batch()
     with torch.no_grad():
@@ -236,12 +236,12 @@ def test_auto_and_ids():
         ({"domain_predictor": "x"}, TypeError, "domain_predictor must be a JSON object"),
         ({"domain_predictor": {}}, ValueError, "vocab_size must be a whole number above 0"),
         (
-            {"domain_predictor": {"vocab_size": 60, "domains": ["a", "z"]}},
+            {"domain_predictor": {"vocab_size": 60, "num_texts": 9, "domains": ["a", "z"]}},
             ValueError,
             r"distinct names of the model's domains \(a, b\); got \['a', 'z'\]",
         ),
         (
-            {"domain_predictor": {"vocab_size": 60, "domains": ["a", "a"]}},
+            {"domain_predictor": {"vocab_size": 60, "num_texts": 9, "domains": ["a", "a"]}},
             ValueError,
             "distinct names",
         ),
