@@ -17,7 +17,7 @@ from experiments.claims.settings import PLACES
 from moe_fast.evaluation.bootstrap import bootstrap_bounds
 from moe_fast.files import atomic_write, write_text
 
-DENSE = "b"
+PRETRAINED, DENSE = "a", "b"
 EQUAL = 0.005  # two arms count as equal if the whole interval lies within this of 0
 
 Scores = dict[str, dict[int, dict[str, NDArray[np.float32]]]]  # [arm][seed][place] -> [Q]
@@ -60,10 +60,8 @@ def difference(
     place: str,
     groups: NDArray[np.int64],
 ) -> Difference:
-    """Compare two arms on the seeds that both have; an arm without randomness has seed 0 alone."""
-    pairs = [(first[s], second[s]) for s in sorted(first.keys() & second.keys())]
-    if len(first) == 1 or len(second) == 1:
-        pairs = [(a, b) for a in first.values() for b in second.values()]
+    """Compare two arms on the seeds that both have."""
+    pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
     by_seed = np.stack([a[place].astype(np.float64) - b[place] for a, b in pairs])
     per_question = by_seed.mean(0)
     sums = np.bincount(groups, per_question)
@@ -133,8 +131,11 @@ def _table(
             values = [float(found[place].mean()) for found in scores[arm].values()]
             spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}")
-        if arm != DENSE and DENSE in scores and _comparable(scores, arm):
-            gains[arm] = {p: difference(scores[arm], scores[DENSE], p, groups) for p in PLACES}
+        dense, own = scores.get(DENSE, {}), scores[arm]
+        if arm == PRETRAINED:  # nothing in it is random: the same with every seed
+            own = dict.fromkeys(dense, next(iter(own.values())))
+        if arm != DENSE and own.keys() & dense.keys():
+            gains[arm] = {p: difference(own, dense, p, groups) for p in PLACES}
         for place in PLACES:
             cells.append(_interval(gains[arm][place]) if arm in gains else "-")
         rows.append(cells)
@@ -142,10 +143,6 @@ def _table(
     if {"c", "e"} <= scores.keys() and scores["c"].keys() & scores["e"].keys():
         lines += ["", *_prefix_against_mixture(scores, groups)]
     return "\n".join(lines) + "\n", gains
-
-
-def _comparable(scores: Scores, arm: str) -> bool:
-    return arm == "a" or bool(scores[arm].keys() & scores[DENSE].keys())
 
 
 def _sizes(questions: dict[str, Any]) -> str:
