@@ -59,7 +59,7 @@ def test_it_is_the_logistic_regression_of_the_mean_word_embeddings(mixture):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    from moe_fast.encoding.domain_prediction import _INVERSE_PENALTY
+    from moe_fast.encoding.domain_prediction import _LOSS_WEIGHT
 
     texts, domains = make_texts(90)
     mixture.fit_domain_predictor(texts, domains)
@@ -70,7 +70,7 @@ def test_it_is_the_logistic_regression_of_the_mean_word_embeddings(mixture):
         return np.stack([np.mean([words[i] for i in ids], axis=0) for ids in rows])
 
     scaler = StandardScaler().fit(means(texts))
-    classifier = LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000, tol=1e-4)
+    classifier = LogisticRegression(C=_LOSS_WEIGHT / len(texts), max_iter=1000, tol=1e-4)
     classifier.fit(scaler.transform(means(texts)), domains)
     new = make_texts(40, seed=2)[0]
     want = classifier.predict_proba(scaler.transform(means(new)))
