@@ -174,12 +174,13 @@ class _Server:
                 f"input must have at most {self.settings.max_texts} texts; got {len(given)}",
                 "input",
             )
-        domain_ids = self.model.domain_ids(body.domain, len(given))
+        names = self.model.domain_names(body.domain, len(given))
         if sum(len(one) for one in given) <= _FEW_CHARACTERS:
             tokenized = self._tokenized(given, body)
         else:
             tokenized = await asyncio.to_thread(self._tokenized, given, body)
         prompt_length = self.model.prompt_length(body.prompt_name)
+        domain_ids = self.model.domain_ids(names, tokenized)
         texts = [
             Text(one.ids, one.type_ids, domain_id, prompt_length)
             for one, domain_id in zip(tokenized, domain_ids, strict=True)

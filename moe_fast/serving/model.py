@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from moe_fast.encoding.batches import padded_batch
-from moe_fast.encoding.domains import checked_domain, domains_of
+from moe_fast.encoding.domain_prediction import with_predictions
+from moe_fast.encoding.domains import asks_for_prediction, checked_domain, domains_of
 from moe_fast.encoding.lengths import (
     TokenizedText,
     counted_truncation,
@@ -23,6 +24,8 @@ from moe_fast.encoding.plain_text import why_not_plain
 from moe_fast.encoding.prompts import prompt_of
 from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
 from moe_fast.messages import shown
+from moe_fast.models.configuration import AUTO
+from moe_fast.models.domain_predictor import predictor_of
 from moe_fast.serving.batcher import Text, Vectors
 from moe_fast.serving.errors import RequestError
 from moe_fast.serving.settings import ServerSettings
@@ -72,7 +75,10 @@ class ServedModel:
         ids, lists = fields["input"]["anyOf"][2:]
         for schema in (ids["items"], lists["items"]["items"]):
             schema |= {"minimum": 0, "maximum": self._vocabulary - 1}
-        for field, names in (("domain", self.domains), ("prompt_name", sorted(self.prompts))):
+        domains = list(self.domains)
+        if getattr(self._model.transformers_model.config, "domain_predictor", None) is not None:
+            domains.append(AUTO)
+        for field, names in (("domain", domains), ("prompt_name", sorted(self.prompts))):
             forms = fields[field]["anyOf"] if names else [fields[field]["anyOf"].pop()]
             fields[field]["anyOf"] = forms
             for schema in forms:
@@ -81,11 +87,12 @@ class ServedModel:
 
     # --- from a request to texts ------------------------------------------------------------------
 
-    def domain_ids(self, domain: str | list[str] | None, num_texts: int) -> list[int | None]:
-        """The indices of the texts' domains.
+    def domain_names(self, domain: str | list[str] | None, num_texts: int) -> list[str | None]:
+        """The domain of each text, which may be "auto", one that is predicted.
 
         Raises:
-            RequestError: an unknown domain, none where one is needed, or not one per text.
+            RequestError: an unknown domain, none where one is needed, not one per text, or "auto"
+                where no predictor knows all domains.
         """
         if domain is not None and not self.domains:
             raise RequestError(f"the model {self.name!r} has no domains", "domain")
@@ -93,11 +100,23 @@ class ServedModel:
             return [None] * num_texts
         config = self._model.transformers_model.config
         try:
-            names = checked_domain(config, domain, num_texts)
+            names = checked_domain(config, domain, num_texts, auto=True)
+            if asks_for_prediction(names):
+                predictor_of(self._model.transformers_model)
         except (ValueError, TypeError) as error:
             raise RequestError(str(error), "domain") from error
         if not isinstance(names, list):
             names = [names if names is not None else config.default_domain] * num_texts
+        return list(names)
+
+    def domain_ids(
+        self, names: Sequence[str | None], texts: Sequence[TokenizedText]
+    ) -> list[int | None]:
+        """The indices of the texts' domains, which :meth:`domain_names` has checked."""
+        known = [name for name in names if name is not None]
+        if AUTO in known:
+            names = with_predictions(self._model, list(texts), known, {})
+        config = self._model.transformers_model.config
         return [None if name is None else config.domain_id(name) for name in names]
 
     def tokenize(

@@ -41,7 +41,7 @@ class EmbeddingRequest(BaseModel):
     )
     user: str | None = Field(None, description="The end user, as OpenAI has it; not used.")
     domain: str | list[str] | None = Field(
-        None, description="The domain of all texts, or one for each."
+        None, description="The domain of all texts, or one for each; auto: the one predicted."
     )
     prompt_name: str | None = Field(
         None, description="The model's prompt to put before each text; not with token ids."

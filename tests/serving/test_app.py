@@ -116,6 +116,26 @@ def test_a_wrong_field_is_refused_by_name(client_of, fields, param, message):
     assert message in error["message"]
 
 
+def test_auto_is_the_domain_that_the_model_predicts(client_of, models):
+    pytest.importorskip("sklearn", reason="needs the extra moe-fast[eval]")
+    mixture = load_model(str(models / "enforced"), device="cpu")
+    texts = [f"w{i} w{i + 1}" for i in range(40)]
+    mixture.fit_domain_predictor(texts, ["law"] * 20 + ["medicine"] * 20)
+    mixture.save_pretrained(str(models / "predicting"), create_model_card=False)
+    predicted = mixture.predict_domain(["w1 w2", "w38 w39"]).domains
+    client = client_of("predicting")
+    given = ["w1 w2", "w38 w39", "w1 w2"]
+    answer = ask(client, given, model="predicting", domain=["auto", "auto", "medicine"])
+    expected = mixture.encode(given, domain=[*predicted, "medicine"])
+    np.testing.assert_allclose(vectors_of(answer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_is_refused_by_a_model_without_a_predictor(client):
+    error = ask(client, "w1", domain="auto", status=400)["error"]
+    assert error["param"] == "domain"
+    assert "fit one with model.fit_domain_predictor" in error["message"]
+
+
 def test_a_domain_is_refused_by_a_model_without(client_of):
     error = ask(client_of("dense"), model="dense", status=400)["error"]
     assert error["param"] == "domain"
