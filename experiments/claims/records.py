@@ -21,6 +21,8 @@ from experiments.claims.settings import Cell, Settings
 from moe_fast.demo.comparison import machine
 from moe_fast.files import write_text
 
+_OF_THE_DEMO = ("train_pairs", "usage_texts")  # settings that no cell reads
+
 
 def compact(values: NDArray[np.float32]) -> str:
     """Numbers as text: float32, little-endian, compressed by zlib, in base64."""
@@ -85,7 +87,7 @@ def record_of(
         "machine was": os.environ.get("CLAIMS_MACHINE", "quiet"),
         "processor": processor(),
         "machine": machine(),
-        "settings": asdict(settings),
+        "settings": {k: v for k, v in asdict(settings).items() if k not in _OF_THE_DEMO},
         "data sha256": fingerprint(data),
         "losses": [round(loss, 4) for loss in trained.losses],
         "per question": {place: compact(values) for place, values in scores.items()},
