@@ -16,11 +16,12 @@ from experiments.claims.data import SETS, Data, load
 from experiments.claims.measure import measure, predicted_domains
 from experiments.claims.report import report
 from experiments.claims.settings import Cell, Settings, all_cells
+from experiments.mpnet import mpnet_folder
 from moe_fast.demo.pretrained import go_offline, pretrained_folder
 
 RESULTS = Path(__file__).parents[1] / "results" / "claims"
 FOLDER = Path(__file__).parents[3] / "shared" / "data"
-MODELS: dict[str, Callable[[], Path]] = {"minilm": pretrained_folder}
+MODELS: dict[str, Callable[[], Path]] = {"minilm": pretrained_folder, "mpnet": mpnet_folder}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -66,9 +66,11 @@ class Setup:
         return dense
 
     def upcycled(self, **settings: Any) -> Any:
-        """A mixture of it that computes nothing for padding, in training too."""
+        """A mixture of it that, if its encoder can, computes nothing for padding in training."""
         model = moe_fast.upcycle(self.dense(), seed=self.settings.seed, **settings)
-        model.transformers_model.set_attn_implementation("moe_fast")
+        encoder = model.transformers_model
+        if encoder.architecture.not_packed is None:
+            encoder.set_attn_implementation("moe_fast")
         return model
 
     def single(self) -> Any:
