@@ -23,6 +23,7 @@ from moe_fast.layers.packed_inference import PackedInference
 from moe_fast.models import configuration
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.pretrained import MoEPreTrainedModel
+from moe_fast.models.quantization import quantize_layers
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
 from moe_fast.ops.checks import check_shape, compute_dtype
 
@@ -67,6 +68,8 @@ class MoEModelMixin(MoEPreTrainedModel):
         self._check_layers()
         for i in self.config.moe_layers:
             self.encoder_layers[i] = self.moe_layer_class(self.config, i)
+        if self.config.quantization is not None:
+            quantize_layers(self.encoder_layers, self.config.quantization)
         super().post_init()
 
     def _check_layers(self) -> None:
