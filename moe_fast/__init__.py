@@ -25,6 +25,7 @@ from moe_fast.conversion import (  # noqa: E402
     from_experts,
     import_checkpoint,
     import_nomic,
+    quantize,
     remove_expert,
     upcycle,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "load_three_heads",
     "losses",
     "ops",
+    "quantize",
     "remove_expert",
     "show_backends",
     "upcycle",

@@ -8,9 +8,11 @@
 #include "attention.h"
 #include "cpu/gemm.h"
 #include "cpu/instruction_set.h"
+#include "cpu/int8_simd.h"
 #include "expert_linear.h"
 #include "expert_mlp.h"
 #include "info_nce.h"
+#include "int8.h"
 #include "layer.h"
 #include "plan.h"
 #include "route.h"
@@ -25,6 +27,8 @@ std::string cpu_capability() {
   if (moe_fast::why_no_gemm() != nullptr) return "";
   return std::string(moe_fast::gemm().name) + ", " + set;
 }
+
+std::string int8_capability() { return moe_fast::int8_ops().name; }
 
 }  // namespace
 
@@ -88,7 +92,21 @@ STABLE_TORCH_LIBRARY(moe_fast_cpp, m) {
       "Tensor? out_bias, Tensor norm_weight, Tensor? norm_bias, Tensor cu_seqlens, Tensor? cos, "
       "Tensor? sin, int heads, float scale, int? window, float eps, bool keep_exact) -> "
       "(Tensor out, Tensor exact)");
+  m.def(
+      "int8_linear(Tensor x, Tensor values, Tensor scale, Tensor sums, Tensor? bias, Tensor? range, "
+      "Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps, str dtype) -> Tensor");
+  m.def(
+      "int8_expert_linear(Tensor x, Tensor values, Tensor scale, Tensor sums, Tensor? bias, "
+      "Tensor? range, Tensor top_k_weights, Tensor expert_offsets, Tensor row_to_token, "
+      "Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
+  m.def(
+      "int8_expert_mlp(Tensor x, Tensor up_values, Tensor up_scale, Tensor up_sums, "
+      "Tensor? up_bias, Tensor? up_range, Tensor down_values, Tensor down_scale, Tensor down_sums, "
+      "Tensor? down_bias, Tensor? down_range, Tensor top_k_weights, Tensor expert_offsets, "
+      "Tensor row_to_token, Tensor row_to_slot, Tensor slot_to_row, Tensor? residual, "
+      "Tensor? norm_weight, Tensor? norm_bias, float eps, str act, bool gated) -> Tensor");
   m.def("cpu_capability() -> str");
+  m.def("int8_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
@@ -107,8 +125,12 @@ STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CPU, m) {
   m.impl("expert_mlp_backward", TORCH_BOX(&moe_fast::expert_mlp_backward_cpu));
   m.impl("expert_linear", TORCH_BOX(&moe_fast::expert_linear_cpu));
   m.impl("expert_linear_backward", TORCH_BOX(&moe_fast::expert_linear_backward_cpu));
+  m.impl("int8_linear", TORCH_BOX(&moe_fast::int8_linear_cpu));
+  m.impl("int8_expert_linear", TORCH_BOX(&moe_fast::int8_expert_linear_cpu));
+  m.impl("int8_expert_mlp", TORCH_BOX(&moe_fast::int8_expert_mlp_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("int8_capability", TORCH_BOX(&int8_capability));
 }

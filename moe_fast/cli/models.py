@@ -70,6 +70,8 @@ def describe_size(model: Any) -> str:
     total = sum(parameter.numel() for parameter in model.parameters())
     if not hasattr(encoder, "moe_mlps"):
         return f"{total:,} parameters"
+    # The integers of a quantised encoder are no parameters of PyTorch's.
+    total += encoder.num_parameters() - sum(p.numel() for p in encoder.parameters())
     idle = encoder.num_parameters() - encoder.num_parameters(only_active=True)
     return f"{total:,} parameters, {total - idle:,} active per token"
 

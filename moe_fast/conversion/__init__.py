@@ -1,10 +1,11 @@
-"""Conversion between models: upcycle, extract, join, grow and import; and frozen parameters."""
+"""Conversion between models: upcycle, extract, join, grow, import, quantize; frozen parameters."""
 
 from moe_fast.conversion.extract import extract_expert
 from moe_fast.conversion.grow import add_expert, remove_expert
 from moe_fast.conversion.importing import IMPORT_STYLES, KeyRule, import_checkpoint
 from moe_fast.conversion.join import from_experts
 from moe_fast.conversion.nomic import export_nomic, import_nomic
+from moe_fast.conversion.quantize import quantize
 from moe_fast.conversion.trainable import set_trainable
 from moe_fast.conversion.upcycle import upcycle
 
@@ -17,6 +18,7 @@ __all__ = [
     "from_experts",
     "import_checkpoint",
     "import_nomic",
+    "quantize",
     "remove_expert",
     "set_trainable",
     "upcycle",

@@ -18,6 +18,7 @@ from moe_fast.architectures import HEADS
 from moe_fast.encoding.loading import load_as_saved
 from moe_fast.models.loading import tokenizer_beside
 from moe_fast.models.pretrained import MoEPreTrainedModel
+from moe_fast.models.quantization import check_not_quantized
 from moe_fast.models.saving import check_no_adapter
 from moe_fast.ops.checks import check_choice
 
@@ -113,11 +114,12 @@ def mixture_of(source: Given, name: str = "model") -> MoEPreTrainedModel:
 
     Raises:
         TypeError: the argument, called ``name``, is a dense model.
-        ValueError: the model has PEFT adapters.
+        ValueError: the model has PEFT adapters, or is quantised.
     """
     if not isinstance(source.encoder, MoEPreTrainedModel):
         raise TypeError(
             f"{name} must be a mixture of experts; got {type(source.encoder).__name__}."
         )
     check_no_adapter(source.encoder)
+    check_not_quantized(source.encoder, "converted")
     return source.encoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_fast.models.pretrained import MoEPreTrainedModel
+from moe_fast.models.quantization import check_not_quantized
 from moe_fast.ops.checks import check_choice
 
 TRAINABLE = ("all", "experts", "experts+router")
@@ -22,9 +23,10 @@ def set_trainable(
             small multilingual model.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, and for a quantised model.
     """
     check_choice("trainable", trainable, TRAINABLE)
+    check_not_quantized(model, "trained")
     model.requires_grad_(trainable == "all")
     if trainable == "all":
         words = model.get_input_embeddings()

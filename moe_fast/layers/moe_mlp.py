@@ -208,27 +208,45 @@ class MoEMLP(nn.Module):
             info = RoutingInfo.of(
                 routing, expert_ids=expert_ids, token_mask=token_mask, cu_seqlens=cu_seqlens
             )
-        up, up_bias = self.projection(self.up_name)
-        down, down_bias = self.projection("down_proj")
         if self.target == "output":
-            h = activate(F.linear(hidden_states, up, up_bias), self.hidden_act, self.gated)
-            return self._expert_linear(h, down, down_bias, info)
+            h = self._shared_linear(self.up_name, hidden_states)
+            return self._mixed("down_proj", activate(h, self.hidden_act, self.gated), info)
         if self.target == "intermediate":
-            z = self._expert_linear(hidden_states, up, up_bias, info)
-            return F.linear(activate(z, self.hidden_act, self.gated), down, down_bias)
+            z = self._mixed(self.up_name, hidden_states, info)
+            return self._shared_linear("down_proj", activate(z, self.hidden_act, self.gated))
         routed, plan = self._route(hidden_states, info)
         x = hidden_states.reshape(-1, self.hidden_size)
-        experts = (x, up, down, up_bias, down_bias, routed, plan)
-        form: dict[str, Any] = dict(act=self.hidden_act, gated=self.gated)
-        if output_block is None:
-            y = ops.expert_mlp(*experts, **form)
-            if self.output_bias is not None:
-                y = y + self.output_bias.to(y.dtype)
-            return y.view(hidden_states.shape)
-        residual, weight, bias, eps, dropout = output_block
-        block = (residual.reshape(x.shape), weight, bias)
-        y = ops.expert_mlp_norm(*experts, *block, eps=eps, dropout=dropout, **form)
+        y = self._expert_mlp(x, routed, plan, output_block)
+        if self.output_bias is not None:
+            y = y + self.output_bias.to(y.dtype)
         return y.view(hidden_states.shape)
+
+    def _mixed(self, name: str, x: Tensor, info: RoutingInfo) -> Tensor:
+        """The projection ``name`` of each token's experts, weighted and summed."""
+        weights, plan = self._route(x, info)
+        y = self._expert_linear(name, x.reshape(-1, x.shape[-1]), weights, plan)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _shared_linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, *self.projection(name))
+
+    def _expert_linear(
+        self, name: str, x: Tensor, weights: Tensor, plan: ops.RoutingPlan
+    ) -> Tensor:
+        return ops.expert_linear(x, *self.projection(name), weights, plan)
+
+    def _expert_mlp(
+        self, x: Tensor, weights: Tensor, plan: ops.RoutingPlan, block: OutputBlock | None
+    ) -> Tensor:
+        up, up_bias = self.projection(self.up_name)
+        down, down_bias = self.projection("down_proj")
+        experts = (x, up, down, up_bias, down_bias, weights, plan)
+        form: dict[str, Any] = dict(act=self.hidden_act, gated=self.gated)
+        if block is None:
+            return ops.expert_mlp(*experts, **form)
+        residual, weight, bias, eps, dropout = block
+        after = (residual.reshape(x.shape), weight, bias)
+        return ops.expert_mlp_norm(*experts, *after, eps=eps, dropout=dropout, **form)
 
     def _route(self, x: Tensor, info: RoutingInfo) -> tuple[Tensor, ops.RoutingPlan]:
         """Routing weights [T, K] and the plan."""
@@ -236,13 +254,6 @@ class MoEMLP(nn.Module):
         if info.enforced is not None:
             return routed.top_k_weights, info.enforced[1]
         return routed.top_k_weights, ops.plan(routed.top_k_index, self.num_experts)
-
-    def _expert_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, info: RoutingInfo
-    ) -> Tensor:
-        weights, plan = self._route(x, info)
-        y = ops.expert_linear(x.reshape(-1, x.shape[-1]), weight, bias, weights, plan)
-        return y.view(*x.shape[:-1], weight.shape[1])
 
     def extra_repr(self) -> str:
         """The settings that ``print(module)`` shows."""

@@ -109,6 +109,8 @@ class PackedInference:
 def _parts_of(layer: Any) -> _Parts | None:
     """The parts of a layer that computes nothing else than :meth:`PackedInference.run` does."""
     architecture = layer.architecture
+    if getattr(layer.config, "quantization", None) is not None:  # its modules are others
+        return None
     shape = None
     if architecture.projections is not None and not layer.training:
         maps = [layer.get_submodule(name) for name in architecture.projections]

@@ -31,6 +31,7 @@ _SIZES = (
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")  # safetensors' names
 _INTEGER_BUFFERS = ("position_ids", "token_type_ids", "num_batches_tracked")
+_OF_INT8 = ("values", "sums")  # of moe_fast/layers/int8.py
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
@@ -112,10 +113,11 @@ def _check_sizes(folder: Path) -> None:
     if config.get("quantization_config") is not None:
         return
     dtypes = stored_weights(folder)
+    known = (*_INTEGER_BUFFERS, *(_OF_INT8 if config.get("quantization") is not None else ()))
     integers = [
         f"{name} ({dtype})"
         for name, dtype in sorted(dtypes.items())
-        if dtype in _INTEGERS and name.rpartition(".")[2] not in _INTEGER_BUFFERS
+        if dtype in _INTEGERS and name.rpartition(".")[2] not in known
     ]
     if integers:
         raise ValueError(

@@ -13,6 +13,7 @@ from moe_fast.architectures import ARCHITECTURES, Architecture, make_class
 from moe_fast.layers.attention import AttentionOfTheCall
 from moe_fast.layers.moe_mlp import TARGETS
 from moe_fast.models.portable import auto_map, code_file, is_portable, portable_code
+from moe_fast.models.quantization import check_quantization
 from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.ops.route.modes import check_experts_per_tok, resolve_weight_mode
 from moe_fast.version import __version__
@@ -48,6 +49,8 @@ class MoEConfigFields(AttentionOfTheCall):
             BERT's do, target "mlp". Changes no parameter: it may be switched at any time.
         output_router_logits: whether the model reports its routing unless told otherwise.
         route_by_token_type: use ``token_type_ids`` as expert ids (enforced routing).
+        quantization: of a mixture that :func:`moe_fast.quantize` made, how: ``{"method": "int8",
+            "activations": "dynamic" or "static"}``; ``None``: it is not quantised.
         upcycled_from: name or path of the dense model this one was made of.
         moe_fast_version: the version that wrote the checkpoint.
     """
@@ -69,6 +72,7 @@ class MoEConfigFields(AttentionOfTheCall):
     fused_output: bool = False
     output_router_logits: bool = False
     route_by_token_type: bool = False
+    quantization: dict[str, str] | None = None
     upcycled_from: str | None = None
     moe_fast_version: str | None = None
 
@@ -118,6 +122,7 @@ class MoEConfigFields(AttentionOfTheCall):
                 "route_by_token_type needs routing='enforced' (token types are expert ids then); "
                 f"got routing={self.routing!r}."
             )
+        check_quantization(self.quantization)
         self._check_domains()
 
     def _check_types(self) -> None:

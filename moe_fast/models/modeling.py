@@ -24,6 +24,7 @@ from moe_fast.models import configuration
 from moe_fast.models.domain_predictor import add_predictor, predicted_domain_ids
 from moe_fast.models.packing import pack_inputs, packing_of, unpack_outputs
 from moe_fast.models.pretrained import MoEPreTrainedModel
+from moe_fast.models.quantization import quantize_layers
 from moe_fast.models.routing_inputs import build_routing, place_domain_tokens, resolve_ids
 from moe_fast.ops.checks import check_shape, compute_dtype
 
@@ -69,6 +70,8 @@ class MoEModelMixin(MoEPreTrainedModel):
         for i in self.config.moe_layers:
             self.encoder_layers[i] = self.moe_layer_class(self.config, i)
         add_predictor(self)
+        if self.config.quantization is not None:
+            quantize_layers(self.encoder_layers, self.config.quantization)
         super().post_init()
 
     def _check_layers(self) -> None:

@@ -85,6 +85,8 @@ def _check(model: PreTrainedModel) -> None:
         why = "this model is saved as an adapter alone (merge it first)"
     elif model.base_model is not model:
         why = f"the file is of bare encoders, without a head; got {type(model).__name__}"
+    elif model.config.quantization is not None:
+        why = "the file computes in floating numbers, and this mixture is quantised"
     elif foreign:
         why = f"the file takes transformers' encoders alone; got {foreign[0].__module__}"
     elif parts.forward is not None and not parts.forward.__module__.startswith("moe_fast."):

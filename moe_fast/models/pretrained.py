@@ -19,6 +19,7 @@ from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.loading import naming
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.portable import set_portable
+from moe_fast.models.quantization import freeze, is_quantized, num_int8_weights
 from moe_fast.models.saving import check_no_adapter, replaced_files
 from moe_fast.models.strict import check_filled_once, check_loading_info
 from moe_fast.version import __version__
@@ -74,8 +75,14 @@ class MoEPreTrainedModel(PreTrainedModel):
 
         Args:
             only_active: leave out the experts that a token does not visit: K of E count.
+
+        The 8-bit integers of a quantised mixture count too, though they are no parameters of
+        PyTorch's.
         """
         total = super().num_parameters(only_trainable, exclude_embeddings)
+        if is_quantized(self) and not only_trainable:
+            every, active = num_int8_weights(self, self.config.num_experts_per_tok)
+            return total + (active if only_active else every)
         if not only_active:
             return total
         idle = 0
@@ -111,6 +118,8 @@ class MoEPreTrainedModel(PreTrainedModel):
             )
         check_loading_info(info, model, pretrained_model_name_or_path)
         check_filled_once(model, folder)
+        if is_quantized(model):
+            freeze(model)
         return (model, info) if wanted else model
 
     @compat.overrides

@@ -16,6 +16,10 @@ from moe_fast.ops.expert_mlp_norm import expert_mlp_norm
 from moe_fast.ops.gather_rows import gather_rows
 from moe_fast.ops.info_nce import InfoNCEStats, info_nce
 from moe_fast.ops.info_nce.matryoshka import matryoshka_info_nce
+from moe_fast.ops.int8_expert_linear import int8_expert_linear
+from moe_fast.ops.int8_expert_mlp import int8_expert_mlp
+from moe_fast.ops.int8_linear import int8_linear
+from moe_fast.ops.int8_weight import Int8Norm, Int8Weight, quantize_weight
 from moe_fast.ops.maxsim import maxsim
 from moe_fast.ops.plan import RoutingPlan, plan
 from moe_fast.ops.route import Routing, route
@@ -23,6 +27,8 @@ from moe_fast.ops.varlen_attention import varlen_attention
 
 __all__ = [
     "InfoNCEStats",
+    "Int8Norm",
+    "Int8Weight",
     "Normed",
     "Projections",
     "Routing",
@@ -36,9 +42,13 @@ __all__ = [
     "expert_mlp_norm",
     "gather_rows",
     "info_nce",
+    "int8_expert_linear",
+    "int8_expert_mlp",
+    "int8_linear",
     "matryoshka_info_nce",
     "maxsim",
     "plan",
+    "quantize_weight",
     "route",
     "show_backends",
     "use_backend",

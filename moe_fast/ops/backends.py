@@ -30,6 +30,9 @@ OPS = (
     "expert_mlp",
     "expert_mlp_norm",
     "expert_linear",
+    "int8_linear",
+    "int8_expert_linear",
+    "int8_expert_mlp",
     "varlen_attention",
     "add_norm",
     "attention_block",
@@ -238,7 +241,7 @@ def show_backends(details: bool = False) -> None:
             for backend in BACKENDS:
                 reason = why_unavailable(op, backend, device_type)
                 state = _describe(op, backend, device_type) if reason is None else f"no: {reason}"
-                print(f"{device_type:5s} {op:16s} {backend:7s} {state}")
+                print(f"{device_type:5s} {op:18s} {backend:7s} {state}")
 
 
 def _what_runs(device_type: str) -> str:

@@ -34,10 +34,14 @@ _OPS = (
     "expert_linear_backward",
     "info_nce",
     "info_nce_backward",
+    "int8_linear",
+    "int8_expert_linear",
+    "int8_expert_mlp",
     "varlen_attention",
     "add_norm",
     "attention_block",
     "cpu_capability",
+    "int8_capability",
 )
 
 
@@ -84,6 +88,8 @@ _missing_cuda = _load_cuda()
 # How native ops multiply matrices on the CPU, and the instruction set that they use, for users to
 # read; empty if they cannot.
 cpu_capability = _describe()
+# The instruction set by which native ops multiply 8-bit integers.
+int8_capability: str = torch.ops.moe_fast_cpp.int8_capability() if _missing is None else ""
 
 
 _warned = _missing is None or sys.platform == "win32"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_fast.models.quantization import check_not_quantized
+
 _HALF = (torch.float16, torch.bfloat16)
 _REMEDY = (
     "Make trainable what is to be trained: model.requires_grad_(True), "
@@ -23,8 +25,11 @@ def check_trainable(model: nn.Module) -> None:
     Parameters of a loss, such as a temperature, do not count, because they do not change the model.
 
     Raises:
-        ValueError: every parameter of the model is frozen; the error names remedies.
+        ValueError: every parameter of the model is frozen, or it is quantised; the error names
+            remedies.
     """
+    encoder = getattr(model, "transformers_model", model)
+    check_not_quantized(encoder, "trained")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"every parameter of the model is frozen: nothing would train. {_REMEDY}")
 

@@ -98,3 +98,20 @@ def test_failures(arguments, message, moe_fast_cli, workspace):
     assert result.exit_code == 1
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert not (workspace / "x").exists()
+
+
+def test_quantized_gives_nearly_the_same_embeddings(moe_fast_cli):
+    result = run(moe_fast_cli, "quantize", "mixture", "-o", "x")
+    assert "active per token" in result.output
+    got, want = (torch.from_numpy(encode(path, domain="law")) for path in ("x", "mixture"))
+    assert torch.cosine_similarity(got, want).min() > 0.99
+
+
+def test_texts_fix_the_ranges_of_a_quantised_model(moe_fast_cli):
+    flags = ["--texts", "law=texts.jsonl"]
+    run(moe_fast_cli, "quantize", "mixture", *flags, "-o", "x")
+    config = AutoModel.from_pretrained("x").config
+    assert config.quantization == {"method": "int8", "activations": "static"}
+    result = moe_fast_cli("quantize", "mixture", "--domain", "law", "-o", "y")
+    assert result.exit_code == 2
+    assert "need --texts" in result.output

@@ -17,7 +17,7 @@ from moe_fast.version import build_command
 from .helpers import RecordOps, assert_says
 
 OPS = ["route", "plan", "expert_mlp", "expert_mlp_norm", "expert_linear"]
-OPS += ["varlen_attention", "info_nce"]
+OPS += ["int8_linear", "int8_expert_linear", "int8_expert_mlp", "varlen_attention", "info_nce"]
 NAMES = ["auto", "torch", "tiled", "cpp", "triton"]
 ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[0, 1], [1, 2]])
@@ -29,12 +29,18 @@ def call(backend: str | None = None) -> list[ops.RoutingPlan | torch.Tensor]:
     block = torch.eye(2, 3), x[0], x[0]
     plan = ops.plan(IDS, 3, backend=backend)
     weights = torch.full((2, 2), 0.5)
+    int8_up, int8_down = ops.quantize_weight(up), ops.quantize_weight(up.mT)
     return [
         ops.route(x, torch.ones(3, 3), 2, backend=backend).top_k_weights,
         plan.row_to_slot,
         ops.expert_mlp(x, up, up.mT, None, None, weights, plan, backend=backend),
         ops.expert_mlp_norm(x, up, up.mT, None, None, weights, plan, *block, backend=backend),
         ops.expert_linear(x, up, None, weights, plan, backend=backend),
+        ops.int8_linear(x, ops.quantize_weight(up[0]), backend=backend),
+        ops.int8_expert_linear(x, int8_up, None, weights, plan, backend=backend),
+        ops.int8_expert_mlp(
+            x, int8_up, int8_down, None, None, weights, plan, act="relu", backend=backend
+        ),
         ops.varlen_attention(*[x[:, None]] * 3, torch.tensor([0, 2]), backend=backend),
         ops.info_nce(x, x, scale=1.0, backend=backend),
     ]

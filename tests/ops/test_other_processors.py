@@ -24,6 +24,7 @@ CHOSEN = {
     "test_attention_cpp": "any_shape or many_blocks or the_first or views or nan or infinite",
     "test_expert_mlp_cpp": "equals_the_reference or any_shape or skipped or far_out",
     "test_route_cpp": "any_shape or equal_rows",
+    "test_int8": "cpp and (any_shape or exact or not_finite or bfloat16)",
 }
 CODE = """
 import sys, pytest
