@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 import moe_fast
+from moe_fast.ops import native
 
 from .cases import OURS, WrongResult
 from .embedding import DATA, MAX_TOKENS, pretrained, read_pairs
@@ -290,9 +291,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"the models of {', '.join(found)} are in {exports.folder}")
         return 0
     state = LOCAL / f"embedding_peers-{arguments.precision}.json"
-    settings = environment()
+    backends = {op: moe_fast.available_backends(op) for op in ("plan", "expert_mlp")}
+    settings = environment(backends=backends, products=native.cpu_capability)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
-    key = [settings["cpu"], arguments.threads, settings["versions"], digest, list(found)]
+    key = [settings[name] for name in ("cpu", "threads", "versions", "backends", "products")]
+    key += [digest, list(found)]
     progress = Progress.read(state, json.loads(json.dumps(key)))
     run(progress, state, found, texts, exact, arguments.rounds, deadline)
     done = sum(len(measured) for r in progress.rounds for measured in list(r.values())[:1])
