@@ -105,7 +105,7 @@ def trainer_of(
     )
 
     from moe_fast.losses import InfoNCELoss
-    from moe_fast.training import MoESentenceTransformerTrainer
+    from moe_fast.training import MoESentenceTransformerTrainer, TrimMemoryCallback
 
     model: Any = SentenceTransformer(job.model, device="cpu")
     model.max_seq_length = job.tokens
@@ -132,7 +132,7 @@ def trainer_of(
         args=arguments,
         train_dataset=Dataset.from_dict(columns),
         loss=loss(model),
-        callbacks=[watch],
+        callbacks=[watch, *([TrimMemoryCallback()] if job.trim else [])],
     )
 
 
@@ -211,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32, help="pairs per step")
     parser.add_argument("--tokens", type=int, default=256, help="the longest text")
+    parser.add_argument("--trim", action="store_true", help="trim malloc after each step")
     parser.add_argument("--mallocs", default=",".join(MALLOCS))
     parser.add_argument("--alone", choices=WHO, help="measure this one here, and print JSON")
     words = list(sys.argv[1:] if argv is None else argv)
