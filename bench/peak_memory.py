@@ -93,15 +93,15 @@ def call_of(what: str, who: str, count: int) -> Callable[[], Any]:
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Return how far the memory in use rises while ``run`` runs."""
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     outputs = run()
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     del outputs
     return max(0, peak - before)
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """Return a value of /proc/self/status in bytes; ``RuntimeError`` if it is missing."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):

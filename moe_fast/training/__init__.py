@@ -17,6 +17,7 @@ from moe_fast.training.cross_encoder_collator import CrossEncoderDomainCollator 
 from moe_fast.training.domain_column import DomainColumnCollator  # noqa: E402
 from moe_fast.training.sampler import DomainBatchSampler  # noqa: E402
 from moe_fast.training.trainer import MoESentenceTransformerTrainer  # noqa: E402
+from moe_fast.training.trim_memory import TrimMemoryCallback  # noqa: E402
 
 __all__ = [
     "CrossEncoderDomainCollator",
@@ -25,4 +26,5 @@ __all__ = [
     "DomainDataCollator",
     "ExpertUsageCallback",
     "MoESentenceTransformerTrainer",
+    "TrimMemoryCallback",
 ]
