@@ -20,9 +20,10 @@ from torch import Tensor
 import moe_fast  # noqa: F401 - registers experts_implementation="moe_fast"
 
 from .cases import OURS, Candidates, Case, near
+from .onnx_experts import onnx_runtime, why_missing
 from .record import Work
 
-BARE = "bare products"
+BARE, ONNX = "bare products", "ONNX Runtime"
 TOLERANCE = 4e-3
 """Of y, which is rounded to bfloat16."""
 
@@ -53,16 +54,21 @@ def candidates(tokens: int, dim: int, hidden: int, num_experts: int, k: int) -> 
     """transformers' module under its default and ours, and the products alone."""
     experts = new_experts(dim, hidden, num_experts)
     x = torch.randn(tokens, dim).bfloat16()
-    scores, index = torch.randn(tokens, num_experts).topk(k)
-    weights = scores.softmax(-1) / k
+    scores = torch.randn(tokens, num_experts)
+    best, index = scores.topk(k)
+    weights = best.softmax(-1) / k
     runs: dict[str, Callable[[], Any]] = {
         name: forward(experts, implementation, x, index, weights)
         for name, implementation in ((OURS, "moe_fast"), ("eager", "eager"))
     }
     runs[BARE] = bare_products(experts, index.flatten().bincount(minlength=num_experts).tolist())
+    absent = dict.fromkeys(("batched_mm", "grouped_mm"), "multiplies in bfloat16")
+    if (reason := why_missing()) is None:
+        runs[ONNX] = onnx_runtime(experts, scores, k, x)
+    else:
+        absent[ONNX] = reason
     check = near([exact(experts, x, index, weights)], TOLERANCE, [BARE])
-    reason = "multiplies in bfloat16"
-    return Candidates(runs, check, dict.fromkeys(("batched_mm", "grouped_mm"), reason))
+    return Candidates(runs, check, absent)
 
 
 def new_experts(dim: int, hidden: int, num_experts: int) -> Any:
