@@ -37,7 +37,7 @@ def quantize(
         texts: sample texts, some hundreds of the kind that will be encoded. With them the range of
             every map's inputs is fixed to what these texts give, which is a little faster, and
             loses values beyond that range; without them each token has its own range. They need a
-            ``MoESentenceTransformer``.
+            ``MoESentenceTransformer``; those of too many tokens are cut, and their number is said.
         domain: of the texts, as ``MoESentenceTransformer.encode`` takes it.
 
     Returns:
@@ -112,10 +112,15 @@ def can_fuse(config: Any) -> bool:
 def _calibrate(pipeline: Any, encoder: MoEPreTrainedModel, texts: list[str], domain: Any) -> None:
     """Fix the range of every matrix's inputs to what it is for these texts."""
     matrices = {n: m for n, m in encoder.named_modules() if isinstance(m, Int8Matrix)}
+    options: dict[str, Any] = {"show_progress_bar": False}
+    if domain is not None:
+        options["domain"] = domain
+    if hasattr(pipeline, "truncate"):  # ours: it says how many texts it cuts
+        options["truncate"] = True
     for matrix in matrices.values():
         matrix.seen = (0.0, 0.0)
     try:
-        pipeline.encode(texts, show_progress_bar=False, **({"domain": domain} if domain else {}))
+        pipeline.encode(texts, **options)
         for matrix in matrices.values():
             ends = torch.tensor(matrix.seen, dtype=torch.float32, device=matrix.scale.device)
             matrix.register_buffer("input_range", ends)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moe_fast import ops
+from moe_fast import compat, ops
 from moe_fast.layers.attention import ATTENTION
 from moe_fast.layers.moe_mlp import MoEMLP, OutputBlock
 from moe_fast.ops import native
@@ -55,8 +55,8 @@ class Int8Matrix(nn.Module):
             )
         else:
             quantized = ops.quantize_weight(weight)
-        for name, value in quantized._asdict().items():
-            self.register_buffer(name, value)
+        for name in ("values", "scale", "sums"):
+            self.register_buffer(name, getattr(quantized, name))
         copied = None if bias is None else bias.detach().to(torch.float32, copy=True)
         self.register_buffer("bias", copied)
         fixed = torch.tensor([-1.0, 1.0], device=weight.device) if static else None
@@ -142,7 +142,7 @@ class Int8SelfAttention(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As the dense module's, for inference."""
-        name = self.config._attn_implementation
+        name = compat.attention_of(self.config)
         in_bf16 = name == ATTENTION and hidden_states.is_cpu and multiplies_bf16()
         qkv = self.qkv.linear(hidden_states, dtype=torch.bfloat16 if in_bf16 else None)
         parts = qkv.unflatten(-1, (3, -1, self.attention_head_size)).unbind(-3)
