@@ -24,7 +24,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        own = {"namespace": "moe_fast", "registry": self._registry}
+        own: dict[str, Any] = {"namespace": "moe_fast", "registry": self._registry}
         self.requests = Counter(
             "requests", "Requests for embeddings by HTTP status.", ["status"], **own
         )

@@ -31,6 +31,8 @@ NAMES = {
     "tune",
     "bench",
     "demo",
+    "quantize",
+    "serve",
 }
 
 
