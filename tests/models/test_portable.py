@@ -370,7 +370,7 @@ class Foreign(BertModel):
     """An encoder of somebody else."""
 
 
-def foreign_forward(model, **inputs):
+def foreign(model, **inputs):
     """A forward of somebody else."""
 
 
@@ -380,7 +380,7 @@ def test_what_cannot_be_portable_is_named_before_anything_is_written(tmp_path, m
     own = config.architecture
     for changes, message in (
         ({"dense_model": Foreign}, "transformers' encoders alone; got tests.models.test_portable"),
-        ({"forward": foreign_forward}, "moe_fast's own forwards alone; got tests.models.test_portable"),
+        ({"forward": foreign}, "moe_fast's own forwards alone; got tests.models.test_portable"),
     ):
         parts = {name: getattr(own, name) for name in own.__dataclass_fields__}
         monkeypatch.setattr(config, "architecture", type(own)(**{**parts, **changes}))
