@@ -1,7 +1,7 @@
 """privacy-filter's experts in ONNX Runtime: its operator ``com.microsoft.MoE``.
 
-``torch.onnx.export`` has no form of transformers' loop over experts, whose work follows the routing;
-so the operator is written down directly. What it computes is compared like every candidate.
+``torch.onnx.export`` has no form of transformers' loop over experts: its work follows the routing.
+So the operator is written down directly. What it computes is compared like every candidate.
 """
 
 from __future__ import annotations
