@@ -268,7 +268,7 @@ class MultiHeadInfoNCELoss(TemperatureLoss):
             self.first_share.copy_(positive / tokens.clamp(min=1))
         share = self.sparse_floor * self.first_share
         penalties = [
-            sparse_floor(texts.logits.float(), texts.token_starts, share, self.sparse_margin)
+            sparse_floor(_wide(texts.logits), texts.token_starts, share, self.sparse_margin)
             for texts in used
         ]
         return self._mean(torch.stack(penalties).mean(0))
@@ -326,3 +326,8 @@ def _duplicates(ids: Sequence[Tensor], counts: list[int], rank: int | None) -> T
                 same = same | (anchors == anchor) | (anchors == positive) | (positives == positive)
             found.append(same)
     return torch.cat(found, dim=1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The values in float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
