@@ -27,7 +27,7 @@ from moe_fast.losses.functional.sparse_floor import sparse_floor
 from moe_fast.losses.functional.three_head_loss import combined_scores, three_head_loss
 from moe_fast.losses.global_sum import global_sum, several_processes
 from moe_fast.losses.head_embeddings import HeadEmbeddings, head_embeddings
-from moe_fast.ops.checks import check_count
+from moe_fast.ops.checks import check_count, compute_dtype
 
 SCORE_WEIGHTS = (1.0, 0.3, 1.0)  # as published for BGE-M3
 
@@ -268,7 +268,12 @@ class MultiHeadInfoNCELoss(TemperatureLoss):
             self.first_share.copy_(positive / tokens.clamp(min=1))
         share = self.sparse_floor * self.first_share
         penalties = [
-            sparse_floor(_wide(texts.logits), texts.token_starts, share, self.sparse_margin)
+            sparse_floor(
+                texts.logits.to(compute_dtype(texts.logits.dtype)),
+                texts.token_starts,
+                share,
+                self.sparse_margin,
+            )
             for texts in used
         ]
         return self._mean(torch.stack(penalties).mean(0))
@@ -326,8 +331,3 @@ def _duplicates(ids: Sequence[Tensor], counts: list[int], rank: int | None) -> T
                 same = same | (anchors == anchor) | (anchors == positive) | (positives == positive)
             found.append(same)
     return torch.cat(found, dim=1)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """The values in float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
