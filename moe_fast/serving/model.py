@@ -44,7 +44,8 @@ class ServedModel:
         prompts: its prompts by name.
 
     Raises:
-        ValueError: the model embeds something other than texts, or needs more than their tokens.
+        ValueError: the model embeds something other than texts, or needs more than their tokens; a
+            dtype for a model of 8-bit integers.
         OSError, TypeError, ImportError: as :func:`moe_fast.inference.load_model`.
     """
 
@@ -54,6 +55,10 @@ class ServedModel:
         if reason is not None:
             raise ValueError(f"model {settings.model!r} cannot be served: {reason}")
         if settings.dtype is not None:
+            if getattr(model.transformers_model.config, "quantization", None) is not None:
+                raise ValueError(
+                    f"dtype must be None for a model of 8-bit integers; got {settings.dtype!r}"
+                )
             model.to(getattr(torch, settings.dtype))
         self._model = model.eval()
         self._tokenizer = model.tokenizer

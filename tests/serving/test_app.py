@@ -7,9 +7,11 @@ import threading
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
+import moe_fast
 from moe_fast.inference import load_model
-from moe_fast.serving import ServerSettings
+from moe_fast.serving import ServerSettings, create_app
 from tests.serving.conftest import ask
 from tests.serving.tiny import DOMAINS
 
@@ -18,6 +20,7 @@ def vectors_of(answer):
     return np.array([row["embedding"] for row in answer["data"]], np.float32)
 
 
+JSON = {"Content-Type": "application/json"}
 TEXTS = ["w1 w2 w3", "w4", "", "w5 " * 20]
 
 
@@ -38,6 +41,18 @@ def test_models_without_domains_are_served(client_of, models, name):
     model = load_model(str(models / name), device="cpu")
     answer = ask(client_of(name), TEXTS, model=name, domain=...)
     np.testing.assert_allclose(vectors_of(answer), model.encode(TEXTS), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_8_bit_integers_is_served_in_its_own_dtypes(mixture, tmp_path):
+    small = moe_fast.quantize(mixture, "int8")
+    small.save_pretrained(str(tmp_path / "small"), create_model_card=False)
+    settings = {"model": str(tmp_path / "small"), "name": "enforced"}
+    with TestClient(create_app(ServerSettings(**settings)), headers=JSON) as client:
+        answer = ask(client, TEXTS)
+    expected = small.encode(TEXTS, domain="law")
+    np.testing.assert_allclose(vectors_of(answer), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="dtype must be None for a model of 8-bit integers"):
+        create_app(ServerSettings(**settings, dtype="bfloat16"))
 
 
 def test_token_ids_are_embedded_as_their_texts(client, mixture):
