@@ -20,6 +20,7 @@ import typer
 from moe_fast.cli.config import read_config, write_config
 from moe_fast.cli.options import option
 from moe_fast.cli.outputs import check_inputs_survive, check_names
+from moe_fast.environment import variables
 from moe_fast.messages import printable
 
 _PANEL = "Global options"
@@ -235,7 +236,7 @@ def _talk() -> Iterator[None]:
     library.set_verbosity_error()
     library.disable_progress_bar()  # those of loading and saving; training's stays
     try:
-        with _variables(HF_HUB_DISABLE_PROGRESS_BARS="1"):  # the same for worker processes
+        with variables(HF_HUB_DISABLE_PROGRESS_BARS="1"):  # the same for worker processes
             yield
     finally:
         library.set_verbosity(verbosity)
@@ -250,20 +251,8 @@ def _silence() -> Iterator[None]:
     logging.disable(logging.WARNING)
     later = {"PYTHONWARNINGS": "ignore", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     try:
-        with warnings.catch_warnings(), _variables(**later):
+        with warnings.catch_warnings(), variables(**later):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
-
-
-@contextmanager
-def _variables(**values: str) -> Iterator[None]:
-    """Set environment variables within the block, for libraries and worker processes."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

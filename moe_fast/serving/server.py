@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 
+from moe_fast.environment import variables
 from moe_fast.serving.app import create_app
 from moe_fast.serving.settings import ServerSettings
 
@@ -91,11 +92,6 @@ def _listening(host: str, port: int) -> socket.socket:
 def _told_to_workers(settings: ServerSettings) -> Iterator[None]:
     """Set what new processes read, and a folder in which they count together."""
     with tempfile.TemporaryDirectory(prefix="moe_fast-metrics-") as folder:
-        values = {_SETTINGS: json.dumps(asdict(settings)), "PROMETHEUS_MULTIPROC_DIR": folder}
-        before = {name: os.environ.get(name) for name in values}
-        os.environ.update(values)
-        try:
+        told = {_SETTINGS: json.dumps(asdict(settings)), "PROMETHEUS_MULTIPROC_DIR": folder}
+        with variables(**told):
             yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
