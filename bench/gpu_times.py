@@ -7,7 +7,7 @@ MLP per expert over rows that were sorted beforehand, with offsets on the host a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -24,6 +24,11 @@ from .problem import BOUNDS, Problem, Run, Shape, timed
 from .record import Row
 
 Outputs = TypeVar("Outputs")
+# BERT-base with 64k tokens; and what takes its place in the interpreter.
+BASE = Shape(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
+DRY = Shape(24, experts=3, k=1, dim=16, hidden=32, dtype=torch.float32)
+SWEEP = (8_192, 16_384, 32_768, 65_536, 131_072, 262_144)
+DRY_SWEEP = (24, 48)
 CUBLAS, DENSE, GROUPED = "cublas", "dense", "grouped_mm"
 
 
@@ -78,21 +83,27 @@ def ceilings(settings: Settings, dtype: torch.dtype) -> Ceilings:
     )
 
 
-def floor(shape: Shape, ceilings: Ceilings, backward: bool) -> float:
-    """Return the least seconds: the sum over products of the larger of computing and moving."""
+def products_work(shape: Shape, backward: bool) -> dict[str, tuple[float, float]]:
+    """Return FLOP and bytes moved of each product, by the names that the tuner gives them."""
     size, rows = shape.dtype.itemsize, shape.tokens * shape.k
     a, b, z = (size * rows * columns for columns in (shape.dim, shape.hidden, shape.width))
     up, down = (size * shape.experts * shape.dim * n for n in (shape.width, shape.hidden))
     wide, narrow = 2 * rows * shape.dim * shape.width, 2 * rows * shape.dim * shape.hidden
-    products = [(wide, a + up + z + b), (narrow, b + down + a)]
+    products = {"up": (wide, a + up + z + b), "down": (narrow, b + down + a)}
     if backward:
-        products += [
-            (narrow, a + down + 2 * z + b),  # dh; reads z, writes dz and h
-            (narrow, a + b + down),  # dW2
-            (wide, z + up + a),  # dx
-            (wide, a + z + up),  # dW1
-        ]
-    return sum(max(f / ceilings.flops, m / ceilings.bandwidth) for f, m in products)
+        products |= {
+            "grad_hidden": (narrow, a + down + 2 * z + b),  # reads z, writes dz and h
+            "grad_x": (wide, z + up + a),
+            "grad_down": (narrow, a + b + down),
+            "grad_up": (wide, a + z + up),
+        }
+    return products
+
+
+def floor(shape: Shape, ceilings: Ceilings, backward: bool) -> float:
+    """Return the least seconds: the sum over products of the larger of computing and moving."""
+    work = products_work(shape, backward).values()
+    return sum(max(f / ceilings.flops, m / ceilings.bandwidth) for f, m in work)
 
 
 # --- candidates ----------------------------------------------------------------------------------
@@ -100,11 +111,7 @@ def floor(shape: Shape, ceilings: Ceilings, backward: bool) -> float:
 
 def captured(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
     """Return ``run`` as the replay of a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    stream.synchronize()
+    on_side_stream(run, times=3)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = run()
@@ -114,6 +121,20 @@ def captured(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
         return outputs
 
     return replay
+
+
+def on_side_stream(run: Callable[[], Any], times: int) -> None:
+    """Run on another stream, after all that the current one was given, and wait for it.
+
+    Without the first wait the side stream would read tensors that are still being written.
+    """
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            run()
+    current.wait_stream(stream)
+    stream.synchronize()
 
 
 def cublas(problem: Problem) -> tuple[Run, dict[str, Tensor | None], Tensor]:
@@ -175,14 +196,13 @@ def check_alike(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
     near([theirs], 2 * BOUNDS[dtype])({OURS: [ours]})
 
 
-def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
-    """Measure ours, ours with router and plan, and dense, relative to the cuBLAS loop."""
+def against_cublas(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
+    """Measure ours, also with router and plan, relative to the cuBLAS loop."""
     problem = settings.problem(shape)
     calls = {
         CUBLAS: timed(*cublas(problem), backward),
         OURS: timed(problem.forward, problem.tensors, problem.upstream, backward),
         "moe_fast, router, plan": timed(*with_router(problem), backward),
-        DENSE: timed(*dense(problem, settings), backward),
     }
 
     def check(outputs: dict[str, Any]) -> None:
@@ -190,6 +210,16 @@ def against_others(shape: Shape, backward: bool, settings: Settings) -> list[Row
         check_alike(outputs[OURS][0], rows.float().sum(1), shape.dtype)
 
     return compare("beside cuBLAS", shape, settings, CUBLAS, calls, check)
+
+
+def against_dense(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
+    """Measure ours relative to a compiled dense MLP over as many rows, which computes less."""
+    problem = settings.problem(shape)
+    calls = {
+        DENSE: timed(*dense(problem, settings), backward),
+        OURS: timed(problem.forward, problem.tensors, problem.upstream, backward),
+    }
+    return compare("beside dense", shape, settings, DENSE, calls, lambda outputs: None)
 
 
 def against_transformers(shape: Shape, backward: bool, settings: Settings) -> list[Row]:
@@ -239,3 +269,47 @@ def layers_enforced(shape: Shape, settings: Settings, layers: int = 12) -> list[
         OURS: timed(moe, problem.tensors, problem.upstream, True),
     }
     return compare(f"{layers} layers", shape, settings, DENSE, calls, lambda outputs: None)
+
+
+# --- what is compiled beforehand -----------------------------------------------------------------
+
+
+def step_shapes(dry: bool = False) -> dict[str, Shape]:
+    """The shapes of the part ``step``."""
+    base = DRY if dry else BASE
+    return {"K=1": base, "K=2": replace(base, k=2)}
+
+
+def sweep_shapes(dry: bool = False) -> list[Shape]:
+    """The shapes of the part ``sweep``: batches of other sizes, and other widths."""
+    base = DRY if dry else BASE
+    scaled = [replace(base, tokens=n) for n in (DRY_SWEEP if dry else SWEEP)]
+    widths = () if dry else ((384, 1536), (1024, 4096))
+    return [*scaled, *(replace(base, dim=d, hidden=h) for d, h in widths)]
+
+
+def items(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The launches of the part ``step``: ours in both directions, also with router and plan."""
+    for name, shape in step_shapes().items():
+        problem = Problem(shape, device, "triton")
+        for backward in (True, False):
+            run = timed(problem.forward, problem.tensors, problem.upstream, backward)
+            yield f"{name}, {'both directions' if backward else 'forward'}", run
+        yield f"{name}, router", timed(*with_router(problem), True)
+
+
+def sweep_items(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The launches of the part ``sweep``."""
+    for shape in sweep_shapes():
+        problem = Problem(shape, device, "triton")
+        for backward in (True, False):
+            run = timed(problem.forward, problem.tensors, problem.upstream, backward)
+            yield f"{shape}, {'both directions' if backward else 'forward'}", run
+
+
+def other_items(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The launches of the part ``others`` that ``step`` does not have: experts without biases."""
+    problem = Problem(replace(BASE, bias=False), device, "triton")
+    for backward in (True, False):
+        run = timed(problem.forward, problem.tensors, problem.upstream, backward)
+        yield f"no biases, {'both directions' if backward else 'forward'}", run
