@@ -115,7 +115,8 @@ def as_launch(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launc
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        number = value if isinstance(value, int) else None
+        plain = isinstance(value, int) and not parameter.do_not_specialize
+        number = value if plain else None
         if parameter.is_constexpr or value is None or number == 1:
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))

@@ -10,13 +10,14 @@ from torch import Tensor
 from . import launch_config
 from .config import Config, heuristic
 from .launch import precision
+from .logits import PAD, padded
 from .numerics import columns_of, dot
 from .tiles import swizzle
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K"])
 def add_product_kernel(
-    a_ptr,  # [M, K], any strides
+    a_ptr,  # [M, K], both rounded up to PAD with PADDED; any strides
     b_ptr,  # [K, N]
     total_ptr,  # [M, N]
     M,
@@ -26,6 +27,7 @@ def add_product_kernel(
     stride_ak,
     stride_b,
     stride_total,
+    PADDED: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
@@ -44,10 +46,13 @@ def add_product_kernel(
     a = tl.arange(0, BM)[:, None] * stride_am + k[None, :] * stride_ak
     b = k[:, None] * stride_b + n[None, :]
     acc = tl.zeros((BM, BN), total_ptr.dtype.element_ty)
+    rows, depth = M, K
+    if PADDED:
+        rows, depth = tl.cdiv(M, PAD) * PAD, tl.cdiv(K, PAD) * PAD
     for start in range(0, K, BK):
-        a_mask, b_mask = (m < M)[:, None], (n < N)[None, :]
+        a_mask, b_mask = (m < rows)[:, None], (n < N)[None, :]
         if not EVEN_K:
-            a_mask = a_mask & (k < K - start)[None, :]
+            a_mask = a_mask & (k < depth - start)[None, :]
             b_mask = b_mask & (k < K - start)[:, None]
         b_tile = tl.load(b_ptr + b, mask=b_mask, other=0)
         if b_tile.dtype != a_ptr.dtype.element_ty:
@@ -70,12 +75,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, config: Config | None = Non
 
     Args:
         total: [M, N] in the dtype to sum in, rows contiguous.
-        a: [M, K] any strides.
+        a: [M, K], any strides; or both sizes rounded up by :func:`.logits.padded`, where all
+            that pads it is finite.
         b: [K, N], rows contiguous, in a's dtype; or float16 with a float32 ``a``: the two are
             multiplied as TF32, which represents float16 exactly.
         config: tile sizes; ``None``: the heuristic's.
     """
-    (m, k), n = a.shape, b.shape[1]
+    m, (k, n) = total.shape[0], b.shape
     config = config or heuristic("linear", a.dtype, launch_config.target_of(a.device.index), n, 128)
     widened = a.dtype == torch.float32 and b.dtype == torch.float16
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
@@ -89,6 +95,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, config: Config | None = Non
         *a.stride(),
         b.stride(0),
         total.stride(0),
+        PADDED=a.shape == (padded(m), padded(k)),
         EVEN_K=k % config.block_k == 0,
         PARTS=max(1, config.block_n // 64),
         PRECISION="tf32" if widened else precision(a.dtype),

@@ -14,7 +14,7 @@ _ROWS, _COLUMNS = 64, 64
 _MOST_SPLITS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def column_sum_kernel(
     a_ptr,  # [T, N]
     row_weight_ptr,  # [S] by slot

@@ -13,7 +13,7 @@ from .launch import COLUMNS, ROWS, accumulator, triton_dtype
 from .numerics import cast
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def combine_kernel(
     rows_ptr,  # [S, N]
     weight_ptr,  # [T, K]

@@ -27,7 +27,7 @@ from .split_sum import split_sum
 _ELEMENTS, _MOST_RUNS = 2048, 528
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def combine_norm_kernel(
     rows_ptr,  # [S, N]
     weight_ptr,  # [T, K]
@@ -79,7 +79,7 @@ def combine_norm_kernel(
         tl.store(moments_ptr + T + token, inverse, mask=token < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "run"])
 def combine_norm_backward_kernel(
     grad_ptr,  # [T, N] dout
     sum_ptr,  # [T, N]

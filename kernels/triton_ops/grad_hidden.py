@@ -63,7 +63,7 @@ def _finish(
     return tl.sum(grad_h * h, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "num_tiles"])
 def grad_hidden_kernel(
     grad_ptr,  # [T, K] dO
     w_ptr,  # [E, K, H], any strides

@@ -24,15 +24,16 @@ from .tiles import swizzle
 _PROGRAMS, _MOST_SPLITS = 264, 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def grad_weight_kernel(
     a_ptr,  # [T or S, M]
     b_ptr,  # [T or S, N]
     row_weight_ptr,  # [S] by slot
-    out_ptr,  # [SPLITS, E, M, N]
+    out_ptr,  # [splits, E, M, N]
     offsets_ptr,  # [E + 1]
     row_to_token_ptr,  # [S]
     row_to_slot_ptr,  # [S]
+    splits,
     E,
     M,
     N,
@@ -41,7 +42,6 @@ def grad_weight_kernel(
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BM: tl.constexpr,
@@ -52,13 +52,13 @@ def grad_weight_kernel(
     """One tile of BM by BN of one expert's gradient, over one run of its rows."""
     per_expert = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     which = tl.program_id(0) // per_expert
-    expert, split = which // SPLITS, which % SPLITS
+    expert, split = which // splits, which % splits
     tile_m, tile_n = swizzle(tl.program_id(0) % per_expert, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     first = tl.load(offsets_ptr + expert)
     last = tl.load(offsets_ptr + expert + 1)
-    run = tl.cdiv(tl.cdiv(last - first, BK), SPLITS) * BK
+    run = tl.cdiv(tl.cdiv(last - first, BK), splits) * BK
     first += split * run
     last = tl.minimum(last, first + run)
     acc = tl.zeros((BM, BN), ACC)
@@ -143,6 +143,7 @@ def grad_weight(
         row_weights,
         target,
         *plan,
+        splits,
         num_experts,
         m,
         n,
@@ -151,7 +152,6 @@ def grad_weight(
         GATHER_A=gather_a,
         GATHER_B=gather_b,
         WEIGHTED=row_weights is not None,
-        SPLITS=splits,
         PRECISION=precision(a.dtype),
         ACC=triton_dtype(acc),
         **config.meta(),

@@ -42,7 +42,7 @@ STATISTICS = 6
 _NEG, _POS, _POS_SUM, _POS_COUNT, _ALL_SUM, _ALL_COUNT = (tl.constexpr(i) for i in range(6))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def own_logits_kernel(
     q_ptr,  # [M, D]
     k_ptr,  # [M, D]
@@ -155,7 +155,7 @@ def reduce_tile(
         store_sums(s, positive, kept, out, col - col0, columns, col < col_end, 0, GROUPS, SMOOTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row0", "row_end", "col0", "col_end", "M", "N"])
 def info_nce_kernel(
     q_ptr,  # [M, D]
     k_ptr,  # [N, D]

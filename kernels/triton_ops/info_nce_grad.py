@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import Config
 from .launch import accumulator
 from .logits import (
+    PAD,
     Area,
     Masks,
     Side,
@@ -117,7 +118,13 @@ def store_gradient(
     SMOOTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Writes H of a tile, or of a part of its columns, and the sum of G s of every row."""
+    """Writes H of a tile, or of a part of its columns, and the sum of G s of every row.
+
+    H is 0 in the rows and columns that pad the rectangle.
+    """
+    height = tl.cdiv(row_end - row0, PAD) * PAD
+    width = tl.cdiv(col_end - col0, PAD) * PAD
+    at_col = col_part * col.shape[0] + tl.arange(0, col.shape[0])
     s = scaled(acc, scale_ptr, q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, COSINE)
     positive, kept = take_part(
         row_ids_ptr, col_ids_ptr, row, col, row_end, col_end, M, N,
@@ -131,12 +138,12 @@ def store_gradient(
     tl.store(total_ptr + at, tl.sum(grad * s, 1), mask=row < row_end)
     if COSINE:
         grad *= lengths(q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, acc.dtype)
-    out = out_ptr + (row - row0).to(tl.int64)[:, None] * stride_out + (col - col0)[None, :]
-    inside = (row < row_end)[:, None] & (col < col_end)[None, :]
+    out = out_ptr + (row - row0).to(tl.int64)[:, None] * stride_out + at_col[None, :]
+    inside = (row - row0 < height)[:, None] & (at_col < width)[None, :]
     tl.store(out, cast(grad, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row0", "row_end", "col0", "col_end", "M", "N"])
 def info_nce_grad_kernel(
     q_ptr,  # [M, D]
     k_ptr,  # [N, D]
@@ -212,7 +219,7 @@ def info_nce_grad(
     smooth: bool,
     config: Config | None = None,
 ) -> Tensor:
-    """Writes H of a rectangle to the top left of ``out``, which is at least as large.
+    """Writes H of a rectangle, and zeros that pad it, to the top left of ``out``.
 
     Args:
         rows, columns: M and N embeddings of one dtype; equal texts have equal ids in both.
@@ -221,7 +228,8 @@ def info_nce_grad(
             a positive; the same of every candidate, for label smoothing; the gradient of a
             row's only positive; whether there is only one positive. ``None`` for columns
             without a loss.
-        out: rows contiguous, in the dtype of the products that read it.
+        out: rows contiguous, in the dtype of the products that read it; at least as large as the
+            rectangle with each size rounded up by :func:`.logits.padded`.
         config: tile sizes; ``None``: the heuristic's.
 
     Returns:

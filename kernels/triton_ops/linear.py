@@ -22,7 +22,7 @@ from .tiles import find_tile, swizzle, tile_bound
 from .zero_tail import zero_tail
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def linear_kernel(
     a_ptr,  # [T or S, K], or its descriptor, by row
     w_ptr,  # [E, N, K], any strides, or its descriptor

@@ -27,6 +27,9 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 # The logit of a masked pair: finite, so that no NaN results, and so low that its exponential is 0
 # compared with any other.
 MASKED = tl.constexpr(-1e30)
+# Rows and columns of stored logits are multiples of this. Sizes of batches differ, and kernels are
+# not compiled for each; by rounding sizes up they show that so many entries share one mask.
+PAD = tl.constexpr(16)
 # Rows of a side's ids.
 _ANCHOR, _TEXT, _DOMAIN, _GROUP = (tl.constexpr(i) for i in range(4))
 
@@ -101,6 +104,11 @@ def parts_of(config: Config, x: Tensor, masks: Masks) -> int:
 def operands(rows: Side, columns: Side, scale: Tensor) -> tuple[Tensor | None, ...]:
     """The arguments that a kernel of two sides begins with."""
     return rows.x, columns.x, scale, rows.inverse_norm, columns.inverse_norm
+
+
+def padded(size: int) -> int:
+    """``size`` rounded up to a multiple of ``PAD``."""
+    return triton.cdiv(size, PAD.value) * PAD.value
 
 
 def sizes(rows: Side, columns: Side) -> tuple[int, ...]:

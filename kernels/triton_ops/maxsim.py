@@ -36,7 +36,7 @@ def config_of(x: Tensor) -> Config:
     return Config(64, 64, 32, 4, 3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "first_document", "num_documents"])
 def maxsim_best_kernel(
     q_ptr,  # [M, D]
     p_ptr,  # [N, D]
@@ -94,7 +94,7 @@ def maxsim_best_kernel(
         tl.store(at, tl.where(last > first, best, 0.0), mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_documents", "stride_out"])
 def maxsim_sum_kernel(
     best_ptr,  # [M, documents]
     starts_ptr,  # [Q + 1], vectors of queries
@@ -118,7 +118,7 @@ def maxsim_sum_kernel(
     tl.store(out, total, mask=document < num_documents)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "num_documents", "stride_w"])
 def maxsim_grad_query_kernel(
     p_ptr,  # [N, D]
     winner_ptr,  # [M, documents]
@@ -154,7 +154,7 @@ def maxsim_grad_query_kernel(
     tl.store(at, tl.load(at, mask=mask, other=0) + total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "num_documents", "stride_w"])
 def maxsim_grad_document_kernel(
     q_ptr,  # [M, D]
     winner_ptr,  # [M, documents]

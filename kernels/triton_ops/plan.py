@@ -28,7 +28,7 @@ def _one_hot(ids_ptr, S, E, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     return slot, expert, table.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def count_kernel(ids_ptr, counts_ptr, S, E, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     """Step 1."""
     _, _, table = _one_hot(ids_ptr, S, E, E_BLOCK, BLOCK)
@@ -37,7 +37,7 @@ def count_kernel(ids_ptr, counts_ptr, S, E, E_BLOCK: tl.constexpr, BLOCK: tl.con
     tl.store(counts, tl.sum(table, 0).to(tl.int64), mask=column <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def base_kernel(
     counts_ptr,  # [blocks, E + 1], overwritten by the bases
     offsets_ptr,  # [E + 1]
@@ -65,7 +65,7 @@ def base_kernel(
         base += tl.sum(counts, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def scatter_kernel(
     ids_ptr,
     bases_ptr,  # [blocks, E + 1]

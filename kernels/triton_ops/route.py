@@ -32,7 +32,7 @@ from .top_k import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def logits_kernel(
     x_ptr,  # [T, D]
     w_ptr,  # [E, D]
@@ -93,7 +93,7 @@ def logits_kernel(
         tl.store(counts_ptr + tl.program_id(0).to(tl.int64) * E + column, counts, mask=column < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def sentence_kernel(
     logits_ptr,  # [T, E]
     mask_ptr,  # [T] bool

@@ -45,7 +45,7 @@ def _scores_grad(scores, spread, chosen, E, WEIGHT_MODE: tl.constexpr):
     return weight * (spread - tl.sum(weight * spread, 1)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def token_grad_kernel(
     grad_weights_ptr,  # [T, K]
     grad_logits_ptr,  # [T, E]
@@ -81,7 +81,7 @@ def token_grad_kernel(
     tl.store(out_ptr + at, grad, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def sentence_grad_kernel(
     grad_weights_ptr,  # [T, K]
     grad_logits_ptr,  # [T, E]
@@ -126,7 +126,7 @@ def sentence_grad_kernel(
         tl.store(out_ptr + at, value, mask=(token < end)[:, None] & (column < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def input_grad_kernel(
     grad_ptr,  # [T, E] of the logits
     w_ptr,  # [E, D]
@@ -154,7 +154,7 @@ def input_grad_kernel(
     tl.store(out, cast(value, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "run"])
 def weight_grad_kernel(
     grad_ptr,  # [T, E] of the logits
     x_ptr,  # [T, D]

@@ -17,7 +17,7 @@ from .tiles import find_tile, tile_bound
 _BLOCK = 16  # rows per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "parts", "num_tiles"])
 def router_grad_kernel(
     partial_ptr,  # [parts, S]
     u_ptr,  # [S, M]

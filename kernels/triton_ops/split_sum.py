@@ -11,7 +11,7 @@ from .numerics import cast
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def split_sum_kernel(partial_ptr, out_ptr, splits, size, BLOCK: tl.constexpr):
     """[splits, size] -> [size]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

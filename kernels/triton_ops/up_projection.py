@@ -62,7 +62,7 @@ def _finish(
         tl.store(h_ptr + (row * H + n[None, :]), cast(h, OUT), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def up_kernel(
     x_ptr,  # [T, K], or a descriptor of the rows [S, K]
     w_ptr,  # [E, H, K], gated [E, 2H, K], any strides, or its descriptor

@@ -9,7 +9,7 @@ from torch import Tensor
 from .launch import COLUMNS, ROWS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def zero_tail_kernel(
     out_ptr,  # [S, N], or [T, N] by token
     offsets_ptr,  # [E + 1]

@@ -258,12 +258,12 @@ def _add_gradients(
     """
     from moe_fast.triton_ops.add_product import add_product
     from moe_fast.triton_ops.info_nce_grad import info_nce_grad
-    from moe_fast.triton_ops.logits import Area
+    from moe_fast.triton_ops.logits import Area, padded
 
     total = scale.new_zeros(())
     first, last = span
     for low, high in spans(len(some.side), some.side.x.dtype.itemsize):
-        h = workspace[: last - first, : high - low]
+        h = workspace[: padded(last - first), : padded(high - low)]
         area = Area(first, last, low, high)
         total += info_nce_grad(
             some.rows, some.columns, scale, *terms, area, some.masks, h, smooth=smooth
