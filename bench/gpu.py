@@ -216,7 +216,7 @@ def tune(run: Run) -> None:
                 seconds=run.left(share * run.arguments.tune_seconds),
                 device=run.device,
             )
-            return {"choices": found.choices, "layer_ms": found.layer_ms}
+            return {"choices": found.choices, "layer_ms": found.layer_ms, "kept": found.kept}
 
         run.measure(name, search)
         run.note("table", _table(run.out))

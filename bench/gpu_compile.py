@@ -92,15 +92,22 @@ def instead_of_a_gpu(gpu: str = H200, capability: int = 90) -> Iterator[None]:
 
     target, before = GPUTarget("cuda", capability, 32), driver._active
     driver.set_active(_NoGpu(target))
-    available, autocast = backends.why_unavailable, torch.is_autocast_enabled
+    available, autocast = backends.why_unavailable, torch.autocast
+    is_enabled = torch.is_autocast_enabled
 
+    # torch has no autocast for "meta", not even one that is off.
     def is_autocast_enabled(*device_type: str) -> bool:
-        return device_type != ("meta",) and autocast(*device_type)
+        return device_type != ("meta",) and is_enabled(*device_type)
 
-    def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
+    def autocast_or_none(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        if device_type == "meta":
+            return contextlib.nullcontext()
+        return autocast(device_type, *args, **kwargs)
+
+    def why_unavailable(op: str, backend: str, device_type: str, *index: int | None) -> str | None:
         if backend == "triton" and device_type == "meta":
             return None
-        return available(op, backend, device_type)
+        return available(op, backend, device_type, *index)
 
     try:
         with (
@@ -108,6 +115,7 @@ def instead_of_a_gpu(gpu: str = H200, capability: int = 90) -> Iterator[None]:
             mock.patch.object(launch_config, "gpu_name", lambda device: gpu),
             mock.patch.object(backends, "why_unavailable", why_unavailable),
             mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled),
+            mock.patch.object(torch, "autocast", autocast_or_none),
             backends.use_backend("triton"),
         ):
             yield

@@ -31,12 +31,17 @@ class Piece:
 
 
 def pieces(shape: Shape, device: torch.device) -> Iterator[Piece]:
-    """The six products, the most valuable first; then the passes around them."""
+    """The six products, by each implementation that can compute them; then the passes around."""
     from moe_fast.triton_ops import tune
 
-    work = products_work(shape, backward=True)
-    for product in tune.products(_tuned(shape), device):
-        yield Piece(product.name, partial(product.launch, None), *work[product.name])
+    work, problem = products_work(shape, backward=True), _tuned(shape)
+    for product in tune.products(problem, device):
+        name, least = product.name, work[product.name]
+        ours = tune.candidates(problem, product, device)[0]
+        yield Piece(f"{name}, triton", partial(product.launch, ours), *least)
+        theirs = tune.by_grouped_mm(problem, product, device)
+        if theirs is not None:
+            yield Piece(f"{name}, grouped_mm", partial(product.launch, theirs), *least)
     yield from _passes(shape, device)
 
 

@@ -1,44 +1,56 @@
 """A search for tile sizes of the products of one expert MLP, timed on this GPU.
 
-The search runs only when it is called. Each product is tuned by coordinate descent: starting from
-the configuration in use, one setting at a time is changed to its next value up or down, and the
-change is kept if it is faster. ``grouped_mm`` is tried as well. A configuration that does not fit
-the GPU, or gives other results, is never chosen.
+The search runs only when it is called. For each product a dozen configurations (``candidates.py``)
+are compiled in parallel and timed. What time is left goes to coordinate descent from the best of
+them: one setting at a time is changed to its next value up or down, and the change is kept if it is
+faster. ``grouped_mm`` is tried as well. A configuration that does not fit the GPU, spills many
+registers or gives other results is never chosen.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 import timeit
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .config import BY_GROUPED_MM, Config, why_not
+from . import launch_config
+from .candidates import curated
+from .compile_ahead import compile_ahead
+from .config import IMPLEMENTATIONS, Config, heuristic, why_not
 from .grad_hidden import grad_hidden
 from .grad_weight import grad_weight
-from .launch_config import config_for, target_of
+from .launch_config import config_for
 from .linear import linear
 from .numerics import INTERPRETED
 from .plan import plan
 from .tuning_tables import table_key
 from .up_projection import up_projection
 
-# The values that each setting can take.
+# The values that each setting can take. The first are changed first: those that most often help.
 AXES: Mapping[str, tuple[int, ...]] = dict(
-    block_m=(16, 32, 64, 128, 256),
-    block_n=(16, 32, 64, 128, 256),
-    block_k=(16, 32, 64, 128),
-    num_warps=(4, 8),
     num_stages=(1, 2, 3, 4, 5),
     group_m=(1, 4, 8, 16),
+    num_warps=(4, 8),
+    block_n=(16, 32, 64, 128, 256),
+    block_m=(16, 32, 64, 128, 256),
+    block_k=(16, 32, 64, 128),
 )
+# Registers that a thread may spill, as the driver counts them. A few are spilled and loaded once per
+# tile; a kernel with more spills inside its main loop.
+MOST_SPILLS = 32
+# Kernels that are compiled at a time; each takes about 1 GB.
+_WORKERS = min(16, os.cpu_count() or 1)
 # A difference smaller than this is noise.
-_GAIN = 0.98
+GAIN = 0.98
 # Two configurations add the same terms in another order; wrong results differ far more than this.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -94,7 +106,14 @@ class Product:
 
 @dataclass(frozen=True)
 class Choice:
-    """The result for a product: both configurations, their times, and how many were tried."""
+    """The result for a product.
+
+    Attributes:
+        before, after: the configuration that was in use, and the one to use.
+        before_ms, after_ms: their times.
+        tried: how many were tried.
+        fastest: the fastest configuration and its time of each implementation.
+    """
 
     product: str
     before: Config
@@ -102,6 +121,11 @@ class Choice:
     before_ms: float
     after_ms: float
     tried: int
+    fastest: Mapping[str, tuple[Config, float]]
+
+    def with_after(self, config: Config, ms: float) -> Choice:
+        """The same with another configuration to use."""
+        return replace(self, after=config, after_ms=ms)
 
 
 def products(problem: Problem, device: torch.device) -> Iterator[Product]:
@@ -184,12 +208,12 @@ def _linear_products(
 
 def neighbours(config: Config) -> Iterator[Config]:
     """Configurations that differ from ``config`` in one setting, by one step of :data:`AXES`."""
+    yield replace(config, descriptors=not config.descriptors)
     for name, values in AXES.items():
         here = getattr(config, name)
         below, above = [v for v in values if v < here], [v for v in values if v > here]
         for value in (*above[:1], *below[-1:]):
             yield replace(config, **{name: value})
-    yield replace(config, descriptors=not config.descriptors)
 
 
 def descend(
@@ -208,7 +232,7 @@ def descend(
             if out_of_time():
                 return tried
             tried[candidate] = cost(candidate)
-            if tried[candidate] < _GAIN * tried[best]:
+            if tried[candidate] < GAIN * tried[best]:
                 best = candidate
                 break
         else:
@@ -249,21 +273,72 @@ def search(
     return found
 
 
+def layers(choices: Mapping[str, Choice]) -> dict[str, dict[str, Choice]]:
+    """Choices for a whole layer, by name, to be timed against each other.
+
+    A product alone has the cache to itself; in a layer it follows another one. "before" is what was
+    in use and "found" the fastest of every product; "triton" and "grouped_mm" have that
+    implementation wherever it can compute.
+    """
+    named = {"before": {key: c.with_after(c.before, c.before_ms) for key, c in choices.items()}}
+    named["found"] = dict(choices)
+    for name in IMPLEMENTATIONS:
+        named[name] = {
+            key: c.with_after(*c.fastest[name]) if name in c.fastest else c
+            for key, c in choices.items()
+        }
+    different: dict[str, dict[str, Choice]] = {}
+    for name, found in named.items():
+        configs = [c.after for c in found.values()]
+        if all(configs != [c.after for c in other.values()] for other in different.values()):
+            different[name] = found
+    return different
+
+
 def _rows(problem: Problem) -> int:
     """Rows per expert, as launchers count them."""
     return problem.tokens * problem.k // problem.experts
+
+
+def candidates(problem: Problem, product: Product, device: torch.device) -> list[Config]:
+    """The configurations of our kernel that are tried first.
+
+    The first of them is the one in use, or the heuristic's where ``grouped_mm`` is in use.
+    """
+    start, target = _in_use(problem, product, device), launch_config.target_of(device.index)
+    shape = (product.kernel, problem.dtype, target, product.n, product.k)
+    if start.implementation != "triton":
+        start = heuristic(*shape, _rows(problem))
+    return curated(start, *shape)
+
+
+def by_grouped_mm(problem: Problem, product: Product, device: torch.device) -> Config | None:
+    """The configuration by which ``grouped_mm`` computes a product; ``None`` if it cannot."""
+    config = Config(implementation="grouped_mm")
+    target = launch_config.target_of(device.index)
+    reason = why_not(config, product.kernel, problem.dtype, target, product.n, product.k)
+    return config if reason is None else None
+
+
+def _in_use(problem: Problem, product: Product, device: torch.device) -> Config:
+    like = torch.empty(0, dtype=problem.dtype, device=device)
+    return config_for(product.kernel, like, product.n, product.k, _rows(problem))
 
 
 def _tune(
     problem: Problem, product: Product, device: torch.device, deadline: float, timer: Timer
 ) -> Choice:
     """The fastest configuration found until ``deadline`` that gives the same result."""
-    like = torch.empty(0, dtype=problem.dtype, device=device)
-    before = config_for(product.kernel, like, product.n, product.k, _rows(problem))
-    target = target_of(device.index)
+    before = _in_use(problem, product, device)
+    target = launch_config.target_of(device.index)
 
+    def fits(config: Config) -> bool:
+        n, k = product.n, product.k
+        return not why_not(config, product.kernel, problem.dtype, target, n, k)
+
+    @functools.cache
     def cost(config: Config) -> float:
-        if why_not(config, product.kernel, problem.dtype, target, product.n, product.k):
+        if not fits(config) or (config != before and not compiles_well(product, [config])):
             return float("inf")
         try:
             return timer(product.launch, config)
@@ -274,21 +349,57 @@ def _tune(
                 raise
             return float("inf")
 
+    def out_of_time() -> bool:
+        return time.monotonic() > deadline
+
     tried = {}
-    if product.kernel in BY_GROUPED_MM:
-        theirs = replace(before, descriptors=False, implementation="grouped_mm")
+    theirs = by_grouped_mm(problem, product, device)
+    if theirs is not None:
         tried[theirs] = cost(theirs)
-    ours = replace(before, implementation="triton")
-    tried |= descend(ours, cost, lambda: time.monotonic() > deadline)
-    expected = product.launch(before)
-    for after in sorted(tried, key=lambda c: tried[c]):
-        if after == before:
+    first = candidates(problem, product, device)
+    compiles_well(product, first)  # at once; then cost finds them compiled
+    ours = {first[0]: cost(first[0])}
+    for config in first[1:]:
+        if out_of_time():
             break
+        ours[config] = cost(config)
+    tried |= ours | descend(min(ours, key=lambda c: ours[c]), cost, out_of_time)
+    expected = product.launch(before)
+    fastest: dict[str, tuple[Config, float]] = {}
+    for config in sorted(tried, key=lambda c: tried[c]):
+        known = config.implementation in fastest or tried[config] == float("inf")
+        if not known and (config == before or _agree(product.launch(config), expected)):
+            fastest[config.implementation] = config, tried[config]
+    kept = Choice(product.name, before, before, cost(before), cost(before), len(tried), fastest)
+    for after, _ in sorted(fastest.values(), key=lambda found: found[1])[:1]:
         # Both are timed again, one right after the other, because the search took long.
         times = [timer(product.launch, config) for config in (before, after)]
-        if times[1] < _GAIN * times[0] and _agree(product.launch(after), expected):
-            return Choice(product.name, before, after, *times, len(tried))
-    return Choice(product.name, before, before, tried[before], tried[before], len(tried))
+        if times[1] < GAIN * times[0]:
+            return replace(kept, before_ms=times[0]).with_after(after, times[1])
+    return kept
+
+
+def compiles_well(product: Product, configs: Sequence[Config]) -> list[Config]:
+    """Compile the configurations of our kernels in parallel; return those fit to be launched.
+
+    These are all that compile, and spill no more registers than :data:`MOST_SPILLS`.
+    """
+    ours = [c for c in configs if c.implementation == "triton" and not INTERPRETED]
+    launches = [functools.partial(product.launch, config) for config in ours]
+    found = dict(zip(ours, compile_ahead(launches, _WORKERS), strict=True)) if ours else {}
+    return [c for c in configs if c not in found or spills(found[c]) <= MOST_SPILLS]
+
+
+def spills(kernels: Sequence[Any] | Exception) -> float:
+    """The most registers that a thread of the kernels spills; infinite if they cannot run here."""
+    if isinstance(kernels, Exception):
+        return float("inf")
+    try:
+        for kernel in kernels:
+            kernel.run  # noqa: B018 - loads the kernel; the driver then says what it takes
+    except (OutOfResources, PTXASError):
+        return float("inf")
+    return max((kernel.n_spills for kernel in kernels), default=0)
 
 
 def _agree(actual: Tensor, expected: Tensor) -> bool:

@@ -3,6 +3,7 @@
     {"gpu": "NVIDIA H200", "configs": {"up/n3072/k768/rows8192/bfloat16": {"block_m": 128, ...}}}
 
 Tables that ship are in ``tuning/``; a user's own are in the folder that ``MOE_FAST_TUNING`` names.
+Other fields of the file, such as "measured", are for its readers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from .config import Config
 
 SHIPPED_TABLES = Path(__file__).parent / "tuning"
 OWN_TABLES = "MOE_FAST_TUNING"
+_on_trial: dict[str, Mapping[str, Config]] = {}
 
 
 def table_key(kernel: str, n: int, k: int, rows_per_expert: int, dtype: torch.dtype) -> str:
@@ -50,7 +53,19 @@ def load_table(gpu: str) -> Mapping[str, Config]:
     for path in table_paths(gpu):
         if path.exists():
             table |= parse_table(path.read_text(), str(path))
-    return table
+    return {**table, **_on_trial.get(gpu, {})}
+
+
+@contextmanager
+def in_use(gpu: str, table: Mapping[str, Config]) -> Iterator[None]:
+    """Within the block, entries of ``table`` take precedence over those of the GPU's files."""
+    _on_trial[gpu] = table
+    load_table.cache_clear()
+    try:
+        yield
+    finally:
+        del _on_trial[gpu]
+        load_table.cache_clear()
 
 
 def add_to_table(gpu: str, found: Mapping[str, Config]) -> Path:

@@ -49,6 +49,8 @@ def run_command(
     )
     for key, choice in tuned.choices.items():
         print(f"{choice.product:12s} {key}: {_describe(choice)}")
+    layers = ", ".join(f"{name} {ms:.3f} ms" for name, ms in tuned.layer_ms.items())
+    print(f"whole mixture, forward + backward: {layers}; kept: {tuned.kept}")
     run.say(f"{tuned.path}: {len(tuned.choices)} entries written")
 
 

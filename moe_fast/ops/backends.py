@@ -61,6 +61,8 @@ class Implementation:
         run: the implementation, with the op's internal signature.
         unavailable: a function that returns why it cannot run on a device type (``"cpu"``,
             ``"cuda"``), or ``None`` if it can.
+        unsuitable: a function that returns why it cannot run on one of the GPUs, given by index, or
+            ``None`` if it can; the index ``None`` is the current GPU's.
         dtypes: the dtypes it can compute in; PyTorch runs calls with other dtypes.
         gradients, dropout: whether it supports them.
         note: a function that describes, for users, what runs on a device type; or ``None``.
@@ -68,6 +70,7 @@ class Implementation:
 
     run: Callable
     unavailable: Callable[[str], str | None]
+    unsuitable: Callable[[int | None], str | None] = lambda index: None
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     gradients: bool = True
     dropout: bool = True
@@ -80,6 +83,7 @@ class Needs:
 
     Attributes:
         device_type: the device type of its tensors.
+        index: which GPU they are on; ``None``: the current one.
         dtype: the dtype to compute in; ``None`` for ops that compute nothing.
         act: the name of the activation; ``None`` for ops without one.
         gradients: whether autograd will need gradients.
@@ -91,6 +95,7 @@ class Needs:
     act: str | None = None
     gradients: bool = False
     dropout: bool = False
+    index: int | None = None
 
 
 _registry: dict[tuple[str, str], Implementation] = {}
@@ -113,17 +118,25 @@ def register(
     _registry[op, backend] = Implementation(run, unavailable, **can)
 
 
-def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
-    """Return why ``backend`` cannot run ``op`` on ``device_type``; ``None`` if it can."""
+def why_unavailable(
+    op: str, backend: str, device_type: str, index: int | None = None
+) -> str | None:
+    """Return why ``backend`` cannot run ``op`` on ``device_type``; ``None`` if it can.
+
+    ``index`` says which GPU is meant; ``None`` the current one.
+    """
     implementation = _registry.get((op, backend))
     if implementation is None:
         return "not implemented in this version"
-    return implementation.unavailable(device_type)
+    reason = implementation.unavailable(device_type)
+    if reason is None and device_type == "cuda":
+        reason = implementation.unsuitable(index)
+    return reason
 
 
 def _why_not(op: str, backend: str, needs: Needs) -> str | None:
     """Return why ``backend`` cannot run such a call of ``op``, or ``None``; ignores the dtype."""
-    reason = why_unavailable(op, backend, needs.device_type)
+    reason = why_unavailable(op, backend, needs.device_type, needs.index)
     if reason is not None:
         return reason
     can = _registry[op, backend]
@@ -163,7 +176,7 @@ def select(
     """
     if backend is not None and not isinstance(backend, str):
         check_choice("backend", backend, CHOICES)
-    needs = Needs(device.type, dtype, act, gradients, dropout)
+    needs = Needs(device.type, dtype, act, gradients, dropout, device.index)
     chosen = _backend_for(op, backend, needs)
     automatic = (default if backend is None else backend) == "auto"
     if automatic and device.type == "cpu" and (op, "cpp") in _registry:

@@ -38,16 +38,22 @@ def why_unavailable(device_type: str) -> str | None:
         return f"Triton kernels are written for CUDA and ROCm, not for {device_type}"
     if _INTERPRETED:
         return "TRITON_INTERPRET is set: kernels are interpreted, on the CPU only"
-    return _gpu_missing_or_old()
+    return _gpu_missing()
 
 
 @torch.compiler.assume_constant_result
-def _gpu_missing_or_old() -> str | None:
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU"
-    if torch.version.hip is not None or torch.cuda.get_device_capability() >= _OLDEST:
+def _gpu_missing() -> str | None:
+    return None if torch.cuda.is_available() else "PyTorch sees no GPU"
+
+
+@torch.compiler.assume_constant_result
+def why_unsuitable(index: int | None) -> str | None:
+    """Return why Triton's kernels cannot run on a GPU, given by its index; ``None`` if they can."""
+    if torch.version.hip is not None:
         return None
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) >= _OLDEST:
+        return None
     return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
 
 
@@ -59,7 +65,9 @@ def offer(op: str, run: Callable) -> None:
     1e-10.
     """
     dtypes = FLOAT_DTYPES if _INTERPRETED else COMPILED_DTYPES
-    backends.register(op, "triton", run, why_unavailable, dtypes=dtypes)
+    backends.register(
+        op, "triton", run, why_unavailable, dtypes=dtypes, unsuitable=why_unsuitable
+    )
 
 
 def on_device(kernels: Callable) -> Callable:

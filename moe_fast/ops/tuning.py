@@ -2,17 +2,20 @@
 
 A search writes the GPU's tuning table into the folder that the environment variable
 ``MOE_FAST_TUNING`` names, or else beside the kernels. Later processes read the table there.
-Products without an entry are launched by a heuristic; no search starts by itself.
+Products without an entry are launched by a heuristic; no search starts by itself. At the end the
+whole mixture is timed with each implementation, and the fastest is kept: a table never makes it
+slower than what was in use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_fast.ops import backends
 
@@ -24,12 +27,18 @@ class Tuned:
     Attributes:
         path: the table that was written.
         choices: for each entry of the table: ``product``, the configurations ``before`` and
-            ``after``, their times ``before_ms`` and ``after_ms`` on this GPU, and the number of
-            configurations ``tried``.
+            ``after``, their times ``before_ms`` and ``after_ms`` on this GPU, the number of
+            configurations ``tried``, and the ``fastest`` of each implementation.
+        layer_ms: milliseconds of forward and backward of the whole mixture, by name: with the
+            configurations "before", with those "found" for each product alone, and with one
+            implementation wherever it can compute.
+        kept: the name of the fastest of these, which the table has.
     """
 
     path: Path
     choices: Mapping[str, Any]
+    layer_ms: Mapping[str, float]
+    kept: str
 
 
 def tune(
@@ -63,7 +72,7 @@ def tune(
         ValueError: the sizes or the dtype are not allowed.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reason = backends.why_unavailable("expert_mlp", "triton", device.type)
+    reason = backends.why_unavailable("expert_mlp", "triton", device.type, device.index)
     if reason is not None:
         raise RuntimeError(f"there is nothing to tune on {device.type}: {reason}.")
     from moe_fast.triton_ops import launch_config, tuning_tables
@@ -79,6 +88,49 @@ def tune(
         gated=gated,
         target=target,
     )
-    choices = search.search(problem, device, seconds=seconds)
-    found = {key: choice.after for key, choice in choices.items()}
-    return Tuned(tuning_tables.add_to_table(launch_config.gpu_name(device), found), choices)
+    gpu = launch_config.gpu_name(device)
+    choices = search.layers(search.search(problem, device, seconds=seconds))
+    tables = {name: {key: c.after for key, c in found.items()} for name, found in choices.items()}
+    run, times = _layer(problem, device), {}
+    for name, table in tables.items():
+        with tuning_tables.in_use(gpu, table):
+            times[name] = search.milliseconds(lambda _: run(), next(iter(table.values())))
+    kept = min(times, key=lambda name: times[name])
+    if times[kept] > search.GAIN * times["before"]:
+        kept = "before"
+    path = tuning_tables.add_to_table(gpu, tables[kept])
+    return Tuned(path, choices[kept], times, kept)
+
+
+def _layer(problem: Any, device: torch.device) -> Callable[[], object]:
+    """Return forward and backward of the whole mixture on random data."""
+    from moe_fast import ops
+
+    p, one = problem, problem.target != "mlp"
+
+    def new(*shape: int, scale: float = 1.0) -> Tensor:
+        made = (torch.randn(shape, device=device) * scale).to(p.dtype)
+        return made.requires_grad_()
+
+    ids = torch.rand(p.tokens, p.experts, device=device).topk(p.k).indices
+    plan = ops.plan(ids, p.experts, backend="triton")
+    weights = torch.rand(p.tokens, p.k, device=device).requires_grad_()
+    inner, outer = (p.hidden, p.dim) if p.target == "output" else (p.dim, p.width)
+    first, bias = new(p.experts, outer, inner, scale=inner**-0.5), new(p.experts, outer)
+    leaves = [new(p.tokens, inner), first, bias, weights]
+    if not one:
+        leaves += [new(p.experts, p.dim, p.hidden, scale=p.hidden**-0.5), new(p.experts, p.dim)]
+    upstream = torch.randn(p.tokens, outer if one else p.dim, device=device).to(p.dtype)
+
+    def run() -> object:
+        x, up, up_bias, w, *down = leaves
+        if one:
+            y = ops.expert_linear(x, up, up_bias, w, plan, backend="triton")
+        else:
+            act = "silu" if p.gated else "gelu"
+            y = ops.expert_mlp(
+                x, up, down[0], up_bias, down[1], w, plan, act=act, gated=p.gated, backend="triton"
+            )
+        return torch.autograd.grad(y, leaves, upstream)
+
+    return run

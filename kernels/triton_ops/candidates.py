@@ -1,0 +1,96 @@
+"""The configurations that the search tries first: about a dozen per product, chosen by hand.
+
+They are those that the compiled code and the GPU's limits speak for (docs/kernels.md). Compiling one
+takes seconds, so that a search over all combinations would spend its time on few of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from .config import Config, why_not
+
+MOST = 12
+# Rows, columns, depth, warps and stages of tiles of 16-bit operands.
+_PLAIN = (
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 4),
+    (128, 128, 128, 8, 3),
+    (64, 256, 64, 4, 4),
+)
+_HEAVY_EPILOGUE = (
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 3),
+    (128, 64, 64, 8, 4),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 128, 64, 8, 4),
+    (64, 256, 64, 8, 3),
+    (256, 64, 64, 8, 3),
+)
+_WEIGHTS = (
+    (128, 256, 64, 8, 4),
+    (128, 256, 64, 8, 5),
+    (256, 128, 64, 8, 4),
+    (256, 128, 64, 8, 5),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 8, 5),
+    (128, 128, 64, 4, 5),
+    (128, 128, 128, 8, 4),
+    (128, 256, 32, 8, 5),
+    (64, 256, 64, 4, 5),
+)
+_TILES = {
+    "up": _PLAIN,
+    "linear": _PLAIN,
+    "linear_transposed": _PLAIN,
+    "gated_up": _HEAVY_EPILOGUE,
+    "grad_hidden": _HEAVY_EPILOGUE,
+    "gated_grad_hidden": _HEAVY_EPILOGUE,
+    "grad_weight": _WEIGHTS,
+}
+_WIDE = (  # of 32-bit operands
+    (64, 64, 32, 8, 3),
+    (64, 64, 32, 4, 3),
+    (64, 32, 32, 8, 3),
+    (128, 64, 32, 8, 3),
+    (128, 32, 32, 8, 3),
+    (64, 64, 16, 8, 4),
+)
+
+
+def curated(
+    start: Config, kernel: str, dtype: torch.dtype, target: str, n: int, k: int
+) -> list[Config]:
+    """The configurations to try, ``start`` first; :data:`MOST` at most, all of which fit ``target``.
+
+    Args:
+        start: the configuration in use.
+        kernel, dtype, target, n, k: as in :func:`.config.heuristic`.
+    """
+    found = [start]
+    for config in _all(start, kernel, dtype, target):
+        fits = why_not(config, kernel, dtype, target, n, k) is None
+        if fits and config not in found and len(found) < MOST:
+            found.append(config)
+    return found
+
+
+def _all(start: Config, kernel: str, dtype: torch.dtype, target: str) -> Iterator[Config]:
+    """All of them, tiles by descriptors and by pointers in turn."""
+    if target == "interpreter":  # the time of a tile there says nothing
+        return
+    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    for tile in _WIDE if dtype == torch.float32 else _TILES[kernel]:
+        config = replace(start, **dict(zip(names, tile, strict=True)))
+        yield replace(config, descriptors=True)  # left out where a kernel has none
+        yield replace(config, descriptors=False)
+    for group in (4, 16):
+        yield replace(start, group_m=group)
