@@ -203,7 +203,7 @@ def pytest_result(code: int, output: str) -> Mapping[str, Any]:
     if code or not re.search(r"\d+ passed", summary):
         if "skipped" in summary and "failed" not in summary:
             return {LEFT_OUT: next((x for x in lines if x.startswith("SKIPPED")), summary)}
-        return {"summary": summary, "failures": lines[-30:]}
+        return {"summary": summary, "failures": lines[-30:] or [f"no output, exit code {code}"]}
     return {"summary": summary}
 
 

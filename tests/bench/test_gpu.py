@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,55 +23,107 @@ BASE = Shape(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
 @needs_triton
 @pytest.mark.slow
 def test_the_dry_run_goes_through_everything(tmp_path):
-    path = tmp_path / "record.json"
     done = run(
         "-m", "bench.gpu", "--dry-run", "--check-seconds", "4", "--tune-seconds", "0.1",
-        "--json", str(path), TRITON_INTERPRET=None,
+        "--out", str(tmp_path), TRITON_INTERPRET=None,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    record = json.loads(path.read_text())
-    parts = record["parts"]
-    assert list(parts) == ["correct", "tune", "time"]
-    for grid in ("experts", "route", "output block", "info_nce"):
-        found = parts["correct"][grid]
+    parts = json.loads((tmp_path / "record.json").read_text())["parts"]
+    assert set(parts) == {"ceilings", *gpu.INTERPRETED}
+    grids = {**parts["correct"], "info_nce": parts["info_nce"]["errors"]}
+    assert set(grids) == {"experts", "route", "output block", "info_nce"}
+    for found in grids.values():
         assert 0 < found["checked"] <= found["of"] and not found["failures"]
         assert 0 < max(found["error_over_bound"].values()) <= 1
-    assert parts["correct"]["repeats"] == parts["correct"]["info_nce repeats"] == "bitwise equal"
-    assert parts["correct"]["saved bytes"]["saved"] == parts["correct"]["saved bytes"]["x_and_z"]
-    assert len(parts["tune"]["K=1"]) == 6
-    table = json.loads((tmp_path / "record-tuning" / "interpreter.json").read_text())
-    assert set(table["configs"]) == set(parts["tune"]["K=1"]) | set(parts["tune"]["K=2"])
-    compared = [v for v in parts["time"].values() if isinstance(v, list)]
-    assert len(compared) == 7
-    assert all({"moe_fast"} <= {row["who"] for row in rows} for rows in compared)
-    assert len(parts["time"]["floor"]) == 3
-    contrastive = parts["time"]["info_nce"]
-    assert contrastive["target"] == {"seconds": 0.056, "bytes": 1e9}
+    properties = parts["properties"]
+    assert properties["repeats"] == parts["info_nce"]["repeats"] == "bitwise equal"
+    assert properties["saved bytes"]["saved"] == properties["saved bytes"]["x_and_z"]
+    assert {"up, triton", "grad_up, grouped_mm", "plan"} <= set(parts["kernels"])
+    assert all(found["ms"] > 0 for found in parts["kernels"].values())
+    assert len(parts["tune"]["K=1"]["choices"]) == 6
+    assert set(parts["tune"]["K=1"]["layer_ms"]) >= {"before", "grouped_mm"}
+    table = json.loads((tmp_path / "tuning" / "interpreter.json").read_text())
+    assert json.loads(parts["tune"]["table"]["interpreter.json"]) == table
+    tuned = {key for case in ("K=1", "K=2") for key in parts["tune"][case]["choices"]}
+    assert set(table["configs"]) == tuned
+    for rows in (v for part in ("step", "others") for v in parts[part].values()):
+        assert isinstance(rows, dict) or {"moe_fast"} <= {row["who"] for row in rows}
+    assert len(parts["sweep"]) == 4
+    contrastive = parts["info_nce"]["times"]
+    assert contrastive["target"] == {"seconds": 0.052, "bytes": 1e9}
     assert contrastive["triton"]["seconds"] > 0 and "met" not in contrastive
+    assert {p.name for p in tmp_path.iterdir()} == {"record.json", "tuning"}
 
 
-def test_without_a_gpu_it_says_so(capsys):
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
-    assert gpu.main([]) == 2
-    assert "--dry-run" in capsys.readouterr().err
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "--rehearse" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_part_that_fails_leaves_the_others_their_record(tmp_path, monkeypatch, capsys):
-    def broken():
+def test_a_part_that_does_not_exist_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["kernels", "speed", "--rehearse", "--out", str(tmp_path)])
+    assert "precompile, kernels, step" in (says := capsys.readouterr().err) and "speed" in says
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A GPU is pretended, and no part measures anything."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu, "environment", dict)
+    monkeypatch.setenv(gpu.TABLES, "changed by the program")
+
+    def parts(**functions):
+        monkeypatch.setattr(gpu, "PARTS", functions)
+
+    return parts
+
+
+def test_a_part_that_fails_leaves_the_others_their_record(tmp_path, pretended, capsys):
+    def broken(run):
         raise RuntimeError("no such luck")
 
-    parts = {"correct": broken, "tune": lambda: {"found": 1}, "time": lambda: {"a": {"error": "x"}}}
-    monkeypatch.setattr(gpu, "_parts", lambda arguments: parts)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    monkeypatch.setattr(gpu, "environment", dict)
-    monkeypatch.setenv("MOE_FAST_TUNING", str(tmp_path))
-    assert gpu.main(["--json", str(tmp_path / "r.json")]) == 1
-    record = json.loads((tmp_path / "r.json").read_text())["parts"]
-    assert "no such luck" in record["correct"]["error"]
-    assert record["tune"]["found"] == 1
-    assert "correct, time FAILED" in capsys.readouterr().out
+    pretended(
+        correct=broken,
+        tune=lambda run: run.measure("K=1", lambda: {"found": 1}),
+        sweep=lambda run: run.measure("T", lambda: {"failures": ["x"]}),
+    )
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    record = json.loads((tmp_path / "record.json").read_text())["parts"]
+    assert "no such luck" in record["correct"]["prepared"]["error"]
+    assert record["tune"]["K=1"] == {"found": 1}
+    assert "correct, prepared; sweep, T FAILED" in capsys.readouterr().out
+
+
+def test_the_tuned_table_is_found_by_the_next_call(tmp_path, pretended):
+    """The record holds it: the next call may be on another machine, with another folder."""
+    folders = []
+
+    def tuned(run):
+        folders.append(Path(os.environ[gpu.TABLES]))
+        assert (folders[-1] / "A_GPU.json").read_text() == "{}"
+
+    pretended(tune=lambda run: run.note("table", {"A_GPU.json": "{}"}), tuned=tuned)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert gpu.main(["tune", "--out", str(one)]) == 0
+    record = str(one / "record.json")
+    assert gpu.main(["tuned", "--out", str(two), "--resume", record]) == 0
+    assert folders == [two / "tuning"]
+
+
+def test_a_rehearsal_compiles_and_says_what_needs_a_gpu(tmp_path, pretended):
+    pretended(
+        precompile=lambda run: run.measure("compiled", lambda: {"summary": "2 of 2"}),
+        kernels=lambda run: pytest.fail("it needs a GPU"),
+    )
+    assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 0
+    parts = json.loads((tmp_path / "record.json").read_text())["parts"]
+    assert parts["precompile"]["compiled"] == {"summary": "2 of 2"}
+    assert "needs a GPU" in parts["kernels"]["rehearsed"]["left out"]
 
 
 @pytest.mark.parametrize(
@@ -152,4 +207,92 @@ def test_candidates_that_differ_are_not_timed():
 
 
 def test_the_cases_are_those_of_the_issue():
-    assert gpu._cases(False)["K=1"] == BASE
+    assert gpu_times.step_shapes()["K=1"] == BASE
+    assert len(gpu_times.sweep_shapes()) == 8
+
+
+def test_progress_is_reported_after_every_case():
+    seen = []
+    check = {1: lambda: {"y": 0.5}, 2: lambda: 1 / 0}
+    gpu_checks.check_grid(
+        [dict(a=1), dict(a=2)],
+        lambda settings, device: check[settings["a"]](),
+        CPU,
+        60,
+        lambda so_far: seen.append((so_far["checked"], len(so_far["failures"]))),
+    )
+    assert seen == [(1, 0), (2, 1)]
+
+
+class Pools:
+    """torch's allocator in small: tensors below 1 MiB come from a pool of their own.
+
+    A freed block is handed out again; what was in it is then the new tensor's content.
+    """
+
+    def __init__(self):
+        self.free = {True: [], False: []}
+
+    def full(self, size, value, device):
+        block = self.take(4 * size[0])
+        block.content = value
+        return block
+
+    def take(self, size):
+        small = size < 1 << 20
+        kept = [b for b in self.free[small] if b.size >= size]
+        if kept:
+            self.free[small].remove(kept[0])
+        return Block(self, small, kept[0].size if kept else size, kept[0].content if kept else 0)
+
+
+class Block:
+    def __init__(self, pools, small, size, content):
+        self.pools, self.small, self.size, self.content = pools, small, size, content
+
+    def __del__(self):
+        again = Block.__new__(Block)
+        again.__dict__.update(self.__dict__)
+        if not getattr(self, "freed", False):
+            again.freed = True
+            self.pools.free[self.small].append(again)
+
+
+def test_memory_of_small_tensors_is_poisoned_too(monkeypatch):
+    """A few hundred of them: a case makes that many tensors before it writes all of them."""
+    pools = Pools()
+    monkeypatch.setattr(torch, "full", pools.full)
+    gpu_checks.poison(torch.device("cuda"))
+    for sizes in ([300 << 10] * 150, [100] * 150, [1 << 22] * 1):
+        taken = [pools.take(size) for size in sizes]
+        assert all(math.isnan(block.content) for block in taken), sizes
+
+
+def test_a_side_stream_waits_and_is_waited_for(monkeypatch):
+    """Its work begins after what the current stream was given, and ends before what comes next."""
+    happened = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            happened.append(f"{self.name} waits for {other.name}")
+
+        def synchronize(self):
+            happened.append("host waits")
+
+    @contextlib.contextmanager
+    def entered(stream):
+        happened.append(f"on {stream.name}")
+        yield
+        happened.append("off")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    gpu_times.on_side_stream(lambda: happened.append("run"), times=2)
+    assert happened == [
+        "side waits for current", "on side", "run", "run", "off", "current waits for side",
+        "host waits",
+    ]  # fmt: skip

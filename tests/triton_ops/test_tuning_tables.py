@@ -13,10 +13,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from moe_fast.triton_ops import launch_config
 from moe_fast.triton_ops import tuning_tables as t
-from moe_fast.triton_ops.config import Config
+from moe_fast.triton_ops.config import Config, why_not
 
 KEY = "up/n3072/k768/rows8192/bfloat16"
 TABLE = {KEY: Config(64, 256, 64, 8, 3, 4)}
+
+
+SHIPPED = t.SHIPPED_TABLES
+GPUS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +118,39 @@ def test_an_entry_for_grouped_mm_where_there_is_none_is_refused(monkeypatch):
     with pytest.raises(ValueError) as error:
         launch_config.config_for("linear", torch.empty(0, dtype=torch.bfloat16), 768, 3072, 8192)
     assert_says(error, "A GPU", key, "sm_90", "sm_80")
+
+
+def test_entries_on_trial_come_first_and_go(tmp_path):
+    t.add_to_table("A GPU", TABLE)
+    with t.in_use("A GPU", {KEY: Config(32, 32, 32)}):
+        assert t.load_table("A GPU") == {KEY: Config(32, 32, 32)}
+        assert t.load_table("B GPU") == {}
+    assert t.load_table("A GPU") == TABLE
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_shipped_tables_fit_their_gpu_and_say_that_they_are_not_measured(gpu, monkeypatch):
+    monkeypatch.setattr(t, "SHIPPED_TABLES", SHIPPED)
+    path = t.table_paths(gpu)[0]
+    table = json.loads(path.read_text())
+    assert table["gpu"] == gpu and table["measured"] is False and "Not measured" in table["why"]
+    configs = t.load_table(gpu)
+    assert len(configs) == len(table["configs"]) > 20
+    for key, config in configs.items():
+        kernel, n, k, rows, dtype = key.split("/")
+        sizes = [int(part.lstrip("nkrows")) for part in (n, k, rows)]
+        assert key == t.table_key(kernel, *sizes, getattr(torch, dtype))
+        assert why_not(config, kernel, getattr(torch, dtype), "sm_90", *sizes[:2]) is None
+
+
+def test_shipped_tables_name_both_weight_gradients_of_bert(monkeypatch):
+    """D = 768, H = 3072, 8,192 rows per expert: dW2 [D, H] and dW1 [H, D]."""
+    monkeypatch.setattr(t, "SHIPPED_TABLES", SHIPPED)
+    for gpu in GPUS:
+        for n, k in ((3072, 768), (768, 3072)):
+            key = t.table_key("grad_weight", n, k, 8192, torch.bfloat16)
+            assert t.load_table(gpu)[key].implementation == "grouped_mm"
+
+
+def test_no_other_table_ships():
+    assert {p.stem.replace("_", " ") for p in SHIPPED.iterdir()} == set(GPUS)
