@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import Config
 from .launch import COLUMNS, Plan, accumulator, expert_block, precision, row_major, triton_dtype
-from .launch_config import config_for
+from .launch_config import config_for, math_of
 from .numerics import activate, cast, dot, gate, gate_backward, halves
 from .tiles import find_tile, swizzle, tile_bound
 
@@ -36,7 +36,7 @@ def _finish(
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     WANT_SUM: tl.constexpr,
-    FAST: tl.constexpr,
+    MATH: tl.constexpr,
 ):
     """Stores dz, w * h and the column sums of dz; returns <dh, h> of every row."""
     ACC: tl.constexpr = grad_h.dtype
@@ -44,7 +44,7 @@ def _finish(
     row = tl.arange(0, grad_h.shape[0])[:, None]
     mask = valid[:, None] & (n < H)[None, :]
     at = row * (2 * H if GATED else H) + n[None, :]
-    h, slope = activate(tl.load(z_ptr + at, mask=mask, other=0).to(ACC), ACT, FAST)
+    h, slope = activate(tl.load(z_ptr + at, mask=mask, other=0).to(ACC), ACT, MATH)
     weighted = grad_h * weight
     if GATED:
         z2 = tl.load(z_ptr + at + H, mask=mask, other=0).to(ACC)
@@ -90,7 +90,7 @@ def grad_hidden_kernel(
     GATED: tl.constexpr,
     WANT_SUM: tl.constexpr,
     EVEN_K: tl.constexpr,
-    FAST: tl.constexpr,
+    MATH: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BM: tl.constexpr,
@@ -145,7 +145,7 @@ def grad_hidden_kernel(
         ACT,
         GATED,
         WANT_SUM,
-        FAST,
+        MATH,
     )
     dots += _finish(
         right,
@@ -160,7 +160,7 @@ def grad_hidden_kernel(
         ACT,
         GATED,
         WANT_SUM,
-        FAST,
+        MATH,
     )
     tl.store(dot_ptr + column.to(tl.int64) * S + row, dots, mask=valid)
 
@@ -252,7 +252,7 @@ def grad_hidden(
             GATED=gated,
             WANT_SUM=want_bias,
             EVEN_K=k % config.block_k == 0,
-            FAST=grad.dtype.itemsize == 2,
+            MATH=math_of(grad),
             PRECISION=precision(grad.dtype),
             ACC=triton_dtype(acc),
             **config.meta(),
