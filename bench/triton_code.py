@@ -81,7 +81,11 @@ def _branch(text: str) -> int | None:
 
 
 def main_loops(lines: list[tuple[int, str]]) -> list[tuple[int, int]]:
-    """Return the (first, last) addresses of the innermost loops with products, in order."""
+    """Return the (first, last) addresses of the innermost loops with products, in order.
+
+    A wait for a barrier is tried again from a place behind the kernel's end. Its branch back looks
+    like a loop around much more; therefore the shorter of two that overlap is the loop.
+    """
     loops = []
     for at, text in lines:
         start = _branch(text)
@@ -89,11 +93,11 @@ def main_loops(lines: list[tuple[int, str]]) -> list[tuple[int, int]]:
             loops.append((start, at))
     products = [at for at, text in lines if _PRODUCT.search(text)]
     loops = [loop for loop in loops if any(loop[0] <= at <= loop[1] for at in products)]
-    return sorted(
-        loop
-        for loop in loops
-        if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)
-    )
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        if all(last < start or end < first for start, end in found):
+            found.append((first, last))
+    return sorted(found)
 
 
 _BUFFERS = re.compile(

@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import Config
 from .launch import COLUMNS, Plan, accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for, math_of
-from .numerics import activate, cast, dot, gate, gate_backward, halves
+from .numerics import activate, cast, columns_of, dot, gate, gate_backward
 from .tiles import find_tile, swizzle, tile_bound
 
 
@@ -93,6 +93,7 @@ def grad_hidden_kernel(
     MATH: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -130,38 +131,15 @@ def grad_hidden_kernel(
     grad_z_ptr += first * width
     weighted_h_ptr += first * H
     sum_ptr += tile.to(tl.int64) * width
-    left, right = halves(grad_h)
-    n = column * BN + tl.arange(0, BN // 2)
-    dots = _finish(
-        left,
-        n,
-        weight,
-        valid,
-        z_ptr,
-        grad_z_ptr,
-        weighted_h_ptr,
-        sum_ptr,
-        H,
-        ACT,
-        GATED,
-        WANT_SUM,
-        MATH,
-    )
-    dots += _finish(
-        right,
-        n + BN // 2,
-        weight,
-        valid,
-        z_ptr,
-        grad_z_ptr,
-        weighted_h_ptr,
-        sum_ptr,
-        H,
-        ACT,
-        GATED,
-        WANT_SUM,
-        MATH,
-    )
+    dots = tl.zeros((BM,), ACC)
+    WIDTH: tl.constexpr = BN // PARTS
+    for part in tl.static_range(PARTS):
+        dots += _finish(
+            columns_of(grad_h, part, PARTS),
+            column * BN + part * WIDTH + tl.arange(0, WIDTH),
+            weight, valid, z_ptr, grad_z_ptr, weighted_h_ptr, sum_ptr, H,
+            ACT, GATED, WANT_SUM, MATH,
+        )  # fmt: skip
     tl.store(dot_ptr + column.to(tl.int64) * S + row, dots, mask=valid)
 
 
@@ -255,6 +233,7 @@ def grad_hidden(
             MATH=math_of(grad),
             PRECISION=precision(grad.dtype),
             ACC=triton_dtype(acc),
+            PARTS=config.parts,
             **config.meta(),
         )
     if bias_grad.numel():

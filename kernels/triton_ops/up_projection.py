@@ -16,7 +16,7 @@ from .config import Config
 from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for, math_of
-from .numerics import activate, cast, dot, gate, halves
+from .numerics import activate, cast, columns_of, dot, gate
 from .tiles import find_tile, swizzle, tile_bound
 from .zero_tail import zero_tail
 
@@ -91,6 +91,7 @@ def up_kernel(
     MATH: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -140,20 +141,15 @@ def up_kernel(
     h_ptr += first * H
     if HAS_BIAS:
         bias_ptr += expert.to(tl.int64) * width
-    left, right = halves(acc)
-    if GATED:
-        left2, right2 = halves(acc2)
-    else:
-        left2, right2 = left, right
-    n = column * BN + tl.arange(0, BN // 2)
-    _finish(
-        left, left2, n, valid, bias_ptr, z_ptr, h_ptr, H,
-        ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, MATH,
-    )  # fmt: skip
-    _finish(
-        right, right2, n + BN // 2, valid, bias_ptr, z_ptr, h_ptr, H,
-        ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, MATH,
-    )  # fmt: skip
+    WIDTH: tl.constexpr = BN // PARTS
+    for part in tl.static_range(PARTS):
+        z1 = columns_of(acc, part, PARTS)
+        z2 = columns_of(acc2, part, PARTS) if GATED else z1
+        n = column * BN + part * WIDTH + tl.arange(0, WIDTH)
+        _finish(
+            z1, z2, n, valid, bias_ptr, z_ptr, h_ptr, H,
+            ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, MATH,
+        )  # fmt: skip
 
 
 def up_projection(
@@ -221,6 +217,7 @@ def up_projection(
         MATH=math_of(x),
         PRECISION=precision(x.dtype),
         ACC=triton_dtype(accumulator(x.dtype)),
+        PARTS=config.parts,
         **config.meta(),
     )
     return zero_tail(z, expert_offsets, row_to_token, by_token=False) if want_z else z, h
