@@ -9,7 +9,13 @@ import torch
 from .numerics import SMALLEST_DOT
 
 # Shared memory that one program may use, in bytes; for sm_100 and gfx942 the limits of Triton.
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED_MEMORY = {
+    "sm_80": 166_912,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_103": 232_448,
+    "gfx942": 65_536,
+}
 # The least of the other GPUs (sm_86, sm_89, sm_120).
 LEAST_SHARED_MEMORY = 101_376
 # "linear_transposed" reads weights in the other layout: rows instead of columns are contiguous.
@@ -29,7 +35,8 @@ IMPLEMENTATIONS = ("triton", "grouped_mm")
 BY_GROUPED_MM = ("linear", "linear_transposed", "grad_weight")
 # Products whose operands can be loaded by tensor descriptors, and the GPUs that support these.
 BY_DESCRIPTORS = ("up", "gated_up", "linear", "linear_transposed")
-_WITH_TMA = ("sm_90", "sm_100", "interpreter")
+_DATA_CENTRE = ("sm_90", "sm_100", "sm_103")
+_WITH_TMA = (*_DATA_CENTRE, "interpreter")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,10 @@ class Config:
         block_m, block_n, block_k: the tile; powers of two, at least 16.
         num_warps, num_stages: Triton's warps per program and depth of the load pipeline.
         group_m: row tiles that are processed together, so that they share cached columns.
+        parts: the parts of its columns in which the epilogue of "up" and "grad_hidden" finishes a
+            tile, one after the other; a power of two.
+        maxnreg: the most registers per thread, 0 for no limit. With 128, two programs of 8 warps
+            run on a multiprocessor at a time, and one multiplies while the other finishes a tile.
     """
 
     block_m: int = 128
@@ -53,6 +64,8 @@ class Config:
     group_m: int = 8
     descriptors: bool = False
     implementation: str = "triton"
+    parts: int = 2
+    maxnreg: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -73,6 +86,10 @@ class Config:
         for name in ("num_stages", "group_m"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.parts not in (1, 2, 4, 8):
+            raise ValueError(f"parts must be 1, 2, 4 or 8; got {self.parts}.")
+        if self.maxnreg and not 32 <= self.maxnreg <= 255:
+            raise ValueError(f"maxnreg must be 0 or from 32 to 255; got {self.maxnreg}.")
 
     def shared_memory(self, itemsize: int, products: int = 1) -> int:
         """Bytes of the pipelined operand tiles; ``products``: the number of B tiles per A tile."""
@@ -81,7 +98,7 @@ class Config:
 
     def meta(self) -> dict[str, int]:
         """The settings of our kernels as keyword arguments of a kernel launch."""
-        return dict(
+        meta = dict(
             BM=self.block_m,
             BN=self.block_n,
             BK=self.block_k,
@@ -89,6 +106,8 @@ class Config:
             num_warps=self.num_warps,
             num_stages=self.num_stages,
         )
+        # AMD's compiler does not know the option.
+        return meta | {"maxnreg": self.maxnreg} if self.maxnreg else meta
 
 
 def products_of(kernel: str) -> int:
@@ -112,6 +131,8 @@ def why_not(
         return _why_no_grouped_mm(kernel, dtype, target, n, k)
     if target == "interpreter":  # has no limit
         return None
+    if config.maxnreg and not target.startswith("sm_"):
+        return f"maxnreg is an option of NVIDIA's compiler; got {target}"
     needed = config.shared_memory(dtype.itemsize, products_of(kernel))
     limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
     if needed > limit:
@@ -123,7 +144,7 @@ def _why_no_descriptors(kernel: str, dtype: torch.dtype, target: str, n: int, k:
     if kernel not in BY_DESCRIPTORS:
         return f"descriptors are for {', '.join(BY_DESCRIPTORS)}; got {kernel}"
     if target not in _WITH_TMA:
-        return f"descriptors are used on sm_90 and sm_100; got {target}"
+        return f"descriptors are used on {', '.join(_DATA_CENTRE)}; got {target}"
     return _why_not_aligned("descriptors need", dtype, n, k)
 
 
@@ -137,8 +158,9 @@ def _why_no_grouped_mm(kernel: str, dtype: torch.dtype, target: str, n: int, k: 
     if kernel not in BY_GROUPED_MM:
         return f"grouped_mm is for {', '.join(BY_GROUPED_MM)}; got {kernel}"
     # Elsewhere grouped_mm is slow, or waits for the offsets; on the CPU only tests use it.
-    if target != "interpreter" and (target not in ("sm_90", "sm_100") or dtype != torch.bfloat16):
-        return f"grouped_mm is used for bfloat16 on sm_90 and sm_100; got {dtype} on {target}"
+    if target != "interpreter" and (target not in _DATA_CENTRE or dtype != torch.bfloat16):
+        where = ", ".join(_DATA_CENTRE)
+        return f"grouped_mm is used for bfloat16 on {where}; got {dtype} on {target}"
     return _why_not_aligned("grouped_mm needs", dtype, n, k)
 
 
@@ -183,7 +205,10 @@ def heuristic(
         config = Config(64, columns, 32, num_warps=8, num_stages=3)
     elif target.startswith("gfx"):
         config = Config(128, columns, 32, num_warps=8, num_stages=2)
-    elif target in ("sm_90", "sm_100") and not kernel.endswith("grad_hidden"):
+    elif target == "sm_90" and (kernel.endswith("up") or kernel.endswith("grad_hidden")):
+        # Two programs per multiprocessor, so that one multiplies while the other finishes a tile.
+        config = Config(128, columns, 64, num_warps=8, num_stages=3, parts=4, maxnreg=128)
+    elif target in _DATA_CENTRE and not kernel.endswith("grad_hidden"):
         # Wider tiles read less through the cache, which would limit tiles of 128 columns.
         # grad_weight loads its addresses too; its pipeline has one stage fewer than configured.
         stages = 4 if kernel == "grad_weight" else 3
@@ -194,6 +219,6 @@ def heuristic(
         config = Config(128, columns, 64, num_warps=8, num_stages=3)
     if rows_per_expert < _FEW_ROWS and config.block_m > 64 and kernel != "grad_weight":
         # A warp group multiplies at least 64 rows; reading the weights takes longer than that.
-        config = replace(config, block_m=64)
+        config = replace(config, block_m=64, maxnreg=0)
     limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
     return fit(config, dtype.itemsize, products_of(kernel), limit)

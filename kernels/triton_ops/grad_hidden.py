@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .config import Config
 from .launch import COLUMNS, Plan, accumulator, expert_block, precision, row_major, triton_dtype
-from .launch_config import config_for
-from .numerics import activate, cast, dot, gate, gate_backward, halves
+from .launch_config import config_for, math_of
+from .numerics import activate, cast, columns_of, dot, gate, gate_backward
 from .tiles import find_tile, swizzle, tile_bound
 
 
@@ -36,7 +36,7 @@ def _finish(
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     WANT_SUM: tl.constexpr,
-    FAST: tl.constexpr,
+    MATH: tl.constexpr,
 ):
     """Stores dz, w * h and the column sums of dz; returns <dh, h> of every row."""
     ACC: tl.constexpr = grad_h.dtype
@@ -44,7 +44,7 @@ def _finish(
     row = tl.arange(0, grad_h.shape[0])[:, None]
     mask = valid[:, None] & (n < H)[None, :]
     at = row * (2 * H if GATED else H) + n[None, :]
-    h, slope = activate(tl.load(z_ptr + at, mask=mask, other=0).to(ACC), ACT, FAST)
+    h, slope = activate(tl.load(z_ptr + at, mask=mask, other=0).to(ACC), ACT, MATH)
     weighted = grad_h * weight
     if GATED:
         z2 = tl.load(z_ptr + at + H, mask=mask, other=0).to(ACC)
@@ -90,9 +90,10 @@ def grad_hidden_kernel(
     GATED: tl.constexpr,
     WANT_SUM: tl.constexpr,
     EVEN_K: tl.constexpr,
-    FAST: tl.constexpr,
+    MATH: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -130,38 +131,15 @@ def grad_hidden_kernel(
     grad_z_ptr += first * width
     weighted_h_ptr += first * H
     sum_ptr += tile.to(tl.int64) * width
-    left, right = halves(grad_h)
-    n = column * BN + tl.arange(0, BN // 2)
-    dots = _finish(
-        left,
-        n,
-        weight,
-        valid,
-        z_ptr,
-        grad_z_ptr,
-        weighted_h_ptr,
-        sum_ptr,
-        H,
-        ACT,
-        GATED,
-        WANT_SUM,
-        FAST,
-    )
-    dots += _finish(
-        right,
-        n + BN // 2,
-        weight,
-        valid,
-        z_ptr,
-        grad_z_ptr,
-        weighted_h_ptr,
-        sum_ptr,
-        H,
-        ACT,
-        GATED,
-        WANT_SUM,
-        FAST,
-    )
+    dots = tl.zeros((BM,), ACC)
+    WIDTH: tl.constexpr = BN // PARTS
+    for part in tl.static_range(PARTS):
+        dots += _finish(
+            columns_of(grad_h, part, PARTS),
+            column * BN + part * WIDTH + tl.arange(0, WIDTH),
+            weight, valid, z_ptr, grad_z_ptr, weighted_h_ptr, sum_ptr, H,
+            ACT, GATED, WANT_SUM, MATH,
+        )  # fmt: skip
     tl.store(dot_ptr + column.to(tl.int64) * S + row, dots, mask=valid)
 
 
@@ -252,9 +230,10 @@ def grad_hidden(
             GATED=gated,
             WANT_SUM=want_bias,
             EVEN_K=k % config.block_k == 0,
-            FAST=grad.dtype.itemsize == 2,
+            MATH=math_of(grad),
             PRECISION=precision(grad.dtype),
             ACC=triton_dtype(acc),
+            PARTS=config.parts,
             **config.meta(),
         )
     if bias_grad.numel():

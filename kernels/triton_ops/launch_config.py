@@ -33,6 +33,13 @@ def gpu_name(device: torch.device) -> str:
     return "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
+def math_of(like: Tensor) -> str:
+    """How activations are computed for results like ``like``: one of ``numerics.MATHS``."""
+    if like.dtype.itemsize > 2:
+        return "exact"
+    return "approximate" if target_of(like.device.index).startswith("sm_") else "short"
+
+
 def config_for(kernel: str, like: Tensor, n: int, k: int, rows_per_expert: int) -> Config:
     """The table's configuration for a product of this size on ``like``'s GPU, or the heuristic's.
 

@@ -14,6 +14,10 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # Shapes below this are padded with zeros: the smallest operand that tl.dot takes.
 SMALLEST_DOT = 16
+# How activations are computed. "exact": by Triton's functions. "short": erf with one exponential,
+# accurate enough for 16-bit results. "approximate": the same by NVIDIA's approximate instructions,
+# without the range checks around them that take most of an epilogue's instructions.
+MATHS = ("exact", "short", "approximate")
 
 
 @triton.jit
@@ -59,55 +63,80 @@ def cast(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _half_erfc_pair(z):
+def exp2(x, MATH: tl.constexpr):
+    """``2 ** x``; for "approximate" as NVIDIA's instruction: relative error 2^-22, subnormals 0."""
+    if MATH == "approximate":
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
+def reciprocal(x, MATH: tl.constexpr):
+    """``1 / x``; for "approximate" as NVIDIA's instruction: error 1 ulp, subnormals 0."""
+    if MATH == "approximate":
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def _half_erfc_pair(z, MATH: tl.constexpr):
     """Phi(z), the normal distribution function, and exp(-z^2 / 2), with one exponential.
 
     Abramowitz and Stegun 7.1.26: erfc(u) = poly(t) exp(-u^2), t = 1 / (1 + p u), u = |z|/sqrt(2);
-    absolute error of erf below 1.5e-7, below half a unit in the last place of 16-bit results.
+    absolute error of erf below 1.5e-7, below half a unit in the last place of 16-bit results. The
+    factors sqrt(1/2), 1/2 and log2(e) are part of the constants.
     """
-    u = tl.abs(z) * 0.7071067811865476
-    gauss = tl.exp(-u * u)
-    t = 1.0 / (1.0 + 0.3275911 * u)
-    poly = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
-    poly = t * (0.254829592 + t * (-0.284496736 + t * poly))
-    half_erfc = 0.5 * poly * gauss
+    gauss = exp2(z * z * -0.7213475204444817, MATH)
+    t = reciprocal(1.0 + 0.2316418882663604 * tl.abs(z), MATH)
+    poly = 0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)
+    poly = t * (0.127414796 + t * (-0.142248368 + t * poly))
+    half_erfc = poly * gauss
     return tl.where(z > 0, 1.0 - half_erfc, half_erfc), gauss
 
 
 @triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
+def _sigmoids(z, MATH: tl.constexpr):
+    """The sigmoid of z and of -z, which is 1 less it, both accurate where they are tiny."""
+    if MATH == "exact":
+        small = tl.exp(-tl.abs(z))
+        large = 1.0 / (1.0 + small)
+    else:
+        small = exp2(tl.abs(z) * -1.4426950408889634, MATH)
+        large = reciprocal(1.0 + small, MATH)
+    small *= large
+    return tl.where(z < 0, small, large), tl.where(z < 0, large, small)
 
 
 @triton.jit
-def activate(z, ACT: tl.constexpr, FAST: tl.constexpr):
-    """``act(z)`` and ``act'(z)`` for z in the accumulator's dtype.
-
-    ``FAST`` uses the one-exponential erf for "gelu", which is accurate enough for 16-bit results.
-    """
+def activate(z, ACT: tl.constexpr, MATH: tl.constexpr):
+    """``act(z)`` and ``act'(z)`` for z in the accumulator's dtype; MATH is one of ``MATHS``."""
     if ACT == "gelu":
-        if FAST:
-            phi, gauss = _half_erfc_pair(z)
-        else:
+        if MATH == "exact":
             phi = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
             gauss = tl.exp(-0.5 * z * z)
+        else:
+            phi, gauss = _half_erfc_pair(z, MATH)
         value = z * phi
         slope = phi + z * gauss * 0.3989422804014327
     elif ACT == "gelu_tanh":
         # 0.5 (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3)
-        s = _sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        s, rest = _sigmoids(1.5957691216057308 * (z + 0.044715 * z * z * z), MATH)
         value = z * s
-        slope = s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        slope = s + z * s * rest * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     elif ACT == "silu":
-        s = _sigmoid(z)
+        s, rest = _sigmoids(z, MATH)
         value = z * s
-        slope = s * (1.0 + z * (1.0 - s))
+        slope = s * (1.0 + z * rest)
     elif ACT == "clamped_swiglu":
         inside = z <= 7.0
         z = tl.where(inside, z, 7.0)
-        s = _sigmoid(1.702 * z)
+        s, rest = _sigmoids(1.702 * z, MATH)
         value = z * s
-        slope = tl.where(inside, s * (1.0 + 1.702 * z * (1.0 - s)), 0.0)
+        slope = tl.where(inside, s * (1.0 + 1.702 * z * rest), 0.0)
     else:
         tl.static_assert(ACT == "relu")
         value = tl.maximum(z, 0.0)

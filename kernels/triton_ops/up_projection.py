@@ -15,8 +15,8 @@ from torch import Tensor
 from .config import Config
 from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
-from .launch_config import config_for
-from .numerics import activate, cast, dot, gate, halves
+from .launch_config import config_for, math_of
+from .numerics import activate, cast, columns_of, dot, gate
 from .tiles import find_tile, swizzle, tile_bound
 from .zero_tail import zero_tail
 
@@ -36,7 +36,7 @@ def _finish(
     HAS_BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
     STORE_H: tl.constexpr,
-    FAST: tl.constexpr,
+    MATH: tl.constexpr,
 ):
     """Adds the bias, and stores z and h."""
     ACC: tl.constexpr = z1.dtype
@@ -56,7 +56,7 @@ def _finish(
         if STORE_Z:
             tl.store(z_ptr + at + H, z2, mask=mask)
     if STORE_H:
-        h, _ = activate(z1.to(ACC), ACT, FAST)
+        h, _ = activate(z1.to(ACC), ACT, MATH)
         if GATED:
             h *= gate(z2.to(ACC), ACT)
         tl.store(h_ptr + (row * H + n[None, :]), cast(h, OUT), mask=mask)
@@ -88,9 +88,10 @@ def up_kernel(
     DESCRIPTORS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
-    FAST: tl.constexpr,
+    MATH: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -140,20 +141,15 @@ def up_kernel(
     h_ptr += first * H
     if HAS_BIAS:
         bias_ptr += expert.to(tl.int64) * width
-    left, right = halves(acc)
-    if GATED:
-        left2, right2 = halves(acc2)
-    else:
-        left2, right2 = left, right
-    n = column * BN + tl.arange(0, BN // 2)
-    _finish(
-        left, left2, n, valid, bias_ptr, z_ptr, h_ptr, H,
-        ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, FAST,
-    )  # fmt: skip
-    _finish(
-        right, right2, n + BN // 2, valid, bias_ptr, z_ptr, h_ptr, H,
-        ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, FAST,
-    )  # fmt: skip
+    WIDTH: tl.constexpr = BN // PARTS
+    for part in tl.static_range(PARTS):
+        z1 = columns_of(acc, part, PARTS)
+        z2 = columns_of(acc2, part, PARTS) if GATED else z1
+        n = column * BN + part * WIDTH + tl.arange(0, WIDTH)
+        _finish(
+            z1, z2, n, valid, bias_ptr, z_ptr, h_ptr, H,
+            ACT, GATED, HAS_BIAS, STORE_Z, STORE_H, MATH,
+        )  # fmt: skip
 
 
 def up_projection(
@@ -218,9 +214,10 @@ def up_projection(
         DESCRIPTORS=config.descriptors,
         TRANSPOSED=is_transposed(weight),
         EVEN_K=k % config.block_k == 0,
-        FAST=x.dtype.itemsize == 2,
+        MATH=math_of(x),
         PRECISION=precision(x.dtype),
         ACC=triton_dtype(accumulator(x.dtype)),
+        PARTS=config.parts,
         **config.meta(),
     )
     return zero_tail(z, expert_offsets, row_to_token, by_token=False) if want_z else z, h

@@ -24,6 +24,22 @@ def test_the_heuristic_fits_every_target(target, dtype, n):
         assert found.shared_memory(dtype.itemsize, c.products_of(kernel)) <= limit
 
 
+def test_sm_103_gets_the_tiles_and_the_copies_of_sm_100():
+    for kernel in c.KERNELS:
+        ours = c.heuristic(kernel, torch.bfloat16, "sm_103", 3072, 768, 8192)
+        assert ours == c.heuristic(kernel, torch.bfloat16, "sm_100", 3072, 768, 8192)
+    copies = c.Config(descriptors=True)
+    assert c.why_not(copies, "up", torch.bfloat16, "sm_103", 3072, 768) is None
+
+
+@pytest.mark.parametrize("kernel", ["up", "gated_up", "grad_hidden", "gated_grad_hidden"])
+def test_two_programs_fit_an_h100_where_the_epilogue_is_long(kernel):
+    found = c.heuristic(kernel, torch.bfloat16, "sm_90", 3072, 768, 8192)
+    assert 2 * 32 * found.num_warps * found.maxnreg <= 65_536
+    assert 2 * (found.shared_memory(2, c.products_of(kernel)) + 1024) <= 233_472
+    assert "maxnreg" in c.why_not(found, kernel, torch.bfloat16, "gfx942", 3072, 768)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_few_rows_per_expert_get_tiles_of_fewer(target):
     for kernel in c.KERNELS:
@@ -56,6 +72,8 @@ def test_fit_makes_the_pipeline_shallower_then_the_tile_thinner():
         (dict(num_stages=0), ["num_stages", 0]),
         (dict(descriptors="no"), ["descriptors", "true or false", "no"]),
         (dict(implementation="cublas"), ["implementation", "triton, grouped_mm", "cublas"]),
+        (dict(parts=3), ["parts", "1, 2, 4 or 8", 3]),
+        (dict(maxnreg=300), ["maxnreg", "32 to 255", 300]),
     ],
 )
 def test_bad_configurations(change, says):

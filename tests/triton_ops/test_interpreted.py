@@ -22,7 +22,13 @@ def run_pytest(*arguments: str, **environment: str) -> None:
     "files",
     [
         ["test_grouped_products", "test_sums", "test_route_kernels", "test_maxsim_kernels"],
-        ["test_backend", "test_clamped_swiglu", "test_tune_kernels", "test_info_nce_kernels"],
+        [
+            "test_activations",
+            "test_backend",
+            "test_clamped_swiglu",
+            "test_tune_kernels",
+            "test_info_nce_kernels",
+        ],
     ],
     ids=" ".join,
 )
