@@ -54,7 +54,8 @@ help:
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
 	@echo "  bench        every operation beside its peers, with pictures: bench/results/local"
 	@echo "  bench-full   the same with more and larger shapes, hours"
-	@echo "  bench-gpu    the Triton kernels, on an NVIDIA GPU; ARGS=--dry-run needs none"
+	@echo "  bench-gpu    the Triton kernels, on an NVIDIA GPU, in the parts that ARGS names (docs/kernels.md);"
+	@echo "               ARGS=--rehearse only compiles and ARGS=--dry-run interprets: they need no GPU"
 	@echo "  bench-compare  the last run against the committed one; fails where a case became slower"
 	@echo "  bench-report the page of the docs, from the committed runs"
 	@echo "  bench-instructions  instructions of the compiled library, counted by valgrind"
@@ -197,8 +198,10 @@ bench-full: setup
 	$(PY) -m bench $(JOBS) import_time --size full --json $(LOCAL)/jobs.json $(ARGS)
 	$(PY) -m bench.report --results $(LOCAL) --output $(LOCAL)/benchmarks.md
 
+# GPU_OUT: the folder of all output.
+GPU_OUT ?= bench/results/local/gpu
 bench-gpu: setup
-	$(PY) -m bench.gpu $(ARGS)
+	$(PY) -m bench.gpu --out $(GPU_OUT) $(ARGS)
 
 # Exit code 1: a case became slower. AGAINST: the committed run to hold RESULT against; by default the
 # newest of this processor's maker.

@@ -1,8 +1,8 @@
 """Everything about the Triton kernels that needs a GPU.
 
-    python -m bench.gpu --out FOLDER [PART ...]     all parts, or those that are named, in this order
-    python -m bench.gpu --out FOLDER --rehearse     what needs no GPU: the kernels are compiled
-    python -m bench.gpu --out FOLDER --dry-run      on the CPU, interpreted, at tiny shapes
+    python -m bench.gpu --out FOLDER [PART ...]    all parts or those that are named, in this order
+    python -m bench.gpu --out FOLDER --rehearse    what needs no GPU: the kernels are compiled
+    python -m bench.gpu --out FOLDER --dry-run     on the CPU, interpreted, at tiny shapes
 
 ``docs/kernels.md`` has the three calls that measure everything, each in less than ten minutes and
 of use without the others. The parts, the most valuable first:
@@ -228,7 +228,9 @@ def tuned(run: Run) -> None:
         kernels(run)
         step(run)
     else:
-        run.measure("table", lambda: {LEFT_OUT: "nothing was tuned: --resume a record with a table"})
+        run.measure(
+            "table", lambda: {LEFT_OUT: "nothing was tuned: --resume a record with a table"}
+        )
 
 
 def info_nce(run: Run) -> None:

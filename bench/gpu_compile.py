@@ -84,11 +84,11 @@ class Collected:
 @contextlib.contextmanager
 def instead_of_a_gpu(gpu: str = H200, capability: int = 90) -> Iterator[None]:
     """Within the block, Triton compiles for a GPU that is not there; nothing can be launched."""
+    from moe_fast.triton_ops import launch_config
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     from moe_fast.ops import backends
-    from moe_fast.triton_ops import launch_config
 
     target, before = GPUTarget("cuda", capability, 32), driver._active
     driver.set_active(_NoGpu(target))
@@ -185,9 +185,9 @@ def _compile(number: int) -> tuple[int, dict[str, Any]]:
         found["shared_memory"] = compiled.metadata.shared
         found["processor_seconds"] = _seconds_used() - before
         found["seconds"] = time.monotonic() - start
-        from .triton_resources import _nvidia_counts
+        from .triton_resources import nvidia_counts
 
-        found["registers"], found["spilled_bytes"] = _nvidia_counts(compiled.asm["cubin"])
+        found["registers"], found["spilled_bytes"] = nvidia_counts(compiled.asm["cubin"])
     return number, found
 
 
@@ -210,7 +210,9 @@ def compile_all(
         results = pool.imap_unordered(_compile, range(len(launches)))
         for _ in launches:
             try:
-                report(*results.next(max(0.0, end - time.monotonic()) if seconds < math.inf else None))
+                report(
+                    *results.next(max(0.0, end - time.monotonic()) if seconds < math.inf else None)
+                )
             except multiprocessing.TimeoutError:
                 break  # leaving the block ends the processes
 

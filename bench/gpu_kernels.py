@@ -104,7 +104,7 @@ def tuner_items(device: torch.device) -> Iterator[Item]:
 
 @contextlib.contextmanager
 def launched() -> Iterator[dict[str, dict[str, int]]]:
-    """Within the block, note registers, spills and shared memory of the kernels that are launched."""
+    """Within the block, note what the kernels that are launched take: registers, shared memory."""
     from triton.runtime.jit import JITFunction
 
     launch, found = JITFunction.run, dict[str, dict[str, int]]()

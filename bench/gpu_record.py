@@ -1,4 +1,4 @@
-"""The record of a run of ``bench.gpu``: written after every measurement, resumable, with a deadline.
+"""The record of ``bench.gpu``: written after every measurement, resumable, with a deadline.
 
     {"environment": {...}, "command": [...], "parts": {"kernels": {"up": {...}, ...}, ...}}
 

@@ -11,7 +11,6 @@ committed table then shows in review what a change of a kernel costs.
 from __future__ import annotations
 
 import argparse
-import ast
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -20,7 +19,6 @@ import json
 import os
 import re
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -158,22 +156,6 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         mock.patch.object(launch_config, "gpu_name", lambda device: target),
     ):
         yield launches
-
-
-@contextlib.contextmanager
-def parsing_in_turn() -> Iterator[None]:
-    """Within the block, run one ``ast.parse`` at a time.
-
-    Python 3.11 counts the depth of its recursion for all threads together.
-    """
-    lock, parse = threading.Lock(), ast.parse
-
-    def locked(*args: Any, **kwargs: Any) -> Any:
-        with lock:
-            return parse(*args, **kwargs)
-
-    with mock.patch.object(ast, "parse", locked):
-        yield
 
 
 @contextlib.contextmanager
@@ -367,7 +349,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         registers, spills = _numbers(r"\.vgpr_count:\s+(\d+).*\.vgpr_spill_count:\s+(\d+)", code)
     else:
         code = compiled.asm["ptx"]
-        registers, spills = _nvidia_counts(compiled.asm["cubin"])
+        registers, spills = nvidia_counts(compiled.asm["cubin"])
         if launch.kernel.__name__ in PRODUCTS:
             found = triton_code.read_code(compiled.asm["cubin"])
             read = dict(
@@ -389,7 +371,7 @@ def _numbers(pattern: str, text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _nvidia_counts(cubin: bytes) -> tuple[int, int]:
+def nvidia_counts(cubin: bytes) -> tuple[int, int]:
     """Return registers and spilled bytes; the stack holds only spills, for lack of arrays."""
     return _numbers(r"REG:(\d+) STACK:(\d+)", triton_code.tool("cuobjdump", cubin, "-res-usage"))
 
@@ -453,6 +435,8 @@ def measure(
         workers: the number of kernels that are compiled at a time.
         report: is called with a line per kernel.
     """
+    from moe_fast.triton_ops.compile_ahead import parsing_in_turn
+
     resources: dict[str, dict[str, dict]] = {}
     wrong: list[str] = []
     for target in targets:

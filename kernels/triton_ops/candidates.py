@@ -1,7 +1,7 @@
 """The configurations that the search tries first: about a dozen per product, chosen by hand.
 
-They are those that the compiled code and the GPU's limits speak for (docs/kernels.md). Compiling one
-takes seconds, so that a search over all combinations would spend its time on few of them.
+They are those that the compiled code and the GPU's limits speak for (docs/kernels.md). Compiling
+one takes seconds, so that a search over all combinations would spend its time on few of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from .config import Config, why_not
 
 MOST = 12
-# Rows, columns, depth, warps and stages of tiles of 16-bit operands.
+# Rows, columns, depth, warps and stages of tiles of 16-bit operands; for products with an epilogue
+# of their own also its parts, and the most registers (0: as many as there are).
 _PLAIN = (
     (128, 256, 64, 8, 3),
     (128, 256, 64, 8, 4),
@@ -24,16 +25,25 @@ _PLAIN = (
     (128, 128, 128, 8, 3),
     (64, 256, 64, 4, 4),
 )
+_UP = (
+    (128, 128, 64, 8, 3, 4, 128),
+    (128, 256, 64, 8, 3, 2, 0),
+    (128, 128, 64, 8, 4, 4, 128),
+    (128, 256, 64, 8, 4, 2, 0),
+    (128, 128, 64, 8, 3, 8, 128),
+    (128, 128, 64, 4, 4, 2, 0),
+)
 _HEAVY_EPILOGUE = (
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (128, 128, 64, 4, 3),
-    (128, 64, 64, 8, 4),
-    (128, 64, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (64, 128, 64, 8, 4),
-    (64, 256, 64, 8, 3),
-    (256, 64, 64, 8, 3),
+    (128, 128, 64, 8, 3, 4, 128),
+    (128, 128, 64, 8, 3, 2, 0),
+    (128, 128, 64, 8, 3, 8, 128),
+    (128, 128, 64, 8, 2, 4, 128),
+    (128, 128, 64, 8, 4, 2, 0),
+    (128, 64, 64, 4, 4, 2, 128),
+    (128, 64, 64, 8, 4, 2, 0),
+    (64, 128, 64, 4, 4, 2, 0),
+    (64, 256, 64, 8, 3, 4, 0),
+    (256, 64, 64, 8, 3, 2, 0),
 )
 _WEIGHTS = (
     (128, 256, 64, 8, 4),
@@ -48,7 +58,7 @@ _WEIGHTS = (
     (64, 256, 64, 4, 5),
 )
 _TILES = {
-    "up": _PLAIN,
+    "up": _UP,
     "linear": _PLAIN,
     "linear_transposed": _PLAIN,
     "gated_up": _HEAVY_EPILOGUE,
@@ -69,7 +79,7 @@ _WIDE = (  # of 32-bit operands
 def curated(
     start: Config, kernel: str, dtype: torch.dtype, target: str, n: int, k: int
 ) -> list[Config]:
-    """The configurations to try, ``start`` first; :data:`MOST` at most, all of which fit ``target``.
+    """The configurations to try, ``start`` first: :data:`MOST` at most, which all fit ``target``.
 
     Args:
         start: the configuration in use.
@@ -87,9 +97,9 @@ def _all(start: Config, kernel: str, dtype: torch.dtype, target: str) -> Iterato
     """All of them, tiles by descriptors and by pointers in turn."""
     if target == "interpreter":  # the time of a tile there says nothing
         return
-    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "parts", "maxnreg")
     for tile in _WIDE if dtype == torch.float32 else _TILES[kernel]:
-        config = replace(start, **dict(zip(names, tile, strict=True)))
+        config = replace(start, **dict(zip(names, tile, strict=False)))
         yield replace(config, descriptors=True)  # left out where a kernel has none
         yield replace(config, descriptors=False)
     for group in (4, 16):

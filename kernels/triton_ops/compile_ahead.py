@@ -52,17 +52,18 @@ def compile_ahead(
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled[-1].append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
-    with parsing_in_turn(), ThreadPoolExecutor(workers) as pool:
-        with (
-            AsyncCompileMode(pool, ignore_errors=True),
-            mock.patch.object(JITFunction, "run", compile_only),
-        ):
-            for number, launch in enumerate(launches):
-                compiled.append([])
-                try:
-                    launch()
-                except Exception as error:  # the launcher does not take such a configuration
-                    refused[number] = error
+    with (
+        parsing_in_turn(),
+        ThreadPoolExecutor(workers) as pool,
+        AsyncCompileMode(pool, ignore_errors=True),
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
+        for number, launch in enumerate(launches):
+            compiled.append([])
+            try:
+                launch()
+            except Exception as error:  # the launcher does not take such a configuration
+                refused[number] = error
     return [refused.get(n) or _finished(kernels) for n, kernels in enumerate(compiled)]
 
 

@@ -44,9 +44,9 @@ AXES: Mapping[str, tuple[int, ...]] = dict(
     block_m=(16, 32, 64, 128, 256),
     block_k=(16, 32, 64, 128),
 )
-# Registers that a thread may spill, as the driver counts them. A few are spilled and loaded once per
-# tile; a kernel with more spills inside its main loop.
-MOST_SPILLS = 32
+# Registers that a thread may spill, as the driver counts them: 64 bytes. So few are spilled once
+# per tile; a kernel with more spills them inside its main loop.
+MOST_SPILLS = 16
 # Kernels that are compiled at a time; each takes about 1 GB.
 _WORKERS = min(16, os.cpu_count() or 1)
 # A difference smaller than this is noise.

@@ -65,9 +65,7 @@ def offer(op: str, run: Callable) -> None:
     1e-10.
     """
     dtypes = FLOAT_DTYPES if _INTERPRETED else COMPILED_DTYPES
-    backends.register(
-        op, "triton", run, why_unavailable, dtypes=dtypes, unsuitable=why_unsuitable
-    )
+    backends.register(op, "triton", run, why_unavailable, dtypes=dtypes, unsuitable=why_unsuitable)
 
 
 def on_device(kernels: Callable) -> Callable:

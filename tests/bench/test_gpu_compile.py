@@ -142,7 +142,8 @@ def test_a_kernel_that_does_not_compile_is_recorded(monkeypatch):
     found = {}
     launches = [gpu_compile.Launch(Broken(), (), {"BM": 64})]
     gpu_compile.compile_all(launches, 2, 60, found.__setitem__)
-    assert found == {0: {"name": "broken_kernel BM=64", "error": "RuntimeError: no such instruction"}}
+    error = "RuntimeError: no such instruction"
+    assert found == {0: {"name": "broken_kernel BM=64", "error": error}}
 
 
 def test_compiling_stops_when_its_time_is_up():

@@ -12,7 +12,7 @@ from bench.gpu_times import BASE, products_work
 
 NCU = """==PROF== Connected to process 7
 a line of the program
-"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"
+"ID","Process ID","Kernel","Section Name","Metric Name","Metric Unit","Metric Value","Rule"
 "0","7","up_kernel","Launch Statistics","Registers Per Thread","register/thread","128",""
 "0","7","up_kernel","Occupancy","Achieved Occupancy","%","24.8",""
 "0","7","up_kernel","Occupancy","","","","a rule"
@@ -61,7 +61,9 @@ def test_the_sanitizer_s_findings_are_failures(tmp_path, monkeypatch):
 
 def test_a_tool_that_is_too_slow_is_left_out(tmp_path, monkeypatch):
     path = tmp_path / "tool"
-    path.write_text(f"#!{sys.executable}\nimport time\nprint('begun', flush=True)\ntime.sleep(60)\n")
+    path.write_text(
+        f"#!{sys.executable}\nimport time\nprint('begun', flush=True)\ntime.sleep(60)\n"
+    )
     path.chmod(0o755)
     monkeypatch.setattr(gpu_tools, "tool", lambda name: str(path))
     assert "not done in 1 s" in gpu_tools.sanitize("racecheck", 1, tmp_path)["left out"]

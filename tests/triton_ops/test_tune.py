@@ -11,15 +11,15 @@ from tests.ops.helpers import assert_says
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
-
-from bench.gpu_compile import instead_of_a_gpu
 from moe_fast.triton_ops import tune
 from moe_fast.triton_ops.candidates import curated
 from moe_fast.triton_ops.compile_ahead import compile_ahead
 from moe_fast.triton_ops.config import BY_DESCRIPTORS, Config, heuristic, why_not
 from moe_fast.triton_ops.plan import count_kernel, plan
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from bench.gpu_compile import instead_of_a_gpu
 
 START = Config(128, 128, 64, 8, 3, 8)
 

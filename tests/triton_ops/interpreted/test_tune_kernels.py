@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 import torch
 from moe_fast.triton_ops import launch_config, tune, tuning_tables
-from moe_fast.triton_ops.config import Config
+from moe_fast.triton_ops.config import BY_GROUPED_MM, Config
 from triton.runtime.errors import OutOfResources
 
 from moe_fast import ops
+from moe_fast.ops import tuning
 from tests.ops.helpers import TOLERANCES, assert_close
 
+GROUPED = Config(implementation="grouped_mm")
 PROBLEM = tune.Problem(tokens=24, experts=3, k=2, dim=16, hidden=32, dtype=torch.float32)
 CPU = torch.device("cpu")
 
@@ -177,3 +179,36 @@ def test_times_are_of_launches():
 def test_seconds_must_be_positive():
     with pytest.raises(ValueError, match="seconds must be positive; got 0"):
         tune.search(PROBLEM, CPU, seconds=0)
+
+
+@pytest.mark.parametrize("target", ["mlp", "output"])
+@pytest.mark.parametrize("fastest", ["before", "found", "grouped_mm"])
+def test_the_layer_decides_what_the_table_has(fastest, target, monkeypatch):
+    """Whole layers are timed with the entries that they would be launched with."""
+    problem = dataclasses.replace(PROBLEM, target=target)
+    found = Config(16, 16, 16, 4, 1)
+
+    def milliseconds(run, config):
+        run(config)  # a whole layer, with the table on trial
+        table = set(tuning_tables.load_table("interpreter").values())
+        kind = "grouped_mm" if any(c.implementation == "grouped_mm" for c in table) else "before"
+        return 1.0 if (kind if found not in table else "found") == fastest else 2.0
+
+    def search(*arguments, **settings):
+        keys = {product.name: product for product in tune.products(problem, CPU)}
+        return {
+            tuning_tables.table_key(p.kernel, p.n, p.k, 16, torch.float32): tune.Choice(
+                name, Config(32, 32, 32, 4, 1), found, 2.0, 1.0, 3,
+                {"triton": (found, 1.0), "grouped_mm": (GROUPED, 1.5)},
+            )
+            for name, p in keys.items()
+            if p.kernel in BY_GROUPED_MM
+        }  # fmt: skip
+
+    monkeypatch.setattr(tune, "search", search)
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    tuned = tuning.tune(16, 32, 3, 2, tokens=24, dtype=torch.float32, target=target, device="cpu")
+    assert tuned.kept == fastest and set(tuned.layer_ms) == {"before", "found", "grouped_mm"}
+    expected = {"before": Config(32, 32, 32, 4, 1), "found": found, "grouped_mm": GROUPED}[fastest]
+    assert {choice.after for choice in tuned.choices.values()} == {expected}
+    assert set(tuning_tables.load_table("interpreter").values()) == {expected}
