@@ -39,7 +39,7 @@ TARGET_SECONDS, TARGET_BYTES = 0.052, 1e9
 # The gradient of the logits is rounded before its products: two more roundings than in a product.
 _SLACK = 2
 # Cases of the grid whose kernels are compiled beforehand.
-_AHEAD = 16
+_AHEAD = 24
 
 
 def inputs_of(

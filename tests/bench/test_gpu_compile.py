@@ -119,7 +119,7 @@ with gpu_compile.instead_of_a_gpu():
 
 @pytest.mark.slow
 def test_a_later_process_finds_what_was_compiled(tmp_path):
-    """The cache's key is that of a launch: a second process, as the run itself, compiles nothing."""
+    """The key is that of a launch: a second process, as the run itself, compiles nothing."""
     environment = dict(TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET=None)
     done = run("-c", PROGRAM, "compile", **environment)
     assert done.returncode == 0, done.stderr
