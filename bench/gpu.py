@@ -41,11 +41,11 @@ from typing import Any
 
 import torch
 
+from .gpu_compile import COMPILED
 from .gpu_record import LEFT_OUT, Results, made, process_age, read_parts
 from .harness import ROOT, environment
 
 TABLES = "MOE_FAST_TUNING"
-COMPILED = "compiled.json"
 
 
 class Run:

@@ -34,6 +34,7 @@ from .harness import write_json
 
 META = torch.device("meta")
 H200 = "NVIDIA H200"
+COMPILED = "compiled.json"  # the record's name in the output folder of bench.gpu
 # One item of a run: its name, and a function that makes its calls.
 Item = tuple[str, Callable[[], Any]]
 
