@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-from .gpu_compile import COMPILED
+from .gpu_compile import COMPILED, counting_compilations
 from .gpu_record import LEFT_OUT, Results, made, process_age, read_parts
 from .harness import ROOT, environment
 
@@ -325,10 +325,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.rehearse and part not in WITHOUT_A_GPU:
             run.measure("rehearsed", lambda: {LEFT_OUT: "it needs a GPU; its kernels are compiled"})
             continue
-        try:
-            measure(run)
-        except Exception as error:  # while preparing; the other parts still run
-            run.note("prepared", {"error": f"{type(error).__name__}: {error}"})
+        with counting_compilations() as compiled:
+            try:
+                measure(run)
+            except Exception as error:  # while preparing; the other parts still run
+                run.note("prepared", {"error": f"{type(error).__name__}: {error}"})
+        if compiled.kernels:  # those that precompile has missed
+            results.note("compiled late", part, vars(compiled))
         print(f"== {part}: {time.monotonic() - start:.0f} s", flush=True)
     failures = results.finish()
     print(f"{results.path}: {'; '.join(failures) + ' FAILED' if failures else 'nothing failed'}")

@@ -162,6 +162,32 @@ def collect(items: Iterable[Item]) -> Collected:
     return found
 
 
+@dataclasses.dataclass
+class CompiledHere:
+    """Kernels that a process compiled itself, because they were not in the cache."""
+
+    kernels: int = 0
+    seconds: float = 0.0
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def counting_compilations() -> Iterator[CompiledHere]:
+    """Within the block, count the kernels that this process compiles."""
+    from triton import knobs
+
+    found = CompiledHere()
+
+    def listen(*, metadata: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            found.kernels += 1
+            found.seconds += times.total / 1e6
+            found.names.append(str(metadata.get("name")))
+
+    with mock.patch.object(knobs.compilation, "listener", listen):
+        yield found
+
+
 # --- compiling -----------------------------------------------------------------------------------
 
 _launches: list[Launch] = []  # of the processes that are forked from this one

@@ -10,6 +10,7 @@ slower than what was in use.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,14 @@ def tune(
         gated=gated,
         target=target,
     )
-    gpu = launch_config.gpu_name(device)
-    choices = search.layers(search.search(problem, device, seconds=seconds))
-    tables = {name: {key: c.after for key, c in found.items()} for name, found in choices.items()}
-    run, times = _layer(problem, device), {}
-    for name, table in tables.items():
-        with tuning_tables.in_use(gpu, table):
-            times[name] = search.milliseconds(lambda _: run(), next(iter(table.values())))
+    gpu, times = launch_config.gpu_name(device), {}
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        choices = search.layers(search.search(problem, device, seconds=seconds))
+        tables = {name: {k: c.after for k, c in found.items()} for name, found in choices.items()}
+        run = _layer(problem, device)
+        for name, table in tables.items():
+            with tuning_tables.in_use(gpu, table):
+                times[name] = search.milliseconds(lambda _: run(), next(iter(table.values())))
     kept = min(times, key=lambda name: times[name])
     if times[kept] > search.GAIN * times["before"]:
         kept = "before"

@@ -72,6 +72,7 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path, capsys):
 @pytest.fixture
 def pretended(monkeypatch):
     """A GPU is pretended, and no part measures anything."""
+    pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(gpu, "environment", dict)

@@ -50,13 +50,13 @@ def test_tools_are_found_in_the_toolkit(tmp_path, monkeypatch):
 
 def test_the_sanitizer_s_findings_are_failures(tmp_path, monkeypatch):
     program(tmp_path, monkeypatch, "========= ERROR SUMMARY: 0 errors")
-    found = gpu_tools.sanitize("memcheck", 60, tmp_path)
+    found = gpu_tools.sanitize("memcheck", 600, tmp_path)
     assert found["exit"] == 0 and found["summary"] == ["========= ERROR SUMMARY: 0 errors"]
     assert "failures" not in found
     log = (tmp_path / "memcheck.log").read_text()
     assert "'--tool', 'memcheck'" in log and "'bench.gpu_tools', 'tiny'" in log
     program(tmp_path, monkeypatch, "========= Invalid __global__ read", gpu_tools._FOUND)
-    assert any("Invalid" in x for x in gpu_tools.sanitize("memcheck", 60, tmp_path)["failures"])
+    assert any("Invalid" in x for x in gpu_tools.sanitize("memcheck", 600, tmp_path)["failures"])
 
 
 def test_a_tool_that_is_too_slow_is_left_out(tmp_path, monkeypatch):
@@ -75,9 +75,9 @@ def test_metrics_are_read_from_the_profiler_s_table(tmp_path, monkeypatch):
         "Achieved Occupancy": "24.8 %",
     }
     program(tmp_path, monkeypatch, NCU)
-    assert gpu_tools.profile("up", 60, tmp_path)["metrics"]["Achieved Occupancy"] == "24.8 %"
+    assert gpu_tools.profile("up", 600, tmp_path)["metrics"]["Achieved Occupancy"] == "24.8 %"
     program(tmp_path, monkeypatch, "==ERROR== no permission", 1)
-    assert "no permission" in gpu_tools.profile("up", 60, tmp_path)["error"]
+    assert "no permission" in gpu_tools.profile("up", 600, tmp_path)["error"]
 
 
 def test_all_products_are_profiled():
