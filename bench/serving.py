@@ -1,11 +1,15 @@
 """A server under load: ``moe-fast serve`` beside a plain handler that calls ``encode``.
 
     python -m bench.serving MODEL -o serving.json
-    python -m bench.serving MODEL --clients 64 --seconds 60 --odd -o load.json
+    python -m bench.serving MODEL --kinds odd --clients 64 --seconds 60 --trouble -o load.json
+    python -m bench.serving MODEL --requests 10000 --only-ours -o memory.json
 
 Both servers serve the same mixture, in a process of their own on loopback, with the same number of
 threads; the clients are coroutines of this process, which keep their connections. Every vector is
 compared with that of a direct ``encode``. The plain handler is :mod:`bench.plain_server`.
+
+``--trouble`` adds a client that never finishes its request, and one that sends garbage; with
+``--workers`` of 2 or more it also kills one of our server's workers in the middle.
 """
 
 from __future__ import annotations
@@ -13,16 +17,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import contextlib
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +42,14 @@ from .harness import ROOT, environment, write_json
 
 OURS, PLAIN = "moe-fast serve", "plain handler"
 TOLERANCE = 1e-3  # of float32 vectors of length 1
-_READY = re.compile(r"http://127\.0\.0\.1:(\d+)")
+FIRST = 1000
+"""After so many requests a server's memory should grow no further."""
+_ADDRESS = re.compile(r"http://127\.0\.0\.1:([1-9]\d*)")
+_WORKER = re.compile(r"Started server process \[(\d+)\]")
+_HEAD = (
+    b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n"
+)
 
 
 @dataclass
@@ -48,11 +60,15 @@ class Load:
         server: its name.
         texts: what kind of texts.
         clients, seconds: how many clients asked, and for how long.
+        workers: the server's processes.
         requests: answered requests; ``per_second`` of them.
         milliseconds: latency at 50, 95 and 99 %.
         wrong: vectors that differ from a direct ``encode``.
         errors: answers with another status than 200, by status.
-        memory: the server's resident bytes before, after a tenth of the time, and at the end.
+        lost: requests without an answer, for their connection ended.
+        memory: the server's resident bytes before, after :data:`FIRST` requests, and at the end.
+        troublemakers: what clients that hang or send garbage were answered, and how often.
+        replaced_seconds: from the kill of a worker until another one served in its place.
         padding_avoided: tokens of padding that batches would have had, over real tokens.
     """
 
@@ -60,12 +76,16 @@ class Load:
     texts: str
     clients: int
     seconds: float
+    workers: int = 1
     requests: int = 0
     per_second: float = 0.0
     milliseconds: dict[str, float] = field(default_factory=dict)
     wrong: int = 0
     errors: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
     memory: list[int] = field(default_factory=list)
+    troublemakers: dict[str, int] = field(default_factory=dict)
+    replaced_seconds: float | None = None
     padding_avoided: float | None = None
 
 
@@ -121,39 +141,69 @@ def _piece(draw: random.Random, text: str) -> str:
 # --- the servers ---------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def running(server: str, model: str, threads: int) -> Iterator[tuple[int, int]]:
-    """Run a server of the model; yields its port and the id of its process."""
-    command = [sys.executable, "-m", "moe_fast.cli", "serve", model, "--port", "0", "--truncate"]
-    if server == PLAIN:
-        command = [sys.executable, "-m", "bench.plain_server", model]
-    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    ports: list[int] = []
-    ready = threading.Event()
+class Server:
+    """A server of the model in processes of its own; it ends with the block.
 
-    def read() -> None:
-        for line in process.stdout or ():
-            ports.extend(int(port) for port in _READY.findall(line))
-            if "startup complete" in line:
-                ready.set()
-        ready.set()
+    Args:
+        name: :data:`OURS` or :data:`PLAIN`.
+        model: the folder of the model.
+        threads: of each process.
+        workers: the number of processes; of ours alone.
+    """
 
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        if not ready.wait(180) or not ports or process.poll() is not None:
-            raise RuntimeError(f"{server} did not start: {' '.join(command)}")
-        yield ports[0], process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
+    def __init__(self, name: str, model: str, threads: int, workers: int = 1) -> None:
+        options = ["--port", "0", "--truncate", "--workers", str(workers)]
+        self.command = [sys.executable, "-m", "moe_fast.cli", "serve", model, *options]
+        if name == PLAIN:
+            self.command = [sys.executable, "-m", "bench.plain_server", model]
+        self.workers = workers if name == OURS else 1
+        self.log: list[str] = []
+        self._ended = threading.Event()
+        variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=ROOT,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        self.log.extend(self.process.stdout or ())
+        self._ended.set()
+
+    @property
+    def started(self) -> int:
+        """How many processes have begun to serve so far."""
+        return sum("startup complete" in line for line in self.log)
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """The processes that serve or have served, in the order of their start."""
+        return [int(pid) for line in self.log for pid in _WORKER.findall(line)]
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(next(port for line in self.log for port in _ADDRESS.findall(line)))
+
+    def memory(self) -> int:
+        """The resident bytes of its processes."""
+        return sum(resident(pid) for pid in {self.process.pid, *self.worker_pids})
+
+    def __enter__(self) -> Server:
+        until = time.monotonic() + 180
+        while self.started < self.workers:
+            if time.monotonic() > until or self._ended.wait(0.05):
+                self.__exit__()
+                raise RuntimeError(f"{' '.join(self.command)} did not start: {''.join(self.log)}")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.process.terminate()
+        self.process.wait(60)
 
 
 # --- the clients ---------------------------------------------------------------------------------
@@ -161,8 +211,7 @@ def running(server: str, model: str, threads: int) -> Iterator[tuple[int, int]]:
 
 async def ask(reader: Any, writer: Any, body: bytes) -> tuple[int, bytes]:
     """Send a request on an open connection; return the answer's status and body."""
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    writer.write(_HEAD % len(body) + body)
     answer = (await reader.readuntil(b"\r\n\r\n")).lower()
     length = int(answer.split(b"content-length:")[1].split(b"\r\n")[0])
     return int(answer.split()[1]), await reader.readexactly(length)
@@ -178,47 +227,131 @@ def are_right(answer: bytes, question: Question) -> int:
     return int((~(difference <= TOLERANCE)).sum())
 
 
-async def press(load: Load, port: int, pid: int, questions: Sequence[Question], model: str) -> None:
-    """Let the clients ask for the load's seconds, and note what they saw in it."""
-    bodies = [question.body(model) for question in questions]
-    times: list[float] = []
-    end = time.perf_counter() + load.seconds
+class Press:
+    """The clients of one load.
 
-    async def client(number: int) -> None:
+    Args:
+        load: where what they see is noted.
+        server: whom they ask.
+        questions: what they ask, drawn at random.
+        model: the model's name.
+        requests: the load ends after so many; ``None``: after the load's seconds.
+        trouble: whether some clients hang and send garbage, and a worker is killed.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        server: Server,
+        questions: Sequence[Question],
+        model: str,
+        *,
+        requests: int | None = None,
+        trouble: bool = False,
+    ) -> None:
+        self.load, self.server, self.questions = load, server, questions
+        self.bodies = [question.body(model) for question in questions]
+        self.requests, self.trouble = requests, trouble
+        self.times: list[float] = []
+        self.strange: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        """Let all clients ask until the end of the load."""
+        load = self.load
+        load.memory.append(self.server.memory())
+        started = time.perf_counter()
+        self.end = started + load.seconds
+        tasks = [self.client(number) for number in range(load.clients)]
+        if self.trouble:
+            tasks += [self.hang(), self.send_garbage()]
+            if load.workers > 1:
+                tasks.append(self.kill_a_worker())
+        await asyncio.gather(*tasks)
+        load.seconds = time.perf_counter() - started
+        load.memory.append(self.server.memory())
+        load.requests = len(self.times)
+        load.per_second = len(self.times) / load.seconds
+        load.milliseconds = {
+            f"p{p}": round(1e3 * float(np.percentile(self.times, p)), 2) for p in (50, 95, 99)
+        }
+        load.troublemakers = dict(self.strange)
+
+    def is_over(self) -> bool:
+        """Whether no client should ask any more."""
+        if self.requests is not None:
+            return len(self.times) >= self.requests
+        return time.perf_counter() >= self.end
+
+    async def client(self, number: int) -> None:
+        """Ask, and compare the answers; connect again where a connection ends."""
         draw = random.Random(number)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 26)
-        while time.perf_counter() < end:
-            i = draw.randrange(len(questions))
-            started = time.perf_counter()
-            status, answer = await ask(reader, writer, bodies[i])
-            times.append(time.perf_counter() - started)
-            if status == 200:
-                load.wrong += are_right(answer, questions[i])
-            else:
-                load.errors[str(status)] = load.errors.get(str(status), 0) + 1
-        writer.close()
+        while not self.is_over():
+            try:
+                reader, writer = await self.connect()
+                while not self.is_over():
+                    await self.ask_once(reader, writer, draw.randrange(len(self.questions)))
+                writer.close()
+            except (ConnectionError, asyncio.IncompleteReadError):
+                self.load.lost += 1
 
-    async def watch() -> None:
-        load.memory.append(resident(pid))
-        await asyncio.sleep(load.seconds / 10)
-        load.memory.append(resident(pid))
+    async def connect(self) -> Any:
+        """A new connection to the server, as streams."""
+        return await asyncio.open_connection("127.0.0.1", self.server.port, limit=1 << 26)
 
-    started = time.perf_counter()
-    await asyncio.gather(watch(), *(client(i) for i in range(load.clients)))
-    load.memory.append(resident(pid))
-    load.requests = len(times)
-    load.per_second = len(times) / (time.perf_counter() - started)
-    load.milliseconds = {
-        f"p{p}": round(1e3 * float(np.percentile(times, p)), 2) for p in (50, 95, 99)
-    }
+    async def ask_once(self, reader: Any, writer: Any, i: int) -> None:
+        """Ask question i, and note the time and what is wrong."""
+        started = time.perf_counter()
+        status, answer = await ask(reader, writer, self.bodies[i])
+        self.times.append(time.perf_counter() - started)
+        if len(self.times) == FIRST:
+            self.load.memory.append(self.server.memory())
+        if status == 200:
+            self.load.wrong += are_right(answer, self.questions[i])
+        else:
+            self.load.errors[str(status)] = self.load.errors.get(str(status), 0) + 1
+
+    async def hang(self) -> None:
+        """Begin requests and never finish them."""
+        await self.be_strange("hanging", _HEAD % 100 + b"{")
+
+    async def send_garbage(self) -> None:
+        """Send what is no HTTP, ten times a second."""
+        await self.be_strange("garbage", b"\x00\xff" * 500 + b"\r\n\r\n")
+
+    async def be_strange(self, name: str, sent: bytes) -> None:
+        """Send these bytes on one connection after the other, and note how each is answered."""
+        while not self.is_over():
+            try:
+                reader, writer = await self.connect()
+                writer.write(sent)
+                answer = await asyncio.wait_for(reader.readline(), self.end - time.perf_counter())
+                writer.close()
+                status = answer.split()[1].decode() if answer else "closed"
+            except TimeoutError:
+                status = "none until the end"
+            except ConnectionError:
+                status = "closed"
+            self.strange[f"{name}: {status}"] += 1
+            await asyncio.sleep(0.1)
+
+    async def kill_a_worker(self) -> None:
+        """In the middle of the load, kill a worker, and wait for the one that replaces it."""
+        await asyncio.sleep(self.load.seconds / 2)
+        before, started = self.server.started, time.perf_counter()
+        os.kill(self.server.worker_pids[0], signal.SIGKILL)
+        while self.server.started == before and not self.is_over():
+            await asyncio.sleep(0.05)
+        if self.server.started > before:
+            self.load.replaced_seconds = round(time.perf_counter() - started, 2)
 
 
 def resident(pid: int) -> int:
-    """The resident bytes of a process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{pid}/status has no VmRSS.")
+    """The resident bytes of a process; 0 of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 def padding_avoided(port: int) -> float:
@@ -253,36 +386,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--texts", type=int, default=500, help="different requests")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all workers")
+    parser.add_argument("--workers", type=int, default=1, help="processes of our server")
+    parser.add_argument("--requests", type=int, help="end a load after so many, not by time")
+    parser.add_argument("--trouble", action="store_true", help="some clients hang or send garbage")
     parser.add_argument("--only-ours", action="store_true")
     arguments = parser.parse_args(argv)
     model = load_model(arguments.model)
-    name = Path(arguments.model).name
     kinds = arguments.kinds.split(",")
     asked = {kind: questions_of(model, kind, arguments.texts) for kind in kinds}
-    loads: list[Load] = []
+    print(f"begins: direct encode, {kinds[0]}", flush=True)
     direct = direct_milliseconds(model, asked[kinds[0]], min(arguments.seconds, 5.0))
+    print(f"direct encode of one request: {direct:.2f} ms", flush=True)
+    loads: list[Load] = []
     for server in (OURS,) if arguments.only_ours else (OURS, PLAIN):
-        with running(server, arguments.model, arguments.threads) as (port, pid):
-            for kind in kinds:
-                runs = [arguments.clients] if kind != kinds[0] else [1, arguments.clients]
-                for clients in runs:
-                    seconds = arguments.seconds if clients > 1 else arguments.seconds / 3
-                    load = Load(server, kind, clients, seconds)
-                    asyncio.run(press(load, port, pid, asked[kind], name))
-                    if server == OURS:
-                        load.padding_avoided = padding_avoided(port)
-                    loads.append(load)
-                    print(load, flush=True)
-    print(f"direct encode of one request: {direct:.2f} ms")
+        loads += loads_of(server, arguments, asked)
     if arguments.output is not None:
         record = {
-            "environment": environment(threads=arguments.threads, model=name),
+            "environment": environment(
+                threads=arguments.threads, model=Path(arguments.model).name, command=sys.argv[1:]
+            ),
             "direct_encode_milliseconds": direct,
             "loads": [asdict(load) for load in loads],
         }
         write_json(arguments.output, record)
     return 0
+
+
+def loads_of(name: str, arguments: Any, asked: dict[str, list[Question]]) -> list[Load]:
+    """Start a server, and measure it with one client (first kind of texts) and with all."""
+    workers = arguments.workers if name == OURS else 1
+    threads = max(1, arguments.threads // workers)
+    loads = []
+    with Server(name, arguments.model, threads, workers) as server:
+        for kind, questions in asked.items():
+            alone = kind == next(iter(asked)) and not arguments.trouble
+            for clients in (1, arguments.clients) if alone else (arguments.clients,):
+                seconds = arguments.seconds if clients > 1 else arguments.seconds / 3
+                load = Load(name, kind, clients, seconds, workers)
+                print(f"begins: {name}, {kind}, {clients} clients", flush=True)
+                press = Press(
+                    load,
+                    server,
+                    questions,
+                    Path(arguments.model).name,
+                    requests=arguments.requests if clients > 1 else None,
+                    trouble=arguments.trouble,
+                )
+                asyncio.run(press.run())
+                if name == OURS:
+                    load.padding_avoided = padding_avoided(server.port)
+                loads.append(load)
+                print(load, flush=True)
+    return loads
 
 
 if __name__ == "__main__":

@@ -35,8 +35,10 @@ from moe_fast.ops import available_backends, show_backends, use_backend  # noqa:
 from moe_fast.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
+    from moe_fast.conversion.onnx_export import export_onnx
     from moe_fast.encoding.cross_encoder import MoECrossEncoder
     from moe_fast.encoding.loading import load_three_heads
+    from moe_fast.encoding.onnx_encoder import OnnxEncoder
     from moe_fast.encoding.sentence_transformer import MoESentenceTransformer
     from moe_fast.encoding.sparse_encoder import MoESparseEncoder
     from moe_fast.encoding.three_head_encoder import (
@@ -52,12 +54,14 @@ __all__ = [
     "MoESentenceTransformer",
     "MoESparseEncoder",
     "MoEThreeHeadEncoder",
+    "OnnxEncoder",
     "ThreeHeadEncoder",
     "__version__",
     "add_expert",
     "add_three_heads",
     "available_backends",
     "export_nomic",
+    "export_onnx",
     "extract_expert",
     "from_experts",
     "import_checkpoint",
@@ -74,18 +78,20 @@ __all__ = [
 
 
 _WITH_EXTRAS = {
-    "MoECrossEncoder": "cross_encoder",
-    "MoESentenceTransformer": "sentence_transformer",
-    "MoESparseEncoder": "sparse_encoder",
-    "MoEThreeHeadEncoder": "three_head_encoder",
-    "ThreeHeadEncoder": "three_head_encoder",
-    "add_three_heads": "three_head_encoder",
-    "load_three_heads": "loading",
+    "MoECrossEncoder": "encoding.cross_encoder",
+    "MoESentenceTransformer": "encoding.sentence_transformer",
+    "MoESparseEncoder": "encoding.sparse_encoder",
+    "MoEThreeHeadEncoder": "encoding.three_head_encoder",
+    "OnnxEncoder": "encoding.onnx_encoder",
+    "ThreeHeadEncoder": "encoding.three_head_encoder",
+    "add_three_heads": "encoding.three_head_encoder",
+    "export_onnx": "conversion.onnx_export",
+    "load_three_heads": "encoding.loading",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Load what needs an extra only when it is asked for."""
     if name in _WITH_EXTRAS:
-        return getattr(_import_module(f"moe_fast.encoding.{_WITH_EXTRAS[name]}"), name)
+        return getattr(_import_module(f"moe_fast.{_WITH_EXTRAS[name]}"), name)
     raise AttributeError(f"module 'moe_fast' has no attribute {name!r}")

@@ -182,4 +182,4 @@ def _starts(input_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
         return torch.isin(position, cu_seqlens[:-1])
     if mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids) == 0
-    return mask & (mask.cumsum(1) == 1)
+    return mask & (mask.to(torch.int64).cumsum(1) == 1)
