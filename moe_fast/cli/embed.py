@@ -89,9 +89,13 @@ def run_command(
             help="Threads of each process; by default PyTorch's number divided by --processes.",
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "float16"],
-        typer.Option(help="Type of the numbers in the file: 4 or 2 bytes each."),
+    precision: Annotated[
+        Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"],
+        typer.Option(
+            help="What is stored of a number: 4 or 2 bytes; a byte, the step between the least and "
+            "the greatest value of its dimension among all texts; or a bit, its sign. The last "
+            "four need .parquet."
+        ),
     ] = "float32",
     normalize: Annotated[
         bool,
@@ -121,7 +125,6 @@ def run_command(
         domain=domain,
         prompt_name=prompt_name,
         batch_size=batch_size,
-        dtype=dtype,
         normalize=normalize,
         truncate=truncate,
         device=device,
@@ -134,6 +137,7 @@ def run_command(
         chunk_size=chunk_size,
         processes=processes,
         threads=threads,
+        precision=precision,
         overwrite=overwrite,
         progress=not run.quiet,
         finish=partial(run.save_settings, output),
