@@ -61,14 +61,14 @@ class StoredPrecision:
         check_choice("precision", self.precision, PRECISIONS)
         if not needs_ranges(self.precision):
             return
-        found = None if self.ranges is None else np.shape(self.ranges)
-        if found != (2, self.dimension):
+        found = None if self.ranges is None else self.ranges.shape
+        if self.ranges is None or found != (2, self.dimension):
             raise ValueError(
                 f"ranges must be [2, {self.dimension}], the least and the greatest value of each "
                 f"dimension, for precision={self.precision!r}; got "
                 f"{'None' if found is None else list(found)}"
             )
-        least, greatest = np.asarray(self.ranges)
+        least, greatest = self.ranges
         if not (np.isfinite(self.ranges).all() and (least <= greatest).all()):
             raise ValueError("ranges must be finite, with ranges[0] <= ranges[1]")
 
@@ -111,9 +111,8 @@ class StoredPrecision:
         if self.is_float:
             return stored
         if self.ranges is None:
-            packed = stored.view(np.uint8)
-            if self.precision == "binary":
-                packed = packed ^ 0x80  # undoes the minus 128
+            minus = np.uint8(128 if self.precision == "binary" else 0)
+            packed = np.bitwise_xor(stored.view(np.uint8), minus)  # of a byte: adds it again
             bits = np.unpackbits(packed, axis=1, count=self.dimension)
             return 2 * bits.astype(np.float32) - 1
         least, greatest = self.ranges

@@ -131,6 +131,7 @@ class TextEncoder:
         texts: Sequence[str],
         domains: Sequence[str] | None,
         tokens: Sequence[Any] | None = None,
+        batch_size: int | None = None,
     ) -> NDArray[np.floating]:
         """Embed N texts as vectors [N, d], in the settings' dtype.
 
@@ -138,6 +139,7 @@ class TextEncoder:
             texts: N texts.
             domains: one domain per text; ``None``: the settings' domain.
             tokens: the result of :meth:`tokenize` for these texts; ``None``: it is done here.
+            batch_size: texts per forward pass; ``None``: the settings'.
 
         Raises:
             ValueError: a text is too long, unless the settings truncate.
@@ -153,7 +155,7 @@ class TextEncoder:
             truncate=self.settings.truncate,
             dtype=self.settings.dtype,
             tokens=tokens,
-            batch_size=self.settings.batch_size,
+            batch_size=batch_size or self.settings.batch_size,
             normalize_embeddings=self.settings.normalize,
             show_progress_bar=False,
             convert_to_numpy=True,
