@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 _OBJECT_STORE = 100 << 20  # bytes; the workers read and write files, so that little passes through
 _MOST_BLOCKS = 10_000  # Ray schedules blocks; below this, each item is one
-_RETRIES = 3  # of an item whose worker died
 _PATIENCE = 20  # seconds for Ray's processes to end
 # Ray reports to its makers and listens on every address unless told otherwise, the latter by a
 # variable that is named after the systems on which it listens on the loopback address by default.
@@ -128,8 +127,8 @@ def run_job(
 ) -> Iterator[dict[str, Any]]:
     """Call a job with every item, on workers of a cluster, and yield the results as they come.
 
-    An item whose worker dies is given to another one, at most three times more, so that the job may
-    be called with an item again after it is done.
+    An item whose worker dies is given to another one, as often as it takes, so that the job may be
+    called with an item again, also after it was done.
 
     Args:
         ray: see `ray_cluster`.
@@ -139,7 +138,7 @@ def run_job(
         num_cpus, num_gpus: what each worker takes of the cluster.
 
     Raises:
-        RuntimeError: the workers of an item died each time, or the job raised an error.
+        RuntimeError: the job raised an error, or the cluster is gone.
     """
     if not items:
         return
@@ -153,8 +152,6 @@ def run_job(
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-        max_restarts=-1,
-        max_task_retries=_RETRIES,
     )
     try:
         yield from results.iter_rows()

@@ -193,6 +193,7 @@ def _embed(
     rows, left = (sum(group.rows for group in part) for part in (groups, missing))
     if missing:  # what was quantised with the ranges of other vectors
         parts.quantized.clear()
+        parts.vectors.forget_begun()
     with tqdm(
         total=rows, initial=rows - left, unit=" texts", desc="embed", disable=not progress
     ) as bar:

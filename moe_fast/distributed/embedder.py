@@ -186,7 +186,9 @@ class Embedder:
 
 
 def _values(batch: Any, column: Any) -> Sequence[Any]:
-    values = batch[column] if isinstance(batch, dict) else batch.column(column)
+    if not isinstance(batch, dict):
+        return batch.column(column).to_pylist()
+    values = batch[column]
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
 

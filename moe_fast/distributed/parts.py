@@ -35,7 +35,9 @@ from moe_fast.inference.vectors import open_vectors, write_vectors
 _KIND = "moe_fast embed on a cluster, unfinished"
 _KEY = b"moe_fast_part"
 _FOLDERS = ("vectors", "quantized")
-_OURS = re.compile(rf"part-\d{{8}}\.parquet|\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}\.parquet")
+_OURS = re.compile(
+    rf"part-\d{{8}}\.(parquet|begun)|\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}\.parquet"
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,18 @@ class PartFolder:
             stored,
             {_KEY: json.dumps(about).encode()},
         )
+
+    def begin(self, part: Part) -> int:
+        """Note that a part is begun; return how often it was, this time included."""
+        with self._path(part).with_suffix(".begun").open("a+b") as file:
+            file.write(b"+")
+            file.flush()
+            return file.tell()
+
+    def forget_begun(self) -> None:
+        """Forget how often parts were begun."""
+        for file in self.path.glob("*.begun"):
+            file.unlink()
 
     def holds(self, part: Part) -> bool:
         """Return whether the file of a part is there, readable, of this run and complete."""
@@ -169,6 +183,7 @@ class CorpusParts:
     def publish(self) -> None:
         """Give the folder of finished files the name of the output; an old one is removed."""
         finished = self.quantized if needs_ranges(self.precision) else self.vectors
+        finished.forget_begun()
         for half_written in finished.path.glob(f".*{PARTIAL}.parquet"):  # by killed workers
             half_written.unlink()
         move_folder(finished.path, self.output)

@@ -17,6 +17,8 @@ from moe_fast.encoding.lengths import counted_truncation
 from moe_fast.inference.precision import StoredPrecision, ranges_of
 from moe_fast.messages import listed
 
+_MOST_DEATHS = 5  # of workers at one row group
+
 
 @dataclass(frozen=True)
 class RowGroup(Part):
@@ -142,6 +144,9 @@ class EmbedJob:
         result = {"number": group.number, "rows": group.rows, "long": 0, "limit": 0, "error": ""}
         if self.folder.holds(group):  # a worker died after it had written the file
             return result
+        if self.folder.begin(group) > _MOST_DEATHS:
+            error = f"{group.path}, row group {group.group}: {_MOST_DEATHS} workers died at it"
+            return {**result, "error": f"{error} (out of memory? smaller row groups need less)"}
         try:
             with counted_truncation() as truncated:
                 ids, vectors = self._vectors(group)
