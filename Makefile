@@ -49,6 +49,7 @@ help:
 	@echo "  test-mpnet     a real encoder of 110 M parameters, which is downloaded: 404 MB"
 	@echo "  test-hostile   a thousand bad inputs and forty kills; how many errors are clear"
 	@echo "  test-serving   the server's description against five minutes of what schemathesis thinks of"
+	@echo "  test-stores  what embed writes, in LanceDB, Qdrant and a PostgreSQL with pgvector, which is started"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
@@ -136,7 +137,7 @@ CUDA_ON_CPU := tests/ops/test_cuda_kernels.py
 TRITON := tests/triton_ops
 INSTALLS := tests/test_installs.py
 test-slow: setup
-	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(TRITON) --ignore $(INSTALLS) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow --ignore $(CUDA_ON_CPU) --ignore $(TRITON) --ignore $(INSTALLS) --ignore $(STORES) $(ARGS)
 
 test-kernels: setup
 	$(PYTEST) -n $(WORKERS) --maxschedchunk 1 -m slow $(TRITON) $(ARGS)
@@ -161,6 +162,12 @@ SERVING_SECONDS ?= 300
 test-serving: setup
 	$(PIP) --quiet $(addprefix -c ,$(LOCK)) $(shell grep -o '"schemathesis[^"]*"' pyproject.toml)
 	$(PY) -m tests.serving.fuzz --seconds $(SERVING_SECONDS)
+
+.PHONY: test-stores
+STORES := tests/stores
+test-stores: setup
+	$(PIP) --quiet $(addprefix -c ,$(LOCK)) $(shell grep -oE '"(psycopg|pgvector|pixeltable|qdrant)[^"]*"' pyproject.toml)
+	$(PYTEST) $(ARGS) $(STORES) tests/examples -k store
 
 # The C++ half once more, built to stop at the first bad access or undefined operation. Python itself
 # is not built so, hence the preloaded runtime; it frees little at exit, hence no leak check.

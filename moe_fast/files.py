@@ -275,6 +275,26 @@ def atomic_folder(path: str | os.PathLike[str], *, replaces: Sequence[str] = ())
         os.close(lock)
 
 
+def move_folder(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Give a finished folder the name ``path``; a folder that has this name is removed.
+
+    Both must be on one file system. On Linux the two are exchanged in one step; see
+    :func:`atomic_folder`.
+
+    Raises:
+        NotADirectoryError: ``path`` is a file.
+    """
+    folder, target = Path(folder), Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{path} must be a folder; it is a file.")
+    _sync(folder)
+    replaces = target.exists()
+    _exchange(folder, target)
+    _sync(target.parent)
+    if replaces:  # the old one has the name of the new one now
+        shutil.rmtree(folder)
+
+
 def _replaceable(folder: Path) -> bool:
     """Whether this folder can be replaced by another one."""
     return os.access(folder.parent, os.W_OK | os.X_OK) and not os.path.ismount(folder)

@@ -52,8 +52,8 @@ class Run:
         if not self.quiet and is_first_process():
             print(text, flush=True)
 
-    def save_settings(self, result: str | Path) -> None:
-        """Write the settings beside a result file, or into a result folder.
+    def save_settings(self, result: str | Path, *, beside: bool = False) -> None:
+        """Write the settings beside a result file, or into a result folder unless `beside`.
 
         Call it before the result file gets its name. If the run is killed between the two, there is
         no result, which would be an error when the same command is run again.
@@ -61,7 +61,7 @@ class Run:
         from moe_fast.version import __version__
 
         result = Path(result)
-        folder = result.is_dir()
+        folder = result.is_dir() and not beside
         path = result / f"{self.command}.yaml" if folder else Path(f"{result}.yaml")
         title = f"moe-fast {self.command}, version {__version__}; run it again with --config"
         settings = {name: v for name, v in self.settings.items() if name not in _NOT_SAVED}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from moe_fast.cli.command import Run
 from moe_fast.cli.options import (
-    MOST_THREADS,
     TEXT,
     BatchSize,
     Delimiter,
@@ -38,7 +37,8 @@ def run_command(
         typer.Argument(
             metavar="FILE",
             help="File of texts, .txt (one per line), .jsonl, .csv (each also .gz) or .parquet; "
-            "DOMAIN=FILE gives all of its texts that domain.",
+            "DOMAIN=FILE gives all of its texts that domain. With --engine ray, a .parquet file or "
+            "a folder of such files.",
         ),
     ],
     *,
@@ -48,9 +48,22 @@ def run_command(
             "--output",
             "-o",
             help="File to write: .npy, with the ids in FILE.npy.ids.jsonl beside it, or .parquet, "
-            "with columns id and embedding.",
+            "with columns id and embedding. With --engine ray, a folder of .parquet files.",
         ),
     ],
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="What runs the processes: this program, or Ray, on this machine or on a cluster."
+        ),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster, or 'auto'; by default one is started on this machine "
+            "for this run."
+        ),
+    ] = None,
     text_column: TextColumn = TEXT,
     domain: Domain = None,
     domain_column: DomainColumn = None,
@@ -77,7 +90,6 @@ def run_command(
         int,
         typer.Option(
             min=1,
-            max=MOST_THREADS,
             help="Processes that embed at the same time; each holds a copy of the model.",
         ),
     ] = 1,
@@ -85,13 +97,17 @@ def run_command(
         int | None,
         typer.Option(
             min=1,
-            max=MOST_THREADS,
-            help="Threads of each process; by default PyTorch's number divided by --processes.",
+            help="Threads of each process; by default PyTorch's number divided by --processes; at "
+            "--ray-address 1.",
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "float16"],
-        typer.Option(help="Type of the numbers in the file: 4 or 2 bytes each."),
+    precision: Annotated[
+        Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"],
+        typer.Option(
+            help="What is stored of a number: 4 or 2 bytes; a byte, the step between the least and "
+            "the greatest value of its dimension among all texts; or a bit, its sign. The last "
+            "four need .parquet."
+        ),
     ] = "float32",
     normalize: Annotated[
         bool,
@@ -105,7 +121,7 @@ def run_command(
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
-    """Embed every text of a file, of any size, into .npy or .parquet.
+    """Embed every text of a file, of any size, into .npy or .parquet, or a folder with Ray.
 
     A run that was interrupted goes on where it stopped when it is started again with the same
     settings, and ends with the same bytes.
@@ -121,22 +137,35 @@ def run_command(
         domain=domain,
         prompt_name=prompt_name,
         batch_size=batch_size,
-        dtype=dtype,
         normalize=normalize,
         truncate=truncate,
         device=device,
     )
-    embedded = embed_file(
-        source,
-        output,
-        settings,
-        **reading,
-        chunk_size=chunk_size,
-        processes=processes,
-        threads=threads,
-        overwrite=overwrite,
-        progress=not run.quiet,
-        finish=partial(run.save_settings, output),
-    )
+    options: dict[str, Any] = {
+        "chunk_size": chunk_size,
+        "threads": threads,
+        "precision": precision,
+        "overwrite": overwrite,
+        "progress": not run.quiet,
+        "finish": partial(run.save_settings, output, beside=True),
+    }
+    if engine == "ray":
+        from moe_fast.distributed import embed_corpus
+
+        if skip_invalid:
+            raise typer.BadParameter("--skip-invalid is for --engine local")
+        embedded = embed_corpus(
+            source,
+            output,
+            settings,
+            **{name: reading[name] for name in ("columns", "domain_column", "id_column")},
+            workers=processes,
+            address=ray_address,
+            **options,
+        )
+    else:
+        if ray_address is not None:
+            raise typer.BadParameter("--ray-address is for --engine ray")
+        embedded = embed_file(source, output, settings, **reading, processes=processes, **options)
     resumed = f", {embedded.resumed_rows:,} of them from before" if embedded.resumed_rows else ""
     run.say(f"{output}: {embedded.rows:,} x {embedded.dimension}{resumed}")

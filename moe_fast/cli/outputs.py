@@ -36,6 +36,8 @@ def check_names(command: str, settings: Mapping[str, Any]) -> None:
         typer.BadParameter: the suffix of a name is not that of a format which the command writes.
     """
     formats = _FORMATS.get(command, {"output": _FOLDER})
+    if settings.get("engine") == "ray":
+        formats = {"output": _FOLDER}
     for name, allowed in formats.items():
         if settings.get(name) is None:
             continue

@@ -43,7 +43,7 @@ def run_command(
         str | None,
         typer.Option(
             help="File of texts to embed (DOMAIN=FILE gives them a domain), or vectors that embed "
-            "has written (.npy, .parquet)."
+            "has written (.npy, .parquet, a folder)."
         ),
     ] = None,
     load_index: Annotated[
@@ -186,7 +186,12 @@ def run_command(
 
 
 def _is_vectors(path: Path) -> bool:
-    """Return whether a file holds vectors, by its name and, for Parquet, its columns."""
+    """Return whether a file holds vectors, by its name and, for Parquet, its columns.
+
+    A folder holds vectors that ``embed --engine ray`` has written.
+    """
+    if path.is_dir():
+        return True
     if path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet as pq
 

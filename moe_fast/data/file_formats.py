@@ -135,12 +135,29 @@ def _read_csv(path: Path, delimiter: str, invalid: Refuse) -> Iterator[tuple[str
             invalid(ValueError(f"{where}: {len(cells)} cells, but the header names {len(header)}"))
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def read_row_group(
+    path: str | os.PathLike[str], row_group: int, first_row: int
+) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) of each row of one row group of a Parquet file.
+
+    Args:
+        path: the file.
+        row_group: the number of the row group, from 0.
+        first_row: how many rows of the file come before it, for the places.
+
+    Raises:
+        ValueError: the file is broken or truncated.
+    """
+    return _read_parquet(Path(path), [row_group], first_row)
+
+
+def _read_parquet(
+    path: Path, row_groups: list[int] | None = None, number: int = 0
+) -> Iterator[tuple[str, Row]]:
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise missing("pyarrow", "train", "reading Parquet", error) from error
-    number = 0
 
     def attempt(read: Callable[[], Any]) -> Any:
         try:
@@ -153,7 +170,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     with attempt(partial(pq.ParquetFile, path)) as file:
         _check_names(file.schema_arrow.names, str(path))
         classes = _class_names(file.schema_arrow.metadata or {})
-        batches = file.iter_batches(batch_size=1000)
+        batches = file.iter_batches(batch_size=1000, row_groups=row_groups)
         while (batch := attempt(partial(next, batches, None))) is not None:
             for row in attempt(batch.to_pylist):
                 number += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.data import checks
-from moe_fast.data.file_formats import FORMATS, Row, file_format, read_rows
+from moe_fast.data.file_formats import FORMATS, Row, file_format, read_row_group, read_rows
 from moe_fast.data.lines import Refuse, check_file, read_lines, refuse
 
 ID_COLUMNS = ("id", "_id")
@@ -91,6 +91,38 @@ def read_texts(
             yield row
     if where is None:
         raise ValueError(f"{path}: no texts in this file")
+
+
+def read_texts_of_row_group(
+    path: str | os.PathLike[str],
+    row_group: int,
+    *,
+    first_row: int,
+    first_number: int,
+    columns: Sequence[str] = ("text",),
+    domain_column: str | None = None,
+    id_column: str | None = None,
+) -> Iterator[TextRow]:
+    """Yield the texts of one row group of a Parquet file, as `read_texts` yields those of a file.
+
+    Args:
+        path, row_group, first_row: as for :func:`moe_fast.data.file_formats.read_row_group`.
+        first_number: the number of its first text, which is its id if there is no column of ids.
+        columns, domain_column, id_column: as for `read_texts`.
+
+    Raises:
+        ValueError: a column is missing, or a text, an id or a domain is invalid; the error names
+            the file and the row.
+    """
+    for number, (where, row) in enumerate(read_row_group(path, row_group, first_row), first_number):
+        yield _row(
+            row,
+            number,
+            where,
+            columns=columns,
+            domain_column=domain_column,
+            id_column=id_column,
+        )
 
 
 def _line(text: str, number: int, where: str) -> TextRow:

@@ -16,7 +16,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from moe_fast.data.lines import Refuse, refuse
 from moe_fast.data.tables import Skipped
 from moe_fast.data.texts import TextRow, read_texts
 from moe_fast.encoding.lengths import TruncatedTexts, counted_truncation
-from moe_fast.encoding.model_paths import file_sha256, model_fingerprint
+from moe_fast.encoding.model_paths import file_sha256
 from moe_fast.files import check_output, exclusive
 from moe_fast.inference.chunks import (
     Chunk,
@@ -36,8 +36,15 @@ from moe_fast.inference.chunks import (
     embed_chunk,
     tokenized_ahead,
 )
+from moe_fast.inference.manifest import describe_run
 from moe_fast.inference.parts import Parts, has_parts, open_parts
-from moe_fast.inference.text_encoder import EncoderSettings, TextEncoder, torch_threads
+from moe_fast.inference.precision import Precision
+from moe_fast.inference.text_encoder import (
+    EncoderSettings,
+    TextEncoder,
+    torch_threads,
+    with_precision,
+)
 from moe_fast.inference.threads import check_threads
 from moe_fast.inference.vectors import check_vector_format, write_vectors
 from moe_fast.inference.workers import embed_in_workers
@@ -78,6 +85,7 @@ def embed_file(
     chunk_size: int = 1024,
     processes: int = 1,
     threads: int | None = None,
+    precision: Precision | None = None,
     overwrite: bool = False,
     progress: bool = True,
     finish: Callable[[], None] | None = None,
@@ -92,7 +100,8 @@ def embed_file(
             ``.parquet`` file.
         output: a ``.npy`` file with an array [N, d], and the ids in a file beside it (see
             :mod:`moe_fast.inference.vectors`), or a ``.parquet`` file with the columns ``id`` and
-            ``embedding``. The ids are the source's ``id`` or ``_id``, or the row numbers from 0.
+            ``embedding``, lists of fixed size, as vector stores load it. The ids are the source's
+            ``id`` or ``_id``, or the row numbers from 0.
         settings: the model and how to call it.
         columns, domain_column, id_column, delimiter: see
             :func:`moe_fast.data.read_texts`.
@@ -103,6 +112,9 @@ def embed_file(
         threads: PyTorch's threads in each process. ``None``: those of the interrupted run or, for a
             new run, PyTorch's default divided by `processes`. The number of threads may change the
             last bit of the result; the number of processes does not.
+        precision: what the output stores, see :mod:`moe_fast.inference.precision`; ``int8`` and
+            ``uint8`` divide the ranges of all vectors. Other precisions than floating-point numbers
+            need ``.parquet``. ``None``: ``settings.dtype``.
         overwrite: replace an existing `output`, and discard the chunks of a run with other
             settings.
         progress: show a progress bar that counts texts.
@@ -123,7 +135,8 @@ def embed_file(
     check_threads("processes", processes)
     check_threads("threads", 1 if threads is None else threads)
     source, output = Path(source), Path(output)
-    check_vector_format(output)
+    settings, precision = with_precision(settings, precision)
+    check_vector_format(output, precision)
     # If there are chunks, the output may be that of this run, killed before it removed them.
     check_output(output, overwrite or has_parts(output))
     if settings.domain is not None and domain_column is not None:
@@ -150,8 +163,14 @@ def embed_file(
         sizes = [min(chunk_size, count - start) for start in range(0, count, chunk_size)]
         parts = open_parts(
             output,
-            _manifest(
-                source, settings, {**reading, "skip_invalid": skip_invalid}, chunk_size, output
+            describe_run(
+                settings,
+                source=file_sha256(source),
+                output=output.suffix,
+                precision=precision,
+                chunk_size=chunk_size,
+                skip_invalid=skip_invalid,
+                **reading,
             ),
             (dimension, settings.dtype),
             threads=threads,
@@ -159,7 +178,7 @@ def embed_file(
             overwrite=overwrite,
         )
         computed, truncated = 0, TruncatedTexts()
-        if not parts.are_in_output(sizes):
+        if not parts.are_in_output(sizes, precision):
             check_output(output, overwrite)
             again = Skipped(str(source)) if skip_invalid else refuse  # the warning is given above
             chunks = _chunks(read_texts(source, **reading, invalid=again), chunk_size)
@@ -175,7 +194,8 @@ def embed_file(
                     computed += size
                     truncated.add(cut.num_long, cut.limit)
             truncated.warn(computed)
-            write_vectors(output, parts.read(len(sizes)), (count, dimension))
+            stored = parts.stored(len(sizes), precision)
+            write_vectors(output, parts.read(len(sizes)), (count, dimension), stored)
         if finish is not None:
             finish()
         parts.remove()
@@ -200,37 +220,6 @@ def _look_through(
         skipped = f" ({invalid.summary()})" if isinstance(invalid, Skipped) else ""
         raise ValueError(f"{source}: no texts in this file{skipped}")
     return first, count, domains
-
-
-def _manifest(
-    source: Path, settings: EncoderSettings, reading: dict[str, Any], chunk_size: int, output: Path
-) -> dict[str, Any]:
-    """Return everything that the vectors depend on, except the number of threads.
-
-    ``truncate`` is not in it, because it does not change vectors of texts that are not too long.
-    """
-    import sentence_transformers
-    import transformers
-
-    from moe_fast.version import __version__
-
-    chosen = asdict(settings)
-    for name in ("model", "truncate"):
-        chosen.pop(name)
-    return {
-        "source": file_sha256(source),
-        "model": model_fingerprint(settings.model),
-        "output": output.suffix,
-        "chunk_size": chunk_size,
-        **{name: list(v) if isinstance(v, tuple) else v for name, v in reading.items()},
-        **chosen,
-        "versions": {
-            "moe_fast": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "sentence_transformers": sentence_transformers.__version__,
-        },
-    }
 
 
 def _chunks(rows: Iterator[TextRow], size: int) -> Iterator[Chunk]:

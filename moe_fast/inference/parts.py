@@ -17,17 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_fast.files import PARTIAL, atomic_write, write_text
+from moe_fast.inference.manifest import (
+    MANIFEST,
+    changes,
+    differing_names,
+    manifest_key,
+    read_manifest,
+    write_manifest,
+)
+from moe_fast.inference.precision import StoredPrecision, needs_ranges, ranges_of
 from moe_fast.inference.threads import check_threads
 from moe_fast.inference.vectors import open_vectors
 
 logger = logging.getLogger(__name__)
 
-_MANIFEST = "manifest.json"
-_KIND = {"kind": "moe_fast embed, unfinished"}  # marks a manifest as one of ours
-_BOOKKEEPING = ("kind", "finished")  # entries of a manifest that are no settings
+_KIND = "moe_fast embed, unfinished"  # marks a manifest as one of ours
+_BOOKKEEPING = ("finished",)  # entries of a manifest that are no settings
 # Names of a chunk's vectors and ids, of the manifest, and of files that a killed process left.
 _OURS = re.compile(
-    rf"\d{{8}}-[0-9a-f]{{16}}\.(npy|json)|{re.escape(_MANIFEST)}"
+    rf"\d{{8}}-[0-9a-f]{{16}}\.(npy|json)|{re.escape(MANIFEST)}"
     rf"|\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}\.(npy|json)"
 )
 
@@ -78,15 +86,25 @@ class Parts:
             ids = json.loads(self._path(number, ".json").read_text(encoding="utf-8"))
             yield ids, np.load(self._path(number, ".npy"), allow_pickle=False)
 
-    def are_in_output(self, sizes: list[int]) -> bool:
+    def stored(self, chunks: int, precision: str) -> StoredPrecision:
+        """Return how the output stores the vectors of the first `chunks` chunks.
+
+        The ranges of a quantised precision are those of all vectors.
+        """
+        vectors = (vectors for _, vectors in self.read(chunks))
+        ranges = ranges_of(vectors) if needs_ranges(precision) else None
+        return StoredPrecision(precision, self.dimension, ranges)
+
+    def are_in_output(self, sizes: list[int], precision: str) -> bool:
         """Return whether the output was made from these chunks, so that only cleaning up is left.
 
         Args:
             sizes: the number of texts of each chunk.
+            precision: the precision of the output.
         """
         if not self.output.is_file():
             return False
-        finished = (_read_manifest(_folder(self.output)) or {}).get("finished")
+        finished = (read_manifest(_folder(self.output), _KIND) or {}).get("finished")
         if finished is not None:
             return finished == _identity(self.output)
         if not all(self.holds(number, rows) for number, rows in enumerate(sizes)):
@@ -95,7 +113,8 @@ class Parts:
             found = _digest(vectors for _, vectors in open_vectors(self.output).pieces())
         except ValueError:
             return False
-        return found == _digest(vectors for _, vectors in self.read(len(sizes)))
+        stored = self.stored(len(sizes), precision)
+        return found == _digest(stored.decode(stored.encode(v)) for _, v in self.read(len(sizes)))
 
     def remove(self) -> None:
         """Delete the chunks when the output is complete.
@@ -103,8 +122,8 @@ class Parts:
         Files that are not ours are kept, with a warning.
         """
         folder = _folder(self.output)
-        manifest = _read_manifest(folder) or {}
-        _write_manifest(folder, {**manifest, "finished": _identity(self.output)})
+        manifest = read_manifest(folder, _KIND) or {}
+        write_manifest(folder, _KIND, {**manifest, "finished": _identity(self.output)})
         _remove_ours(folder)
 
     def _path(self, number: int, suffix: str) -> Path:
@@ -113,7 +132,7 @@ class Parts:
 
 def has_parts(output: Path) -> bool:
     """Return whether an unfinished run has left its chunks beside `output`."""
-    return _read_manifest(_folder(output)) is not None
+    return read_manifest(_folder(output), _KIND) is not None
 
 
 def open_parts(
@@ -143,28 +162,26 @@ def open_parts(
         ValueError: the interrupted run's number of threads is not possible on this machine.
     """
     folder = _folder(output)
-    before = _read_manifest(folder)
+    before = read_manifest(folder, _KIND)
     if before is None:
         _check_free(folder)
     elif threads is None and "threads" in before:
-        check_threads(f"{folder / _MANIFEST}: threads", before["threads"])
+        check_threads(f"{folder / MANIFEST}: threads", before["threads"])
         default_threads = before["threads"]
     manifest = {**manifest, "threads": threads or default_threads}
     old = {name: value for name, value in (before or {}).items() if name not in _BOOKKEEPING}
-    differing = sorted(
-        key for key in manifest.keys() | old.keys() if old.get(key) != manifest.get(key)
-    )
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    differing = differing_names(old, manifest)
+    key = manifest_key(manifest)
     if before is None or differing:
         if any(folder.glob("*.npy")) and not overwrite:
             raise FileExistsError(
                 f"{folder} holds the chunks of an interrupted run that differs from this "
-                f"one in {_changes(old, manifest, differing)}. Run with the same "
+                f"one in {changes(old, manifest, differing)}. Run with the same "
                 "settings to go on with it, or with overwrite (--overwrite) to discard it."
             )
         if before is not None:
             _remove_ours(folder)
-        _write_manifest(folder, _KIND | manifest)
+        write_manifest(folder, _KIND, manifest)
     return Parts(output, *shape, manifest["threads"], key)
 
 
@@ -204,49 +221,19 @@ def _others(folder: Path) -> list[str]:
         for entry in os.scandir(folder)
         if not (_OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False))
     ]
-    foreign_manifest = (folder / _MANIFEST).is_file() and _read_manifest(folder) is None
-    return sorted({*others, *([_MANIFEST] if foreign_manifest else [])})
+    foreign_manifest = (folder / MANIFEST).is_file() and read_manifest(folder, _KIND) is None
+    return sorted({*others, *([MANIFEST] if foreign_manifest else [])})
 
 
 def _remove_ours(folder: Path) -> None:
     """Delete our files, the manifest last, and the folder if nothing else is in it."""
     others = _others(folder)
-    ours = {entry.name for entry in os.scandir(folder)} - {*others, _MANIFEST}
+    ours = {entry.name for entry in os.scandir(folder)} - {*others, MANIFEST}
     for name in sorted(ours):
         (folder / name).unlink(missing_ok=True)
-    (folder / _MANIFEST).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     if others:
         logger.warning("%s is kept: it holds files of others (%s).", folder, ", ".join(others[:3]))
         return
     with contextlib.suppress(OSError):  # another program may have just put a file there
         folder.rmdir()
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_text(folder / _MANIFEST, json.dumps(manifest, indent=2))
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read our manifest in a folder; ``None`` if there is none, or one that is not ours."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    ours = isinstance(manifest, dict) and manifest.get("kind") == _KIND["kind"]
-    return manifest if ours and not folder.is_symlink() else None
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any], names: list[str]) -> str:
-    """List the settings that differ, with both values except for hashes."""
-    shown = [
-        name
-        if name in ("source", "model")
-        else f"{name} ({_short(before.get(name))} then, {_short(now.get(name))} now)"
-        for name in names
-    ]
-    return ", ".join(shown)
-
-
-def _short(value: Any) -> str:
-    text = ascii(value) if not isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

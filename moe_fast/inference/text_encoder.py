@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,12 +15,12 @@ from moe_fast.encoding.domains import domains_of
 from moe_fast.encoding.encoder import check_one_encoder
 from moe_fast.encoding.loading import load_model
 from moe_fast.encoding.vectors import encode_texts
+from moe_fast.inference.precision import PRECISIONS, Precision
 from moe_fast.models.configuration import AUTO
 from moe_fast.models.domain_predictor import predictor_of
 from moe_fast.ops.checks import check_choice, check_count
 
-Precision = Literal["float32", "float16"]
-PRECISIONS = ("float32", "float16")
+FLOATS = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,36 @@ class EncoderSettings:
     domain: str | None = None
     prompt_name: str | None = None
     batch_size: int = 32
-    dtype: Precision = "float32"
+    dtype: Literal["float32", "float16"] = "float32"
     normalize: bool = False
     truncate: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size)
-        check_choice("dtype", self.dtype, PRECISIONS)
+        check_choice("dtype", self.dtype, FLOATS)
+
+
+def with_precision(
+    settings: EncoderSettings, precision: Precision | None
+) -> tuple[EncoderSettings, Precision]:
+    """Return the settings that compute what is stored with a precision, and the precision.
+
+    Args:
+        settings: the settings of the caller.
+        precision: the precision; ``None``: ``settings.dtype``.
+
+    Raises:
+        ValueError: the precision is unknown, or differs from ``dtype="float16"``.
+    """
+    if precision is None:
+        return settings, settings.dtype
+    check_choice("precision", precision, PRECISIONS)
+    if settings.dtype not in ("float32", precision):
+        raise ValueError(
+            f"give dtype or precision; got dtype={settings.dtype!r} and precision={precision!r}"
+        )
+    return replace(settings, dtype="float16" if precision == "float16" else "float32"), precision
 
 
 class TextEncoder:
@@ -109,6 +131,7 @@ class TextEncoder:
         texts: Sequence[str],
         domains: Sequence[str] | None,
         tokens: Sequence[Any] | None = None,
+        batch_size: int | None = None,
     ) -> NDArray[np.floating]:
         """Embed N texts as vectors [N, d], in the settings' dtype.
 
@@ -116,6 +139,7 @@ class TextEncoder:
             texts: N texts.
             domains: one domain per text; ``None``: the settings' domain.
             tokens: the result of :meth:`tokenize` for these texts; ``None``: it is done here.
+            batch_size: texts per forward pass; ``None``: the settings'.
 
         Raises:
             ValueError: a text is too long, unless the settings truncate.
@@ -131,7 +155,7 @@ class TextEncoder:
             truncate=self.settings.truncate,
             dtype=self.settings.dtype,
             tokens=tokens,
-            batch_size=self.settings.batch_size,
+            batch_size=batch_size or self.settings.batch_size,
             normalize_embeddings=self.settings.normalize,
             show_progress_bar=False,
             convert_to_numpy=True,

