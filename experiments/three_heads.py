@@ -2,14 +2,16 @@
 
     python -m experiments.three_heads --data FOLDER [--only collapse|retrieval|memory]
 
-FOLDER holds ``pairs_medquad_question_answer.jsonl.gz`` (columns a, b and focus). Both parts train
-on its pairs, split by focus, and measure on questions whose focus was not trained.
+FOLDER holds ``pairs_medquad_question_answer.jsonl.gz`` (columns a, b and focus) and
+``pairs_pubmedqa_question_abstract.jsonl.gz`` (a and b). MedQuAD is split by focus.
 
-- ``collapse``: trains a few layers with and without the floor of the sparse head and records, every
-  few steps, the median number of non-zero weights per question and answer, and the mean logit.
-- ``retrieval``: nDCG@10 of the dense, sparse, multi-vector and combined scores over the held-out
-  answers, before and after, and the paired difference with a 95 % interval over questions.
-
+- ``collapse``: trains a few layers on MedQuAD with and without the floor of the sparse head and
+  records, every few steps, the median number of non-zero weights per question and answer.
+- ``retrieval``: trains on MedQuAD and half of PubMedQA, a quarter of each batch from the latter;
+  nDCG@10 of the dense, sparse, multi-vector and combined scores, before and after, and the paired
+  difference with a 95 % interval over the questions. MedQuAD: held-out questions against their
+  answers. PubMedQA: the other half's questions against all abstracts. A run that was interrupted
+  goes on from its last saved step (``--state``) when it is started again.
 - ``memory``: peak memory of a cached step on random token embeddings, of the dense loss and of the
   loss of three heads, each in a process of its own, and the time of each part (B = 1,024, L = 128).
 
@@ -29,33 +31,75 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from moe_fast.files import write_text
+from moe_fast.files import atomic_write, write_text
 
 RESULTS = Path(__file__).parent / "results" / "three_heads.json"
 PAIRS = "pairs_medquad_question_answer.jsonl.gz"
+PUBMEDQA = "pairs_pubmedqa_question_abstract.jsonl.gz"
+SAVE_EVERY = 25  # steps
 OUTPUTS = ("dense", "sparse", "multi_vector")
 
 
-def read_pairs(folder: Path, num_test: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return the pairs to train on and the pairs to test on; they share no focus and no answer."""
-    with gzip.open(folder / PAIRS, "rt", encoding="utf-8") as file:
+@dataclass(frozen=True)
+class Questions:
+    """Test questions, all documents, and for each question the place of its own document."""
+
+    questions: list[str]
+    documents: list[str]
+    own: list[int]
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of pairs, in a random order that is always the same."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     random.Random(0).shuffle(rows)
+    return rows
+
+
+def read_pairs(folder: Path, num_test: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """MedQuAD's pairs to train on and those to test on; they share no focus and no answer."""
+    rows = read_file(folder / PAIRS)
     test: list[Any] = []
+    questions: set[str] = set()
     answers: set[str] = set()
     for row in rows:
-        if len(test) < num_test and row["b"] not in answers:
+        if len(test) < num_test and row["b"] not in answers and row["a"] not in questions:
             test.append(row)
+            questions.add(row["a"])
             answers.add(row["b"])
     held = {row["focus"] for row in test}
     train = [row for row in rows if row["focus"] not in held and row["b"] not in answers]
     return [(r["a"], r["b"]) for r in train], [(r["a"], r["b"]) for r in test]
+
+
+def read_pubmedqa(folder: Path) -> tuple[list[tuple[str, str]], Questions]:
+    """The first half of the pairs, and the other half's questions over all abstracts."""
+    rows = read_file(folder / PUBMEDQA)
+    half = len(rows) // 2
+    tested = list(range(half, len(rows)))
+    test = Questions([rows[i]["a"] for i in tested], [row["b"] for row in rows], tested)
+    return [(row["a"], row["b"]) for row in rows[:half]], test
+
+
+def mixed(
+    first: list[tuple[str, str]], second: list[tuple[str, str]], rows: int, steps: int
+) -> list[tuple[str, str]]:
+    """The pairs of all steps, in order: a quarter of each batch is of the second list."""
+    few = max(1, rows // 4)
+    one, other = itertools.cycle(first), itertools.cycle(second)
+    return [
+        pair
+        for _ in range(steps)
+        for pair in (*itertools.islice(one, rows - few), *itertools.islice(other, few))
+    ]
 
 
 def new_model(layers: int | None, length: int, random_sparse: bool = False) -> Any:
@@ -82,33 +126,62 @@ def new_model(layers: int | None, length: int, random_sparse: bool = False) -> A
     return model
 
 
-def train(
-    model: Any,
-    pairs: list[tuple[str, str]],
-    steps: int,
-    rows: int,
-    rate: float,
-    floor: float,
-    every: int = 0,
-    watch: Any = None,
-) -> float:
-    """Train with MultiHeadInfoNCELoss; returns seconds. ``watch(step)`` is called now and then."""
-    from moe_fast.losses import MultiHeadInfoNCELoss
+class Training:
+    """Trains a model with MultiHeadInfoNCELoss on pairs in their order; can be saved and resumed.
 
-    loss = MultiHeadInfoNCELoss(model, sparse_floor=floor)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    start = time.perf_counter()
-    for step in range(steps):
-        model.train()
-        batch = [pairs[(step * rows + i) % len(pairs)] for i in range(rows)]
-        columns = [model.preprocess([pair[side] for pair in batch]) for side in (0, 1)]
-        optimizer.zero_grad()
-        loss(columns).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if every and (step + 1) % every == 0:
-            watch(step + 1)
-    return time.perf_counter() - start
+    Attributes:
+        step: the steps that are done.
+        seconds: the time that they took.
+    """
+
+    def __init__(
+        self, model: Any, pairs: list[tuple[str, str]], rows: int, rate: float, floor: float
+    ) -> None:
+        from moe_fast.losses import MultiHeadInfoNCELoss
+
+        self.model, self.pairs, self.rows = model, pairs, rows
+        self.loss = MultiHeadInfoNCELoss(model, sparse_floor=floor)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+        self.step, self.seconds = 0, 0.0
+
+    def run(self, until: int) -> None:
+        """Train up to a step."""
+        start = time.perf_counter()
+        while self.step < until:
+            self.model.train()
+            first = self.step * self.rows
+            batch = [self.pairs[(first + i) % len(self.pairs)] for i in range(self.rows)]
+            columns = [self.model.preprocess([pair[side] for pair in batch]) for side in (0, 1)]
+            self.optimizer.zero_grad()
+            self.loss(columns).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.step += 1
+        self.seconds += time.perf_counter() - start
+
+    def save(self, path: Path, settings: dict[str, Any]) -> None:
+        """Write all that decides how the training goes on; whole or not at all."""
+        state = {
+            "settings": settings,
+            "loss": self.loss.state_dict(),  # the model's weights are among it
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, path: Path, settings: dict[str, Any]) -> None:
+        """Go on from a saved state, which must be of the same settings."""
+        state = torch.load(path, weights_only=True)
+        if state["settings"] != settings:
+            raise SystemExit(f"{path} is of a run with other settings, {state['settings']}")
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.step, self.seconds = state["step"], state["seconds"]
 
 
 def nonzeros(model: Any, texts: list[str]) -> float:
@@ -138,39 +211,34 @@ def collapse(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: {curve[-1]}, bias {bias:.3f}", flush=True)
 
         watch(0)
-        seconds = train(
-            model,
-            pairs,
-            arguments.steps,
-            arguments.rows,
-            arguments.rate,
-            floor,
-            max(1, arguments.steps // 6),
-            watch,
-        )
-        found[name] = {"curve": curve, "seconds": round(seconds, 1)}
+        training = Training(model, pairs, arguments.rows, arguments.rate, floor)
+        while training.step < arguments.steps:
+            every = max(1, arguments.steps // 6)
+            training.run(min(training.step + every, arguments.steps))
+            watch(training.step)
+        found[name] = {"curve": curve, "seconds": round(training.seconds, 1)}
     return found
 
 
-def ndcg(scores: np.ndarray) -> np.ndarray:
-    """nDCG@10 of each question [Q], whose only relevant answer has its own number."""
-    own = scores.diagonal()[:, None]
-    rank = (scores > own).sum(1) + ((scores == own).sum(1) - 1) + 1  # ties count against it
+def ndcg(scores: np.ndarray, own: list[int]) -> np.ndarray:
+    """nDCG@10 of each question, scores [Q, N], whose only relevant document is the own."""
+    best = scores[np.arange(len(own)), own][:, None]
+    rank = (scores >= best).sum(1)  # ties count against it
     return np.where(rank <= 10, 1 / np.log2(rank + 1), 0.0)
 
 
-def measure(model: Any, test: list[tuple[str, str]]) -> dict[str, Any]:
+def measure(model: Any, test: Questions) -> dict[str, Any]:
     """nDCG@10 per question of every score, and the numbers of non-zero weights."""
     from moe_fast.encoding.head_outputs import head_scores
 
-    questions, answers = (
-        model.encode([pair[side] for pair in test], outputs=OUTPUTS, truncate=True)
-        for side in (0, 1)
+    questions, documents = (
+        model.encode(texts, outputs=OUTPUTS, truncate=True)
+        for texts in (test.questions, test.documents)
     )
-    scores = head_scores(questions, answers)
-    values = {name: ndcg(getattr(scores, name)) for name in (*OUTPUTS, "combined")}
-    counts = [float(np.median(np.diff(texts.sparse.indptr))) for texts in (questions, answers)]
-    return {"ndcg": values, "nonzeros": dict(zip(("questions", "answers"), counts, strict=True))}
+    scores = head_scores(questions, documents)
+    values = {name: ndcg(getattr(scores, name), test.own) for name in (*OUTPUTS, "combined")}
+    counts = [float(np.median(np.diff(texts.sparse.indptr))) for texts in (questions, documents)]
+    return {"ndcg": values, "nonzeros": dict(zip(("questions", "documents"), counts, strict=True))}
 
 
 def interval(differences: np.ndarray) -> list[float]:
@@ -182,23 +250,44 @@ def interval(differences: np.ndarray) -> list[float]:
 
 def retrieval(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, train, and measure again."""
-    pairs, test = read_pairs(arguments.data, arguments.questions)
+    medquad, held = read_pairs(arguments.data, arguments.questions)
+    pubmedqa, abstracts = read_pubmedqa(arguments.data)
+    questions, answers = ([pair[side] for pair in held] for side in (0, 1))
+    tests = {
+        "MedQuAD": Questions(questions, answers, list(range(len(held)))),
+        "PubMedQA": abstracts,
+    }
+    settings = _settings(arguments)
     torch.manual_seed(0)
     model = new_model(arguments.layers, arguments.length)
-    before = measure(model, test)
-    seconds = train(model, pairs, arguments.steps, arguments.rows, arguments.rate, 0.6)
-    after = measure(model, test)
-    found: dict[str, Any] = {"settings": _settings(arguments), "seconds": round(seconds, 1)}
-    for name in (*OUTPUTS, "combined"):
-        first, second = before["ndcg"][name], after["ndcg"][name]
+    before = {name: measure(model, test) for name, test in tests.items()}
+    pairs = mixed(medquad, pubmedqa, arguments.rows, arguments.steps)
+    training = Training(model, pairs, arguments.rows, arguments.rate, 0.6)
+    if arguments.state.exists():
+        training.load(arguments.state, settings)
+        print(f"going on from step {training.step}, {arguments.state}", flush=True)
+    while training.step < arguments.steps:
+        training.run(min(training.step + SAVE_EVERY, arguments.steps))
+        training.save(arguments.state, settings)
+        print(f"step {training.step}, {training.seconds:.0f} s", flush=True)
+    found: dict[str, Any] = {"settings": settings, "seconds": round(training.seconds, 1)}
+    for name, test in tests.items():
+        found[name] = _compared(before[name], measure(model, test))
+    print(json.dumps(found, indent=2))
+    return found
+
+
+def _compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, first in before["ndcg"].items():
+        second = after["ndcg"][name]
         found[name] = {
             "before": round(float(first.mean()), 4),
             "after": round(float(second.mean()), 4),
-            "difference": interval(second - first),
+            "difference": round(float((second - first).mean()), 4),
+            "interval": interval(second - first),
         }
-    found["nonzeros"] = {"before": before["nonzeros"], "after": after["nonzeros"]}
-    print(json.dumps(found, indent=2))
-    return found
+    return found | {"nonzeros": {"before": before["nonzeros"], "after": after["nonzeros"]}}
 
 
 class TokenTable(torch.nn.Module):
@@ -224,8 +313,12 @@ class TokenTable(torch.nn.Module):
         }
 
 
-def memory_of(kind: str, rows: int, length: int, dim: int) -> dict[str, float]:
-    """One cached step; the peak memory over that before it, in MB, and seconds."""
+def memory_of(kind: str, rows: int, length: int, dim: int) -> dict[str, Any]:
+    """One cached step; the peak memory over that before it, in MB, and its times.
+
+    Processor seconds are those of all threads together: they do not grow when other programs use
+    the processor at the same time.
+    """
     from moe_fast.losses import CachedLoss, InfoNCELoss, MultiHeadInfoNCELoss
 
     torch.manual_seed(0)
@@ -241,17 +334,17 @@ def memory_of(kind: str, rows: int, length: int, dim: int) -> dict[str, float]:
         [{k: v[:8] if torch.is_tensor(v) else v for k, v in c.items()} for c in columns]
     ).backward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    clocks = [(time.perf_counter(), time.process_time())]
     value = loss(columns)
-    middle = time.perf_counter()
+    clocks.append((time.perf_counter(), time.process_time()))
     value.backward()
-    end = time.perf_counter()
+    clocks.append((time.perf_counter(), time.process_time()))
+    forward, backward = (
+        {"seconds": round(now[0] - then[0], 2), "processor seconds": round(now[1] - then[1], 2)}
+        for then, now in itertools.pairwise(clocks)
+    )
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {
-        "MB": round(peak, 1),
-        "forward": round(middle - start, 2),
-        "backward": round(end - middle, 2),
-    }
+    return {"MB": round(peak, 1), "forward": forward, "backward": backward}
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -287,9 +380,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=16, help="pairs per batch")
     parser.add_argument("--rate", type=float, default=5e-5, help="learning rate")
-    parser.add_argument("--length", type=int, default=64, help="most tokens per text")
+    parser.add_argument("--length", type=int, default=128, help="most tokens per text")
     parser.add_argument("--layers", type=int, help="train the first layers of MiniLM alone")
-    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--questions", type=int, default=1000, help="of MedQuAD, held out")
+    parser.add_argument(
+        "--state", type=Path, default=Path("build/three_heads.pt"), help="of retrieval's training"
+    )
     parser.add_argument(
         "--memory", type=int, nargs=3, default=[1024, 128, 384], metavar=("B", "L", "DIM")
     )

@@ -17,7 +17,6 @@ from moe_fast.cli.options import (
     Columns,
     Delimiter,
     Device,
-    ModelArgument,
     Overwrite,
     SkipInvalid,
     Truncate,
@@ -34,11 +33,16 @@ if TYPE_CHECKING:
 EXAMPLE = "moe-fast evaluate mixture --pairs pairs.jsonl --against other-mixture --json scores.json"
 _DATA = "What to measure on"
 _RETRIEVAL, _NUMBERS = "Retrieval", "Numbers"
-_MEASURES = ["nDCG@10,MRR@10,Recall@10"]
 
 
 def run_command(
-    model: ModelArgument,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder of a model, or its id on the Hugging Face hub; none with --run.",
+        ),
+    ] = None,
     *,
     pairs: Annotated[
         list[str] | None,
@@ -60,8 +64,39 @@ def run_command(
         str | None,
         option(
             _DATA,
-            "Folder in BEIR's layout, or a .json or .json.gz file of corpus, queries and qrels; "
-            "DOMAIN=FOLDER gives all of its texts that domain.",
+            "Folder in BEIR's, MIRACL's or MLDR's layout, or a .json or .json.gz file of corpus, "
+            "queries and qrels; DOMAIN=FOLDER gives all of its texts that domain.",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        option(_DATA, "Split of --retrieval; by default the only one with judgements, or test."),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        option(
+            _DATA,
+            "Documents, where a set's files are in different places: .jsonl(.gz), or a folder of "
+            "docs-*.jsonl(.gz). With --queries and --qrels, instead of --retrieval.",
+        ),
+    ] = None,
+    queries: Annotated[
+        Path | None, option(_DATA, "Queries: .jsonl(.gz), or .tsv(.gz) of id and text.")
+    ] = None,
+    qrels: Annotated[
+        Path | None,
+        option(
+            _DATA,
+            "Judgements: TREC's four columns (query, Q0, document, relevance), or BEIR's three.",
+        ),
+    ] = None,
+    run_file: Annotated[
+        Path | None,
+        option(
+            _DATA,
+            "Score this TREC run file, such as pyserini's, instead of a model's hits; with --qrels "
+            "or --retrieval.",
+            "--run",
         ),
     ] = None,
     sts: Annotated[
@@ -75,8 +110,8 @@ def run_command(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id of another model; shows the differences from it, paired by "
-            "query or pair."
+            help="Folder or hub id of another model (with --run: another run file); shows the "
+            "differences from it, paired by query or pair."
         ),
     ] = None,
     json_output: Annotated[
@@ -84,17 +119,22 @@ def run_command(
         typer.Option("--json", help="File to write all numbers to: .json or .json.gz."),
     ] = None,
     measures: Annotated[
-        list[str],
-        option(_RETRIEVAL, "Measures: nDCG@k, MRR@k, Recall@k, MAP@k, or MAP (of the first 1000)."),
-    ] = _MEASURES,
-    ignore_identical_ids: Annotated[
-        bool,
+        list[str] | None,
         option(
             _RETRIEVAL,
-            "Leave out of a query's hits the document with the query's own id, as BEIR does.",
+            "Measures: nDCG@k, MRR@k, Recall@k, MAP@k, or MAP (of the first 1000); by default "
+            "nDCG@10,MRR@10,Recall@10, of a run file nDCG@5,nDCG@10,Recall@100.",
+        ),
+    ] = None,
+    ignore_identical_ids: Annotated[
+        bool | None,
+        option(
+            _RETRIEVAL,
+            "Leave out of a query's hits the document with the query's own id; by default of a "
+            "model's hits, as BEIR does, and not of a run file's, as trec_eval.",
             "--ignore-identical-ids/--keep-identical-ids",
         ),
-    ] = True,
+    ] = None,
     on_missing: Annotated[
         Literal["error", "drop"],
         option(
@@ -138,12 +178,11 @@ def run_command(
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
-    """Measure a model on pairs, retrieval or STS: per domain and over all, with intervals."""
+    """Measure a model on pairs, retrieval or STS, or a run file: with intervals."""
     from moe_fast.evaluation import Bootstrap, EncodeOptions, compare, format_table
     from moe_fast.files import check_output
 
-    if not pairs and retrieval is None and not sts:
-        raise typer.BadParameter("give --pairs, --retrieval or --sts, at least one")
+    _check_data(SimpleNamespace(**run.settings))
     if dev and not pairs:
         raise typer.BadParameter("--dev goes with --pairs")
     check_delimiter(delimiter, [*(pairs or ()), *(dev or ()), *(sts or ())])
@@ -158,8 +197,12 @@ def run_command(
     )
     common = {"encode": encode, "bootstrap": Bootstrap(confidence, resamples, run.seed)}
     tasks = _read_tasks(SimpleNamespace(**run.settings))
-    names = [model] if against is None else [model, against]
-    found = [_measure(name, tasks, domain, device, common) for name in names]
+    first = str(model if run_file is None else run_file)
+    names = [first] if against is None else [first, against]
+    if run_file is None:
+        found = [_measure(name, tasks, domain, device, common) for name in names]
+    else:
+        found = [_score_run(name, tasks, common["bootstrap"]) for name in names]
     results: dict[str, Any] = {}
     for task in tasks:
         evaluations = [by_task[task] for by_task in found]
@@ -174,6 +217,30 @@ def run_command(
         write_json(results, json_output)
 
 
+def _check_data(options: SimpleNamespace) -> None:
+    """Raise typer.BadParameter unless the options say what to measure, and on what."""
+    files = [name for name in ("corpus", "queries") if getattr(options, name) is not None]
+    if options.run_file is not None:
+        given = [name for name in ("model", "pairs", "dev", "sts") if getattr(options, name)]
+        if given + files or (options.qrels is None) == (options.retrieval is None):
+            raise typer.BadParameter(
+                "--run takes --qrels FILE or --retrieval FOLDER, one of the two, and no model, "
+                f"--corpus, --queries, --pairs or --sts; got {', '.join(given + files) or 'none'}"
+            )
+    elif options.model is None:
+        raise typer.BadParameter("give a MODEL, or a run file by --run")
+    elif not (options.pairs or options.retrieval or options.sts or options.qrels or files):
+        raise typer.BadParameter(
+            "give --pairs, --retrieval or --sts, at least one; or --corpus, --queries and --qrels"
+        )
+    elif (files or options.qrels) and not (len(files) == 2 and options.qrels):
+        raise typer.BadParameter("give --corpus, --queries and --qrels together")
+    elif files and options.retrieval:
+        raise typer.BadParameter("give --retrieval, or --corpus, --queries and --qrels")
+    if options.split is not None and options.retrieval is None:
+        raise typer.BadParameter("--split goes with --retrieval")
+
+
 def _read_tasks(options: SimpleNamespace) -> dict[str, Callable[..., Evaluation]]:
     """Read and check all data, before any model is loaded, and return {task: its evaluation}.
 
@@ -181,7 +248,7 @@ def _read_tasks(options: SimpleNamespace) -> dict[str, Callable[..., Evaluation]
     """
     from moe_fast.cli.training_data import read_sources, reading_of
     from moe_fast.data import read_pairs, read_sts
-    from moe_fast.evaluation import evaluate_pairs, evaluate_retrieval, evaluate_sts
+    from moe_fast.evaluation import evaluate_pairs, evaluate_sts
 
     reading = reading_of(options)
     tasks: dict[str, Callable[..., Evaluation]] = {}
@@ -192,25 +259,40 @@ def _read_tasks(options: SimpleNamespace) -> dict[str, Callable[..., Evaluation]
             dev=read_sources(options.dev, read_pairs, **reading) if options.dev else None,
             threshold=options.threshold,
         )
-    if options.retrieval is not None:
-        tasks["retrieval"] = partial(
-            evaluate_retrieval,
-            retrieval=_read_retrieval(options.retrieval, options.on_missing),
-            measures=split_commas(options.measures),
-            ignore_identical_ids=options.ignore_identical_ids,
-        )
+    if options.retrieval is not None or options.qrels is not None:
+        tasks["retrieval"] = _retrieval_task(options)
     if options.sts:
         tasks["sts"] = partial(evaluate_sts, dataset=read_sources(options.sts, read_sts, **reading))
     return tasks
 
 
-def _read_retrieval(source: str, on_missing: Literal["error", "drop"]) -> Retrieval:
-    """Read a retrieval set from FOLDER or FILE; DOMAIN=FOLDER gives its texts that domain."""
-    from moe_fast.data import read_retrieval
+def _retrieval_task(options: SimpleNamespace) -> Callable[..., Evaluation]:
+    """Read the retrieval set, or the judgements alone, and return how to score a model or a run."""
+    from moe_fast.data import read_qrels
+    from moe_fast.evaluation import evaluate_qrels, evaluate_retrieval, evaluate_run
+    from moe_fast.evaluation.retrieval import MEASURES, RUN_MEASURES
+
+    of_run = options.run_file is not None
+    measures = split_commas(options.measures) or list(RUN_MEASURES if of_run else MEASURES)
+    own = options.ignore_identical_ids
+    common = {"measures": measures, "ignore_identical_ids": not of_run if own is None else own}
+    if of_run and options.qrels is not None:
+        return partial(evaluate_qrels, qrels=read_qrels(options.qrels), **common)
+    retrieval = _read_retrieval(options)
+    return partial(evaluate_run if of_run else evaluate_retrieval, retrieval=retrieval, **common)
+
+
+def _read_retrieval(options: SimpleNamespace) -> Retrieval:
+    """Read a retrieval set from FOLDER, FILE or three files; DOMAIN=FOLDER gives a domain."""
+    from moe_fast.data import read_retrieval, read_retrieval_files
     from moe_fast.data.sources import split_domain
 
+    lenient = {"on_missing": options.on_missing}
+    if options.retrieval is None:
+        return read_retrieval_files(options.corpus, options.queries, options.qrels, **lenient)
+    source = options.retrieval
     domain, path = split_domain(source)
-    found = read_retrieval(path, on_missing=on_missing)
+    found = read_retrieval(path, split=options.split, **lenient)
     if domain is None:
         return found
     if found.domains is not None or found.corpus_domains is not None:
@@ -220,6 +302,16 @@ def _read_retrieval(source: str, on_missing: Literal["error", "drop"]) -> Retrie
         domains=dict.fromkeys(found.queries, domain),
         corpus_domains=dict.fromkeys(found.corpus, domain),
     )
+
+
+def _score_run(
+    path: str, tasks: dict[str, Callable[..., Evaluation]], bootstrap: Any
+) -> dict[str, Evaluation]:
+    """Read a run file, and return its evaluation."""
+    from moe_fast.evaluation import read_run
+
+    hits = read_run(path)
+    return {task: score(hits, name=path, bootstrap=bootstrap) for task, score in tasks.items()}
 
 
 def _measure(

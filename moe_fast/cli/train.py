@@ -33,7 +33,7 @@ EXAMPLE = (
     "moe-fast train dense-model --data pairs.jsonl --routing enforced --max-steps 3 "
     "--batch-size 4 -o trained"
 )
-_DATA, _LOSS, _STEPS = "Data", "Loss", "Optimization"
+_DATA, _MODEL, _LOSS, _STEPS = "Data", "Model", "Loss", "Optimization"
 _KEEP = "Checkpoints, evaluation, logs"
 
 
@@ -98,6 +98,14 @@ def run_command(
     layers: Layers = ALL_LAYERS,
     target: Target = "mlp",
     domains: Domains = None,
+    pooling: Annotated[
+        Literal["cls", "mean", "last"] | None,
+        option(
+            _MODEL,
+            "Vector of a text: that of its first token (cls), the mean over its tokens, or that of "
+            "its last token; by default as the model has it. Saved with the model.",
+        ),
+    ] = None,
     trainable: Annotated[
         Literal["all", "experts", "experts+router"],
         option(_STEPS, "Weights that are trained; the others stay as they are."),
@@ -132,6 +140,14 @@ def run_command(
         Literal["all", "same_domain"],
         option(_LOSS, "Rows of the batch that give negatives: all, or those of the same domain."),
     ] = "all",
+    gather: Annotated[
+        bool,
+        option(
+            _LOSS,
+            "With several processes, take the rows of all of them as negatives (infonce, clp).",
+            "--gather",
+        ),
+    ] = False,
     matryoshka_dims: Annotated[
         list[str] | None,
         option(_LOSS, "Train shorter embeddings, too: the first 256 and 128 numbers for 256,128."),

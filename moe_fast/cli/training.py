@@ -139,8 +139,10 @@ def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -
         ValueError: the options ask for experts, and the model is a mixture already.
         ValueError: the number of experts is not known.
         ValueError: a part of a dense model is to be frozen.
+        TypeError, ValueError: the pooling cannot be set.
     """
     from moe_fast.conversion import set_trainable
+    from moe_fast.encoding.pooling import set_pooling
     from moe_fast.inference import load_model
     from moe_fast.training.trainable import precisions
 
@@ -151,6 +153,8 @@ def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -
             "rounded away: its weights are float32 for training, and in the result"
         )
         model.float()
+    if options.pooling is not None:
+        set_pooling(model, options.pooling)
     wanted = wants_experts(options)
     is_mixture = hasattr(model.transformers_model, "moe_mlps")
     if wanted and is_mixture:
@@ -206,13 +210,14 @@ def build_loss(
     for name, default, known in (
         ("symmetric", False, ("infonce", "clp")),
         ("negatives_from", "all", ("infonce", "clp", "sigmoid")),
+        ("gather", False, ("infonce", "clp")),
     ):
         value = getattr(options, name)
         if value != default and options.loss not in known:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} is for --loss {', '.join(known)}; got {options.loss}")
         if options.loss in known:
-            settings[name] = value
+            settings["gather_across_devices" if name == "gather" else name] = value
     if options.loss == "clp":
         settings["queries_per_negative"] = int("neg_q" in column_names)
     loss = classes[options.loss](model, **settings)

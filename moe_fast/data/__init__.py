@@ -6,7 +6,8 @@ from moe_fast.data.cocitation import CocitationPairs, CocitationReport, cocitati
 from moe_fast.data.flag_rows import read_flag_rows
 from moe_fast.data.mining import MinedRows, MiningReport, MiningSettings, mine_hard_negatives
 from moe_fast.data.pairs import read_pairs
-from moe_fast.data.retrieval import Retrieval, read_retrieval
+from moe_fast.data.qrels import read_qrels
+from moe_fast.data.retrieval import Retrieval, read_retrieval, read_retrieval_files
 from moe_fast.data.splits import split_by
 from moe_fast.data.sts import read_sts
 from moe_fast.data.texts import TextRow, read_texts
@@ -26,7 +27,9 @@ __all__ = [
     "mine_hard_negatives",
     "read_flag_rows",
     "read_pairs",
+    "read_qrels",
     "read_retrieval",
+    "read_retrieval_files",
     "read_sts",
     "read_texts",
     "read_training_data",

@@ -6,7 +6,6 @@ import gzip
 import json
 import logging
 import os
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,16 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_fast.data import checks
-from moe_fast.data.file_formats import read_rows, unique_keys
-from moe_fast.data.lines import open_binary, read_lines
+from moe_fast.data.file_formats import unique_keys
+from moe_fast.data.layouts import Files, corpus_files, find_files
+from moe_fast.data.lines import open_binary
+from moe_fast.data.qrels import Qrels, check_relevance, read_qrels
+from moe_fast.data.records import Drops, Texts, read_records
 from moe_fast.messages import reason, shown
 
 logger = logging.getLogger(__name__)
-MAX_RELEVANCE = 1_000_000  # trec_eval's memory and time grow with the largest relevance
-
-Texts = dict[str, str]
-Qrels = dict[str, dict[str, int]]
-Drops = Counter[str] | None  # {kind: number left out} with on_missing="drop"; None for "error"
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,9 @@ def read_retrieval(
         path: a folder in BEIR's layout: ``corpus.jsonl`` (``_id`` or ``id``, ``text``, optional
             ``title`` and ``domain``), ``queries.jsonl`` (``_id`` or ``id``, ``text``, optional
             ``domain``), either also as ``.gz``, and ``qrels/{split}.tsv`` (query id, document id,
-            whole-number relevance; a header line or none). Or one ``.json`` or ``.json.gz`` file
+            whole-number relevance; a header line or none; or TREC's four columns). Or a folder in
+            MIRACL's or MLDR's layout, see :mod:`moe_fast.data.layouts`. Or one ``.json`` or
+            ``.json.gz`` file
             ``{"corpus": {id: text}, "queries": {id: text}, "qrels": {id: {id: relevance}}}``,
             optionally with ``"domains"`` and ``"corpus_domains"`` ``{id: domain}``.
             Ids are strings or whole numbers; 7 and "7" are the same id.
@@ -92,12 +91,10 @@ def read_retrieval(
         ValueError: a query has no relevant document.
         ValueError: a relevance is no whole number or beyond a million, or a pair is judged twice.
     """
-    if on_missing not in ("error", "drop"):
-        raise ValueError(f"on_missing must be 'error' or 'drop'; got {on_missing!r}")
+    drops = _new_drops(on_missing)
     path = Path(path)
-    drops: Drops = Counter() if on_missing == "drop" else None
     if path.is_dir():
-        read = _read_folder(path, split, drops)
+        read = _read_files(find_files(path, split), drops)
     elif not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     elif not path.name.lower().endswith((".json", ".json.gz")):
@@ -108,6 +105,41 @@ def read_retrieval(
         raise ValueError(f"split={split!r}: {path} is one file, which has no splits")
     else:
         read = _read_json(path, drops)
+    return _with_dropped(read, drops, path)
+
+
+def read_retrieval_files(
+    corpus: str | os.PathLike[str],
+    queries: str | os.PathLike[str],
+    qrels: str | os.PathLike[str],
+    *,
+    on_missing: Literal["error", "drop"] = "error",
+) -> Retrieval:
+    """Read a retrieval set whose files are in different places.
+
+    Args:
+        corpus: a ``.jsonl`` file, or a folder with ``docs-*.jsonl`` (``.gz``), as MIRACL's corpora.
+        queries: a ``.jsonl`` file, or a ``.tsv`` file of two cells (id, text) without a header.
+        qrels: the judgements, see :func:`moe_fast.data.read_qrels`.
+        on_missing: as in :func:`read_retrieval`.
+
+    Returns, raises:
+        As :func:`read_retrieval`. The names that columns may have are in
+        :mod:`moe_fast.data.records`.
+    """
+    drops = _new_drops(on_missing)
+    files = Files(corpus_files(Path(corpus)), Path(queries), Path(qrels))
+    return _with_dropped(_read_files(files, drops), drops, files.qrels)
+
+
+def _new_drops(on_missing: str) -> Drops:
+    if on_missing not in ("error", "drop"):
+        raise ValueError(f"on_missing must be 'error' or 'drop'; got {on_missing!r}")
+    return Counter() if on_missing == "drop" else None
+
+
+def _with_dropped(read: Retrieval, drops: Drops, path: Path) -> Retrieval:
+    """Add the numbers of what was left out, and say them."""
     dropped = {kind: count for kind, count in sorted((drops or {}).items()) if count}
     if dropped:
         said = ", ".join(f"{count:,} {kind}" for kind, count in dropped.items())
@@ -133,96 +165,15 @@ def _judged(qrels: Qrels, corpus: Texts, queries: Texts, drops: Drops) -> Qrels:
     return kept
 
 
-def _read_folder(folder: Path, split: str | None, drops: Drops) -> Retrieval:
-    corpus_path, queries_path = _find(folder, "corpus.jsonl"), _find(folder, "queries.jsonl")
-    qrels_path = _find_qrels(folder / "qrels", split)
-    corpus, corpus_domains = _read_records(corpus_path, "documents", drops)
-    queries, domains = _read_records(queries_path, "texts of queries", drops)
-    qrels = _judged(_read_qrels(qrels_path), corpus, queries, drops)
-    _check_qrels(qrels, corpus, queries, str(qrels_path))
+def _read_files(files: Files, drops: Drops) -> Retrieval:
+    corpus, corpus_domains = read_records(files.corpus, "documents", drops)
+    queries, domains = read_records([files.queries], "texts of queries", drops)
+    qrels = _judged(read_qrels(files.qrels), corpus, queries, drops)
+    _check_qrels(qrels, corpus, queries, str(files.qrels))
     judged = {query: text for query, text in queries.items() if query in qrels}
     if domains is not None:
         domains = {query: domains[query] for query in judged}
     return Retrieval(corpus, judged, {q: qrels[q] for q in judged}, domains, corpus_domains)
-
-
-def _find(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"{folder}: no {name} or {name}.gz in this folder")
-
-
-def _find_qrels(folder: Path, split: str | None) -> Path:
-    present = sorted(path.stem for path in folder.glob("*.tsv"))
-    if split is None:
-        split = present[0] if len(present) == 1 else "test"
-    if not present:
-        raise FileNotFoundError(f"{folder}: no .tsv file in this folder")
-    if split not in present:
-        raise ValueError(f"split={split!r}: {folder} has judgements for {present}")
-    return folder / f"{split}.tsv"
-
-
-def _read_records(path: Path, kind: str, drops: Drops) -> tuple[Texts, Texts | None]:
-    """Read {id: text} and {id: domain} (None without domains) of a corpus or queries file."""
-    texts: Texts = {}
-    domains: Texts = {}
-    places: dict[str, str] = {}
-    for where, row in read_rows(path):
-        name = "id" if "id" in row and "_id" not in row else "_id"
-        checks.present(row, (name, "text"), where)
-        key = checks.identifier(row[name], name, where)
-        if key in places:
-            raise ValueError(f"{where}: {name} {shown(key)} was given before, {places[key]}")
-        places[key] = where
-        if drops is not None and not (row["text"] or row.get("title")):
-            drops[kind] += 1
-            continue
-        texts[key] = _text(row, where)
-        if row.get("domain") is not None:
-            domains[key] = checks.text(row["domain"], "domain", where)
-        if len(domains) not in (0, len(texts)):
-            raise ValueError(f"{where}: domain must be in every row of the file or in none")
-    if not texts:
-        raise ValueError(f"{path}: no rows")
-    return texts, domains or None
-
-
-def _text(row: Mapping[str, Any], where: str) -> str:
-    title = row.get("title") or ""
-    if not title:
-        return checks.text(row["text"], "text", where)
-    title = checks.text(title, "title", where)
-    if row["text"] == "":  # some documents of BEIR's sets consist of a title only
-        return title
-    return f"{title} {checks.text(row['text'], 'text', where)}"
-
-
-def _read_qrels(path: Path) -> Qrels:
-    qrels: Qrels = {}
-    lines: dict[tuple[str, str], int] = {}
-    for line, text in read_lines(path):
-        where = f"{path}, line {line}"
-        cells = text.rstrip("\r\n").split("\t")
-        if not text.strip("\r\n ") or (line == 1 and cells[-1].strip() == "score"):
-            continue
-        if len(cells) != 3:
-            raise ValueError(
-                f"{where}: {len(cells)} cells between tabs; expected query id, document id, "
-                "relevance"
-            )
-        query, document, relevance = cells
-        whole = re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", relevance)  # int() would also accept 1_0
-        value = _relevance(int(relevance) if whole else relevance, where)
-        if (query, document) in lines:
-            raise ValueError(
-                f"{where}: query {shown(query)} and document {shown(document)} were judged before, "
-                f"in line {lines[query, document]}"
-            )
-        lines[query, document] = line
-        qrels.setdefault(query, {})[document] = value
-    return qrels
 
 
 def _read_json(path: Path, drops: Drops) -> Retrieval:
@@ -272,17 +223,10 @@ def _relevances(values: Any, where: str) -> Qrels:
         )
     for query, row in values.items():
         for document, relevance in row.items():
-            _relevance(relevance, f"{where}, query {shown(query)} and document {shown(document)}")
+            check_relevance(
+                relevance, f"{where}, query {shown(query)} and document {shown(document)}"
+            )
     return values
-
-
-def _relevance(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_RELEVANCE:
-        raise ValueError(
-            f"{where}: relevance must be a whole number from {-MAX_RELEVANCE:,} to "
-            f"{MAX_RELEVANCE:,}, got {shown(value)}"
-        )
-    return value
 
 
 def _check_qrels(qrels: Qrels, corpus: Texts, queries: Texts, where: str) -> None:

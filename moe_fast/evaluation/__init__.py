@@ -17,6 +17,7 @@ from moe_fast.evaluation.pairs import evaluate_pairs
 from moe_fast.evaluation.report import format_table
 from moe_fast.evaluation.result import Bootstrap, Comparison, Evaluation, Score, compare
 from moe_fast.evaluation.retrieval import (
+    evaluate_qrels,
     evaluate_retrieval,
     evaluate_run,
     retrieve,
@@ -35,6 +36,7 @@ __all__ = [
     "compare",
     "embed",
     "evaluate_pairs",
+    "evaluate_qrels",
     "evaluate_retrieval",
     "evaluate_run",
     "evaluate_sts",

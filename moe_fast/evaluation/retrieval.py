@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MEASURES: tuple[str, ...] = ("nDCG@10", "MRR@10", "Recall@10")
+RUN_MEASURES: tuple[str, ...] = ("nDCG@5", "nDCG@10", "Recall@100")
 RUN_DEPTH = 1000
 
 
@@ -285,6 +286,73 @@ def evaluate_run(
             **(settings or {}),
         },
         bootstrap=bootstrap,
+    )
+
+
+def evaluate_qrels(
+    run: Mapping[str, Mapping[str, float]],
+    qrels: Mapping[str, Mapping[str, int]],
+    *,
+    measures: Sequence[str] = RUN_MEASURES,
+    ignore_identical_ids: bool = False,
+    name: str = "run",
+    bootstrap: Bootstrap | None = None,
+) -> Evaluation:
+    """Score a run against judgements alone, where queries and documents are not at hand.
+
+    Args:
+        run: {query: {document: score}}, as `read_run` returns it.
+        qrels: {query: {document: relevance}}, as `moe_fast.data.read_qrels` returns it.
+        measures: see `evaluate_retrieval`.
+        ignore_identical_ids: remove the document with the query's own id from its hits; trec_eval
+            does not.
+        name: the run's name in the result.
+        bootstrap: settings of the intervals.
+
+    Returns:
+        An `Evaluation` with the means over all judged queries; one that is not in the run scores 0,
+        as with ``trec_eval -c``. Details: the number of ``queries``, of
+        ``queries_without_relevant``, of ``queries_not_in_run``, and of the run's
+        ``queries_without_judgements``, which are not scored.
+
+    Raises:
+        ValueError: a measure is unknown, no query has a relevant document, or none of the run's
+            queries is judged.
+        ImportError: ir-measures or scipy is not installed.
+    """
+    check_measures(measures)
+    if not any(map(_relevant, qrels.values())):
+        raise ValueError(f"qrels: none of the {len(qrels)} queries has a relevant document")
+    found = {query: run[query] for query in qrels if query in run}
+    if not found:
+        raise ValueError(
+            f"run: none of its {len(run)} queries is among the {len(qrels)} judged ones, such as "
+            f"{next(iter(qrels))!r}; the run's are such as {next(iter(run), None)!r}"
+        )
+    unjudged = len(run) - len(found)
+    if unjudged:
+        logger.warning("%d of the run's %d queries have no judgements.", unjudged, len(run))
+    if len(found) < len(qrels):
+        missing = len(qrels) - len(found)
+        logger.warning("%d of %d judged queries are not in the run: 0.", missing, len(qrels))
+    if ignore_identical_ids:
+        found = {query: _others(query, hits) for query, hits in found.items()}
+    items = QueryItems(
+        list(qrels),
+        query_scores(found, qrels, measures),
+        None,
+        fingerprint(
+            sorted((key, _sorted(row)) for key, row in qrels.items()), ignore_identical_ids
+        ),
+    )
+    details = _details(items, qrels)
+    details[ALL_DOMAINS] |= {
+        "queries_not_in_run": len(qrels) - len(found),
+        "queries_without_judgements": unjudged,
+    }
+    settings = {"ignore_identical_ids": ignore_identical_ids}
+    return evaluation_of(
+        "retrieval", name, items, details=details, settings=settings, bootstrap=bootstrap
     )
 
 

@@ -222,3 +222,89 @@ def test_pubmedqa(evaluate, reader):
     _, found = evaluate(reader, *arguments)
     assert found["retrieval"]["evaluations"][0]["details"]["all"]["queries"] == 1000
     assert found["pairs"]["evaluations"][0]["details"]["all"]["pairs"] == 1000
+
+
+QRELS = "1 Q0 a#0 1\n1 Q0 b 2\n2 Q0 a#0 1\n3 Q0 c 1\n"
+RUN = "1 Q0 b 1 12.25 Anserini\n1 Q0 c 2 11.5 Anserini\n1 Q0 a#0 3 11.5 Anserini\n2 Q0 c 1 3 A\n"
+
+
+def test_an_existing_run_is_scored_as_trec_eval_does(evaluate, workspace):
+    """pyserini's file; query 3 is not in it, and equal scores are ranked by trec_eval's rule."""
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    (workspace / "a.run").write_text(RUN)
+    (workspace / "miracl.tsv").write_text(QRELS.replace(" ", "\t"))
+    table, found = evaluate("--run", "a.run", "--qrels", "miracl.tsv")
+    scores = found["retrieval"]["evaluations"][0]["scores"]["all"]
+    assert list(scores) == ["nDCG@5", "nDCG@10", "Recall@100"] and "a.run" in table
+    qrels: dict = {}
+    for line in QRELS.splitlines():
+        query, _, document, relevance = line.split()
+        qrels.setdefault(query, {})[document] = int(relevance)
+    hits: dict = {}
+    for line in RUN.splitlines():
+        query, _, document, _, score, _ = line.split()
+        hits.setdefault(query, {})[document] = float(score)
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.5,10", "recall.100"}).evaluate(hits)
+    names = {"nDCG@5": "ndcg_cut_5", "nDCG@10": "ndcg_cut_10", "Recall@100": "recall_100"}
+    for name, of_trec_eval in names.items():
+        expected = sum(row[of_trec_eval] for row in theirs.values()) / len(qrels)
+        assert 0 < scores[name]["value"] == pytest.approx(expected)
+    details = found["retrieval"]["evaluations"][0]["details"]["all"]
+    assert details["queries_not_in_run"] == 1
+
+
+def test_two_runs_are_compared_query_by_query(evaluate, workspace):
+    (workspace / "a.run").write_text(RUN)
+    (workspace / "b.run").write_text(RUN + "3 Q0 c 1 1 t\n9 Q0 c 1 1 t\n")
+    (workspace / "q.txt").write_text(QRELS)
+    runs = ["--run", "b.run", "--against", "a.run", "--qrels", "q.txt"]
+    _, found = evaluate(*runs, "--measures", "Recall@100")
+    difference = found["retrieval"]["comparisons"][0]["differences"]["all"]["Recall@100"]
+    assert difference["value"] == pytest.approx(1 / 3)
+    assert found["retrieval"]["evaluations"][0]["details"]["all"]["queries_without_judgements"] == 1
+
+
+def test_what_search_writes_scores_as_the_model_does(evaluate, moe_fast_cli, workspace):
+    texts = read_jsonl("texts.jsonl")
+    write_retrieval(workspace / "r.json", texts)
+    queries = [{"id": f"q{i}", "text": row["text"]} for i, row in enumerate(texts[:5])]
+    write_jsonl(workspace / "q.jsonl", queries)
+    files = ["--documents", "texts.jsonl", "--queries", "q.jsonl", "-o", "r.trec"]
+    assert moe_fast_cli("search", "--model", "mixture", "--domain", "law", *files).exit_code == 0
+    measures = ["--measures", "nDCG@5,nDCG@10,Recall@100"]
+    _, by_run = evaluate("--run", "r.trec", "--retrieval", "r.json", *measures)
+    write_jsonl(workspace / "corpus.jsonl", texts)
+    qrels = "".join(f"q{i}\t0\t{row['id']}\t1\n" for i, row in enumerate(texts[:5]))
+    (workspace / "q.tsv").write_text(qrels)
+    files = ["--corpus", "corpus.jsonl", "--queries", "q.jsonl", "--qrels", "q.tsv"]
+    arguments = ["mixture", *files, "--domain", "law", *measures, "--overwrite"]
+    _, by_model = evaluate(*arguments)
+    first, second = (
+        found["retrieval"]["evaluations"][0]["scores"]["all"] for found in (by_run, by_model)
+    )
+    assert {name: score["value"] for name, score in first.items()} == pytest.approx(
+        {name: score["value"] for name, score in second.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a MODEL"),
+        (["--run", "a.run"], "--run takes --qrels FILE or --retrieval FOLDER"),
+        (["mixture", "--run", "a.run", "--qrels", "q"], "got model"),
+        (["mixture", "--qrels", "q"], "--corpus, --queries and --qrels together"),
+        (["mixture", "--pairs", "pairs.jsonl", "--split", "dev"], "--split goes with --retrieval"),
+    ],
+)
+def test_flags_that_do_not_go_together(arguments, message, moe_fast_cli):
+    result = moe_fast_cli("evaluate", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_run_of_another_set(moe_fast_cli, workspace):
+    (workspace / "a.run").write_text("x Q0 b 1 12.25 t\n")
+    (workspace / "q.txt").write_text(QRELS)
+    result = moe_fast_cli("evaluate", "--run", "a.run", "--qrels", "q.txt")
+    assert result.exit_code == 1 and "none of its 1 queries is among the 3" in result.stderr

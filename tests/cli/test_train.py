@@ -302,6 +302,56 @@ def test_two_processes(files, workspace):
     assert changed("mixture", "out")
 
 
+def test_the_pooling_is_set_and_saved(train):
+    train("dense-model", "--pooling", "cls", "--gather", data="pairs.jsonl", steps=1)
+    model = load_model("out", device="cpu")
+    tokens = model.encode(["w1 w2"], output_value="token_embeddings")[0]
+    np.testing.assert_allclose(model.encode(["w1 w2"])[0], tokens[0].numpy(), rtol=1e-5)
+
+
+# --- the recipe of examples/recipes ------------------------------------------------------------
+
+RECIPE = Path(__file__).resolve().parents[2] / "examples" / "recipes" / "clp_moe.yaml"
+
+
+@pytest.fixture
+def recipe(moe_fast_cli, workspace):
+    """Runs the recipe on a few rows of words and a tiny model."""
+    rng = random.Random(0)
+    rows = []
+    for domain in DOMAINS * 8:
+        texts = [words(rng, domain) for _ in range(6)]
+        row = {"query": texts[0], "pos": texts[1:2], "neg": texts[2:4], "neg_q": texts[4:]}
+        rows.append(row)
+    write_jsonl(workspace / "rows.jsonl", rows)
+
+    def run(*flags):
+        few = ["--max-steps", 2, "--batch-size", 4, "--device", "cpu", "--learning-rate", "1e-2"]
+        lengths = ["--max-length-query", 16, "--max-length-passage", 16]
+        arguments = ["dense-model", "--config", RECIPE, "-o", "out", *few, *lengths, *flags]
+        result = moe_fast_cli("train", *arguments, "--debug")
+        assert result.exit_code == 0, result.output
+        start = ["upcycle", "dense-model", "--num-experts", 2, "--target", "intermediate"]
+        assert moe_fast_cli(*start, "--routing", "token_topk", "-o", "start").exit_code == 0
+        return changed("start", "out"), load_model("out", device="cpu").transformers_model
+
+    return run
+
+
+def test_the_recipe_trains_the_experts_and_the_router(recipe):
+    names, model = recipe()
+    parts = {name.rpartition(".mlp.")[2] for name in names}
+    assert parts == {"up_proj", "up_proj_bias", "router.weight"}, names
+    assert model.config.weight_mode == "straight_through" and model.config.target == "intermediate"
+
+
+def test_its_authors_form_leaves_the_router_as_it_was(recipe):
+    """Even where it may change, as here: its gradient is 0."""
+    names, model = recipe("--weight-mode", "renormalize")
+    assert {name.rpartition(".mlp.")[2] for name in names} == {"up_proj", "up_proj_bias"}
+    assert model.config.weight_mode == "renormalize"
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 LEARNED = ["--routing", "token_topk", "--num-experts", "2"]
@@ -326,6 +376,7 @@ LEARNED = ["--routing", "token_topk", "--num-experts", "2"]
             ["mixture", "--data", "pairs.jsonl", "--loss", "mnr_plus", "--symmetric"],
             "--symmetric",
         ),
+        (["mixture", "--data", "pairs.jsonl", "--loss", "sigmoid", "--gather"], "--gather is for"),
         (
             ["mixture", "--data", "pairs.jsonl", "--loss", "distillation"],
             "needs FlagEmb",
