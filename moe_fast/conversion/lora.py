@@ -234,11 +234,12 @@ def _read(
     from peft import PeftModel
 
     maps = _maps(encoder, architecture)
-    dense, experts = copy.deepcopy(encoder), []
+    dense: Any = copy.deepcopy(encoder)
+    experts = []
     for folder in folders:
         _check_changes_mlps(folder, maps)
         try:
-            wrapped = PeftModel.from_pretrained(dense, str(folder))
+            wrapped: Any = PeftModel.from_pretrained(dense, str(folder))
             check_complete(wrapped, folder)
         except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"the adapter in {folder} does not fit its base: {error}") from error
