@@ -22,12 +22,15 @@ from moe_fast.conversion import (  # noqa: E402
     add_expert,
     export_nomic,
     extract_expert,
+    from_adapters,
     from_experts,
     import_checkpoint,
     import_nomic,
+    merge_lora,
     quantize,
     remove_expert,
     upcycle,
+    write_adapter,
 )
 from moe_fast.integrations import transformers_experts as _transformers_experts  # noqa: E402, F401
 from moe_fast.layers import MoEBertLayer, MoEMLP  # noqa: E402
@@ -63,17 +66,20 @@ __all__ = [
     "export_nomic",
     "export_onnx",
     "extract_expert",
+    "from_adapters",
     "from_experts",
     "import_checkpoint",
     "import_nomic",
     "load_three_heads",
     "losses",
+    "merge_lora",
     "ops",
     "quantize",
     "remove_expert",
     "show_backends",
     "upcycle",
     "use_backend",
+    "write_adapter",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -203,6 +203,17 @@ def mixture(setup: Setup, **settings: Any) -> Trained:
     return Trained(setup.encoder(model, knows_domains=True), True, len(losses), seconds, losses)
 
 
+def lora(setup: Setup) -> Trained:
+    """(i) As (e), with experts that are low-rank pairs on one frozen MLP; only these are trained.
+
+    Its domain tokens stay [CLS] for the same reason: all that domains differ in are the pairs.
+    """
+    settings = setup.settings
+    faster = replace(setup, settings=replace(settings, learning_rate=settings.lora_learning_rate))
+    form = {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+    return mixture(faster, expert_form="lora", **form)
+
+
 def routed(
     setup: Setup, routing: str, num_experts_per_tok: int = 1, information: bool = False
 ) -> Trained:
@@ -239,6 +250,7 @@ ARMS: dict[str, tuple[str, Callable[[Setup], Trained]]] = {
         lambda s: routed(s, "sentence_topk", information=True),
     ),
     "h": ("mixture by domain, one layer", lambda s: mixture(s, layers="single")),
+    "i": ("mixture by domain, LoRA experts", lora),
     "j": ("router of tokens, K = 2, balance", lambda s: routed(s, "token_topk", 2)),
 }
 """{name: (title, what trains it)}."""

@@ -21,6 +21,9 @@ class Settings(comparison.Settings):
         seed: of the training: the routers, dropout and the order of the batches.
         split_seed: of the data: the same for all cells, so that they can be compared by query.
         precision: "bfloat16" (autocast, in training and evaluation) or "float32".
+        lora_rank, lora_alpha: of the experts of arm (i).
+        lora_learning_rate: of arm (i), larger than ``learning_rate``, because its experts start
+            as nothing and all other weights stay as they are. It was not searched for.
     """
 
     tokens: int = 128
@@ -28,6 +31,9 @@ class Settings(comparison.Settings):
     precision: str = "bfloat16"
     load_balance: float = 0.05
     mutual_information: float = 0.1
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_learning_rate: float = 1e-3
 
 
 class Cell(NamedTuple):
@@ -46,7 +52,7 @@ class Cell(NamedTuple):
 
 FIRST_ARMS = ("b", "c", "e", "e0", "d", "a")
 LATER_ARMS = (
-    *("f", "h", "j"),
+    *("f", "h", "i", "j"),
     *("g-token-balance", "g-token-information", "g-sentence-balance", "g-sentence-information"),
 )
 

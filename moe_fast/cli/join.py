@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +12,7 @@ from moe_fast.cli.options import Output, Overwrite, named_paths
 from moe_fast.cli.upcycle import (
     ALL_LAYERS,
     DomainTokens,
+    ExpertForm,
     ExpertsPerToken,
     Layers,
     Routing,
@@ -26,7 +28,9 @@ def run_command(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="DOMAIN=MODEL...", help="Dense models, one per domain: folders or hub ids."
+            metavar="DOMAIN=MODEL...",
+            help="Dense models, one per domain: folders or hub ids; with --expert-form lora "
+            "adapters of PEFT's.",
         ),
     ],
     *,
@@ -42,13 +46,15 @@ def run_command(
     weight_mode: WeightMode = "auto",
     layers: Layers = ALL_LAYERS,
     target: Target = "mlp",
+    expert_form: ExpertForm = "full",
     domain_tokens: DomainTokens = True,
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
-    """Join dense models, one per domain, into one mixture."""
+    """Join dense models or LoRA adapters, one per domain, into one mixture."""
     import moe_fast
     from moe_fast.cli.models import describe_size, save_converted
+    from moe_fast.encoding.adapters import adapter_folder, base_of
     from moe_fast.encoding.model_paths import check_model_path
     from moe_fast.files import check_output
 
@@ -58,17 +64,30 @@ def run_command(
     check_output(output, overwrite)
     for path in named.values():
         check_model_path(path)
-    mixture = moe_fast.from_experts(
-        list(named.values()),
+    settings: dict[str, Any] = dict(
         domains=list(named),
-        shared=shared,
         routing=routing or "enforced",
         num_experts_per_tok=num_experts_per_tok,
         weight_mode=weight_mode,
-        layers=parse_layers(layers),
-        target=target,
         domain_tokens=domain_tokens,
         seed=run.seed,
     )
-    save_converted(mixture, output, next(iter(named.values())), run)
+    first = next(iter(named.values()))
+    if expert_form == "lora":
+        if (shared, layers, target) != ("first", ALL_LAYERS, "mlp"):
+            raise typer.BadParameter(
+                "--shared, --layers and --target are not for --expert-form lora: the adapters and "
+                "their base determine them"
+            )
+        mixture = moe_fast.from_adapters(list(named.values()), **settings)
+        first = base_of(first, adapter_folder(first) or Path(first))
+    else:
+        mixture = moe_fast.from_experts(
+            list(named.values()),
+            shared=shared,
+            layers=parse_layers(layers),
+            target=target,
+            **settings,
+        )
+    save_converted(mixture, output, first, run)
     run.say(f"{output}: {describe_size(mixture)}")

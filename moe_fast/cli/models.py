@@ -109,6 +109,7 @@ def describe_model(model: Any, name: str) -> dict[str, Any]:
         "routing": config.routing,
         "weights": config.weight_mode,
         "replicated": config.target,
+        "form of the experts": describe_form(config),
         "layers with experts": list(config.moe_layers),
         "domains": list(config.domains),
         "default domain": config.default_domain or "none",
@@ -117,6 +118,14 @@ def describe_model(model: Any, name: str) -> dict[str, Any]:
         "made from": config.upcycled_from or "unknown",
         "made by": f"moe_fast {config.moe_fast_version}",
     }
+
+
+def describe_form(config: Any) -> str:
+    """Describe what an expert is, as ``inspect`` shows it."""
+    if config.expert_form == "full":
+        return "weights of their own"
+    rank, alpha = config.lora_rank, config.lora_alpha
+    return f"LoRA on one shared MLP, rank {rank}, alpha {alpha:g}"
 
 
 def _describe_predictor(fitted: dict[str, Any] | None) -> str:

@@ -20,8 +20,11 @@ from moe_fast.cli.options import (
 from moe_fast.cli.upcycle import (
     ALL_LAYERS,
     Domains,
+    ExpertForm,
     ExpertsPerToken,
     Layers,
+    LoraAlpha,
+    LoraRank,
     NumExperts,
     Routing,
     Target,
@@ -97,6 +100,9 @@ def run_command(
     weight_mode: WeightMode = "auto",
     layers: Layers = ALL_LAYERS,
     target: Target = "mlp",
+    expert_form: ExpertForm = "full",
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
     domains: Domains = None,
     pooling: Annotated[
         Literal["cls", "mean", "last"] | None,
@@ -107,9 +113,13 @@ def run_command(
         ),
     ] = None,
     trainable: Annotated[
-        Literal["all", "experts", "experts+router"],
-        option(_STEPS, "Weights that are trained; the others stay as they are."),
-    ] = "all",
+        Literal["all", "experts", "experts+router"] | None,
+        option(
+            _STEPS,
+            "Weights that are trained; the others stay as they are. By default all, or LoRA "
+            "experts and the router.",
+        ),
+    ] = None,
     freeze_embeddings: Annotated[
         bool, option(_STEPS, "Do not train the token embeddings.", "--freeze-embeddings")
     ] = False,

@@ -144,6 +144,7 @@ def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -
     from moe_fast.conversion import set_trainable
     from moe_fast.encoding.pooling import set_pooling
     from moe_fast.inference import load_model
+    from moe_fast.models.lora import has_lora
     from moe_fast.training.trainable import precisions
 
     model = load_model(options.model, device="cpu")  # the trainer moves it
@@ -167,15 +168,18 @@ def prepare_model(options: SimpleNamespace, run: Run, data_domains: list[str]) -
         if not (options.num_experts or names):
             raise ValueError("give --num-experts: neither --domains nor the data say how many")
         model = make_mixture(model, options, names)
-    if options.trainable != "all" or options.freeze_embeddings:
-        if not (wanted or is_mixture):
-            raise ValueError(
-                "--trainable and --freeze-embeddings are for mixtures; the model is dense"
-            )
+    freezes = options.trainable not in (None, "all") or options.freeze_embeddings
+    if freezes and not (wanted or is_mixture):
+        raise ValueError("--trainable and --freeze-embeddings are for mixtures; the model is dense")
+    encoder = model.transformers_model
+    freezes_itself = has_lora(encoder) and options.trainable is None
+    if (
+        (freezes or options.trainable == "all")
+        and hasattr(encoder, "moe_mlps")
+        and not freezes_itself
+    ):
         set_trainable(
-            model.transformers_model,
-            options.trainable,
-            freeze_embeddings=options.freeze_embeddings,
+            encoder, options.trainable or "all", freeze_embeddings=options.freeze_embeddings
         )
     prompts = {"query": options.query_prompt, "document": options.passage_prompt}
     model.prompts.update({name: text for name, text in prompts.items() if text is not None})

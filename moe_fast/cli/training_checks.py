@@ -9,7 +9,10 @@ from typing import Any
 
 from moe_fast.cli.config import load_mapping, plain_settings
 
-_OF_EXPERTS = {"num_experts_per_tok": 1, "weight_mode": "auto", "layers": "all", "target": "mlp"}
+_OF_EXPERTS = {
+    **{"num_experts_per_tok": 1, "weight_mode": "auto", "layers": "all", "target": "mlp"},
+    **{"expert_form": "full", "lora_rank": None, "lora_alpha": None},
+}
 _BY_DOMAIN = ("mutual_information", "expert_supervision")
 _MAY_CHANGE = {  # settings that may change when a run is resumed
     *("output", "overwrite", "resume", "device", "backend", "workers", "epochs", "max-steps"),

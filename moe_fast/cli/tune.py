@@ -35,6 +35,8 @@ def run_command(
     from moe_fast.ops.tuning import tune
 
     mlp = _first_mixture(model)
+    if mlp.expert_form != "full":
+        raise ValueError("MODEL must have experts with weights of their own; its are LoRA pairs")
     tuned = tune(
         mlp.hidden_size,
         mlp.intermediate_size,

@@ -51,6 +51,17 @@ Target = Annotated[
     Literal["mlp", "intermediate", "output"],
     _experts("Part of the MLP that each expert copies: all, or one of its two projections."),
 ]
+ExpertForm = Annotated[
+    Literal["full", "lora"],
+    _experts(
+        "What an expert is: a full copy of the MLP, or a low-rank pair on one frozen MLP (lora)."
+    ),
+]
+LoraRank = Annotated[int | None, _experts("Rank of LoRA experts; by default 8.", min=1)]
+LoraAlpha = Annotated[
+    float | None,
+    _experts("LoRA's alpha: pairs count alpha / rank times; by default the rank.", min=0),
+]
 Domains = Annotated[
     list[str] | None,
     _experts("Names of the domains: law,medicine; with enforced routing the i-th has expert i."),
@@ -78,6 +89,9 @@ def run_command(
     weight_mode: WeightMode = "auto",
     layers: Layers = ALL_LAYERS,
     target: Target = "mlp",
+    expert_form: ExpertForm = "full",
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
     domains: Domains = None,
     default_domain: Annotated[
         str | None, _experts("Domain of texts given without one, by default an error.")
@@ -128,6 +142,9 @@ def make_mixture(model: Any, options: SimpleNamespace, names: list[str], **furth
         weight_mode=options.weight_mode,
         layers=options.layers,
         target=options.target,
+        expert_form=options.expert_form,
+        lora_rank=options.lora_rank,
+        lora_alpha=options.lora_alpha,
         domains=names or None,
         seed=options.seed,
         **further,

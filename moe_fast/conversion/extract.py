@@ -11,14 +11,18 @@ from torch import Tensor
 from moe_fast.architectures import encoder_prefix
 from moe_fast.conversion.input_model import given, mixture_of
 from moe_fast.conversion.weights import config_settings, load_exactly, vocabulary_names
+from moe_fast.layers import MoEMLP
 from moe_fast.models.configuration import MoEConfigFields
 from moe_fast.models.domain_predictor import NAME as PREDICTOR
 from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import build_dense
+from moe_fast.ops import LowRank
 
 
 def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = False) -> Any:
     """Make a dense model from one expert and the weights that all experts share.
+
+    The low-rank pairs of a LoRA expert are merged into its MLP.
 
     Args:
         model: a mixture, bare or with a head, or a ``MoESentenceTransformer`` (gives a
@@ -48,12 +52,12 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
             "model must have biases in its experts, if any; with shared_bias=True they share one "
             "behind their sum, and a dense MLP has no such place."
         )
-    weights = _dense_state(model, index)
+    weights = dense_state(model, index)
     config = _dense_config(model, keep_domain_tokens)
     with torch.device("meta"):
         dense = build_dense(config, model)
     for name in vocabulary_names(dense, weights):
-        weights[name] = _folded(model.config, weights[name], index)
+        weights[name] = without_domain_tokens(model.config, weights[name], index)
     load_exactly(dense, weights, buffers_of=model)
     return source.around(dense.train(model.training))
 
@@ -78,7 +82,16 @@ def expert_index(config: MoEConfigFields, expert: int | str, name: str = "expert
     return expert
 
 
-def _dense_state(model: MoEPreTrainedModel, expert: int) -> dict[str, Tensor]:
+def dense_state(
+    model: MoEPreTrainedModel, expert: int, *, with_pairs: bool = True
+) -> dict[str, Tensor]:
+    """The weights of the dense model of an expert, with the mixture's vocabulary.
+
+    Args:
+        model: a mixture.
+        expert: the expert's index.
+        with_pairs: whether to add an expert's low-rank pairs to the weights that all share.
+    """
     architecture, mlps = model.architecture, model.moe_mlps()
     prefix, dense_names = encoder_prefix(model), architecture.mlp_names
     state: dict[str, Tensor] = {}
@@ -89,11 +102,31 @@ def _dense_state(model: MoEPreTrainedModel, expert: int) -> dict[str, Tensor]:
         if layer not in mlps or not inner.startswith("mlp."):
             state[name] = value.clone()
         elif inner in dense_names:
-            own = value[expert] if mlps[layer].is_expert(inner.removeprefix("mlp.")) else value
+            own = _weight_of(mlps[layer], inner.removeprefix("mlp."), value, expert, with_pairs)
             parts = own.chunk(len(dense_names[inner]))
             for old, part in zip(dense_names[inner], parts, strict=True):
                 state[prefix + architecture.join(layer, old)] = part.clone()
     return state
+
+
+def _weight_of(
+    mlp: MoEMLP, name: str, value: Tensor, expert: int, with_pairs: bool = True
+) -> Tensor:
+    """An expert's parameter ``name`` from the mixture's: its own, shared, or adapted by a pair."""
+    if mlp.is_expert(name):
+        return value[expert]
+    is_weight = not name.endswith("_bias")
+    return (
+        merged(value, mlp.pair(name), expert)
+        if with_pairs and is_weight and mlp.has_pair(name)
+        else value
+    )
+
+
+def merged(weight: Tensor, pair: LowRank, expert: int) -> Tensor:
+    """An expert's weight of a shared one and a low-rank pair, computed in float64."""
+    change = pair.b[expert].detach().double() @ pair.a[expert].detach().double()
+    return (weight.double() + pair.scale * change).to(weight.dtype)
 
 
 def _dense_config(model: MoEPreTrainedModel, keep_domain_tokens: bool) -> Any:
@@ -106,7 +139,7 @@ def _dense_config(model: MoEPreTrainedModel, keep_domain_tokens: bool) -> Any:
     return model.architecture.dense_config.from_dict(config)
 
 
-def _folded(config: MoEConfigFields, rows: Tensor, expert: int) -> Tensor:
+def without_domain_tokens(config: MoEConfigFields, rows: Tensor, expert: int) -> Tensor:
     """The rows of ordinary tokens; with enforced routing, the expert's token copied to [CLS]."""
     kept = rows[: rows.shape[0] - len(config.domain_token_ids)].clone()
     if config.routing == "enforced":

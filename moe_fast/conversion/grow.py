@@ -15,6 +15,7 @@ from moe_fast.conversion.input_model import given, mixture_of
 from moe_fast.conversion.weights import load_exactly, mean_of, vocabulary_names
 from moe_fast.models.domain_predictor import NAME as PREDICTOR
 from moe_fast.models.domain_predictor import predicted_domains
+from moe_fast.models.lora import has_lora
 from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import build_moe
 
@@ -38,7 +39,8 @@ def add_expert(
             domains, and only then. If the model has domain tokens, the new one is a copy of that
             of ``from_expert`` and follows the vocabulary's last.
         from_expert: the expert to copy, an index or (enforced routing) a domain's name. ``None``:
-            the mean of all experts (also of their router rows and domain tokens).
+            the mean of all experts (also of their router rows and domain tokens); LoRA experts have
+            no mean of their rank, and one must be named.
 
     Returns:
         A new model of the same class; ``model`` is not changed.
@@ -51,6 +53,11 @@ def add_expert(
     source = given(model)
     mixture = mixture_of(source)
     config = mixture.config
+    if from_expert is None and has_lora(mixture):
+        raise ValueError(
+            "from_expert must name an expert to copy: the mean of LoRA experts is not of their "
+            "rank; got None."
+        )
     everyone = [[expert] for expert in range(config.num_experts)]
     copied = (
         list(range(config.num_experts))

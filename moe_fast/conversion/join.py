@@ -83,6 +83,11 @@ def from_experts(
         ValueError: for models that differ in more than weights; the message says how.
     """
     _check_arguments(models, shared, upcycle_kwargs)
+    if upcycle_kwargs.get("expert_form", "full") != "full":
+        raise ValueError(
+            "expert_form must be 'full': the experts of from_experts are whole MLPs. "
+            "moe_fast.from_adapters joins LoRA adapters of one model."
+        )
     head = upcycle_kwargs.pop("head", None)
     sources = [loaded(model, f"models[{i}]", head=head) for i, model in enumerate(models)]
     _check_one_kind(sources)

@@ -10,6 +10,7 @@ import torch
 
 from moe_fast.conversion.input_model import Given, loaded, mixture_of
 from moe_fast.layers.int8 import Int8Matrix
+from moe_fast.models.lora import check_full
 from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.quantization import METHODS, freeze, quantize_layers
 from moe_fast.ops.checks import check_choice
@@ -46,8 +47,8 @@ def quantize(
 
     Raises:
         TypeError: for a model that is no mixture, and for ``texts`` that are no texts.
-        ValueError: for another method, a model that is quantised already or has PEFT adapters, and
-            for ``texts`` with a bare encoder.
+        ValueError: for another method, a model that is quantised already or has PEFT adapters or
+            LoRA experts (see :func:`moe_fast.merge_lora`), and for ``texts`` with a bare encoder.
     """
     if method == "float8":
         raise ValueError(
@@ -58,6 +59,7 @@ def quantize(
     check_choice("method", method, METHODS)
     source = loaded(model_or_path)
     mixture = mixture_of(source)
+    check_full(mixture, "quantised")
     _check_texts(texts, domain, source)
     quantized = _quantized(mixture, {"method": method, "activations": "dynamic"})
     result = source.around(quantized).eval()
@@ -105,7 +107,7 @@ def _quantized(mixture: MoEPreTrainedModel, quantization: dict[str, str]) -> MoE
 
 def can_fuse(config: Any) -> bool:
     """Whether a mixture's experts can be one op with the norm behind them."""
-    plain = config.target == "mlp" and not config.shared_bias
+    plain = config.target == "mlp" and config.expert_form == "full" and not config.shared_bias
     return plain and type(config).architecture.not_fused is None
 
 

@@ -20,6 +20,7 @@ from moe_fast.architectures import encoder_prefix
 from moe_fast.conversion.input_model import loaded
 from moe_fast.conversion.trainable import set_trainable
 from moe_fast.conversion.weights import config_settings, load_exactly, vocabulary_names
+from moe_fast.models.lora import freeze_shared, has_lora
 from moe_fast.models.pretrained import MoEPreTrainedModel
 from moe_fast.models.registry import architecture_of, build_moe, moe_model
 from moe_fast.ops.checks import check_choice
@@ -37,12 +38,15 @@ def upcycle(
     weight_mode: str = "auto",
     layers: str | Sequence[int] = "all",
     target: str = "mlp",
+    expert_form: str = "full",
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
     domains: Sequence[str] | None = None,
     default_domain: str | None = None,
     domain_tokens: bool = True,
     cls_token_id: int | None = None,
     router_init: str = "normal",
-    trainable: str = "all",
+    trainable: str | None = None,
     seed: int = 0,
 ) -> Any:
     """Make a mixture of experts from a dense encoder.
@@ -61,6 +65,9 @@ def upcycle(
         layers: "all", "single" (the middle one, ``num_layers // 2``), "alternate" (every other
             one, from the second), or indices.
         target: "mlp", "intermediate" or "output", as in :class:`moe_fast.MoEMLP`.
+        expert_form, lora_rank, lora_alpha: "lora" gives experts that are low-rank pairs on one
+            shared, frozen MLP, as in :class:`moe_fast.MoEMLP`; by default each expert has a full
+            copy of the MLP.
         domains: names of the domains. With enforced routing (each text goes to the expert of its
             domain), one per expert.
         default_domain: the domain of batches that name none.
@@ -73,8 +80,10 @@ def upcycle(
             ``nn.Linear``).
         trainable: "all", "experts" or "experts+router": the parameters that keep
             ``requires_grad``. This is not saved; after loading the model again use
-            :func:`moe_fast.models.set_trainable`.
-        seed: of the router's initialisation; the global random state is not changed.
+            :func:`moe_fast.models.set_trainable`. ``None``: "all", but of an encoder with LoRA
+            experts only these and the routers, also after loading it again.
+        seed: of the initialisation of routers and LoRA experts; the global random state is not
+            changed.
 
     Returns:
         A new model (``MoEBertModel``, ``MoEBertForMaskedLM`` ..., or a ``MoESentenceTransformer``
@@ -104,6 +113,9 @@ def upcycle(
         routing=routing,
         weight_mode=weight_mode,
         target=target,
+        expert_form=expert_form,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
         moe_layers=_layer_indices(layers, model.config.num_hidden_layers),
         domains=list(domains or []),
         default_domain=default_domain,
@@ -115,8 +127,12 @@ def upcycle(
         moe = build_moe(config, model)
     weights = _moe_state(model, moe)
     weights.update(_router_weights(moe, model, router_init, seed))
+    weights.update(_lora_weights(moe, model, seed))
     load_exactly(moe, weights, buffers_of=model)
-    set_trainable(moe, trainable)
+    if trainable is None and has_lora(moe):
+        freeze_shared(moe)
+    else:
+        set_trainable(moe, "all" if trainable is None else trainable)
     return source.around(moe.train(model.training))
 
 
@@ -213,5 +229,20 @@ def _router_weights(
             nn.init.normal_(value, std=moe.config.initializer_range, generator=generator)
         else:
             nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        weights[name] = value.to(device=model.device, dtype=model.dtype)
+    return weights
+
+
+def _lora_weights(moe: MoEPreTrainedModel, model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """New low-rank pairs, as PEFT draws them: A uniform, different for each expert, and B 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, parameter in moe.named_parameters():
+        if not name.endswith(("proj_A", "proj_B")):
+            continue
+        value = torch.zeros(parameter.shape, dtype=torch.float32)
+        if name.endswith("_A"):
+            bound = 1 / math.sqrt(parameter.shape[-1])
+            nn.init.uniform_(value, -bound, bound, generator=generator)
         weights[name] = value.to(device=model.device, dtype=model.dtype)
     return weights

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from moe_fast.extras import missing
 from moe_fast.models.json_files import read_json, read_modules, read_object
+from moe_fast.models.lora import freeze_shared, has_lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -54,11 +55,13 @@ def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
     model = load_base(base)
     try:
         wrapped = PeftModel.from_pretrained(_encoder(model), str(adapter))
-        _check_complete(wrapped, adapter)
+        check_complete(wrapped, adapter)
         encoder = wrapped.merge_and_unload(safe_merge=True)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter in {adapter} does not fit its base: {error}") from error
     encoder.requires_grad_(True)  # PEFT has frozen all weights but the adapter's
+    if has_lora(encoder):
+        freeze_shared(encoder)
     if encoder is not _encoder(model):
         raise ValueError(f"the adapter in {adapter} is of a kind that is not merged in place")
     if not (Path(path) / "modules.json").is_file():
@@ -68,7 +71,7 @@ def load_with_adapter(path: str, adapter: Path, load_base: Any) -> Any:
     return _with_modules_of(path, model)
 
 
-def _check_complete(wrapped: Any, adapter: Path) -> None:
+def check_complete(wrapped: Any, adapter: Path) -> None:
     """Raise if the adapter's file lacks tensors, which PEFT would leave at random values.
 
     Raises:

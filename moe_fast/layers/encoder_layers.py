@@ -162,6 +162,9 @@ class MoELayer(GradientCheckpointingLayer):
             routing=config.routing,
             weight_mode=config.weight_mode,
             target=config.target,
+            expert_form=config.expert_form,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
         )
 
     def routed(self, x: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Any:

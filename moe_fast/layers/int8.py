@@ -178,7 +178,7 @@ class Int8MoEMLP(MoEMLP):
         nn.Module.__init__(self)
         for name in (
             *("hidden_size", "intermediate_size", "num_experts", "num_experts_per_tok"),
-            *("hidden_act", "gated", "target"),
+            *("hidden_act", "gated", "target", "expert_form", "lora_rank", "lora_alpha"),
         ):
             setattr(self, name, getattr(mlp, name))
         for name in (self.up_name, "down_proj"):

@@ -19,6 +19,8 @@ from moe_fast.ops.checks import check_choice, check_count
 from moe_fast.ops.route.modes import check_experts_per_tok, resolve_weight_mode
 
 TARGETS = ("mlp", "intermediate", "output")
+EXPERT_FORMS = ("full", "lora")
+LORA_RANK = 8  # PEFT's default
 
 
 class OutputBlock(NamedTuple):
@@ -53,12 +55,18 @@ class MoEMLP(nn.Module):
             projection only: "intermediate" (the experts are summed before the activation) or
             "output" (the experts are summed after it, and the router reads the activated
             intermediate). The other projection is shared by all experts.
+        expert_form: "full", every expert has weights of its own; or "lora", all experts share one
+            projection W, and expert e has ``W + lora_alpha / lora_rank * B[e] @ A[e]``
+            (:func:`moe_fast.ops.lora_mlp`). B starts at 0, so that all experts start as W.
+        lora_rank, lora_alpha: for "lora" alone; by default 8, and alpha as large as the rank.
 
     Parameters (with transformers' names, stacked over experts; a shared projection has no dimension
     E): ``up_proj`` [E, H, D] or gated ``gate_up_proj`` [E, 2H, D] (the activated half first),
     ``down_proj`` [E, D, H], their ``_bias`` [E, H], [E, 2H], [E, D] or ``None``, the shared
     ``output_bias`` [D] or ``None``, and ``router.weight`` [E, D] ([E, H] for target "output"; none
-    with enforced routing).
+    with enforced routing). With LoRA, projections and biases have no dimension E, and for those
+    that experts adapt there are ``up_proj_A`` [E, R, D] and ``up_proj_B`` [E, H, R], and likewise
+    ``down_proj_A`` and ``down_proj_B``.
 
     Raises:
         ValueError: for settings that do not go together, naming the argument.
@@ -80,6 +88,9 @@ class MoEMLP(nn.Module):
         routing: str = "token_topk",
         weight_mode: str = "auto",
         target: str = "mlp",
+        expert_form: str = "full",
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,6 +102,7 @@ class MoEMLP(nn.Module):
                 "shared_bias must be False unless the experts are whole MLPs (target='mlp'); got "
                 f"True with target={target!r}."
             )
+        lora_rank, lora_alpha = lora_settings(expert_form, lora_rank, lora_alpha, shared_bias)
         check_count("hidden_size", hidden_size)
         check_count("intermediate_size", intermediate_size)
         check_experts_per_tok(routing, num_experts_per_tok, num_experts, "routing")
@@ -111,6 +123,9 @@ class MoEMLP(nn.Module):
         self.hidden_act = hidden_act
         self.gated = gated
         self.target = target
+        self.expert_form = expert_form
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
         up_rows = intermediate_size * (2 if gated else 1)
         shapes = {
             self.up_name: (up_rows, hidden_size),
@@ -123,6 +138,11 @@ class MoEMLP(nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
             bias_value = torch.empty(*stack, shape[0], device=device, dtype=dtype)
             self.register_parameter(f"{name}_bias", nn.Parameter(bias_value) if own_bias else None)
+            if lora_rank is not None and self.is_replicated(name):
+                out, width = shape
+                for end, sizes in (("A", (lora_rank, width)), ("B", (out, lora_rank))):
+                    value = torch.empty(num_experts, *sizes, device=device, dtype=dtype)
+                    self.register_parameter(f"{name}_{end}", nn.Parameter(value))
         shared = torch.empty(hidden_size, device=device, dtype=dtype)
         self.register_parameter("output_bias", nn.Parameter(shared) if shared_bias else None)
         router_dim = intermediate_size if target == "output" else hidden_size
@@ -137,7 +157,13 @@ class MoEMLP(nn.Module):
         return "gate_up_proj" if self.gated else "up_proj"
 
     def is_expert(self, name: str) -> bool:
-        """Whether every expert has its own parameter ``name``, a weight or a bias."""
+        """Whether every expert has its own parameter ``name``, a weight, a bias or half a pair."""
+        if self.expert_form == "lora" and not name.endswith(("_A", "_B")):
+            return False
+        return self.is_replicated(name)
+
+    def is_replicated(self, name: str) -> bool:
+        """Whether the experts differ in the projection that the parameter ``name`` belongs to."""
         if self.target == "mlp":
             return name.startswith((self.up_name, "down_proj"))
         return (self.target == "output") == name.startswith("down_proj")
@@ -149,13 +175,17 @@ class MoEMLP(nn.Module):
                 yield name, parameter
 
     def reset_parameters(self) -> None:
-        """Initialise every expert and the router as ``nn.Linear`` does."""
+        """Initialise every expert and the router as ``nn.Linear`` does, pairs as PEFT does."""
         for name in (self.up_name, "down_proj"):
             weight, bias = self.projection(name)
             bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
+            if self.has_pair(name):
+                a, b, _ = self.pair(name)
+                nn.init.uniform_(a, -bound, bound)
+                nn.init.zeros_(b)
         if self.output_bias is not None:
             nn.init.zeros_(self.output_bias)
         self.router.reset_parameters()
@@ -163,6 +193,16 @@ class MoEMLP(nn.Module):
     def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the projection ``name``."""
         return getattr(self, name), getattr(self, f"{name}_bias")
+
+    def has_pair(self, name: str) -> bool:
+        """Whether experts adapt the projection ``name`` by low-rank pairs."""
+        return self.expert_form == "lora" and self.is_replicated(name)
+
+    def pair(self, name: str) -> ops.LowRank:
+        """The experts' low-rank pairs for the projection ``name``."""
+        assert self.lora_rank is not None and self.lora_alpha is not None
+        scale = self.lora_alpha / self.lora_rank
+        return ops.LowRank(getattr(self, f"{name}_A"), getattr(self, f"{name}_B"), scale)
 
     def forward(
         self,
@@ -192,6 +232,11 @@ class MoEMLP(nn.Module):
             raise ValueError(
                 f"output_block must be None with target={self.target!r}: only a mixture of whole "
                 "MLPs is fused with it; got a value."
+            )
+        if output_block is not None and self.expert_form != "full":
+            raise ValueError(
+                f"output_block must be None with expert_form={self.expert_form!r}: only experts "
+                "with weights of their own are fused with it; got a value."
             )
         if output_block is not None and self.output_bias is not None:
             raise ValueError(
@@ -233,6 +278,8 @@ class MoEMLP(nn.Module):
     def _expert_linear(
         self, name: str, x: Tensor, weights: Tensor, plan: ops.RoutingPlan
     ) -> Tensor:
+        if self.expert_form == "lora":
+            return ops.lora_linear(x, *self.projection(name), self.pair(name), weights, plan)
         return ops.expert_linear(x, *self.projection(name), weights, plan)
 
     def _expert_mlp(
@@ -240,8 +287,11 @@ class MoEMLP(nn.Module):
     ) -> Tensor:
         up, up_bias = self.projection(self.up_name)
         down, down_bias = self.projection("down_proj")
-        experts = (x, up, down, up_bias, down_bias, weights, plan)
         form: dict[str, Any] = dict(act=self.hidden_act, gated=self.gated)
+        if self.expert_form == "lora":
+            pairs = self.pair(self.up_name), self.pair("down_proj")
+            return ops.lora_mlp(x, up, down, up_bias, down_bias, *pairs, weights, plan, **form)
+        experts = (x, up, down, up_bias, down_bias, weights, plan)
         if block is None:
             return ops.expert_mlp(*experts, **form)
         residual, weight, bias, eps, dropout = block
@@ -257,7 +307,35 @@ class MoEMLP(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings that ``print(module)`` shows."""
+        lora = f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha:g}"
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"hidden_act={self.hidden_act}, gated={self.gated}, target={self.target}"
+            f"{lora if self.expert_form == 'lora' else ''}"
         )
+
+
+def lora_settings(
+    expert_form: str, rank: int | None, alpha: float | None, shared_bias: bool = False
+) -> tuple[int | None, float | None]:
+    """The rank and alpha of LoRA experts, with their defaults; ``None``, ``None`` for others.
+
+    Raises:
+        ValueError, TypeError: for settings that do not go together, naming the argument.
+    """
+    check_choice("expert_form", expert_form, EXPERT_FORMS)
+    given = [name for name, v in (("lora_rank", rank), ("lora_alpha", alpha)) if v is not None]
+    if expert_form == "full":
+        if given:
+            raise ValueError(f"{given[0]} must be None with expert_form='full'; got a value.")
+        return None, None
+    if shared_bias:
+        raise ValueError(
+            "shared_bias must be False with expert_form='lora', whose experts share all biases."
+        )
+    rank = LORA_RANK if rank is None else rank
+    check_count("lora_rank", rank)
+    alpha = float(rank) if alpha is None else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        raise ValueError(f"lora_alpha must be a positive, finite number; got {alpha!r}.")
+    return rank, float(alpha)

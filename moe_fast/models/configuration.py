@@ -11,7 +11,7 @@ from packaging.version import InvalidVersion, Version
 
 from moe_fast.architectures import ARCHITECTURES, Architecture, make_class
 from moe_fast.layers.attention import AttentionOfTheCall
-from moe_fast.layers.moe_mlp import TARGETS
+from moe_fast.layers.moe_mlp import TARGETS, lora_settings
 from moe_fast.models.portable import auto_map, code_file, is_portable, portable_code
 from moe_fast.models.quantization import check_quantization
 from moe_fast.ops.checks import check_choice, check_count
@@ -33,7 +33,7 @@ class MoEConfigFields(AttentionOfTheCall):
         num_experts, num_experts_per_tok: E and K (K is E with ``routing="dense"``).
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
         target: "mlp", "intermediate" or "output", as in :class:`moe_fast.MoEMLP`.
-        shared_bias: as in :class:`moe_fast.MoEMLP`.
+        expert_form, lora_rank, lora_alpha, shared_bias: as in :class:`moe_fast.MoEMLP`.
         moe_layers: indices of the layers with experts; ``None``: all of them.
         domains: names of the domains, in the order of their ids; with enforced routing a
             domain's id is its expert's.
@@ -62,6 +62,9 @@ class MoEConfigFields(AttentionOfTheCall):
     routing: str = "token_topk"
     weight_mode: str = "auto"
     target: str = "mlp"
+    expert_form: str = "full"
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
     shared_bias: bool = False
     moe_layers: list[int] | None = None
     domains: list[str] = field(default_factory=list)
@@ -87,6 +90,7 @@ class MoEConfigFields(AttentionOfTheCall):
         if self.routing == "dense":
             check_count("num_experts", self.num_experts)
             self.num_experts_per_tok = self.num_experts
+        self.lora_rank, self.lora_alpha = self._lora_settings()
         self.check()
 
     def check(self) -> None:
@@ -101,6 +105,12 @@ class MoEConfigFields(AttentionOfTheCall):
         check_experts_per_tok(self.routing, self.num_experts_per_tok, self.num_experts, "routing")
         resolve_weight_mode(self.routing, self.weight_mode, self.num_experts_per_tok, "routing")
         check_choice("target", self.target, TARGETS)
+        self._lora_settings()
+        if self.fused_output and self.expert_form != "full":
+            raise ValueError(
+                "fused_output must be False unless experts have weights of their own "
+                f"(expert_form='full'); got True with expert_form={self.expert_form!r}."
+            )
         if self.fused_output and self.target != "mlp":
             raise ValueError(
                 "fused_output needs target='mlp' (only a mixture of whole MLPs is fused with what "
@@ -124,6 +134,9 @@ class MoEConfigFields(AttentionOfTheCall):
             )
         check_quantization(self.quantization)
         self._check_domains()
+
+    def _lora_settings(self) -> tuple[int | None, float | None]:
+        return lora_settings(self.expert_form, self.lora_rank, self.lora_alpha, self.shared_bias)
 
     def _check_types(self) -> None:
         for kind, said, names in _KINDS:
@@ -256,7 +269,11 @@ def _are_ints(value: Any) -> bool:
 _KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (lambda v: _is_int(v) and v > 0, "a whole number above 0", ("num_hidden_layers", "vocab_size")),
     (_is_int, "a whole number", ("num_experts", "num_experts_per_tok")),
-    (lambda v: isinstance(v, str), "a name (str)", ("routing", "weight_mode", "target")),
+    (
+        lambda v: isinstance(v, str),
+        "a name (str)",
+        ("routing", "weight_mode", "target", "expert_form"),
+    ),
     (
         lambda v: isinstance(v, bool),
         "true or false",
@@ -264,7 +281,7 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     ),
     (lambda v: v is None or _are_ints(v), "a list of whole numbers", ("moe_layers",)),
     (_are_ints, "a list of whole numbers", ("domain_token_ids",)),
-    (lambda v: v is None or _is_int(v), "a whole number", ("domain_token_replaces",)),
+    (lambda v: v is None or _is_int(v), "a whole number", ("domain_token_replaces", "lora_rank")),
     (lambda v: isinstance(v, (list, tuple)), "a list of names", ("domains",)),
     (lambda v: v is None or isinstance(v, dict), "a JSON object", ("domain_predictor",)),
     (_is_optional_text, "text", ("default_domain", "upcycled_from", "moe_fast_version")),

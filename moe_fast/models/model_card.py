@@ -88,6 +88,11 @@ def describe_mixture(config: Any, total: int, active: int) -> str:
         "",
         f"- Architecture: `{config.model_type}`, {total:,} parameters, {active:,} active per token",
     ]
+    if config.expert_form == "lora":
+        lines.append(
+            f"- Experts: LoRA, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on one shared "
+            "MLP in each layer"
+        )
     if config.upcycled_from:
         lines.append(f"- Upcycled from the dense model {inline(config.upcycled_from)}")
     if config.domains:

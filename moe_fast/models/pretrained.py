@@ -17,6 +17,7 @@ from moe_fast.files import atomic_folder
 from moe_fast.layers import MoEMLP, MoERouter
 from moe_fast.models.checkpoint_files import check_checkpoint
 from moe_fast.models.loading import naming
+from moe_fast.models.lora import freeze_shared, has_lora
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.portable import set_portable
 from moe_fast.models.quantization import freeze, is_quantized, num_int8_weights
@@ -60,7 +61,7 @@ class MoEPreTrainedModel(PreTrainedModel):
             return
         init = compat.initialization()
         for name, parameter in module.named_parameters(recurse=False):
-            if name.endswith("_bias"):
+            if name.endswith(("_bias", "_B")):  # and of LoRA's pairs
                 init.zeros_(parameter)
             else:
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
@@ -100,7 +101,8 @@ class MoEPreTrainedModel(PreTrainedModel):
 
         A bare encoder's pooler may be missing, as some models are saved without one. A head may be
         missing as a whole, as from the checkpoint of a bare encoder: then a warning says that it
-        is new, and must be trained.
+        is new, and must be trained. Of an encoder with LoRA experts only these and the routers ask
+        for gradients.
 
         Raises:
             ValueError: for a damaged file, which the message names, for other weights that the
@@ -120,6 +122,8 @@ class MoEPreTrainedModel(PreTrainedModel):
         check_filled_once(model, folder)
         if is_quantized(model):
             freeze(model)
+        elif has_lora(model):
+            freeze_shared(model)
         return (model, info) if wanted else model
 
     @compat.overrides

@@ -20,6 +20,7 @@ from moe_fast.ops.int8_expert_linear import int8_expert_linear
 from moe_fast.ops.int8_expert_mlp import int8_expert_mlp
 from moe_fast.ops.int8_linear import int8_linear
 from moe_fast.ops.int8_weight import Int8Norm, Int8Weight, quantize_weight
+from moe_fast.ops.lora_experts import LowRank, lora_linear, lora_mlp
 from moe_fast.ops.maxsim import maxsim
 from moe_fast.ops.plan import RoutingPlan, plan
 from moe_fast.ops.route import Routing, route
@@ -29,6 +30,7 @@ __all__ = [
     "InfoNCEStats",
     "Int8Norm",
     "Int8Weight",
+    "LowRank",
     "Normed",
     "Projections",
     "Routing",
@@ -45,6 +47,8 @@ __all__ = [
     "int8_expert_linear",
     "int8_expert_mlp",
     "int8_linear",
+    "lora_linear",
+    "lora_mlp",
     "matryoshka_info_nce",
     "maxsim",
     "plan",

@@ -115,3 +115,36 @@ def test_texts_fix_the_ranges_of_a_quantised_model(moe_fast_cli):
     result = moe_fast_cli("quantize", "mixture", "--domain", "law", "-o", "y")
     assert result.exit_code == 2
     assert "need --texts" in result.output
+
+
+@pytest.mark.slow
+def test_lora_experts_from_training_to_adapters_and_back(moe_fast_cli, workspace):
+    pytest.importorskip("peft")
+    flags = ["--routing", "enforced", "--expert-form", "lora", "--lora-rank", 2, "--lora-alpha", 4]
+    flags += ["--batch-size", 8, "--max-steps", 2, "--learning-rate", "1e-2", "--save-steps", 0]
+    run(moe_fast_cli, "train", "dense-model", "--data", "pairs.jsonl", *flags, "-o", "x")
+    assert "LoRA on one shared MLP, rank 2, alpha 4" in run(moe_fast_cli, "inspect", "x").stdout
+    trained, dense = (load_model(path, device="cpu") for path in ("x", "dense-model"))
+    mine, theirs = trained.state_dict(), dense.state_dict()
+    attention = "0.model.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(mine[attention], theirs[attention]), "only the experts are trained"
+    assert any(value.any() for name, value in mine.items() if name.endswith("proj_B"))
+    for domain in ("law", "medicine"):
+        names = ["--as-adapter", "--base", "dense-model", "-o", f"{domain}-adapter"]
+        run(moe_fast_cli, "extract", "x", "--expert", domain, *names)
+        assert (workspace / f"{domain}-adapter" / "adapter_model.safetensors").is_file()
+        np.testing.assert_allclose(  # load_model merges an adapter into its base
+            encode(f"{domain}-adapter"), encode("x", domain=domain), atol=1e-6
+        )
+    adapters = ["law=law-adapter", "medicine=medicine-adapter"]
+    run(moe_fast_cli, "join", *adapters, "--expert-form", "lora", "-o", "y")
+    for domain in ("law", "medicine"):
+        np.testing.assert_allclose(
+            encode("y", domain=domain), encode("x", domain=domain), atol=1e-6
+        )
+    result = moe_fast_cli(
+        "join", *adapters, "--expert-form", "lora", "--target", "output", "-o", "z"
+    )
+    assert result.exit_code == 2 and "are not for --expert-form lora" in result.output
+    result = moe_fast_cli("extract", "x", "--expert", 0, "--base", "dense-model", "-o", "z")
+    assert result.exit_code == 2 and "--base is for --as-adapter" in result.output

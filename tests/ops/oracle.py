@@ -274,6 +274,17 @@ def expert_linear(
     return mix(x, top_k_weights, top_k_index, weight.shape[0], weight.shape[1], one_expert)
 
 
+def lora_weights(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Every expert's weight [E, O, I], entry by entry: W + scale * B[e] A[e]."""
+    experts = []
+    for e in range(a.shape[0]):
+        change = torch.zeros(weight.shape, dtype=torch.float64)
+        for r in range(a.shape[1]):
+            change = change + scale * b[e, :, r, None].double() * a[e, r].double()
+        experts.append(weight.double() + change)
+    return torch.stack(experts)
+
+
 def mix(x, top_k_weights, top_k_index, num_experts, width, one_expert) -> Tensor:
     """y_t = sum over k of w[t, k] * f_e(x_t), leaving out the ids >= E."""
     outputs = []

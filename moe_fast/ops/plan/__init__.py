@@ -120,6 +120,29 @@ def _prepare(
     return run, (tuple(top_k_index.shape), num_experts, top_k_index.device)
 
 
+def plan_of_slots(plan: RoutingPlan, num_experts_per_tok: int) -> RoutingPlan:
+    """The same rows in the same order, where every slot (t, k) is a token of its own.
+
+    Ops take it for tensors of T * K rows, of which row ``t * K + k`` belongs to slot k of token t.
+
+    Args:
+        plan: of T tokens with K slots each.
+        num_experts_per_tok: K.
+
+    Returns:
+        ``plan`` itself if K is 1; otherwise a plan of T * K tokens with one slot each.
+    """
+    if num_experts_per_tok == 1:
+        return plan
+    made = RoutingPlan(
+        plan.expert_offsets, plan.row_to_slot, plan.row_to_slot, plan.slot_to_row, plan.tiles
+    )
+    if plan.layout is not None:
+        (tokens, slots), num_experts, device = plan.layout
+        object.__setattr__(made, "layout", ((tokens * slots, 1), num_experts, device))
+    return made
+
+
 def _tile_schedule(expert_offsets: Tensor, num_rows: int, block_size: int) -> Tensor:
     """Return the [n, 2] pairs (first row, expert) of ``RoutingPlan.tiles``; without a sync."""
     num_experts = expert_offsets.shape[0] - 1
