@@ -8,7 +8,7 @@ tokens: forward, loss, backward and AdamW, without a gradient cache.
 - ``padded, eager``: the same weights with transformers' eager loop over experts, and
   sentence-transformers' ``MultipleNegativesRankingLoss``, which holds all logits of the batch.
 
-``natural step beside dense`` is the question whether a mixture costs more than the model that it was
+``natural step beside dense`` asks whether a mixture costs more than the model that it was
 made from: five experts, enforced routing, the pairs' domains in turn, all weights in bfloat16.
 
 - ``moe_fast``: packed, ``InfoNCELoss``.
@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 import moe_fast
-
 from moe_fast.losses import InfoNCELoss
 
 from . import embedding
