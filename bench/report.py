@@ -31,6 +31,7 @@ FILES = {
     "contrastive loss": "bench info_nce",
     "MaxSim": "bench maxsim",
     "import": "bench import_time",
+    "natural step beside dense": "bench natural_step",
     "embedding beside other runtimes": "bench.embedding_peers {dtype}",
 }
 """What measures an operation, where it is not called as the operation is."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -20,7 +21,12 @@ from moe_fast.models.loading import naming
 from moe_fast.models.lora import freeze_shared, has_lora
 from moe_fast.models.model_card import has_foreign_card, write_model_card
 from moe_fast.models.portable import set_portable
-from moe_fast.models.quantization import freeze, is_quantized, num_int8_weights
+from moe_fast.models.quantization import (
+    check_stays_float32,
+    freeze,
+    is_quantized,
+    num_int8_weights,
+)
 from moe_fast.models.saving import check_no_adapter, replaced_files
 from moe_fast.models.strict import check_filled_once, check_loading_info
 from moe_fast.version import __version__
@@ -125,6 +131,12 @@ class MoEPreTrainedModel(PreTrainedModel):
         elif has_lora(model):
             freeze_shared(model)
         return (model, info) if wanted else model
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As ``nn.Module``'s, which ``to`` and ``bfloat16`` call; a cast of integers is refused."""
+        if is_quantized(self):
+            check_stays_float32(fn)
+        return super()._apply(fn, recurse)
 
     @compat.overrides
     def save_pretrained(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_fast.layers.int8 import Int8Matrix, to_int8
 
@@ -66,6 +67,16 @@ def freeze(model: Any) -> Any:
             f"and embeddings are float32; got {model.dtype}."
         )
     return model.requires_grad_(False)
+
+
+def check_stays_float32(convert: Callable[[Tensor], Tensor]) -> None:
+    """Raise ``ValueError`` if ``convert``, which is applied to all tensors, changes float32."""
+    dtype = convert(torch.zeros(())).dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            "an int8 mixture cannot be cast: its residual stream, norms and embeddings must stay "
+            f"float32; got {dtype}. Attention is computed in bfloat16 where the processor has it."
+        )
 
 
 def num_int8_weights(model: nn.Module, experts_per_tok: int) -> tuple[int, int]:

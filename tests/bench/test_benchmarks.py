@@ -38,7 +38,10 @@ def test_whole_jobs_write_every_row(tiny_encoder, tmp_path, monkeypatch):
         assert row.reason is None
     names = ["moe_fast", "eager, padded", "dense"]
     assert found.pop(("embedding", "float32")) == found.pop(("embedding", "bfloat16")) == names
-    assert found == {("natural step", "float32"): ["moe_fast", "padded, ours", "padded, eager"]}
+    assert found == {
+        ("natural step", "float32"): ["moe_fast", "padded, ours", "padded, eager"],
+        ("natural step beside dense", "bfloat16"): ["moe_fast", "dense"],
+    }
     with pytest.raises(ValueError, match="holds 5 different answers; 9 are needed"):
         embedding.read_pairs(9)
 

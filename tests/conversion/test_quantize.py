@@ -126,11 +126,22 @@ def test_the_integers_are_counted_as_parameters_and_the_file_is_smaller(tmp_path
     assert small.num_parameters(only_trainable=True) == 0
 
 
-def test_scales_stay_float32_when_the_model_is_cast():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_is_refused_before_anything_changes(dtype):
     small = moe_fast.quantize(mixture())
-    scale = small.encoder_layers[0].mlp.up_proj.scale.clone()
-    small.bfloat16()
-    assert torch.equal(small.encoder_layers[0].mlp.up_proj.scale, scale)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    for cast in (lambda: small.to(dtype), lambda: torch.nn.Sequential(small).to(dtype)):
+        with pytest.raises(ValueError, match=f"an int8 mixture cannot be cast.*got {dtype}"):
+            cast()
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    assert small.to("cpu", torch.float32) is small.float()
+
+
+def test_scales_stay_float32_when_a_layer_is_cast():
+    layer = moe_fast.quantize(mixture()).encoder_layers[0]
+    scale = layer.mlp.up_proj.scale.clone()
+    layer.bfloat16()
+    assert torch.equal(layer.mlp.up_proj.scale, scale)
 
 
 def test_loading_in_another_dtype_is_refused(tmp_path):

@@ -8,12 +8,13 @@
 
 #include <cstddef>
 
+#include "panels.h"
+
 namespace moe_fast {
 namespace {
 
 constexpr int64_t kTile = 16;      // rows of a tile, and columns of floats
 constexpr int64_t kStep = 32;      // of k in a tile
-constexpr int64_t kPanel = 48;     // columns of a panel of B, see packing.h
 constexpr int64_t kColumns = 384;  // of B at a time, with
 constexpr int64_t kDepth = 512;    // of k: .4 MB stay in the level 2 cache, 32 KB of A in level 1
 constexpr int64_t kFewColumns = 32;  // up to here A is read once, and waiting for it takes the time
@@ -82,20 +83,16 @@ struct Product {
   float* c;
   int64_t ldc;
 
-  int64_t width(int64_t column) const {  // of the panel that begins there
-    const int64_t left = (n - column + kTile - 1) / kTile * kTile;
-    return left < kPanel ? left : kPanel;
-  }
   Place b_tile(int64_t column, int64_t k0) const {
-    const int64_t panel = column / kPanel * kPanel, w = width(panel);
+    const int64_t panel = panel_of(n, column), w = panel_width(n, panel);
     const uint16_t* at = b + panel * k + k0 * w + 2 * (column - panel);
     return {reinterpret_cast<char*>(const_cast<uint16_t*>(at)), w * 4};
   }
   Place c_tile(int64_t row, int64_t column) const {
-    const int64_t panel = column / kPanel * kPanel;
+    const int64_t panel = panel_of(n, column), w = panel_width(n, panel);
     float* at = c + row * ldc + column;
-    if (ldc == 0) at = c + panel * m + row * width(panel) + (column - panel);
-    return {reinterpret_cast<char*>(at), (ldc == 0 ? width(panel) : ldc) * 4};
+    if (ldc == 0) at = c + panel * m + row * w + (column - panel);
+    return {reinterpret_cast<char*>(at), (ldc == 0 ? w : ldc) * 4};
   }
 };
 

@@ -87,10 +87,10 @@ void forward_task(const Linear& linear, const Gemm& gemm, const Task& task, void
                                     outputs, buffers.bias);
     float* rows = buffers.rows.get<float>(kPanel * padded);
     float* finished = buffers.finished.get<float>(outputs);
-    for (int64_t column = 0; column < count; column += kPanel) {
-      const int64_t width = panel_width(count, column);
+    for (int64_t column = 0, width; column < count; column += width) {
+      width = panel_width(count, column);
       transpose_floats(tiles + column * outputs, width, outputs, width, rows, padded);
-      for (int64_t j = 0; j < std::min(kPanel, count - column); ++j) {
+      for (int64_t j = 0; j < std::min(width, count - column); ++j) {
         const int64_t row = task.first + column + j;
         if (y == nullptr) {
           simd().scale_add(rows + j * padded, 1.0f, bias, rows_out + row * linear.out + o,

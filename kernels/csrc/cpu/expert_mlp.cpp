@@ -78,11 +78,11 @@ void finish_tiles(const Mlp& mlp, const Task& task, const ForwardOutput& out, in
   const int64_t count = task.last - task.first;
   const int64_t padded = round_up(dims, 16);
   float* rows = buffers.rows.get<float>(kPanel * padded);
-  for (int64_t column = 0; column < count; column += kPanel) {
-    const int64_t width = panel_width(count, column);
+  for (int64_t column = 0, width; column < count; column += width) {
+    width = panel_width(count, column);
     transpose_floats(tiles + column * dims, width, dims, width, rows, padded);
     row_epilogue(mlp, task, out, first_dim, dims, rows, padded, column,
-                 std::min(kPanel, count - column), buffers);
+                 std::min(width, count - column), buffers);
   }
 }
 
@@ -108,15 +108,15 @@ void forward_task(const Mlp& mlp, const Gemm& gemm, const Task& task, const Forw
     project_up<G>(mlp, gemm, task.expert, count, unit, units, buffers.up);
     const float* tiles = buffers.up.tiles.get<float>(0);
     const float* tiles2 = mlp.gated ? buffers.up.tiles2.get<float>(0) : nullptr;
-    for (int64_t column = 0; column < count; column += kPanel) {
-      const int64_t width = panel_width(count, column);
+    for (int64_t column = 0, width; column < count; column += width) {
+      width = panel_width(count, column);
       const float* z = tiles + column * units;
       const float* z2 = mlp.gated ? tiles2 + column * units : nullptr;
       activate_panel(mlp, z, z2, units, width,
                      activated + column * part + (unit - task.begin) * width, buffers.tile);
       for (int64_t half = 0; out.saved != nullptr && half < (mlp.gated ? 2 : 1); ++half) {
         const int64_t to = (task.first + column) * mlp.up_rows + half * mlp.hidden + unit;
-        store_rows(half ? z2 : z, units, width, std::min(kPanel, count - column), mlp.dtype,
+        store_rows(half ? z2 : z, units, width, std::min(width, count - column), mlp.dtype,
                    at(out.saved, mlp.dtype, to), mlp.up_rows, buffers.rows);
       }
     }

@@ -95,9 +95,10 @@ void compute_z(const Mlp& mlp, const Gemm& gemm, const Task& task, const RowBloc
     project_up<G>(mlp, gemm, task.expert, block.count, unit.first + u, units, buffers.up);
     for (int64_t half = 0; half < halves; ++half) {
       const float* tiles = (half ? buffers.up.tiles2 : buffers.up.tiles).template get<float>(0);
-      for (int64_t column = 0; column < block.count; column += kPanel) {
-        store_rows(tiles + column * units, units, panel_width(block.count, column),
-                   std::min(kPanel, block.count - column), Dtype::f32,
+      for (int64_t column = 0, width; column < block.count; column += width) {
+        width = panel_width(block.count, column);
+        store_rows(tiles + column * units, units, width, std::min(width, block.count - column),
+                   Dtype::f32,
                    z[half] + column * unit.units + u, unit.units, buffers.rows);
       }
     }

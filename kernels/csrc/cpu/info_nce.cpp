@@ -196,8 +196,9 @@ void compute_logits(const Problem& problem, const Sides& sides, float* logits) {
     run_chunks(num_panels, grain(kPanel * dim), [&](int64_t begin, int64_t end) {
       thread_local Buffer converted;
       for (int64_t p = begin; p < end; ++p) {
-        const int64_t first = p * kPanel;
-        pack_columns(source, first, std::min(kPanel, rows.count - first), panels + first * dim,
+        const int64_t first = panel_of(rows.count, p * kPanel);
+        const int64_t width = panel_width(rows.count, first);
+        pack_columns(source, first, std::min(width, rows.count - first), panels + first * dim,
                      converted);
       }
     });

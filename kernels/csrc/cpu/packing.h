@@ -1,8 +1,8 @@
 // The blocks that products read, and the packing of rows and weights into them.
 //
-// A product's right factor [K, N] is stored in panels of 48 columns, the last one 16, 32 or 48
-// wide; a panel is [K, width] floats, or [K / 2, width] pairs of bf16. So panel i starts at element
-// 48 * K * i, and a whole factor takes K * round_up(N, 16) elements.
+// A product's right factor [K, N] is stored in panels of columns (panels.h); a panel is [K, width]
+// floats, or [K / 2, width] pairs of bf16. So the panel that begins at column c starts at element
+// c * K, and a whole factor takes K * round_up(N, 16) elements.
 #pragma once
 
 #include <algorithm>
@@ -14,19 +14,16 @@
 #include <type_traits>
 
 #include "gemm.h"
+#include "panels.h"
 #include "simd.h"
 
 namespace moe_fast {
 
-constexpr int64_t kPanel = 48;  // 3 vectors of 16 floats: the fastest in oneDNN's AVX-512 kernel
 constexpr int64_t kDepth = 768;  // of a product's K at a time, so that panels stay in the cache
 constexpr int64_t kGroup = 32;   // rows are padded to multiples of it, so that kernels are few
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
-}
-inline int64_t panel_width(int64_t n, int64_t column) {
-  return std::min(kPanel, round_up(n - column, 16));
 }
 
 // The size of equal blocks of at most `most` rows (a multiple of kGroup). They replace full blocks
@@ -171,8 +168,8 @@ void multiply_tiles(const Gemm& gemm, LeftFactor<G> a, int64_t m, int64_t k, con
   }
   for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
     const int64_t depth = std::min(kDepth, k - k0);
-    for (int64_t column = 0; column < n; column += kPanel) {
-      const int64_t width = panel_width(n, column);
+    for (int64_t column = 0, width; column < n; column += width) {
+      width = panel_width(n, column);
       run(gemm, m, width, depth, a.data + k0, a.ld, b + column * k + k0 * width, width,
           tiles + column * m, width, k0 > 0);
     }
@@ -192,9 +189,9 @@ void multiply(const Gemm& gemm, LeftFactor<G> a, int64_t m, int64_t k, const G* 
   for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
     const int64_t depth = std::min(kDepth, k - k0);
     for (int64_t i = 0; i < m; i += kRows) {
-      for (int64_t column = 0; column < n; column += kPanel) {
-        const int64_t width = panel_width(n, column);
-        run(gemm, std::min(kRows, m - i), std::min(kPanel, n - column), depth,
+      for (int64_t column = 0, width; column < n; column += width) {
+        width = panel_width(n, column);
+        run(gemm, std::min(kRows, m - i), std::min(width, n - column), depth,
             a.data + i * a.ld + k0, a.ld, b + column * k + k0 * width, width, c + i * ldc + column,
             ldc, add || k0 > 0);
       }
@@ -233,7 +230,7 @@ void pack_columns(const RowSource& source, int64_t first, int64_t count, G* pane
       }
       rows[i] = static_cast<const uint32_t*>(row);
     }
-    const int64_t column = j / kPanel * kPanel;
+    const int64_t column = panel_of(count, j);
     auto* out = reinterpret_cast<uint32_t*>(panels + column * source.dim) + (j - column);
     simd().transpose(rows, here, source.dim / pair, out, panel_width(count, column));
   }
@@ -244,9 +241,9 @@ void pack_columns(const RowSource& source, int64_t first, int64_t count, G* pane
 template <typename G>
 void put_rows(const void* a, const void* b, Dtype dtype, int64_t k, int64_t depth, int64_t n,
               G* panels) {
-  for (int64_t column = 0; column < n; column += kPanel) {
-    const int64_t width = panel_width(n, column);
-    const int64_t used = std::min(kPanel, n - column);
+  for (int64_t column = 0, width; column < n; column += width) {
+    width = panel_width(n, column);
+    const int64_t used = std::min(width, n - column);
     auto* out = reinterpret_cast<uint32_t*>(panels + column * depth + k * width);
     const auto from = [&](const void* row) {
       return row == nullptr ? nullptr : at(row, dtype, column);
@@ -299,9 +296,9 @@ void pack_matrix(const void* data, Dtype dtype, int64_t ld, int64_t depth, int64
       for (int64_t next = k + kStep; next < std::min(k + 2 * kStep, depth); ++next) {
         prefetch(at(data, dtype, next * ld), n * bytes_of(dtype));
       }
-      for (int64_t column = 0; column < n; column += kPanel) {
-        const int64_t width = panel_width(n, column);
-        const int64_t used = std::min(kPanel, n - column);
+      for (int64_t column = 0, width; column < n; column += width) {
+        width = panel_width(n, column);
+        const int64_t used = std::min(width, n - column);
         float* out = panels + column * depth + k * width;
         simd().load_rows(at(data, dtype, k * ld + column), dtype, ld, rows, used, out, width);
         for (int64_t r = 0; used < width && r < rows; ++r) {

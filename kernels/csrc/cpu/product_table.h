@@ -24,7 +24,7 @@ struct MostRowsOfDots {
 
 inline constexpr MostRowsOfDots kMostRowsOfDots[] = {
     // AMD EPYC (Zen 5), two cores, November 2026.
-    {InstructionSet::avx512bf16, 48, 0},
+    {InstructionSet::avx512bf16, 32, 0},
     // Intel Xeon with AMX (family 6, model 167), two cores, November 2026.
     {InstructionSet::amx, 8, 2},
 };

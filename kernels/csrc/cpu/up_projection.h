@@ -65,9 +65,9 @@ void project_up(const Mlp& mlp, const Gemm& gemm, int64_t expert, int64_t count,
     multiply_tiles(gemm, weights, units, mlp.dim, columns, count, tiles);
     const float* bias =
         load_floats(mlp.up_bias, mlp.stored, expert * mlp.up_rows + row, units, buffers.bias);
-    for (int64_t column = 0; column < count; column += kPanel) {
-      simd().add_bias(tiles + column * units, bias, mlp.dtype, units,
-                        panel_width(count, column));
+    for (int64_t column = 0, width; column < count; column += width) {
+      width = panel_width(count, column);
+      simd().add_bias(tiles + column * units, bias, mlp.dtype, units, width);
     }
   }
 }
