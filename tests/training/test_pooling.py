@@ -86,7 +86,7 @@ def test_shares_fall_with_the_rows_of_a_domain():
 def test_without_limit_every_expert_is_what_the_dense_model_becomes(tmp_path):
     together = train(tmp_path, [ExpertPoolingCallback(COUNTS, math.inf)], domain_tokens=False)
     dense = train(tmp_path, model=make_dense())
-    mlps = [layer for layer in dense.transformers_model.encoder.layer]
+    mlps = dense.transformers_model.encoder.layer
     for i, mlp in enumerate(m for m in together.modules() if isinstance(m, MoEMLP)):
         for e in range(3):
             torch.testing.assert_close(mlp.up_proj[e], mlps[i].intermediate.dense.weight)
