@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,6 +22,7 @@ from experiments.claims.settings import Settings
 from experiments.large_batch import sequential
 from moe_fast.demo.comparison import fine_tune
 from moe_fast.losses import InfoNCELoss, RouterLoss
+from moe_fast.training.pooling import ExpertPoolingCallback
 
 ALL = "all texts"
 
@@ -100,7 +103,9 @@ class Setup:
             return nullcontext()
         return torch.autocast(self.settings.device, torch.bfloat16)
 
-    def train(self, model: Any, pairs: Dataset, **router: float) -> tuple[list[float], float]:
+    def train(
+        self, model: Any, pairs: Dataset, callbacks: Sequence[Any] = (), **router: float
+    ) -> tuple[list[float], float]:
         """Train for one pass over the pairs; return the losses by step, and seconds."""
         settings = self.settings
         loss: Any = InfoNCELoss(model, temperature=settings.temperature, symmetric=True)
@@ -112,6 +117,7 @@ class Setup:
             loss,
             settings,
             batch_sampler=sequential,
+            callbacks=callbacks,
             bf16=settings.precision == "bfloat16",
         )
         return [entry["loss"] for entry in history], seconds
@@ -212,6 +218,21 @@ def lora(setup: Setup) -> Trained:
     faster = replace(setup, settings=replace(settings, learning_rate=settings.lora_learning_rate))
     form = {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha}
     return mixture(faster, expert_form="lora", **form)
+def pooled(setup: Setup, strength: float) -> Trained:
+    """(p) As (e), and experts of small domains learn from the others' texts too."""
+    model, pairs = setup.enforced(), setup.pairs()
+    pooling = ExpertPoolingCallback(Counter(pairs["domain"]), strength)
+    losses, seconds = setup.train(model, pairs, [pooling])
+    return Trained(setup.encoder(model, knows_domains=True), True, len(losses), seconds, losses)
+
+
+def dense_first(setup: Setup) -> Trained:
+    """(q) The first half of the steps as a dense model, the second half as (e)."""
+    model, pairs = setup.enforced(), setup.pairs()
+    half = len(pairs) // setup.settings.batch_size // 2
+    pooling = ExpertPoolingCallback(Counter(pairs["domain"]), math.inf, steps=half)
+    losses, seconds = setup.train(model, pairs, [pooling])
+    return Trained(setup.encoder(model, knows_domains=True), True, len(losses), seconds, losses)
 
 
 def routed(
@@ -251,6 +272,9 @@ ARMS: dict[str, tuple[str, Callable[[Setup], Trained]]] = {
     ),
     "h": ("mixture by domain, one layer", lambda s: mixture(s, layers="single")),
     "i": ("mixture by domain, LoRA experts", lora),
+    "p-300": ("mixture by domain, pooled by 300 pairs", lambda s: pooled(s, 300)),
+    "p-3000": ("mixture by domain, pooled by 3,000 pairs", lambda s: pooled(s, 3000)),
+    "q": ("dense for half of the steps, then a mixture by domain", dense_first),
     "j": ("router of tokens, K = 2, balance", lambda s: routed(s, "token_topk", 2)),
 }
 """{name: (title, what trains it)}."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ class Source:
         documents: how many held-out documents are searched, at most.
         group: the column that says which pairs are about the same thing, and are never split.
         domain: the domain of all pairs; ``None``: the file names each pair's.
+        most: the largest number of training pairs by domain; ``train_pairs`` is then the number of
+            every other domain's, and ``documents`` a number for each domain.
     """
 
     file: str
@@ -32,6 +34,19 @@ class Source:
     documents: int
     group: str = "b"
     domain: str | None = None
+    most: Mapping[str, int] | None = None
+
+
+SIZES = (20, 50, 100, 300)
+"""The numbers of training pairs that a domain is cut down to."""
+
+CUT = ("digestive_kidney", "neuro", "health_topics", "senior", "heart_lung_blood", "cancer")
+
+
+def with_small_domains(rotation: int) -> Source:
+    """MedQuAD with four of its nine domains cut down to 20, 50, 100 and 300 pairs."""
+    names = [CUT[(2 * rotation + i) % len(CUT)] for i in range(len(SIZES))]
+    return Source(MEDQUAD, 600, 500, "focus", most=dict(zip(names, SIZES, strict=True)))
 
 
 SETS: dict[str, tuple[Source, ...]] = {
@@ -42,6 +57,7 @@ SETS: dict[str, tuple[Source, ...]] = {
         Source(ABSTRACTS, 450, 1000, "b", "titles of abstracts"),
         Source(PUBMEDQA, 450, 1000, "b", "research questions"),
     ),
+    **{f"small{rotation}": (with_small_domains(rotation),) for rotation in range(3)},
 }
 
 
@@ -80,7 +96,9 @@ def load(name: str, folder: Path, seed: int, sets: dict[str, tuple[Source, ...]]
         trains.append(train)
         tests.append(test)
     pairs = concatenate_datasets(tests)
-    kept = _first_documents(pairs, sum(source.documents for source in sets[name]))
+    kept = pairs
+    if all(source.most is None for source in sets[name]):
+        kept = _first_documents(pairs, sum(source.documents for source in sets[name]))
     test, groups = _retrieval(kept)
     held_out = {text for column in ("a", "b") for text in pairs[column]}
     train = concatenate_datasets(trains)
@@ -98,14 +116,39 @@ def _split(source: Source, folder: Path, seed: int) -> tuple[Dataset, Dataset]:
     half = split_by(pairs, "group", fractions={"train": 0.5, "test": 0.5}, seed=seed)
     held_out = {text for column in ("a", "b") for text in half["test"][column]}
     train = half["train"].filter(lambda row: row["a"] not in held_out and row["b"] not in held_out)
+    columns = ["a", "b", "domain", "group"]
+    if source.most is not None:
+        train, test = train.shuffle(seed=seed), half["test"].shuffle(seed=seed)
+        return (
+            _most_per_domain(train, source.most, source.train_pairs).select_columns(columns),
+            _documents_per_domain(test, source.documents).select_columns(columns),
+        )
     if len(train) < source.train_pairs:
         raise ValueError(f"{source.file}: train_pairs={source.train_pairs}, of {len(train)}")
-    columns = ["a", "b", "domain", "group"]
     train = train.shuffle(seed=seed).select(range(source.train_pairs)).select_columns(columns)
     test = half["test"].shuffle(seed=seed).select_columns(columns)
     if source.domain is not None:  # every source is one domain, of equal size
         test = _first_documents(test, source.documents)
     return train, test
+
+
+def _most_per_domain(pairs: Dataset, most: Mapping[str, int], others: int) -> Dataset:
+    """The first pairs of each domain, as many as ``most`` says, or ``others``."""
+    domains, rows = pairs["domain"], []
+    for domain in sorted(set(domains)):
+        rows += of_domain(domains, domain)[: most.get(domain, others)]
+        if domain in most and domains.count(domain) < most[domain]:
+            raise ValueError(f"{domain} has {domains.count(domain)} pairs; {most[domain]} wanted")
+    return pairs.select(sorted(rows))
+
+
+def _documents_per_domain(pairs: Dataset, count: int) -> Dataset:
+    """The pairs whose document is among the first ``count`` different ones of its domain."""
+    parts = []
+    for domain in sorted(set(pairs["domain"])):
+        own = pairs.select(of_domain(pairs["domain"], domain))
+        parts.append(_first_documents(own, count))
+    return concatenate_datasets(parts)
 
 
 def _first_documents(pairs: Dataset, count: int) -> Dataset:

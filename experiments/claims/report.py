@@ -109,6 +109,8 @@ def _collected(folder: Path) -> dict[str, tuple[dict[str, Any], Scores]]:
     found = {}
     for file in sorted(folder.glob("*-questions.json")):
         name = file.name.removesuffix("-questions.json")
+        if name.split("-")[1].startswith("small"):
+            continue  # a table of its own, see small_domains
         questions, scores = read(file), defaultdict(dict)
         for path in sorted(folder.glob(f"{name}-*-?.json")):
             record = read(path)
@@ -137,9 +139,9 @@ def _table(
         if arm != DENSE and own.keys() & dense.keys():
             gains[arm] = {p: difference(own, dense, p, groups) for p in PLACES}
         for place in PLACES:
-            cells.append(_interval(gains[arm][place]) if arm in gains else "-")
+            cells.append(interval(gains[arm][place]) if arm in gains else "-")
         rows.append(cells)
-    lines = [f"## {name}", "", _sizes(questions), "", *_markdown(heads, rows)]
+    lines = [f"## {name}", "", _sizes(questions), "", *markdown(heads, rows)]
     if {"c", "e"} <= scores.keys() and scores["c"].keys() & scores["e"].keys():
         lines += ["", *_prefix_against_mixture(scores, groups)]
     return "\n".join(lines) + "\n", gains
@@ -166,15 +168,17 @@ def _prefix_against_mixture(scores: Scores, groups: NDArray[np.int64]) -> list[s
         if verdict == "not decided":
             verdict += f" ({found.questions_needed:,} questions would decide)"
         seeds = ", ".join(f"{value:+.3f}" for value in found.seeds)
-        rows.append([place, _interval(found), seeds, f"{found.detectable:.3f}", verdict])
-    return _markdown(heads, rows)
+        rows.append([place, interval(found), seeds, f"{found.detectable:.3f}", verdict])
+    return markdown(heads, rows)
 
 
-def _interval(found: Difference) -> str:
+def interval(found: Difference) -> str:
+    """A difference with its interval, as a cell of a table."""
     return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-def _markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
+def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table."""
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 

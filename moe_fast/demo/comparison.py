@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import nn
-from transformers import ProgressCallback, set_seed
+from transformers import ProgressCallback, TrainerCallback, set_seed
 
 import moe_fast
 from moe_fast.data import Retrieval
@@ -179,7 +179,12 @@ def loss_of(variant: str, model: Any, settings: Settings) -> nn.Module:
 
 
 def fine_tune(
-    model: Any, train: Dataset, loss: nn.Module, settings: Settings, **arguments: Any
+    model: Any,
+    train: Dataset,
+    loss: nn.Module,
+    settings: Settings,
+    callbacks: Sequence[TrainerCallback] = (),
+    **arguments: Any,
 ) -> tuple[list[dict[str, float]], float]:
     """Train a model in place for one pass over the pairs.
 
@@ -213,6 +218,7 @@ def fine_tune(
             args=SentenceTransformerTrainingArguments(**(given | arguments)),
             train_dataset=train,
             loss=loss,
+            callbacks=list(callbacks),
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(OneLineProgress())

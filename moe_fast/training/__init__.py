@@ -15,6 +15,7 @@ from moe_fast.training.callbacks import ExpertUsageCallback  # noqa: E402
 from moe_fast.training.collator import DomainDataCollator  # noqa: E402
 from moe_fast.training.cross_encoder_collator import CrossEncoderDomainCollator  # noqa: E402
 from moe_fast.training.domain_column import DomainColumnCollator  # noqa: E402
+from moe_fast.training.pooling import ExpertPoolingCallback  # noqa: E402
 from moe_fast.training.sampler import DomainBatchSampler  # noqa: E402
 from moe_fast.training.trainer import MoESentenceTransformerTrainer  # noqa: E402
 from moe_fast.training.trim_memory import TrimMemoryCallback  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "DomainBatchSampler",
     "DomainColumnCollator",
     "DomainDataCollator",
+    "ExpertPoolingCallback",
     "ExpertUsageCallback",
     "MoESentenceTransformerTrainer",
     "TrimMemoryCallback",
