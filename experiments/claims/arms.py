@@ -218,6 +218,8 @@ def lora(setup: Setup) -> Trained:
     faster = replace(setup, settings=replace(settings, learning_rate=settings.lora_learning_rate))
     form = {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha}
     return mixture(faster, expert_form="lora", **form)
+
+
 def pooled(setup: Setup, strength: float) -> Trained:
     """(p) As (e), and experts of small domains learn from the others' texts too."""
     model, pairs = setup.enforced(), setup.pairs()
