@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 from dataclasses import replace
 
-from experiments.claims import records, report
+from experiments.claims import records, report, small_domains
 from experiments.claims.__main__ import chosen, run
 from experiments.claims.arms import ARMS, with_prefix
 from experiments.claims.data import Source, in_batches, load
@@ -178,3 +178,34 @@ def test_the_plan_begins_with_what_decides_most():
 
 def test_prefix():
     assert with_prefix("What is it?", "rare_diseases") == "rare diseases: What is it?"
+
+
+def test_some_domains_can_be_cut_down(folder):
+    most = dict(zip(DOMAINS[:2], (3, 5), strict=True))
+    source = Source("pairs.jsonl", 8, 4, "focus", most=most)
+    data = load("cut", folder, 0, {"cut": (source,)})
+    assert Counter(data.train["domain"]) == {**most, DOMAINS[2]: 8}
+    assert Counter(data.test.corpus_domains.values()) == dict.fromkeys(DOMAINS, 4)
+    too_many = replace(source, most={DOMAINS[0]: 1000})
+    with pytest.raises(ValueError, match=f"{DOMAINS[0]} has .* pairs; 1000 wanted"):
+        load("cut", folder, 0, {"cut": (too_many,)})
+
+
+def test_gains_of_small_domains_are_grouped_by_their_pairs(tmp_path, monkeypatch):
+    source = Source("pairs.jsonl", 8, 4, most={"fruit": 20, "metal": 50})
+    monkeypatch.setattr(small_domains, "SETS", {"small0": (source,)})
+    questions = {
+        "domains": DOMAINS,
+        "domain": records.compact(np.array([0, 0, 1, 2], np.float32)),
+        "group": records.compact(np.array([0, 1, 2, 3], np.float32)),
+    }
+    records.write(tmp_path / "r" / "minilm-small0-questions.json", questions)
+    for arm, scores in (("b", [0.5, 0.5, 0.5, 0.5]), ("e", [0.25, 0.75, 0.25, 1.0])):
+        found = {place: records.compact(np.array(scores, np.float32)) for place in PLACES}
+        records.write(tmp_path / "r" / f"minilm-small0-{arm}-0.json", {"per question": found})
+    parts = small_domains.parts_of(tmp_path / "r")
+    gains = {size: parts["e", size][0].gains["everything"].tolist() for _, size in parts}
+    assert gains == {20: [-0.25, 0.25], 50: [-0.25], small_domains.FULL: [0.5]}
+    text = small_domains.report(tmp_path / "r")
+    assert "| (e) mixture by domain | 50 | 1 | 1 | -0.250 [-0.250, -0.250] |" in text
+    assert (tmp_path / "small_domains.md").read_text() == text
