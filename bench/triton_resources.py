@@ -304,7 +304,7 @@ def _around_grouped_mm(shape: Shape, plan: tuple[Tensor, ...]) -> None:
     rows, bias = _new(len(plan[1]), s.dim, dtype=dtype), _new(s.experts, s.dim, dtype=dtype)
     weights = _new(len(plan[1]), dtype=torch.float32)
     for b, w, scatter in ((bias, weights, True), (bias, None, False), (None, weights, False)):
-        row_epilogue(rows, b, w, plan[:3], scatter=scatter)
+        row_epilogue(rows, b, w, plan[:3], torch.empty_like(rows) if scatter else None)
     zero_empty(_new(s.experts, s.dim, s.hidden, dtype=dtype), plan[0])
 
 

@@ -18,7 +18,8 @@ from .grouped_mm import grouped_linear
 from .launch import Plan, accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for
 from .numerics import cast, dot
-from .tiles import find_tile, swizzle, tile_bound
+from .padded_plan import divides
+from .tiles import find_tile, rows_of, swizzle, tile_bound
 from .zero_tail import zero_tail
 
 
@@ -45,6 +46,7 @@ def linear_kernel(
     SCATTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    PADDED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -60,8 +62,7 @@ def linear_kernel(
     expert, first, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BM)
     if expert >= E:
         return
-    row = first + tl.arange(0, BM)
-    valid = row < end
+    row, valid = rows_of(first, end, BM, PADDED)
     n = column * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), ACC)
@@ -89,10 +90,11 @@ def linear_kernel(
         acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0).to(ACC)[None, :]
     if WEIGHTED:
         slot = tl.load(row_to_slot_ptr + row, mask=valid, other=0)
-        acc *= tl.load(row_weight_ptr + slot, mask=valid, other=0).to(ACC)[:, None]
+        acc *= tl.load(row_weight_ptr + slot, mask=valid & (slot >= 0), other=0).to(ACC)[:, None]
     target = row
     if SCATTER:
         target = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+        valid = valid & (target >= 0)
     out = out_ptr + target[:, None] * N + n[None, :]
     tl.store(out, cast(acc, out_ptr.dtype.element_ty), mask=valid[:, None] & (n < N)[None, :])
 
@@ -106,6 +108,7 @@ def linear(
     *,
     gather: bool,
     scatter: bool,
+    tokens: int | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """The grouped product; without ``scatter``, rows from ``expert_offsets[E]`` on are not written.
@@ -118,20 +121,24 @@ def linear(
         plan: see :data:`.launch.Plan`.
         scatter: write row r at its token, and zeros at the tokens of skipped rows. Every token
             must have exactly one row.
+        tokens: T, if the plan is padded and so may have more rows.
         config: tile sizes; ``None``: the table's or the heuristic's.
 
     Returns:
-        [S, N] in a's dtype; with ``scatter`` [S, N] by token.
+        [S, N] in a's dtype; with ``scatter`` [T, N] by token.
     """
     expert_offsets, row_to_token, _ = plan
     num_rows, (num_experts, n, k) = row_to_token.shape[0], weight.shape
-    out = a.new_empty(num_rows, n)
+    padded = tokens is not None
+    out = a.new_empty(tokens if scatter and padded else num_rows, n)
     if not out.numel():
         return out
     kernel = "linear" if weight.stride(-1) == 1 else "linear_transposed"
     config = config or config_for(kernel, a, n, k, num_rows // num_experts)
     if config.implementation == "grouped_mm":
-        return grouped_linear(a, weight, bias, row_weights, plan, gather=gather, scatter=scatter)
+        return grouped_linear(
+            a, weight, bias, row_weights, plan, out if scatter else None, gather=gather
+        )
     a, bias = row_major(a), None if bias is None else bias.contiguous()
     a_rows, w_tiles = a, weight
     if config.descriptors:
@@ -156,6 +163,7 @@ def linear(
         SCATTER=scatter,
         HAS_BIAS=bias is not None,
         WEIGHTED=row_weights is not None,
+        PADDED=padded and divides(config.block_m),
         DESCRIPTORS=config.descriptors,
         TRANSPOSED=is_transposed(weight),
         EVEN_K=k % config.block_k == 0,
