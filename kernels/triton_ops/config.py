@@ -54,6 +54,9 @@ class Config:
             tile, one after the other; a power of two.
         maxnreg: the most registers per thread, 0 for no limit. With 128, two programs of 8 warps
             run on a multiprocessor at a time, and one multiplies while the other finishes a tile.
+        persistent: one program per multiprocessor, with specialised warps, computes tile after
+            tile (``persistent_linear.py``). It needs padded rows; without, the heuristic's
+            configuration is used.
     """
 
     block_m: int = 128
@@ -66,6 +69,7 @@ class Config:
     implementation: str = "triton"
     parts: int = 2
     maxnreg: int = 0
+    persistent: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -74,8 +78,9 @@ class Config:
                 raise ValueError(
                     f"{name} must be a power of two, at least {SMALLEST_DOT}; got {size}."
                 )
-        if not isinstance(self.descriptors, bool):
-            raise ValueError(f"descriptors must be true or false; got {self.descriptors!r}.")
+        for name in ("descriptors", "persistent"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}.")
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; "
@@ -152,6 +157,10 @@ def why_not(
         reason = _why_no_descriptors(kernel, dtype, target, n, k)
         if reason is not None:
             return reason
+    if config.persistent:
+        reason = _why_not_persistent(config, kernel, dtype, target, n, k)
+        if reason is not None:
+            return reason
     if config.implementation == "grouped_mm":
         return _why_no_grouped_mm(kernel, dtype, target, n, k)
     if target == "interpreter":  # has no limit
@@ -171,6 +180,22 @@ def _why_no_descriptors(kernel: str, dtype: torch.dtype, target: str, n: int, k:
     if target not in _WITH_TMA:
         return f"descriptors are used on {', '.join(DATA_CENTRE)}; got {target}"
     return _why_not_aligned("descriptors need", dtype, n, k)
+
+
+def _why_not_persistent(
+    config: Config, kernel: str, dtype: torch.dtype, target: str, n: int, k: int
+) -> str | None:
+    if kernel not in ("linear", "linear_transposed"):
+        return f"persistent is for linear and linear_transposed; got {kernel}"
+    if target not in _WITH_TMA:
+        return f"persistent is for {', '.join(DATA_CENTRE)}; got {target}"
+    if config.num_warps != 4:  # with more, the compiler specialises no warps, without a word
+        return f"persistent needs num_warps = 4; got {config.num_warps}"
+    if k % config.block_k:
+        return f"persistent needs k in multiples of block_k = {config.block_k}; got {k}"
+    if config.block_m > 128:
+        return f"persistent needs block_m of 128 at most; got {config.block_m}"
+    return _why_not_aligned("persistent needs", dtype, n, k)
 
 
 def _why_not_aligned(who: str, dtype: torch.dtype, n: int, k: int) -> str | None:

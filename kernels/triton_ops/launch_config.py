@@ -33,6 +33,14 @@ def gpu_name(device: torch.device) -> str:
     return "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
+@functools.cache
+def multiprocessors(device_index: int | None) -> int:
+    """How many programs that fill a multiprocessor run at a time; a few in the interpreter."""
+    if INTERPRETED:
+        return 3
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
 def math_of(like: Tensor) -> str:
     """How activations are computed for results like ``like``: one of ``numerics.MATHS``."""
     if like.dtype.itemsize > 2:

@@ -12,13 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config
+from . import launch_config
+from .config import Config, heuristic
 from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
 from .grouped_mm import grouped_linear
 from .launch import Plan, accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for
 from .numerics import cast, dot
-from .padded_plan import divides
+from .padded_plan import PaddedPlan, divides
+from .persistent_linear import persistent_linear
 from .tiles import find_tile, rows_of, swizzle, tile_bound
 from .zero_tail import zero_tail
 
@@ -108,7 +110,7 @@ def linear(
     *,
     gather: bool,
     scatter: bool,
-    tokens: int | None = None,
+    padded: PaddedPlan | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """The grouped product; without ``scatter``, rows from ``expert_offsets[E]`` on are not written.
@@ -121,7 +123,7 @@ def linear(
         plan: see :data:`.launch.Plan`.
         scatter: write row r at its token, and zeros at the tokens of skipped rows. Every token
             must have exactly one row.
-        tokens: T, if the plan is padded and so may have more rows.
+        padded: the padded plan that ``plan`` is part of, or ``None``.
         config: tile sizes; ``None``: the table's or the heuristic's.
 
     Returns:
@@ -129,8 +131,8 @@ def linear(
     """
     expert_offsets, row_to_token, _ = plan
     num_rows, (num_experts, n, k) = row_to_token.shape[0], weight.shape
-    padded = tokens is not None
-    out = a.new_empty(tokens if scatter and padded else num_rows, n)
+    slots = None if padded is None else padded.slot_to_row
+    out = a.new_empty(num_rows if slots is None or not scatter else slots.shape[0], n)
     if not out.numel():
         return out
     kernel = "linear" if weight.stride(-1) == 1 else "linear_transposed"
@@ -139,7 +141,15 @@ def linear(
         return grouped_linear(
             a, weight, bias, row_weights, plan, out if scatter else None, gather=gather
         )
+    if config.persistent and padded is None:
+        config = heuristic(
+            kernel, a.dtype, launch_config.target_of(a.device.index), n, k, num_rows // num_experts
+        )
     a, bias = row_major(a), None if bias is None else bias.contiguous()
+    if config.persistent:
+        assert padded is not None
+        persistent_linear(a, weight, bias, row_weights, padded, out, config, scatter=scatter)
+        return zero_tail(out, expert_offsets, row_to_token, by_token=True) if scatter else out
     a_rows, w_tiles = a, weight
     if config.descriptors:
         a_rows = row_descriptor(a, row_to_token if gather else None, config)
@@ -163,7 +173,7 @@ def linear(
         SCATTER=scatter,
         HAS_BIAS=bias is not None,
         WEIGHTED=row_weights is not None,
-        PADDED=padded and divides(config.block_m),
+        PADDED=padded is not None and divides(config.block_m),
         DESCRIPTORS=config.descriptors,
         TRANSPOSED=is_transposed(weight),
         EVEN_K=k % config.block_k == 0,

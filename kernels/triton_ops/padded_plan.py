@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,12 +27,14 @@ class PaddedPlan(NamedTuple):
         expert_offsets: [E + 1], multiples of 128.
         row_to_token, row_to_slot: [P], -1 for rows that pad; the skipped slots follow the experts.
         slot_to_row: [S], -1 for skipped slots.
+        tile_expert: [P / 128] int32, the expert of each 128 rows; E behind the last.
     """
 
     expert_offsets: Tensor
     row_to_token: Tensor
     row_to_slot: Tensor
     slot_to_row: Tensor
+    tile_expert: Tensor
 
 
 def padded_rows(num_rows: int, num_experts: int) -> int:
@@ -53,6 +56,7 @@ def pad_plan_kernel(
     padded_token_ptr,  # [P]
     padded_slot_ptr,  # [P]
     slot_to_row_ptr,  # [S], by padded rows
+    tile_expert_ptr,  # [P / BLOCK]
     S,
     E,
     E_BLOCK: tl.constexpr,
@@ -69,6 +73,7 @@ def pad_plan_kernel(
         tl.store(padded_offsets_ptr + expert, ends - tiles * BLOCK, mask=expert < E)
         tl.store(padded_offsets_ptr + expert + 1, ends, mask=expert == E - 1)
     found, row, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BLOCK)
+    tl.store(tile_expert_ptr + tile, found.to(tl.int32))
     skipped = found >= E
     if skipped:
         row = tl.load(offsets_ptr + E) + (tile - tl.sum(tiles, 0)) * BLOCK
@@ -88,7 +93,8 @@ def pad_plan(plan: Plan) -> PaddedPlan:
     num_rows, num_experts = row_to_token.shape[0], offsets.shape[0] - 1
     count = padded_rows(num_rows, num_experts)
     sizes = (num_experts + 1, count, count, num_rows)
-    padded = PaddedPlan(*(offsets.new_empty(size) for size in sizes))
+    tiles = offsets.new_empty(count // PAD_ROWS, dtype=torch.int32)
+    padded = PaddedPlan(*(offsets.new_empty(size) for size in sizes), tiles)
     pad_plan_kernel[(count // PAD_ROWS,)](
         *plan,
         *padded,

@@ -105,7 +105,7 @@ def expert_rows(
     padded = order.padded is not None
     form = dict(act=act, gated=gated, want_z=save, want_h=True, gather=not padded, padded=padded)
     z, h = up_projection(order.rows_of(x), up_proj, up_bias, *order.plan[:2], **form)
-    form = dict(gather=False, scatter=by_token is not None, tokens=len(x) if padded else None)
+    form = dict(gather=False, scatter=by_token is not None, padded=order.padded)
     return linear(h, down_proj, down_bias, by_token, order.plan, **form), z
 
 
@@ -145,7 +145,7 @@ def gradients(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     )
     # dz contains the routing weight already.
     k = w.shape[1]
-    to = dict(gather=False, scatter=k == 1, tokens=len(x) if padded else None)
+    to = dict(gather=False, scatter=k == 1, padded=order.padded)
     grad_x = linear(grad_z, up_proj.mT, None, None, plan, **to)
     if k > 1:
         grad_x = combine(grad_x, order.slot_to_row, None, k)

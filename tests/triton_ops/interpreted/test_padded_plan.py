@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_fast.triton_ops import padded_plan
+from moe_fast.triton_ops import padded_plan, persistent_linear
+from moe_fast.triton_ops.config import Config
 from moe_fast.triton_ops.grad_hidden import grad_hidden
 from moe_fast.triton_ops.grad_weight import grad_weight
 from moe_fast.triton_ops.linear import linear
@@ -54,6 +55,8 @@ def test_the_padded_plan(counts):
     assert got.row_to_slot.tolist() == slots + [-1] * (size - len(slots))
     assert got.row_to_token.tolist() == tokens + [-1] * (size - len(tokens))
     assert got.slot_to_row.tolist() == slot_to_row
+    tiles = [e for e, count in enumerate(counts) for _ in range(-(-count // PAD))]
+    assert got.tile_expert.tolist() == tiles + [len(counts)] * (size // PAD - len(tiles))
 
 
 def test_no_rows_at_all():
@@ -94,7 +97,7 @@ def test_products_of_sorted_rows_as_of_gathered_ones(dtype, config, gated, count
     form = dict(act="gelu", gated=gated)
 
     def results(plan, sort, slot_to_row, **order):
-        gathered, to = not order, dict(tokens=tokens) if order else {}
+        gathered, to = not order, dict(padded=padded) if order else {}
         more = dict(padded=True, config=plain) if order else dict(config=plain)
         up = dict(want_z=True, want_h=True, config=config, **form, **order)
         z, h = up_projection(sort(x), w1, b1, *plan[:2], **up)
@@ -125,10 +128,40 @@ def test_linear_by_grouped_mm_in_token_order():
     padded, tokens = pad_plan(rows.plan), len(rows.row_to_token)
     x = poison(new(tokens, DIM, dtype=F32), rows, by_token=True)
     w, bias = new(7, HIDDEN, DIM, dtype=F32), new(7, HIDDEN, dtype=F32)
-    form = dict(gather=False, scatter=True, tokens=tokens)
+    form = dict(gather=False, scatter=True, padded=padded)
     x = sort_rows(x, padded)
     weights = torch.rand(tokens)
     actual = linear(x, w, bias, weights, padded[:3], config=GROUPED, **form)
     expected = linear(x, w, bias, weights, padded[:3], config=SMALL, **form)
     assert actual.shape == (tokens, HIDDEN)
     assert_close(actual, expected.double(), 1e-6)
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "transposed", "bias"), [(BF16, False, True), (F32, True, False), (F16, True, True)]
+)
+def test_persistent_linear(monkeypatch, dtype, transposed, bias, scatter):
+    """Three programs, as many tiles of columns as do not divide N, and NaN in the next expert."""
+    monkeypatch.setattr(persistent_linear, "PAD_ROWS", PAD)
+    config = Config(16, 32, 16, num_warps=4, num_stages=1, group_m=2, persistent=True)
+    rows = some_rows(COUNTS[0])
+    tokens, dim, out = len(rows.row_to_token), 48, 40
+    padded = pad_plan(rows.plan)
+    x = sort_rows(poison(new(tokens, dim, dtype=dtype), rows, by_token=True), padded)
+    w = new(7, out, dim, dtype=dtype, scale=dim**-0.5)
+    w[0] = w[4] = w[6] = float("nan")  # experts without rows
+    if transposed:
+        w = guarded(w.mT.contiguous()).mT
+    b = new(7, out, dtype=dtype) if bias else None
+    weights = poison(guarded(torch.rand(tokens)), rows, by_token=True) if bias else None
+    form = dict(gather=False, scatter=scatter, padded=padded)
+    actual = linear(x, w, b, weights, padded[:3], config=config, **form)
+    expected = linear(x, w, b, weights, padded[:3], config=SMALL, **form)
+    used = slice(None) if scatter else padded.row_to_slot[: padded.expert_offsets[-1]] >= 0
+    if not scatter:
+        actual, expected = (t[: padded.expert_offsets[-1]] for t in (actual, expected))
+    assert_close(actual[used], expected[used].double(), TOLERANCES[dtype])
+    # gathered rows are computed by the heuristic's tiles
+    plain = linear(x, w, None, None, padded[:3], gather=False, scatter=False, config=config)
+    assert plain[: padded.expert_offsets[-1]].isfinite().all()
