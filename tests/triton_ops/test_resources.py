@@ -13,7 +13,10 @@ from bench import triton_resources as resources
 from .processes import ROOT, needs_triton
 
 NAMES = ("up", "linear", "grad_hidden", "grad_weight", "add_product", "info_nce")
-PRODUCTS = r"^(up|linear|persistent_linear|grad_hidden|grad_weight|add_product)_kernel|^info_nce\w* .*TEXTS=False"
+PRODUCTS = (
+    r"^(up|linear|persistent_linear|grad_hidden|grad_weight|add_product)_kernel"
+    r"|^info_nce\w* .*TEXTS=False"
+)
 # Of these one or two of each kernel.
 A_FEW = (
     r"^up_kernel .*ACT=gelu GATED=False .*STORE_Z=True STORE_H=True .*(PADDED|DESCRIPTORS)=True"
