@@ -54,7 +54,7 @@ _BASE = Shape(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16
 _ODD = Shape(1_001, experts=3, k=1, dim=389, hidden=1019, dtype=torch.bfloat16)
 # Tiles of persistent programs; 4 warps multiply and store, and others copy.
 PERSISTENT: dict[str, Any] = dict(
-    block_m=128, block_n=256, block_k=64, num_warps=4, num_stages=4, parts=4, persistent=True
+    block_m=128, block_n=256, block_k=64, num_warps=4, num_stages=4, persistent=True
 )
 # Bytes per thread that a kernel with limited registers may spill outside of its main loop.
 _MOST_SPILLED = 64
