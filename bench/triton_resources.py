@@ -41,6 +41,7 @@ TENSOR_CORES = {
 }
 PRODUCTS = (
     *("up_kernel", "linear_kernel", "grad_hidden_kernel", "grad_weight_kernel"),
+    "persistent_linear_kernel",
     *("own_logits_kernel", "info_nce_kernel", "info_nce_grad_kernel", "add_product_kernel"),
 )
 
@@ -93,6 +94,7 @@ class Resources:
         shared_memory: bytes per program.
         tensor_cores: whether products run on tensor cores.
         tile_copies: whether the TMA unit copies operand tiles.
+        specialized: whether warps have different tasks.
         buffers: operand tiles that the pipeline holds at a time; here and below 0 for kernels
             without products, and for gfx942.
         instructions, epilogue: all instructions, and those behind the main loop.
@@ -104,6 +106,7 @@ class Resources:
     shared_memory: int
     tensor_cores: bool
     tile_copies: bool
+    specialized: bool = False
     buffers: int = 0
     instructions: int = 0
     epilogue: int = 0
@@ -152,6 +155,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(launch_config, "target_of", lambda index: target),
+        mock.patch.object(launch_config, "multiprocessors", lambda index: 132),  # an H200's
         # No table has this name, so the heuristic's configurations are used.
         mock.patch.object(launch_config, "gpu_name", lambda device: target),
     ):
@@ -286,7 +290,7 @@ def _around_grouped_mm(shape: Shape, plan: tuple[Tensor, ...]) -> None:
     rows, bias = _new(len(plan[1]), s.dim, dtype=dtype), _new(s.experts, s.dim, dtype=dtype)
     weights = _new(len(plan[1]), dtype=torch.float32)
     for b, w, scatter in ((bias, weights, True), (bias, None, False), (None, weights, False)):
-        row_epilogue(rows, b, w, plan[:3], scatter=scatter)
+        row_epilogue(rows, b, w, plan[:3], torch.empty_like(rows) if scatter else None)
     zero_empty(_new(s.experts, s.dim, s.hidden, dtype=dtype), plan[0])
 
 
@@ -353,6 +357,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         if launch.kernel.__name__ in PRODUCTS:
             found = triton_code.read_code(compiled.asm["cubin"])
             read = dict(
+                specialized="ttg.warp_specialize" in compiled.asm["ttgir"],
                 buffers=triton_code.buffers(compiled.asm),
                 instructions=found.instructions,
                 epilogue=found.tail,
@@ -393,8 +398,11 @@ def faults(launch: Launch, target: str, used: Resources) -> list[str]:
     narrow = any(t in ("*bf16", "*fp16") for _, t in launch.signature)
     if narrow and launch.kernel.__name__ in PRODUCTS and not used.tensor_cores:
         found.append(f"no {TENSOR_CORES[target]}")
-    if dict(launch.constants).get("DESCRIPTORS") and not used.tile_copies:
+    persistent = launch.kernel.__name__ == "persistent_linear_kernel"
+    if (persistent or dict(launch.constants).get("DESCRIPTORS")) and not used.tile_copies:
         found.append("descriptors, but no copies of tiles")
+    if persistent and target == "sm_90" and not used.specialized:
+        found.append("its warps are not specialised")
     return found
 
 

@@ -35,8 +35,8 @@ IMPLEMENTATIONS = ("triton", "grouped_mm")
 BY_GROUPED_MM = ("linear", "linear_transposed", "grad_weight")
 # Products whose operands can be loaded by tensor descriptors, and the GPUs that support these.
 BY_DESCRIPTORS = ("up", "gated_up", "linear", "linear_transposed")
-_DATA_CENTRE = ("sm_90", "sm_100", "sm_103")
-_WITH_TMA = (*_DATA_CENTRE, "interpreter")
+DATA_CENTRE = ("sm_90", "sm_100", "sm_103")
+_WITH_TMA = (*DATA_CENTRE, "interpreter")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Config:
             tile, one after the other; a power of two.
         maxnreg: the most registers per thread, 0 for no limit. With 128, two programs of 8 warps
             run on a multiprocessor at a time, and one multiplies while the other finishes a tile.
+        persistent: one program per multiprocessor, with specialised warps, computes tile after
+            tile (``persistent_linear.py``). It needs padded rows; without, the heuristic's
+            configuration is used.
     """
 
     block_m: int = 128
@@ -66,6 +69,7 @@ class Config:
     implementation: str = "triton"
     parts: int = 2
     maxnreg: int = 0
+    persistent: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -74,8 +78,9 @@ class Config:
                 raise ValueError(
                     f"{name} must be a power of two, at least {SMALLEST_DOT}; got {size}."
                 )
-        if not isinstance(self.descriptors, bool):
-            raise ValueError(f"descriptors must be true or false; got {self.descriptors!r}.")
+        for name in ("descriptors", "persistent"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}.")
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; "
@@ -115,16 +120,45 @@ def products_of(kernel: str) -> int:
     return 2 if kernel == "gated_up" else 1
 
 
+def memory_of(
+    config: Config, kernel: str, dtype: torch.dtype, target: str, gathered: bool = False
+) -> int:
+    """Bytes of shared memory that the compiled pipeline of a product takes, as its code shows.
+
+    ``mma.sync`` reads its operands from registers, so that a tile leaves its buffer a step earlier
+    than with ``wgmma`` and ``tcgen05``. Where the addresses of a step are loaded themselves
+    (``gathered``), half of the steps are spent on them; their indices take memory, too.
+    """
+    buffers = config.num_stages
+    if dtype.itemsize == 2 and target.startswith("sm_"):
+        early = target not in DATA_CENTRE
+        buffers = (buffers + 1 - early) // 2 if gathered else buffers - early
+    buffers = max(1, buffers)
+    tiles = replace(config, num_stages=buffers).shared_memory(dtype.itemsize, products_of(kernel))
+    return tiles + (8 * config.block_k * (buffers - 1) if gathered else 0)
+
+
 def why_not(
-    config: Config, kernel: str, dtype: torch.dtype, target: str, n: int, k: int
+    config: Config,
+    kernel: str,
+    dtype: torch.dtype,
+    target: str,
+    n: int,
+    k: int,
+    gathered: bool = False,
 ) -> str | None:
     """Why a product cannot be computed by ``config`` on ``target``; ``None`` if it can.
 
     Args:
         kernel, dtype, target, n, k: as in :func:`heuristic`.
+        gathered: whether "grad_weight" gathers rows of an operand.
     """
     if config.descriptors:
         reason = _why_no_descriptors(kernel, dtype, target, n, k)
+        if reason is not None:
+            return reason
+    if config.persistent:
+        reason = _why_not_persistent(config, kernel, dtype, target, n, k)
         if reason is not None:
             return reason
     if config.implementation == "grouped_mm":
@@ -133,7 +167,7 @@ def why_not(
         return None
     if config.maxnreg and not target.startswith("sm_"):
         return f"maxnreg is an option of NVIDIA's compiler; got {target}"
-    needed = config.shared_memory(dtype.itemsize, products_of(kernel))
+    needed = memory_of(config, kernel, dtype, target, gathered)
     limit = SHARED_MEMORY.get(target, LEAST_SHARED_MEMORY)
     if needed > limit:
         return f"it needs {needed} bytes of shared memory; this GPU has {limit}"
@@ -144,8 +178,24 @@ def _why_no_descriptors(kernel: str, dtype: torch.dtype, target: str, n: int, k:
     if kernel not in BY_DESCRIPTORS:
         return f"descriptors are for {', '.join(BY_DESCRIPTORS)}; got {kernel}"
     if target not in _WITH_TMA:
-        return f"descriptors are used on {', '.join(_DATA_CENTRE)}; got {target}"
+        return f"descriptors are used on {', '.join(DATA_CENTRE)}; got {target}"
     return _why_not_aligned("descriptors need", dtype, n, k)
+
+
+def _why_not_persistent(
+    config: Config, kernel: str, dtype: torch.dtype, target: str, n: int, k: int
+) -> str | None:
+    if kernel not in ("linear", "linear_transposed"):
+        return f"persistent is for linear and linear_transposed; got {kernel}"
+    if target not in _WITH_TMA:
+        return f"persistent is for {', '.join(DATA_CENTRE)}; got {target}"
+    if config.num_warps != 4:  # with more, the compiler specialises no warps, without a word
+        return f"persistent needs num_warps = 4; got {config.num_warps}"
+    if k % config.block_k:
+        return f"persistent needs k in multiples of block_k = {config.block_k}; got {k}"
+    if config.block_m > 128:
+        return f"persistent needs block_m of 128 at most; got {config.block_m}"
+    return _why_not_aligned("persistent needs", dtype, n, k)
 
 
 def _why_not_aligned(who: str, dtype: torch.dtype, n: int, k: int) -> str | None:
@@ -158,8 +208,8 @@ def _why_no_grouped_mm(kernel: str, dtype: torch.dtype, target: str, n: int, k: 
     if kernel not in BY_GROUPED_MM:
         return f"grouped_mm is for {', '.join(BY_GROUPED_MM)}; got {kernel}"
     # Elsewhere grouped_mm is slow, or waits for the offsets; on the CPU only tests use it.
-    if target != "interpreter" and (target not in _DATA_CENTRE or dtype != torch.bfloat16):
-        where = ", ".join(_DATA_CENTRE)
+    if target != "interpreter" and (target not in DATA_CENTRE or dtype != torch.bfloat16):
+        where = ", ".join(DATA_CENTRE)
         return f"grouped_mm is used for bfloat16 on {where}; got {dtype} on {target}"
     return _why_not_aligned("grouped_mm needs", dtype, n, k)
 
@@ -208,7 +258,7 @@ def heuristic(
     elif target == "sm_90" and (kernel.endswith("up") or kernel.endswith("grad_hidden")):
         # Two programs per multiprocessor, so that one multiplies while the other finishes a tile.
         config = Config(128, columns, 64, num_warps=8, num_stages=3, parts=4, maxnreg=128)
-    elif target in _DATA_CENTRE and not kernel.endswith("grad_hidden"):
+    elif target in DATA_CENTRE and not kernel.endswith("grad_hidden"):
         # Wider tiles read less through the cache, which would limit tiles of 128 columns.
         # grad_weight loads its addresses too; its pipeline has one stage fewer than configured.
         stages = 4 if kernel == "grad_weight" else 3

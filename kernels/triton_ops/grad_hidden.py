@@ -19,7 +19,8 @@ from .config import Config
 from .launch import COLUMNS, Plan, accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for, math_of
 from .numerics import activate, cast, columns_of, dot, gate, gate_backward
-from .tiles import find_tile, swizzle, tile_bound
+from .padded_plan import divides
+from .tiles import find_tile, rows_of, swizzle, tile_bound
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["S", "num_tiles"])
 def grad_hidden_kernel(
-    grad_ptr,  # [T, K] dO
+    grad_ptr,  # [T, K] dO; by row [S, K]
     w_ptr,  # [E, K, H], any strides
     z_ptr,  # [S, H], gated [S, 2H]
     row_weight_ptr,  # [S] by slot
@@ -89,6 +90,8 @@ def grad_hidden_kernel(
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     WANT_SUM: tl.constexpr,
+    GATHER: tl.constexpr,
+    PADDED: tl.constexpr,
     EVEN_K: tl.constexpr,
     MATH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -104,12 +107,13 @@ def grad_hidden_kernel(
     expert, first, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BM)
     if expert >= E:
         return
-    row = first + tl.arange(0, BM)
-    valid = row < end
+    row, valid = rows_of(first, end, BM, PADDED)
     n = column * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    token = tl.load(row_to_token_ptr + row, mask=valid, other=0)
-    grad = grad_ptr + token[:, None] * stride_grad + k[None, :]
+    source = row
+    if GATHER:
+        source = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+    grad = grad_ptr + source[:, None] * stride_grad + k[None, :]
     w = w_ptr + expert.to(tl.int64) * stride_we
     w = w + n.to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
     grad_h = tl.zeros((BM, BN), ACC)
@@ -124,7 +128,7 @@ def grad_hidden_kernel(
         w += BK * stride_wk
 
     slot = tl.load(row_to_slot_ptr + row, mask=valid, other=0)
-    weight = tl.load(row_weight_ptr + slot, mask=valid, other=0).to(ACC)[:, None]
+    weight = tl.load(row_weight_ptr + slot, mask=valid & (slot >= 0), other=0).to(ACC)[:, None]
     # The tile's base has 64 bits and offsets within it 32, which takes fewer registers.
     width = 2 * H if GATED else H
     z_ptr += first * width
@@ -178,16 +182,19 @@ def grad_hidden(
     act: str,
     gated: bool,
     want_bias: bool,
+    gather: bool = True,
+    padded: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dz, w * h, the parts of <dh, h> and db1; rows from ``expert_offsets[E]`` on are not written.
 
     Args:
-        grad: [T, K], the gradient of y.
+        grad: [T, K], the gradient of y; without ``gather`` [S, K] by row.
         weight: [E, K, H], the down projection, any strides.
         z: [S, H], gated [S, 2H], of :func:`.up_projection.up_projection`.
         row_weights: [S] by slot, float32 or float64.
         want_bias: whether db1 is wanted; otherwise it is empty.
+        padded: whether the offsets are those of a padded plan.
         config: tile sizes; ``None``: the table's or the heuristic's.
 
     Returns:
@@ -229,6 +236,8 @@ def grad_hidden(
             ACT=act,
             GATED=gated,
             WANT_SUM=want_bias,
+            GATHER=gather,
+            PADDED=padded and divides(config.block_m),
             EVEN_K=k % config.block_k == 0,
             MATH=math_of(grad),
             PRECISION=precision(grad.dtype),

@@ -17,8 +17,9 @@ from .grouped_mm import grouped_weight
 from .launch import Plan, accumulator, precision, row_major, triton_dtype
 from .launch_config import config_for
 from .numerics import cast, dot
+from .padded_plan import divides
 from .split_sum import split_sum
-from .tiles import swizzle
+from .tiles import rows_of, swizzle
 
 # The least number of programs to aim for, twice an H200's 132 multiprocessors, and the most runs.
 _PROGRAMS, _MOST_SPLITS = 264, 16
@@ -42,6 +43,7 @@ def grad_weight_kernel(
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BM: tl.constexpr,
@@ -63,8 +65,7 @@ def grad_weight_kernel(
     last = tl.minimum(last, first + run)
     acc = tl.zeros((BM, BN), ACC)
     for start in range(first, last, BK):
-        row = start + tl.arange(0, BK)
-        valid = row < last
+        row, valid = rows_of(start, last, BK, PADDED)
         a_row, b_row = row, row
         if GATHER_A or GATHER_B:
             token = tl.load(row_to_token_ptr + row, mask=valid, other=0)
@@ -109,6 +110,7 @@ def grad_weight(
     *,
     gather_a: bool,
     gather_b: bool,
+    padded: bool = False,
     config: Config | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -117,6 +119,8 @@ def grad_weight(
     Args:
         a, b: [S, M] and [S, N] in one dtype; gathered [T, M] and [T, N].
         row_weights: [S] by slot, the factors of a's rows, or ``None`` for 1.
+        padded: whether the offsets are those of a padded plan. Rows that pad must then be 0 in
+            one of a and b, and finite in the other.
         config: tile sizes (block_k: rows per step); ``None``: the table's or the heuristic's.
         splits: runs per expert; ``None``: :func:`splits_for`.
 
@@ -129,7 +133,8 @@ def grad_weight(
     out = a.new_empty(num_experts, m, n)
     if not out.numel():
         return out
-    config = config or config_for("grad_weight", a, n, m, num_rows // num_experts)
+    gathered = gather_a or gather_b
+    config = config or config_for("grad_weight", a, n, m, num_rows // num_experts, gathered)
     if config.implementation == "grouped_mm":
         return grouped_weight(a, b, row_weights, plan, gather_a=gather_a, gather_b=gather_b)
     splits = splits or splits_for(num_experts, m, n, num_rows, config)
@@ -152,6 +157,7 @@ def grad_weight(
         GATHER_A=gather_a,
         GATHER_B=gather_b,
         WEIGHTED=row_weights is not None,
+        PADDED=padded and divides(config.block_k),
         PRECISION=precision(a.dtype),
         ACC=triton_dtype(acc),
         **config.meta(),

@@ -28,18 +28,18 @@ def grouped_linear(
     bias: Tensor | None,
     row_weights: Tensor | None,
     plan: Plan,
+    by_token: Tensor | None,
     *,
     gather: bool,
-    scatter: bool,
 ) -> Tensor:
-    """As :func:`.linear.linear`."""
+    """As :func:`.linear.linear`, which scatters to ``by_token``."""
     expert_offsets, row_to_token, _ = plan
     a = aligned(a.index_select(0, row_to_token) if gather else a)
     ends = expert_offsets[1:].to(torch.int32)
     rows = F.grouped_mm(a, aligned(weight).mT, offs=ends)
-    if bias is None and row_weights is None and not scatter:
+    if bias is None and row_weights is None and by_token is None:
         return rows
-    return row_epilogue(rows, bias, row_weights, plan, scatter=scatter)
+    return row_epilogue(rows, bias, row_weights, plan, by_token)
 
 
 def grouped_weight(
@@ -58,7 +58,7 @@ def grouped_weight(
     a = aligned(a.index_select(0, row_to_token) if gather_a else a)
     b = aligned(b.index_select(0, row_to_token) if gather_b else b)
     if row_weights is not None:
-        a = row_epilogue(a, None, row_weights, plan, scatter=False)
+        a = row_epilogue(a, None, row_weights, plan)
     out = F.grouped_mm(a.mT, b, offs=expert_offsets[1:].to(torch.int32))
     return zero_empty(out, expert_offsets)
 

@@ -12,13 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config
+from . import launch_config
+from .config import Config, heuristic
 from .descriptors import is_transposed, load_weight, row_descriptor, weight_descriptor
 from .grouped_mm import grouped_linear
 from .launch import Plan, accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for
 from .numerics import cast, dot
-from .tiles import find_tile, swizzle, tile_bound
+from .padded_plan import PaddedPlan, divides
+from .persistent_linear import persistent_linear
+from .tiles import find_tile, rows_of, swizzle, tile_bound
 from .zero_tail import zero_tail
 
 
@@ -45,6 +48,7 @@ def linear_kernel(
     SCATTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    PADDED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -60,8 +64,7 @@ def linear_kernel(
     expert, first, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BM)
     if expert >= E:
         return
-    row = first + tl.arange(0, BM)
-    valid = row < end
+    row, valid = rows_of(first, end, BM, PADDED)
     n = column * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), ACC)
@@ -89,10 +92,11 @@ def linear_kernel(
         acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0).to(ACC)[None, :]
     if WEIGHTED:
         slot = tl.load(row_to_slot_ptr + row, mask=valid, other=0)
-        acc *= tl.load(row_weight_ptr + slot, mask=valid, other=0).to(ACC)[:, None]
+        acc *= tl.load(row_weight_ptr + slot, mask=valid & (slot >= 0), other=0).to(ACC)[:, None]
     target = row
     if SCATTER:
         target = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+        valid = valid & (target >= 0)
     out = out_ptr + target[:, None] * N + n[None, :]
     tl.store(out, cast(acc, out_ptr.dtype.element_ty), mask=valid[:, None] & (n < N)[None, :])
 
@@ -106,6 +110,7 @@ def linear(
     *,
     gather: bool,
     scatter: bool,
+    padded: PaddedPlan | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """The grouped product; without ``scatter``, rows from ``expert_offsets[E]`` on are not written.
@@ -118,21 +123,33 @@ def linear(
         plan: see :data:`.launch.Plan`.
         scatter: write row r at its token, and zeros at the tokens of skipped rows. Every token
             must have exactly one row.
+        padded: the padded plan that ``plan`` is part of, or ``None``.
         config: tile sizes; ``None``: the table's or the heuristic's.
 
     Returns:
-        [S, N] in a's dtype; with ``scatter`` [S, N] by token.
+        [S, N] in a's dtype; with ``scatter`` [T, N] by token.
     """
     expert_offsets, row_to_token, _ = plan
     num_rows, (num_experts, n, k) = row_to_token.shape[0], weight.shape
-    out = a.new_empty(num_rows, n)
+    slots = None if padded is None else padded.slot_to_row
+    out = a.new_empty(num_rows if slots is None or not scatter else slots.shape[0], n)
     if not out.numel():
         return out
     kernel = "linear" if weight.stride(-1) == 1 else "linear_transposed"
     config = config or config_for(kernel, a, n, k, num_rows // num_experts)
     if config.implementation == "grouped_mm":
-        return grouped_linear(a, weight, bias, row_weights, plan, gather=gather, scatter=scatter)
+        return grouped_linear(
+            a, weight, bias, row_weights, plan, out if scatter else None, gather=gather
+        )
+    if config.persistent and padded is None:
+        config = heuristic(
+            kernel, a.dtype, launch_config.target_of(a.device.index), n, k, num_rows // num_experts
+        )
     a, bias = row_major(a), None if bias is None else bias.contiguous()
+    if config.persistent:
+        assert padded is not None
+        persistent_linear(a, weight, bias, row_weights, padded, out, config, scatter=scatter)
+        return zero_tail(out, expert_offsets, row_to_token, by_token=True) if scatter else out
     a_rows, w_tiles = a, weight
     if config.descriptors:
         a_rows = row_descriptor(a, row_to_token if gather else None, config)
@@ -156,6 +173,7 @@ def linear(
         SCATTER=scatter,
         HAS_BIAS=bias is not None,
         WEIGHTED=row_weights is not None,
+        PADDED=padded is not None and divides(config.block_m),
         DESCRIPTORS=config.descriptors,
         TRANSPOSED=is_transposed(weight),
         EVEN_K=k % config.block_k == 0,

@@ -50,6 +50,7 @@ def router_grad_kernel(
         row = (pid - num_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         skipped = (row < S) & (row >= tl.load(offsets_ptr + E))
         slot = tl.load(row_to_slot_ptr + row, mask=skipped, other=0)
+        skipped = skipped & (slot >= 0)
         tl.store(out_ptr + slot, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=skipped)
         return
     expert, first, end = find_tile(pid, offsets_ptr, E, E_BLOCK, BLOCK)
@@ -58,6 +59,7 @@ def router_grad_kernel(
     row = first + tl.arange(0, BLOCK)
     valid = row < end
     token = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+    valid = valid & (token >= 0)
     total = tl.zeros((BLOCK,), ACC)
     if HAS_PARTIAL:
         for part in range(0, parts):

@@ -47,9 +47,10 @@ def row_epilogue_kernel(
         value += tl.load(bias_ptr + expert[:, None] * N + n[None, :], mask=mask, other=0).to(ACC)
     if WEIGHTED:
         slot = tl.load(row_to_slot_ptr + row, mask=valid, other=0)
-        value *= tl.load(row_weight_ptr + slot, mask=valid, other=0).to(ACC)[:, None]
+        value *= tl.load(row_weight_ptr + slot, mask=valid & (slot >= 0), other=0).to(ACC)[:, None]
     if SCATTER:
         row = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+        mask = mask & (row >= 0)[:, None]
     out = out_ptr + row[:, None] * N + n[None, :]
     tl.store(out, cast(value, out_ptr.dtype.element_ty), mask=mask)
 
@@ -59,17 +60,17 @@ def row_epilogue(
     bias: Tensor | None,
     row_weights: Tensor | None,
     plan: Plan,
-    *,
-    scatter: bool,
+    by_token: Tensor | None = None,
 ) -> Tensor:
-    """[S, N]; rows from ``expert_offsets[E]`` on are not read, and without ``scatter`` not written.
+    """[S, N]; rows from ``expert_offsets[E]`` on are neither read nor written.
 
     Args:
         rows: [S, N], contiguous.
-        bias, row_weights, scatter: as in :func:`.linear.linear`.
+        bias, row_weights: as in :func:`.linear.linear`.
+        by_token: [T, N], written by token instead and returned; 0 for tokens of skipped rows.
     """
     num_rows, n = rows.shape
-    out = rows.new_empty(num_rows, n)
+    out = rows.new_empty(num_rows, n) if by_token is None else by_token
     if not out.numel():
         return out
     expert_offsets, row_to_token, _ = plan
@@ -83,11 +84,13 @@ def row_epilogue(
         num_experts,
         n,
         E_BLOCK=expert_block(num_experts),
-        SCATTER=scatter,
+        SCATTER=by_token is not None,
         HAS_BIAS=bias is not None,
         WEIGHTED=row_weights is not None,
         ACC=triton_dtype(accumulator(rows.dtype)),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
     )
-    return zero_tail(out, expert_offsets, row_to_token, by_token=True) if scatter else out
+    if by_token is None:
+        return out
+    return zero_tail(out, expert_offsets, row_to_token, by_token=True)

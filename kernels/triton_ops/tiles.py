@@ -33,6 +33,13 @@ def find_tile(tile, offsets_ptr, E, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def rows_of(first, end, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    """The rows of a tile, and which of them are the expert's: all, if BLOCK divides its rows."""
+    row = first + tl.arange(0, BLOCK)
+    return row, tl.full((BLOCK,), True, tl.int1) if PADDED else row < end
+
+
+@triton.jit
 def swizzle(pid, num_m, num_n, GROUP: tl.constexpr):
     """(row tile, column tile) of a program; GROUP row tiles share cached columns."""
     per_group = GROUP * num_n

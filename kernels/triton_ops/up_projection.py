@@ -2,8 +2,8 @@
 
     z = W1[e] . x[token] + b1[e];  h = act(z);  gated: z = [z1, z2], h = act(z1) * z2
 
-The loads gather the rows of x. z is rounded before it is activated, so that the backward pass,
-which reads z, computes the same h.
+The loads gather the rows of x, unless these are sorted already. z is rounded before it is
+activated, so that the backward pass, which reads z, computes the same h.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .descriptors import is_transposed, load_weight, row_descriptor, weight_desc
 from .launch import accumulator, expert_block, precision, row_major, triton_dtype
 from .launch_config import config_for, math_of
 from .numerics import activate, cast, columns_of, dot, gate
-from .tiles import find_tile, swizzle, tile_bound
+from .padded_plan import divides
+from .tiles import find_tile, rows_of, swizzle, tile_bound
 from .zero_tail import zero_tail
 
 
@@ -64,7 +65,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def up_kernel(
-    x_ptr,  # [T, K], or a descriptor of the rows [S, K]
+    x_ptr,  # [T, K]; by row [S, K], or their descriptor
     w_ptr,  # [E, H, K], gated [E, 2H, K], any strides, or its descriptor
     bias_ptr,  # [E, H], gated [E, 2H]
     z_ptr,  # [S, H], gated [S, 2H]
@@ -85,6 +86,8 @@ def up_kernel(
     HAS_BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
     STORE_H: tl.constexpr,
+    GATHER: tl.constexpr,
+    PADDED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -102,8 +105,7 @@ def up_kernel(
     expert, first, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BM)
     if expert >= E:
         return
-    row = first + tl.arange(0, BM)
-    valid = row < end
+    row, valid = rows_of(first, end, BM, PADDED)
     n = column * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), ACC)
@@ -118,8 +120,10 @@ def up_kernel(
                 w_tile = load_weight(w_ptr, expert, H + column * BN, start, TRANSPOSED, BN, BK)
                 acc2 = dot(x_tile, w_tile, acc2, PRECISION)
     else:
-        token = tl.load(row_to_token_ptr + row, mask=valid, other=0)
-        x = x_ptr + token[:, None] * stride_x + k[None, :]
+        source = row
+        if GATHER:
+            source = tl.load(row_to_token_ptr + row, mask=valid, other=0)
+        x = x_ptr + source[:, None] * stride_x + k[None, :]
         w = w_ptr + expert.to(tl.int64) * stride_we
         w = w + n.to(tl.int64)[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
         second = tl.cast(H, tl.int64) * stride_wn
@@ -163,16 +167,19 @@ def up_projection(
     gated: bool,
     want_z: bool,
     want_h: bool,
+    gather: bool = True,
+    padded: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """z and h of all rows; from row ``expert_offsets[E]`` on, z is 0 and h is not written.
 
     Args:
-        x: [T, K].
+        x: [T, K]; without ``gather`` [S, K] by row.
         weight: [E, H, K], gated [E, 2H, K], in x's dtype, any strides.
         bias: [E, H], gated [E, 2H], or ``None``.
         act: "gelu", "gelu_tanh", "silu", "relu" or "clamped_swiglu".
         want_z, want_h: which of the two to compute; the other has no rows.
+        padded: whether the offsets are those of a padded plan.
         config: tile sizes; ``None``: the table's or the heuristic's.
 
     Returns:
@@ -185,12 +192,13 @@ def up_projection(
     kernel = "gated_up" if gated else "up"
     config = config or config_for(kernel, x, hidden, k, num_rows // num_experts)
     num_tiles = tile_bound(num_rows, num_experts, config.block_m)
+    token = row_to_token if gather else None
     if not num_rows or not hidden:
         return z, h
     x, bias = row_major(x), None if bias is None else bias.contiguous()
     x_rows, w_tiles = x, weight
     if config.descriptors:
-        x_rows, w_tiles = row_descriptor(x, row_to_token, config), weight_descriptor(weight, config)
+        x_rows, w_tiles = row_descriptor(x, token, config), weight_descriptor(weight, config)
     up_kernel[(num_tiles * triton.cdiv(hidden, config.block_n),)](
         x_rows,
         w_tiles,
@@ -211,6 +219,8 @@ def up_projection(
         HAS_BIAS=bias is not None,
         STORE_Z=want_z,
         STORE_H=want_h,
+        GATHER=gather,
+        PADDED=padded and divides(config.block_m),
         DESCRIPTORS=config.descriptors,
         TRANSPOSED=is_transposed(weight),
         EVEN_K=k % config.block_k == 0,

@@ -28,6 +28,7 @@ def zero_tail_kernel(
         return
     if BY_TOKEN:
         row = tl.load(row_to_token_ptr + row, mask=skipped, other=0)
+        skipped = skipped & (row >= 0)
     zeros = tl.zeros((ROWS, COLUMNS), out_ptr.dtype.element_ty)
     for start in range(0, N, COLUMNS):
         n = start + tl.arange(0, COLUMNS)

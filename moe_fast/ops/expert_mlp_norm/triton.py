@@ -42,12 +42,13 @@ def forward(
     from moe_fast.triton_ops.combine_norm import combine_norm
 
     weights = (up_proj, down_proj, up_proj_bias, down_proj_bias)
-    plan = (expert_offsets, row_to_token, row_to_slot)
-    rows, z = expert_mlp.expert_rows(x, weights, plan, act, gated, save_z)
+    indices = (expert_offsets, row_to_token, row_to_slot, slot_to_row)
+    order = expert_mlp.order_of(x, *indices)
+    rows, z = expert_mlp.expert_rows(x, weights, order, act, gated, save_z)
     block = (residual, keep, norm_weight.contiguous(), norm_bias.contiguous())
     w = top_k_weights.contiguous()
     out, total, moments = combine_norm(
-        rows, slot_to_row, w, *block, scale=scale, eps=eps, save=save
+        rows, order.slot_to_row, w, *block, scale=scale, eps=eps, save=save
     )
     return out, total, moments, z
 
@@ -69,12 +70,13 @@ def _fake(x, up_proj, *rest):
     residual, row_to_token = rest[4], rest[8]
     save, save_z = rest[-2:]
     tokens = x.shape[0] if save else 0
+    rows = expert_mlp.saved_rows(x, row_to_token, up_proj.shape[0])
     moments_in = torch.promote_types(x.dtype, torch.float32)
     return (
         residual.new_empty(residual.shape),
         residual.new_empty((tokens, x.shape[1])),
         residual.new_empty((2, tokens), dtype=moments_in),
-        x.new_empty((row_to_token.shape[0] if save_z else 0, up_proj.shape[1])),
+        x.new_empty((rows if save_z else 0, up_proj.shape[1])),
     )
 
 
