@@ -50,6 +50,10 @@ PRODUCTS = (
 # bfloat16 only in a type, and the odd shape in TF32, which differs from float32 only in a flag.
 _BASE = Shape(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16)
 _ODD = Shape(1_001, experts=3, k=1, dim=389, hidden=1019, dtype=torch.bfloat16)
+# Tiles of persistent programs; 4 warps multiply and store, and others copy.
+PERSISTENT: dict[str, Any] = dict(
+    block_m=128, block_n=256, block_k=64, num_warps=4, num_stages=4, parts=4, persistent=True
+)
 # Bytes per thread that a kernel with limited registers may spill outside of its main loop.
 _MOST_SPILLED = 64
 TF32 = "tf32"  # the problem whose float32 products are rounded to TF32
@@ -175,16 +179,21 @@ def tf32(wanted: bool) -> Iterator[None]:
 
 def launch_everything(shape: Shape) -> None:
     """Launch forward and backward of every op, in every form that has its own kernels."""
+    from moe_fast.triton_ops import launch_config
     from moe_fast.triton_ops.plan import plan
 
     for k in (1, 2):
         routed = dataclasses.replace(shape, k=k)
         order = plan(_new(shape.tokens, k, dtype=torch.int64), shape.experts)
         for gated in (False, True):
-            _expert_mlp(dataclasses.replace(routed, gated=gated, bias=not gated), order)
+            form = dataclasses.replace(routed, gated=gated, bias=not gated)
+            _expert_mlp(form, order)
+            with mock.patch.object(launch_config, "pads_experts", lambda *_: False):
+                _expert_mlp(form, order)  # as with fewer rows per expert
         _expert_linear(routed, order)
         _output_block(routed, order[3])
     _by_descriptors(shape, order)
+    _by_persistent_programs(shape, order[:3])
     _around_grouped_mm(shape, order)
     for mode, weight_mode, k in (
         ("token_topk", "straight_through", 1),
@@ -280,6 +289,28 @@ def _by_descriptors(shape: Shape, plan: tuple[Tensor, ...]) -> None:
     if found := config("linear_transposed", s.dim, s.hidden):
         up_proj = _new(s.experts, s.hidden, s.dim, dtype=dtype)
         linear(h, up_proj.mT, None, None, rows, gather=False, scatter=True, config=found)
+
+
+def _by_persistent_programs(shape: Shape, plan: tuple[Tensor, ...]) -> None:
+    """Launch the down projection and its gradient by programs that stay, if the target has them."""
+    from moe_fast.triton_ops import launch_config
+    from moe_fast.triton_ops.config import Config, why_not
+    from moe_fast.triton_ops.linear import linear
+    from moe_fast.triton_ops.padded_plan import pad_plan
+
+    s, target, config = shape, launch_config.target_of(None), Config(**PERSISTENT)
+    # The tiles are of 16-bit operands.
+    if s.dtype.itemsize > 2 or why_not(config, "linear", s.dtype, target, s.dim, s.hidden):
+        return
+    padded = pad_plan(plan)
+    h = _new(len(padded.row_to_token), s.hidden, dtype=s.dtype)
+    down = _new(s.experts, s.dim, s.hidden, dtype=s.dtype)
+    up = _new(s.experts, s.hidden, s.dim, dtype=s.dtype).mT
+    bias, weights = _new(s.experts, s.dim, dtype=s.dtype), _new(len(plan[1]), dtype=torch.float32)
+    form = dict(gather=False, padded=padded, config=config)
+    linear(h, down, bias, weights, padded[:3], scatter=True, **form)
+    linear(h, down, None, None, padded[:3], scatter=False, **form)
+    linear(h, up, None, None, padded[:3], scatter=True, **form)
 
 
 def _around_grouped_mm(shape: Shape, plan: tuple[Tensor, ...]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import launch_config
 from .config import Config, heuristic
 from .launch import precision
+from .launch_config import exp2_of
 from .logits import PAD, padded
 from .numerics import columns_of, dot
 from .tiles import swizzle
@@ -70,6 +71,15 @@ def add_product_kernel(
         tl.store(total, old + columns_of(acc, part, PARTS), mask=mask)
 
 
+def _precision_of(a: Tensor, b: Tensor) -> str:
+    """How the operands are multiplied."""
+    allowed = precision(a.dtype)
+    if allowed == "ieee" and a.dtype == torch.float32 and b.dtype == torch.float16:
+        # Three products of TF32 are nearly as accurate as IEEE's, and use the tensor cores.
+        return "tf32x3" if exp2_of(a) == "approximate" else "ieee"
+    return allowed
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor, config: Config | None = None) -> None:
     """Adds ``a . b`` to ``total`` in place.
 
@@ -77,13 +87,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, config: Config | None = Non
         total: [M, N] in the dtype to sum in, rows contiguous.
         a: [M, K], any strides; or both sizes rounded up by :func:`.logits.padded`, where all
             that pads it is finite.
-        b: [K, N], rows contiguous, in a's dtype; or float16 with a float32 ``a``: the two are
-            multiplied as TF32, which represents float16 exactly.
+        b: [K, N], rows contiguous, in a's dtype; or float16 with a float32 ``a``: TF32 represents
+            float16 exactly, and ``a`` is rounded to it only if users allow that.
         config: tile sizes; ``None``: the heuristic's.
     """
     m, (k, n) = total.shape[0], b.shape
     config = config or heuristic("linear", a.dtype, launch_config.target_of(a.device.index), n, 128)
-    widened = a.dtype == torch.float32 and b.dtype == torch.float16
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     add_product_kernel[(tiles,)](
         a,
@@ -98,6 +107,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, config: Config | None = Non
         PADDED=a.shape == (padded(m), padded(k)),
         EVEN_K=k % config.block_k == 0,
         PARTS=max(1, config.block_n // 64),
-        PRECISION="tf32" if widened else precision(a.dtype),
+        PRECISION=_precision_of(a, b),
         **config.meta(),
     )

@@ -7,6 +7,9 @@ Each tile of logits is reduced along both axes and not stored:
     ALL_SUM, ALL_COUNT       over both, for label smoothing
     rank                     the number of negatives that are not below the own logit
 
+Cosines need one exponential per pair: relative to the largest possible logit it serves both axes.
+The scale is on the GPU; kernels look at it, and take one per axis for scales above 43.
+
 Each tile stores its sums at a place of its own, ``[tiles, statistics, rows]`` and ``[tiles,
 statistics, columns]``. The caller adds them in a fixed order, so that there are no atomics and
 every run gives the same bits. A second pass for the columns would cost another product.
@@ -21,12 +24,15 @@ from torch import Tensor
 
 from .config import Config
 from .launch import accumulator
+from .launch_config import exp2_of
 from .logits import (
     MASKED,
+    NARROW,
     Area,
     Masks,
     Side,
     config_of,
+    largest_logit,
     operands,
     parts_of,
     product,
@@ -35,7 +41,7 @@ from .logits import (
     sizes,
     take_part,
 )
-from .numerics import columns_of
+from .numerics import columns_of, exp2
 from .tiles import swizzle
 
 STATISTICS = 6
@@ -58,22 +64,63 @@ def own_logits_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    PARTS: tl.constexpr,
     BM: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """The diagonal of a tile, summed in the same order as in all tiles, so that equal pairs tie."""
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    acc = product(q_ptr, k_ptr, row, row, M, M, D, stride_q, stride_k, EVEN_D, PRECISION, ACC, BK)
-    s = scaled(acc, scale_ptr, q_norm_ptr, k_norm_ptr, row, row, M, M, COSINE)
-    own = tl.sum(tl.where(row[:, None] == row[None, :], s, 0.0), 1)
+    """The diagonal of BM rows, from tiles as ``info_nce_kernel`` computes them.
+
+    The hardware adds the terms of tiles of another width in another order; equal pairs would then
+    not tie.
+    """
+    first = tl.program_id(0) * BM
+    row = first + tl.arange(0, BM)
+    own = tl.zeros((BM,), ACC)
+    WIDTH: tl.constexpr = BN // PARTS
+    for tile in tl.static_range(tl.cdiv(BM, BN)):
+        col0 = (first + tile * BN) // BN * BN
+        acc = product(
+            q_ptr, k_ptr, row, col0 + tl.arange(0, BN), M, M, D, stride_q, stride_k,
+            EVEN_D, PRECISION, ACC, BK,
+        )  # fmt: skip
+        for part in tl.static_range(PARTS):
+            col = col0 + part * WIDTH + tl.arange(0, WIDTH)
+            s = scaled(
+                columns_of(acc, part, PARTS), scale_ptr, q_norm_ptr, k_norm_ptr,
+                row, col, M, M, COSINE,
+            )  # fmt: skip
+            own += tl.sum(tl.where(row[:, None] == col[None, :], s, 0.0), 1)
     tl.store(out_ptr + row, own, mask=row < M)
 
 
 @triton.jit
-def log2_sum_exp2(s, AXIS: tl.constexpr):
+def log2_sum_exp2(s, AXIS: tl.constexpr, MATH: tl.constexpr):
     """log2 of the sum of exp2 over an axis of s; about MASKED if all entries are masked."""
     top = tl.max(s, AXIS)
-    return top + tl.log2(tl.sum(tl.exp2(s - tl.expand_dims(top, AXIS)), AXIS))
+    return top + tl.log2(tl.sum(exp2(s - tl.expand_dims(top, AXIS), MATH), AXIS))
+
+
+@triton.jit
+def log2_of(total, largest):
+    """log2 of sums that were computed relative to ``largest``; MASKED where all is masked."""
+    return tl.where(total == 0, MASKED, tl.log2(total) + largest)
+
+
+@triton.jit
+def log2_sums(s, largest, COSINE: tl.constexpr, COLUMNS: tl.constexpr, MATH: tl.constexpr):
+    """log2 of the sums of exp2 over the rows and, with COLUMNS, over the columns of s."""
+    if COSINE and COLUMNS:
+        if largest <= NARROW:
+            value = exp2(s - largest, MATH)
+            of_row, of_col = log2_of(tl.sum(value, 1), largest), log2_of(tl.sum(value, 0), largest)
+        else:
+            of_row, of_col = log2_sum_exp2(s, 1, MATH), log2_sum_exp2(s, 0, MATH)
+    else:
+        of_row = log2_sum_exp2(s, 1, MATH)
+        of_col = log2_sum_exp2(s, 0, MATH) if COLUMNS else of_row
+    return of_row, of_col
 
 
 @triton.jit
@@ -81,6 +128,8 @@ def store_sums(
     s,
     positive,
     kept,
+    negatives,  # log2 of their sums
+    positives,
     out_ptr,  # at this tile's first statistic
     at,  # the index within a statistic
     size,  # from one statistic to the next
@@ -92,10 +141,9 @@ def store_sums(
     """The statistics of a tile along one axis."""
     ACC: tl.constexpr = s.dtype
     out = out_ptr + at
-    negatives = tl.where(kept & (positive == 0), s, MASKED)
-    tl.store(out + _NEG * size, log2_sum_exp2(negatives, AXIS), mask=mask)
+    tl.store(out + _NEG * size, negatives, mask=mask)
     if GROUPS:
-        tl.store(out + _POS * size, log2_sum_exp2(tl.where(positive, s, MASKED), AXIS), mask=mask)
+        tl.store(out + _POS * size, positives, mask=mask)
         tl.store(out + _POS_SUM * size, tl.sum(tl.where(positive, s, 0.0), AXIS), mask=mask)
         tl.store(out + _POS_COUNT * size, tl.sum(positive.to(ACC), AXIS), mask=mask)
     if SMOOTH:
@@ -134,6 +182,7 @@ def reduce_tile(
     SMOOTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     STATS: tl.constexpr,
+    MATH: tl.constexpr,
 ):
     """Computes the row and column sums of a tile, or of a part of its columns."""
     s = scaled(acc, scale_ptr, q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, COSINE)
@@ -141,9 +190,18 @@ def reduce_tile(
         row_ids_ptr, col_ids_ptr, row, col, row_end, col_end, M, N,
         OWN, TEXTS, ANCHORS, DOMAINS, GROUPS,
     )  # fmt: skip
+    largest = largest_logit(scale_ptr, s.dtype)
+    negatives = tl.where(kept & (positive == 0), s, MASKED)
+    row_neg, col_neg = log2_sums(negatives, largest, COSINE, COLUMNS, MATH)
+    row_pos, col_pos = row_neg, col_neg
+    if GROUPS:
+        positives = tl.where(positive, s, MASKED)
+        row_pos, col_pos = log2_sums(positives, largest, COSINE, COLUMNS, MATH)
     rows, part = row_end - row0, tl.cast(col_part, tl.int64)
-    out = row_sums_ptr + part * STATS * rows
-    store_sums(s, positive, kept, out, row - row0, rows, row < row_end, 1, GROUPS, SMOOTH)
+    store_sums(
+        s, positive, kept, row_neg, row_pos, row_sums_ptr + part * STATS * rows,
+        row - row0, rows, row < row_end, 1, GROUPS, SMOOTH,
+    )  # fmt: skip
     own = tl.load(own_ptr + row, mask=row < row_end, other=0)
     # "not smaller", so that NaN counts against the row, like a tie
     beats = kept & (positive == 0) & ((s < own[:, None]) == 0)
@@ -152,7 +210,10 @@ def reduce_tile(
     if COLUMNS:
         columns = col_end - col0
         out = col_sums_ptr + tl.cast(row_tile, tl.int64) * STATS * columns
-        store_sums(s, positive, kept, out, col - col0, columns, col < col_end, 0, GROUPS, SMOOTH)
+        store_sums(
+            s, positive, kept, col_neg, col_pos, out,
+            col - col0, columns, col < col_end, 0, GROUPS, SMOOTH,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["row0", "row_end", "col0", "col_end", "M", "N"])
@@ -189,6 +250,7 @@ def info_nce_kernel(
     SMOOTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     STATS: tl.constexpr,
+    MATH: tl.constexpr,
     PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -214,18 +276,27 @@ def info_nce_kernel(
             row_sums_ptr, col_sums_ptr, rank_ptr,
             row, col0 + col_part * WIDTH + tl.arange(0, WIDTH), row_tile, col_part,
             row0, row_end, col0, col_end, M, N,
-            COSINE, OWN, TEXTS, ANCHORS, DOMAINS, GROUPS, SMOOTH, COLUMNS, STATS,
+            COSINE, OWN, TEXTS, ANCHORS, DOMAINS, GROUPS, SMOOTH, COLUMNS, STATS, MATH,
         )  # fmt: skip
 
 
-def own_logits(rows: Side, pairs: Side, scale: Tensor) -> Tensor:
+def own_logits(
+    rows: Side,
+    pairs: Side,
+    scale: Tensor,
+    masks: Masks,
+    *,
+    smooth: bool,
+    config: Config | None = None,
+) -> Tensor:
     """[M] the logit of each row with its own positive, in base 2.
 
     Args:
         rows, pairs: M embeddings each.
         scale: [] in the accumulator's dtype.
+        masks, smooth, config: those of the sums that the logits are compared with.
     """
-    config, size = config_of(rows.x, Masks(own=True), False), len(rows.x)
+    config, size = config or config_of(rows.x, masks, smooth), len(rows.x)
     out = rows.x.new_empty(size, dtype=accumulator(rows.x.dtype))
     own_logits_kernel[(triton.cdiv(size, config.block_m),)](
         *operands(rows, pairs, scale),
@@ -235,10 +306,8 @@ def own_logits(rows: Side, pairs: Side, scale: Tensor) -> Tensor:
         rows.x.stride(0),
         pairs.x.stride(0),
         **product_meta(rows, config),
-        BM=config.block_m,
-        BK=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        PARTS=parts_of(config, rows.x, masks),
+        **config.meta(),
     )
     return out
 
@@ -293,6 +362,7 @@ def info_nce_sums(
         SMOOTH=smooth,
         COLUMNS=want_columns,
         STATS=stats,
+        MATH=exp2_of(rows.x),
         PARTS=parts,
         **config.meta(),
     )

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from .config import Config
 from .launch import accumulator
+from .launch_config import exp2_of
 from .logits import (
+    NARROW,
     PAD,
     Area,
     Masks,
     Side,
     config_of,
+    largest_logit,
     lengths,
     operands,
     parts_of,
@@ -31,7 +34,7 @@ from .logits import (
     sizes,
     take_part,
 )
-from .numerics import cast, columns_of
+from .numerics import cast, columns_of, exp2
 from .tiles import swizzle
 
 # The terms of each row, or column, in the gradient, [5, n]; see ``info_nce_grad``.
@@ -64,15 +67,29 @@ def gradient(
     col,
     M,
     N,
+    largest,
+    COSINE: tl.constexpr,
     OWN: tl.constexpr,
     GROUPS: tl.constexpr,
     SMOOTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MATH: tl.constexpr,
 ):
     """[BM, BN] G."""
-    grad = tl.exp2(s - load_term(row_terms_ptr, _LOG_TOTAL, row, M)[:, None])
+    of_row = load_term(row_terms_ptr, _LOG_TOTAL, row, M)[:, None]
     if COLUMNS:
-        grad += tl.exp2(s - load_term(col_terms_ptr, _LOG_TOTAL, col, N)[None, :])
+        of_col = load_term(col_terms_ptr, _LOG_TOTAL, col, N)[None, :]
+        if COSINE:
+            # At most 1 times at most 2^(2 largest): a row's own pair is in its sum.
+            if largest <= NARROW:
+                shares = exp2(largest - of_row, MATH) + exp2(largest - of_col, MATH)
+                grad = exp2(s - largest, MATH) * shares
+            else:
+                grad = exp2(s - of_row, MATH) + exp2(s - of_col, MATH)
+        else:
+            grad = exp2(s - of_row, MATH) + exp2(s - of_col, MATH)
+    else:
+        grad = exp2(s - of_row, MATH)
     if SMOOTH:
         grad -= target(row_terms_ptr, col_terms_ptr, _EVERY, row, col, M, N, COLUMNS)
     grad = tl.where(kept, grad, 0.0)
@@ -117,6 +134,7 @@ def store_gradient(
     GROUPS: tl.constexpr,
     SMOOTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MATH: tl.constexpr,
 ):
     """Writes H of a tile, or of a part of its columns, and the sum of G s of every row.
 
@@ -132,7 +150,7 @@ def store_gradient(
     )  # fmt: skip
     grad = gradient(
         s, positive, kept, row_terms_ptr, col_terms_ptr, row, col, M, N,
-        OWN, GROUPS, SMOOTH, COLUMNS,
+        largest_logit(scale_ptr, s.dtype), COSINE, OWN, GROUPS, SMOOTH, COLUMNS, MATH,
     )  # fmt: skip
     at = tl.cast(col_part, tl.int64) * (row_end - row0) + row - row0
     tl.store(total_ptr + at, tl.sum(grad * s, 1), mask=row < row_end)
@@ -177,6 +195,7 @@ def info_nce_grad_kernel(
     GROUPS: tl.constexpr,
     SMOOTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MATH: tl.constexpr,
     PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -202,7 +221,7 @@ def info_nce_grad_kernel(
             row_terms_ptr, col_terms_ptr, out_ptr, total_ptr, stride_out,
             row, col0 + col_part * WIDTH + tl.arange(0, WIDTH), col_part,
             row0, row_end, col0, col_end, M, N,
-            COSINE, OWN, TEXTS, ANCHORS, DOMAINS, GROUPS, SMOOTH, COLUMNS,
+            COSINE, OWN, TEXTS, ANCHORS, DOMAINS, GROUPS, SMOOTH, COLUMNS, MATH,
         )  # fmt: skip
 
 
@@ -254,6 +273,7 @@ def info_nce_grad(
         **masks.meta(),
         SMOOTH=smooth,
         COLUMNS=col_terms is not None,
+        MATH=exp2_of(rows.x),
         PARTS=parts,
         **config.meta(),
     )

@@ -43,8 +43,11 @@ def multiprocessors(device_index: int | None) -> int:
 
 def math_of(like: Tensor) -> str:
     """How activations are computed for results like ``like``: one of ``numerics.MATHS``."""
-    if like.dtype.itemsize > 2:
-        return "exact"
+    return "exact" if like.dtype.itemsize > 2 else exp2_of(like)
+
+
+def exp2_of(like: Tensor) -> str:
+    """How ``numerics.exp2`` is computed on ``like``'s device, for results of any dtype."""
     return "approximate" if target_of(like.device.index).startswith("sm_") else "short"
 
 

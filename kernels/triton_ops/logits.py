@@ -24,6 +24,10 @@ from .launch import accumulator, precision, triton_dtype
 from .numerics import dot
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+# Cosines times a scale, in base 2, are at most ``largest`` apart from 0. Up to this number, that of
+# a scale of 43, 2^(-2 largest) is no subnormal number, so that all exponentials can be taken
+# relative to ``largest``, with one per pair for its row and its column.
+NARROW = tl.constexpr(62.1)
 # The logit of a masked pair: finite, so that no NaN results, and so low that its exponential is 0
 # compared with any other.
 MASKED = tl.constexpr(-1e30)
@@ -181,10 +185,16 @@ def scaled(
     COSINE: tl.constexpr,
 ):
     """[BM, BN] s / ln 2."""
-    s = acc * (tl.load(scale_ptr).to(acc.dtype) * _LOG2_E)
+    s = acc * largest_logit(scale_ptr, acc.dtype)
     if COSINE:
         s *= lengths(q_norm_ptr, k_norm_ptr, row, col, row_end, col_end, acc.dtype)
     return s
+
+
+@triton.jit
+def largest_logit(scale_ptr, ACC: tl.constexpr):
+    """The logit of a pair of cosine 1."""
+    return tl.load(scale_ptr).to(ACC) * _LOG2_E
 
 
 @triton.jit

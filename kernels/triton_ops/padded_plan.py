@@ -73,7 +73,7 @@ def pad_plan_kernel(
         tl.store(padded_offsets_ptr + expert, ends - tiles * BLOCK, mask=expert < E)
         tl.store(padded_offsets_ptr + expert + 1, ends, mask=expert == E - 1)
     found, row, end = find_tile(tile, offsets_ptr, E, E_BLOCK, BLOCK)
-    tl.store(tile_expert_ptr + tile, found.to(tl.int32))
+    tl.store(tile_expert_ptr + tile, tl.minimum(found, E).to(tl.int32))
     skipped = found >= E
     if skipped:
         row = tl.load(offsets_ptr + E) + (tile - tl.sum(tiles, 0)) * BLOCK

@@ -13,11 +13,15 @@ from bench import triton_resources as resources
 from .processes import ROOT, needs_triton
 
 NAMES = ("up", "linear", "grad_hidden", "grad_weight", "add_product", "info_nce")
-PRODUCTS = r"^(up|linear|grad_hidden|grad_weight|add_product)_kernel|^info_nce\w* .*TEXTS=False"
+PRODUCTS = (
+    r"^(up|linear|persistent_linear|grad_hidden|grad_weight|add_product)_kernel"
+    r"|^info_nce\w* .*TEXTS=False"
+)
 # Of these one or two of each kernel.
 A_FEW = (
-    r"^up_kernel .*ACT=gelu GATED=False .*STORE_Z=True STORE_H=True|^linear_kernel .*WEIGHTED=True"
-    r"|^grad_hidden_kernel .*GATED=False|^grad_weight_kernel .*WEIGHTED=True"
+    r"^up_kernel .*ACT=gelu GATED=False .*STORE_Z=True STORE_H=True .*(PADDED|DESCRIPTORS)=True"
+    r"|^linear_kernel .*WEIGHTED=True .*DESCRIPTORS=True|^persistent_linear.*WEIGHTED=True"
+    r"|^grad_hidden_kernel .*GATED=False .*PADDED=True|^grad_weight_kernel .*PADDED=True"
     r"|^add_product_kernel .*bf16"
     r"|^info_nce\w* COSINE=True .*TEXTS=False .*bf16"
 )
@@ -59,8 +63,14 @@ def test_bert_base_in_bfloat16(target, which):
         assert sum(k.startswith(name) for k in kernels) >= (2 if which == PRODUCTS else 1), name
     assert all(used["tensor_cores"] and used["registers"] > 32 for used in kernels.values())
     copied = {k for k in kernels if kernels[k]["tile_copies"]}
-    assert copied == {k for k in kernels if "DESCRIPTORS=True" in k}
-    assert len(copied) == (0 if target == "gfx942" else 5 if which == PRODUCTS else 2)
+    persistent = {k for k in kernels if k.startswith("persistent_linear")}
+    assert copied == {k for k in kernels if "DESCRIPTORS=True" in k} | persistent
+    assert len(copied) == (0 if target == "gfx942" else 8 if which == PRODUCTS else 3)
+    assert persistent == {k for k in kernels if kernels[k].get("specialized")}
+    sorted_rows = [k for k in kernels if re.match(r"grad_weight.*PADDED=True", k)]
+    assert bool(sorted_rows) == (target == "sm_90")
+    # All stages of the pipeline are buffers, where no index is loaded first.
+    assert all(kernels[k]["buffers"] == 4 for k in sorted_rows)
     assert kernels.items() <= committed(target).items()
 
 
@@ -82,6 +92,45 @@ def test_a_configuration_too_large_is_found():
     used = resources.compile_launch(launches[0], "sm_90")
     found = " ".join(resources.faults(launches[0], "sm_90", used))
     assert "spills" in found and "shared memory" in found
+
+
+@needs_triton
+@pytest.mark.parametrize("gathered", [True, False])
+def test_the_memory_of_a_configuration_is_what_it_compiles_to(gathered):
+    from moe_fast.triton_ops.config import Config, memory_of, why_not
+    from moe_fast.triton_ops.grad_weight import grad_weight
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    config = Config(128, 256, 64, 8, 5)
+    index = new(4096, dtype=torch.int64)
+    with resources.recorded("sm_90") as launches:
+        grad_weight(
+            *(new(4096, 768), new(4096, 3072), None, (new(9, dtype=torch.int64), index, index)),
+            **dict(gather_a=gathered, gather_b=False, padded=not gathered, config=config),
+        )
+    used = resources.compile_launch(launches[0], "sm_90").shared_memory
+    assert used == memory_of(config, "grad_weight", torch.bfloat16, "sm_90", gathered)
+    assert used == (148_480 if gathered else 245_760)
+    reason = why_not(config, "grad_weight", torch.bfloat16, "sm_90", 3072, 768, gathered)
+    assert (reason is None) == gathered
+
+
+@needs_triton
+def test_own_logits_are_computed_in_tiles_of_the_size_that_ranks_compare_with():
+    with resources.recorded("sm_90") as launches:
+        for form in ("symmetric", "one way", "masks", "everything"):
+            resources._info_nce(resources.PROBLEMS["bfloat16"], form)
+
+    def tiles(name: str) -> set[tuple]:
+        found = [dict(one.constants) for one in launches if one.kernel.__name__ == name]
+        return {tuple(c[n] for n in ("BM", "BN", "BK", "COSINE", "ACC")) for c in found}
+
+    assert (
+        tiles("own_logits_kernel") == tiles("info_nce_kernel")
+        and len(tiles("info_nce_kernel")) >= 4
+    )
 
 
 def test_the_committed_table_has_every_target_and_no_spills_in_a_main_loop():

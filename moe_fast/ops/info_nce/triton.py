@@ -123,13 +123,16 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_finite(a=a, b=b, negatives=negatives)
     each = row_weights(weights, a)
     rows, against = _sides(a, b, negatives, ids, cosine)
-    own = own_logits(against[0].rows, against[0].columns, scale)
+    pairs, smooth = (against[0].rows, against[0].columns), bool(label_smoothing)
+    own = own_logits(*pairs, scale, against[0].masks, smooth=smooth)
     row_sums = new_sums(len(rows), scale)
     column_sums = new_sums(len(rows) if symmetric else 0, scale)
     rank = torch.ones(len(rows), dtype=torch.int64, device=a.device)
     for some in against:
         wanted = column_sums if symmetric and some.masks.own else None
-        _add_logits(some, scale, own, bool(label_smoothing), row_sums, wanted, rank)
+        # Ranks compare with the own logits as tiles of the same size compute them.
+        same = own if some is against[0] else own_logits(*pairs, scale, some.masks, smooth=smooth)
+        _add_logits(some, scale, same, smooth, row_sums, wanted, rank)
     if ids[3] is None:
         for sums in (row_sums, column_sums) if symmetric else (row_sums,):
             sums[POS], sums[POS_SUM], sums[POS_COUNT] = own, own, 1
@@ -256,7 +259,6 @@ def _add_gradients(
     Returns:
         [] the sum of ``G s`` in base 2, with G = dL/ds.
     """
-    from moe_fast.triton_ops.add_product import add_product
     from moe_fast.triton_ops.info_nce_grad import info_nce_grad
     from moe_fast.triton_ops.logits import Area, padded
 
@@ -268,9 +270,26 @@ def _add_gradients(
         total += info_nce_grad(
             some.rows, some.columns, scale, *terms, area, some.masks, h, smooth=smooth
         ).sum()
-        add_product(grad_rows, h, some.columns.x[low:high])
-        add_product(grad_columns[low:high], h.t(), some.rows.x[first:last])
+        _add_product(grad_rows, h, some.columns.x[low:high])
+        _add_product(grad_columns[low:high], h.t(), some.rows.x[first:last])
     return total
+
+
+def _add_product(total: Tensor, h: Tensor, x: Tensor) -> None:
+    """Add ``h x`` to ``total``; h is padded."""
+    from moe_fast.triton_ops.add_product import add_product
+
+    if by_cublas(total, h, x):
+        torch.addmm(total, h[: len(total), : len(x)], x, out_dtype=total.dtype, out=total)
+    else:
+        add_product(total, h, x)
+
+
+def by_cublas(total: Tensor, h: Tensor, x: Tensor) -> bool:
+    """Whether cuBLAS adds ``h x``, of 16 bits both, to a float32 total in one call."""
+    narrow = h.dtype == x.dtype and h.dtype.itemsize == 2 and total.dtype == torch.float32
+    cuda = total.device.type == "cuda" and torch.version.hip is None
+    return narrow and cuda and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def _finish(side: Side, grad: Tensor, factor: Tensor) -> Tensor:

@@ -145,3 +145,46 @@ def test_a_tile_in_several_runs_of_columns(monkeypatch):
         actual, wanted = (gradients([o], [one], inputs) for o in (loss, expected.loss))
         for name, gradient in wanted.items():
             assert_close(actual[name], gradient, what=name)
+
+
+@pytest.mark.parametrize("scale", [43.0, 44.0, 90.0])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_scales_on_both_sides_of_one_exponential_per_pair(dtype, scale):
+    """Logits as far apart as cosines allow: own pairs are opposite, others equal to the anchor."""
+    batch, dim = 6, 4
+    a = torch.nn.functional.normalize(torch.randn(1, dim, dtype=F64), dim=1).repeat(batch, 1)
+    signs = torch.tensor([-1.0, 1, 1, -1, 1, 1], dtype=F64)
+    inputs = dict(a=a.to(dtype), b=(a * signs[:, None]).to(dtype))
+    inputs = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    loss = ops.info_nce(**inputs, scale=scale, backend="triton")
+    expected = ops.info_nce(**wide, scale=scale, backend="torch")
+    tolerance = 1e-10 if dtype == F64 else 2e-5
+    assert_close(loss, expected, tolerance, "loss")
+    for name, gradient in gradients([expected], [torch.ones((), dtype=F64)], wide).items():
+        actual = torch.autograd.grad(loss, inputs[name], retain_graph=True)[0]
+        error = (actual.double() - gradient).abs().max()
+        assert error <= tolerance * scale, (name, error)
+
+
+def test_products_of_the_backward_by_cublas(monkeypatch):
+    """cuBLAS is called with the rectangle without what pads it, and adds in float32."""
+    calls = []
+
+    def addmm(total, h, x, *, out_dtype, out):
+        assert out is total and out_dtype == total.dtype == F32 and h.dtype == x.dtype == BF16
+        calls.append((h.shape, x.shape))
+        return out.add_(h.float() @ x.float())
+
+    monkeypatch.setattr(info_nce_triton, "by_cublas", lambda *_: True)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    inputs = {n: torch.randn(35, 8).to(BF16).requires_grad_() for n in ("a", "b")}
+    loss = ops.info_nce(**inputs, scale=5.0, backend="triton")
+    grads = torch.autograd.grad(loss, list(inputs.values()))
+    monkeypatch.undo()
+    assert calls == [((35, 35), (35, 8))] * 2
+    loss = ops.info_nce(**inputs, scale=5.0, backend="triton")
+    for actual, expected in zip(
+        grads, torch.autograd.grad(loss, list(inputs.values())), strict=True
+    ):
+        assert_close(actual, expected.double(), TOLERANCES[BF16])
