@@ -36,6 +36,8 @@ def call_of(folder: Path) -> dict[str, Any]:
     all_seconds = seconds * compiled["kernels_in_all"] / max(1, len(kernels))
     collecting = compiled["seconds_collecting"]
     return {
+        "call": folder.name,
+        "commit": record["environment"]["commit"],
         "parts": {
             part: "left out: " + next(iter(found.values()))["left out"]
             if any("left out" in value for value in found.values())
@@ -68,10 +70,10 @@ def table(rehearsal: Mapping[str, Any]) -> str:
         "collecting | in 16 processes, estimated | bytes of the records |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for number, call in enumerate(rehearsal["calls"], 1):
+    for call in rehearsal["calls"]:
         size = call["record_bytes"] + call["compiled_bytes"]
         lines.append(
-            f"| {number} | {call['kernels']} of {call['kernels_collected']} | {call['failed']} | "
+            f"| {call['call']} | {call['kernels']} of {call['kernels_collected']} | {call['failed']} | "
             f"{call['processor_seconds']:.0f} s | "
             f"{call['estimated_processor_seconds_of_all']:.0f} s | "
             f"{call['collecting_seconds']:.0f} s | "
@@ -92,10 +94,10 @@ def in_page(page: str, rehearsal: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file, and the table in the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="the calls' folders, in order")
+    parser.add_argument("folders", nargs="+", type=Path, help="the calls' folders, by their names")
     folders = parser.parse_args(argv).folders
     first = json.loads((folders[0] / "record.json").read_text(encoding="utf-8"))
-    names = ("commit", "python", "versions", "platform", "cpu", "cpus")
+    names = ("python", "versions", "platform", "cpu", "cpus")
     rehearsal = {
         "environment": {name: first["environment"][name] for name in names},
         "calls": [call_of(folder) for folder in folders],
