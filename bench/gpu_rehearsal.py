@@ -73,7 +73,8 @@ def table(rehearsal: Mapping[str, Any]) -> str:
     for call in rehearsal["calls"]:
         size = call["record_bytes"] + call["compiled_bytes"]
         lines.append(
-            f"| {call['call']} | {call['kernels']} of {call['kernels_collected']} | {call['failed']} | "
+            f"| {call['call']} | {call['kernels']} of {call['kernels_collected']} | "
+            f"{call['failed']} | "
             f"{call['processor_seconds']:.0f} s | "
             f"{call['estimated_processor_seconds_of_all']:.0f} s | "
             f"{call['collecting_seconds']:.0f} s | "
@@ -94,7 +95,7 @@ def in_page(page: str, rehearsal: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file, and the table in the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="the calls' folders, by their names")
+    parser.add_argument("folders", nargs="+", type=Path, help="the calls' folders")
     folders = parser.parse_args(argv).folders
     first = json.loads((folders[0] / "record.json").read_text(encoding="utf-8"))
     names = ("python", "versions", "platform", "cpu", "cpus")
