@@ -97,13 +97,14 @@ def precompile(run: Run) -> None:
     """Compile in a process of its own: this one must not fork after CUDA is in use."""
     a = run.arguments
     path = run.out / COMPILED
-    gpu, capability = a.rehearse_gpu, a.rehearse_capability
+    gpu, capability, multiprocessors = a.rehearse_gpu, a.rehearse_capability, 132
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         gpu, capability = torch.cuda.get_device_name(), 10 * major + minor
+        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     command = [sys.executable, "-m", "bench.gpu_compile", *a.parts, "--json", str(path)]
     command += ["--gpu", gpu, "--capability", str(capability), "--every", str(a.every)]
-    command += ["--processes", str(a.processes)]
+    command += ["--multiprocessors", str(multiprocessors), "--processes", str(a.processes)]
     seconds = run.left(a.compile_seconds)
 
     def compile_all() -> dict[str, Any]:

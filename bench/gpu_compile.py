@@ -83,7 +83,9 @@ class Collected:
 
 
 @contextlib.contextmanager
-def instead_of_a_gpu(gpu: str = H200, capability: int = 90) -> Iterator[None]:
+def instead_of_a_gpu(
+    gpu: str = H200, capability: int = 90, multiprocessors: int = 132
+) -> Iterator[None]:
     """Within the block, Triton compiles for a GPU that is not there; nothing can be launched."""
     from moe_fast.triton_ops import launch_config
     from triton.backends.compiler import GPUTarget
@@ -114,6 +116,7 @@ def instead_of_a_gpu(gpu: str = H200, capability: int = 90) -> Iterator[None]:
         with (
             mock.patch.object(launch_config, "target_of", lambda index: f"sm_{capability}"),
             mock.patch.object(launch_config, "gpu_name", lambda device: gpu),
+            mock.patch.object(launch_config, "multiprocessors", lambda index: multiprocessors),
             mock.patch.object(backends, "why_unavailable", why_unavailable),
             mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled),
             mock.patch.object(torch, "autocast", autocast_or_none),
@@ -273,12 +276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", required=True, help="write the record to this file")
     parser.add_argument("--gpu", default=H200, help="its name, by which the tuning table is found")
     parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--multiprocessors", type=int, default=132)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--every", type=int, default=1, help="compile one kernel of so many")
     arguments = parser.parse_args(argv)
     start = time.monotonic()
-    with instead_of_a_gpu(arguments.gpu, arguments.capability):
+    with instead_of_a_gpu(arguments.gpu, arguments.capability, arguments.multiprocessors):
         found = collect(items_of(arguments.parts))
         keys = list(found.launches)
         numbers = {key: number for number, key in enumerate(keys)}

@@ -4,7 +4,8 @@
     python -m bench.gpu_rehearsal build/rehearsal/1 build/rehearsal/2 build/rehearsal/3
 
 The file is ``docs/kernels-rehearsal.json``. Where it will run, a call compiles in 16 processes; the
-estimate for these is the measured processor seconds over 16, and the time of collecting.
+estimate for these is the measured processor seconds over 16, and the time of collecting. Of a call
+that compiled a sample (``--every``), the seconds are scaled to all of its kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def call_of(folder: Path) -> dict[str, Any]:
     compiled = json.loads((folder / COMPILED).read_text(encoding="utf-8"))
     kernels = list(compiled["kernels"].values())
     seconds = compiled["processor_seconds"]
+    all_seconds = seconds * compiled["kernels_in_all"] / max(1, len(kernels))
+    collecting = compiled["seconds_collecting"]
     return {
+        "call": folder.name,
+        "commit": record["environment"]["commit"],
         "parts": {
             part: "left out: " + next(iter(found.values()))["left out"]
             if any("left out" in value for value in found.values())
@@ -44,9 +49,10 @@ def call_of(folder: Path) -> dict[str, Any]:
         "failed": sum("error" in k for k in kernels) + len(compiled["failures"]),
         "processes": compiled["processes"],
         "wall_seconds": compiled["seconds"],
-        "collecting_seconds": compiled["seconds_collecting"],
+        "collecting_seconds": collecting,
         "processor_seconds": seconds,
-        "estimated_seconds_in_16_processes": compiled["seconds_collecting"] + seconds / PROCESSES,
+        "estimated_processor_seconds_of_all": all_seconds,
+        "estimated_seconds_in_16_processes": collecting + all_seconds / PROCESSES,
         "record_bytes": len(text.encode()),
         "compiled_bytes": (folder / COMPILED).stat().st_size,
         "slowest": sorted(
@@ -60,15 +66,18 @@ def call_of(folder: Path) -> dict[str, Any]:
 def table(rehearsal: Mapping[str, Any]) -> str:
     """Return the docs' table of a rehearsal."""
     lines = [
-        "| call | kernels | failed | processor seconds, measured | collecting | in 16 processes, "
-        "estimated | bytes of the records |",
-        "|---|---|---|---|---|---|---|",
+        "| call | kernels compiled | failed | processor seconds | of all kernels, estimated | "
+        "collecting | in 16 processes, estimated | bytes of the records |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for number, call in enumerate(rehearsal["calls"], 1):
+    for call in rehearsal["calls"]:
         size = call["record_bytes"] + call["compiled_bytes"]
         lines.append(
-            f"| {number} | {call['kernels']} of {call['kernels_collected']} | {call['failed']} | "
-            f"{call['processor_seconds']:.0f} s | {call['collecting_seconds']:.0f} s | "
+            f"| {call['call']} | {call['kernels']} of {call['kernels_collected']} | "
+            f"{call['failed']} | "
+            f"{call['processor_seconds']:.0f} s | "
+            f"{call['estimated_processor_seconds_of_all']:.0f} s | "
+            f"{call['collecting_seconds']:.0f} s | "
             f"{call['estimated_seconds_in_16_processes']:.0f} s | {size:,} |"
         )
     return "\n".join(lines)
@@ -86,10 +95,10 @@ def in_page(page: str, rehearsal: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file, and the table in the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="the calls' folders, in order")
+    parser.add_argument("folders", nargs="+", type=Path, help="the calls' folders")
     folders = parser.parse_args(argv).folders
     first = json.loads((folders[0] / "record.json").read_text(encoding="utf-8"))
-    names = ("commit", "python", "versions", "platform", "cpu", "cpus")
+    names = ("python", "versions", "platform", "cpu", "cpus")
     rehearsal = {
         "environment": {name: first["environment"][name] for name in names},
         "calls": [call_of(folder) for folder in folders],

@@ -89,6 +89,7 @@ def products_work(shape: Shape, backward: bool) -> dict[str, tuple[float, float]
     a, b, z = (size * rows * columns for columns in (shape.dim, shape.hidden, shape.width))
     up, down = (size * shape.experts * shape.dim * n for n in (shape.width, shape.hidden))
     wide, narrow = 2 * rows * shape.dim * shape.width, 2 * rows * shape.dim * shape.hidden
+    products: dict[str, tuple[float, float]]
     products = {"up": (wide, a + up + z + b), "down": (narrow, b + down + a)}
     if backward:
         products |= {

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -196,7 +196,7 @@ def cuda_tests(seconds: float, out: Path) -> dict[str, Any]:
     return found | pytest_result(done.returncode, done.stdout)
 
 
-def pytest_result(code: int, output: str) -> Mapping[str, Any]:
+def pytest_result(code: int, output: str) -> dict[str, Any]:
     """Return pytest's last line; tests that fail are failures, and no test at all is left out."""
     lines = output.strip().splitlines()
     summary = lines[-1] if lines else ""

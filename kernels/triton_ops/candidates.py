@@ -57,6 +57,12 @@ _WEIGHTS = (
     (128, 256, 32, 8, 5),
     (64, 256, 64, 4, 5),
 )
+_PERSISTENT = (
+    (128, 256, 64, 4, 3, 2, 0),
+    (128, 256, 64, 4, 4, 4, 0),
+    (128, 128, 64, 4, 4, 2, 0),
+)
+_NAMES = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "parts", "maxnreg")
 _TILES = {
     "up": _UP,
     "linear": _PLAIN,
@@ -77,17 +83,28 @@ _WIDE = (  # of 32-bit operands
 
 
 def curated(
-    start: Config, kernel: str, dtype: torch.dtype, target: str, n: int, k: int
+    start: Config,
+    kernel: str,
+    dtype: torch.dtype,
+    target: str,
+    n: int,
+    k: int,
+    *,
+    padded: bool = False,
+    gathered: bool = False,
 ) -> list[Config]:
     """The configurations to try, ``start`` first: :data:`MOST` at most, which all fit ``target``.
 
     Args:
         start: the configuration in use.
         kernel, dtype, target, n, k: as in :func:`.config.heuristic`.
+        padded: whether rows are padded, which persistent programs need.
+        gathered: as in :func:`.config.why_not`.
     """
     found = [start]
     for config in _all(start, kernel, dtype, target):
-        fits = why_not(config, kernel, dtype, target, n, k) is None
+        fits = why_not(config, kernel, dtype, target, n, k, gathered) is None
+        fits = fits and (padded or not config.persistent)
         if fits and config not in found and len(found) < MOST:
             found.append(config)
     return found
@@ -97,9 +114,11 @@ def _all(start: Config, kernel: str, dtype: torch.dtype, target: str) -> Iterato
     """All of them, tiles by descriptors and by pointers in turn."""
     if target == "interpreter":  # the time of a tile there says nothing
         return
-    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "parts", "maxnreg")
+    for tile in _PERSISTENT:  # left out where a kernel has no such programs
+        yield replace(start, **dict(zip(_NAMES, tile, strict=False)), persistent=True)
+    plain = replace(start, persistent=False)
     for tile in _WIDE if dtype == torch.float32 else _TILES[kernel]:
-        config = replace(start, **dict(zip(names, tile, strict=False)))
+        config = replace(plain, **dict(zip(_NAMES, tile, strict=False)))
         yield replace(config, descriptors=True)  # left out where a kernel has none
         yield replace(config, descriptors=False)
     for group in (4, 16):

@@ -31,6 +31,7 @@ from .grad_weight import grad_weight
 from .launch_config import config_for
 from .linear import linear
 from .numerics import INTERPRETED
+from .padded_plan import pad_plan, padded_rows, sort_rows
 from .plan import plan
 from .tuning_tables import table_key
 from .up_projection import up_projection
@@ -95,13 +96,23 @@ class Problem:
 
 @dataclass(frozen=True)
 class Product:
-    """One grouped product: the key of its configuration, and its launcher."""
+    """One grouped product.
+
+    Attributes:
+        name: what it computes.
+        kernel, n, k: the key of its configuration.
+        launch: launches it with a configuration, and returns what all of them must agree on.
+        padded: whether its rows are padded.
+        gathered: whether rows of an operand are gathered.
+    """
 
     name: str
     kernel: str
     n: int
     k: int
     launch: Callable[[Config], Tensor]
+    padded: bool = False
+    gathered: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,41 +155,66 @@ def products(problem: Problem, device: torch.device) -> Iterator[Product]:
 def _mlp_products(
     problem: Problem, new: Callable[..., Tensor], weights: Tensor, rows: tuple[Tensor, ...]
 ) -> Iterator[Product]:
-    """The six products of the expert MLP."""
+    """The six products of the expert MLP, on rows that are padded where the op pads them."""
     p, width = problem, problem.width
     x, grad = new(p.tokens, p.dim), new(p.tokens, p.dim)
     w1, b1 = new(p.experts, width, p.dim, scale=p.dim**-0.5), new(p.experts, width)
     w2, b2 = new(p.experts, p.dim, p.hidden, scale=p.hidden**-0.5), new(p.experts, p.dim)
-    form = dict(act="silu" if p.gated else "gelu", gated=p.gated)
+    padded = None
+    if launch_config.pads_experts(x, len(weights), p.experts):
+        padded = pad_plan(rows)
+        rows, x, grad = padded[:3], sort_rows(x, padded), sort_rows(grad, padded)
+    pads, one = padded is not None, p.k == 1  # K = 1: rows are written in token order
+    valid = len(rows[1]) if x.is_meta else int(rows[0][-1])  # the rows behind are not written
+    act = dict(act="silu" if p.gated else "gelu", gated=p.gated)
+    form = dict(**act, gather=not pads, padded=pads)
+    to = dict(gather=False, padded=padded)
     z, h = up_projection(x, w1, b1, *rows[:2], **form, want_z=True, want_h=True)
     dz, wh, _, _ = grad_hidden(grad, w2, z, weights, rows, **form, want_bias=True)
-    one = p.k == 1  # rows are written in token order
+    kind = dict(padded=pads, gathered=not pads)
+
+    def by_row(out: Tensor) -> Tensor:
+        return out if one else out[:valid]
 
     yield Product(
         "up", "gated_up" if p.gated else "up", p.hidden, p.dim,
         lambda c: up_projection(
             x, w1, b1, *rows[:2], **form, want_z=True, want_h=True, config=c
-        )[1],
+        )[1][:valid],
+        **kind,
     )  # fmt: skip
     yield Product(
         "down", "linear", p.dim, p.hidden,
-        lambda c: linear(h, w2, b2, weights, rows, gather=False, scatter=one, config=c),
+        lambda c: by_row(
+            linear(h, w2, b2, weights if one else None, rows, **to, scatter=one, config=c)
+        ),
+        **kind,
     )  # fmt: skip
     yield Product(
         "grad_hidden", "gated_grad_hidden" if p.gated else "grad_hidden", p.hidden, p.dim,
-        lambda c: grad_hidden(grad, w2, z, weights, rows, **form, want_bias=True, config=c)[0],
+        lambda c: grad_hidden(
+            grad, w2, z, weights, rows, **form, want_bias=True, config=c
+        )[0][:valid],
+        **kind,
     )  # fmt: skip
     yield Product(
         "grad_x", "linear_transposed", p.dim, width,
-        lambda c: linear(dz, w1.mT, None, None, rows, gather=False, scatter=one, config=c),
+        lambda c: by_row(linear(dz, w1.mT, None, None, rows, **to, scatter=one, config=c)),
+        **kind,
     )  # fmt: skip
     yield Product(
         "grad_down", "grad_weight", p.hidden, p.dim,
-        lambda c: grad_weight(grad, wh, None, rows, gather_a=True, gather_b=False, config=c),
+        lambda c: grad_weight(
+            grad, wh, None, rows, gather_a=not pads, gather_b=False, padded=pads, config=c
+        ),
+        **kind,
     )  # fmt: skip
     yield Product(
         "grad_up", "grad_weight", p.dim, width,
-        lambda c: grad_weight(dz, x, None, rows, gather_a=False, gather_b=True, config=c),
+        lambda c: grad_weight(
+            dz, x, None, rows, gather_a=False, gather_b=not pads, padded=pads, config=c
+        ),
+        **kind,
     )  # fmt: skip
 
 
@@ -195,14 +231,17 @@ def _linear_products(
     yield Product(
         "linear", "linear", outer, inner,
         lambda c: linear(x, w, b, row_weights, rows, gather=True, scatter=one, config=c),
+        gathered=True,
     )  # fmt: skip
     yield Product(
         "grad_x", "linear_transposed", inner, outer,
         lambda c: linear(grad, w.mT, None, None, rows, gather=True, scatter=False, config=c),
+        gathered=True,
     )  # fmt: skip
     yield Product(
         "grad_weight", "grad_weight", inner, outer,
         lambda c: grad_weight(grad, x, weights, rows, gather_a=True, gather_b=True, config=c),
+        gathered=True,
     )  # fmt: skip
 
 
@@ -268,7 +307,8 @@ def search(
     for number, product in enumerate(todo, 1):
         deadline = start + seconds * number / len(todo)
         choice = _tune(problem, product, device, deadline, timer)
-        key = table_key(product.kernel, product.n, product.k, _rows(problem), problem.dtype)
+        rows = _rows(problem, product)
+        key = table_key(product.kernel, product.n, product.k, rows, problem.dtype)
         found[key] = choice
     return found
 
@@ -295,9 +335,10 @@ def layers(choices: Mapping[str, Choice]) -> dict[str, dict[str, Choice]]:
     return different
 
 
-def _rows(problem: Problem) -> int:
+def _rows(problem: Problem, product: Product) -> int:
     """Rows per expert, as launchers count them."""
-    return problem.tokens * problem.k // problem.experts
+    count = problem.tokens * problem.k
+    return (padded_rows(count, problem.experts) if product.padded else count) // problem.experts
 
 
 def candidates(problem: Problem, product: Product, device: torch.device) -> list[Config]:
@@ -308,8 +349,8 @@ def candidates(problem: Problem, product: Product, device: torch.device) -> list
     start, target = _in_use(problem, product, device), launch_config.target_of(device.index)
     shape = (product.kernel, problem.dtype, target, product.n, product.k)
     if start.implementation != "triton":
-        start = heuristic(*shape, _rows(problem))
-    return curated(start, *shape)
+        start = heuristic(*shape, _rows(problem, product))
+    return curated(start, *shape, padded=product.padded, gathered=product.gathered)
 
 
 def by_grouped_mm(problem: Problem, product: Product, device: torch.device) -> Config | None:
@@ -322,7 +363,8 @@ def by_grouped_mm(problem: Problem, product: Product, device: torch.device) -> C
 
 def _in_use(problem: Problem, product: Product, device: torch.device) -> Config:
     like = torch.empty(0, dtype=problem.dtype, device=device)
-    return config_for(product.kernel, like, product.n, product.k, _rows(problem))
+    rows = _rows(problem, product)
+    return config_for(product.kernel, like, product.n, product.k, rows, product.gathered)
 
 
 def _tune(
@@ -333,8 +375,8 @@ def _tune(
     target = launch_config.target_of(device.index)
 
     def fits(config: Config) -> bool:
-        n, k = product.n, product.k
-        return not why_not(config, product.kernel, problem.dtype, target, n, k)
+        shape = (product.kernel, problem.dtype, target, product.n, product.k)
+        return not why_not(config, *shape, product.gathered)
 
     @functools.cache
     def cost(config: Config) -> float:

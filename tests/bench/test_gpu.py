@@ -232,7 +232,7 @@ class Pools:
     """
 
     def __init__(self):
-        self.free = {True: [], False: []}
+        self.free = {True: [], False: []}  # size and content
 
     def full(self, size, value, device):
         block = self.take(4 * size[0])
@@ -240,23 +240,20 @@ class Pools:
         return block
 
     def take(self, size):
-        small = size < 1 << 20
-        kept = [b for b in self.free[small] if b.size >= size]
-        if kept:
-            self.free[small].remove(kept[0])
-        return Block(self, small, kept[0].size if kept else size, kept[0].content if kept else 0)
+        pool = self.free[size < 1 << 20]
+        fits = next((found for found in pool if found[0] >= size), None)
+        if fits is None:
+            return Block(pool, size, 0.0)
+        pool.remove(fits)
+        return Block(pool, *fits)
 
 
 class Block:
-    def __init__(self, pools, small, size, content):
-        self.pools, self.small, self.size, self.content = pools, small, size, content
+    def __init__(self, pool, size, content):
+        self.pool, self.size, self.content = pool, size, content
 
     def __del__(self):
-        again = Block.__new__(Block)
-        again.__dict__.update(self.__dict__)
-        if not getattr(self, "freed", False):
-            again.freed = True
-            self.pools.free[self.small].append(again)
+        self.pool.append((self.size, self.content))
 
 
 def test_memory_of_small_tensors_is_poisoned_too(monkeypatch):

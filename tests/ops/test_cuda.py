@@ -114,3 +114,42 @@ def test_rows(dim, dtype):
         gradients([expected], [upstream], exact),
         TOLERANCES[dtype],
     )
+
+
+def test_the_gradient_of_a_sum():
+    """It is an expanded tensor, whose strides are 0."""
+    ids = torch.randint(0, 6, (301, 2))
+    plan, exact_plan = ops.plan(ids.cuda(), 5, backend="cpp"), ops.plan(ids, 5)
+    x, weights = torch.randn(301, 64), torch.rand(301, 2)
+    device = leaves(x=x.cuda(), weights=weights.cuda())
+    exact = leaves(x=x.double(), weights=weights.double())
+    found = {}
+    for tensors, used, backend in ((device, plan, "cpp"), (exact, exact_plan, "torch")):
+        rows = ops.gather_rows(tensors["x"], used, backend=backend)
+        ops.combine_rows(rows, tensors["weights"], used, backend=backend).sum().backward()
+        found[backend] = {name: tensor.grad.cpu() for name, tensor in tensors.items()}
+    assert_gradients_close(found["cpp"], found["torch"], TOLERANCES[torch.float32])
+
+
+def test_the_automatic_choice():
+    """The library serves what Triton has no kernel for; both compute the same plan."""
+    ids = torch.randint(0, 6, (301, 2), device="cuda")
+    plans = [ops.plan(ids, 5, backend=backend) for backend in ("auto", "cpp")]
+    for field in FIELDS:
+        assert torch.equal(*(getattr(plan, field) for plan in plans)), field
+    x = torch.randn(301, 64, device="cuda")
+    assert torch.equal(*(ops.gather_rows(x, plans[1], backend=b) for b in ("auto", "cpp")))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_gpu_of_the_tensors():
+    ids = torch.randint(0, 6, (5000, 2))
+    x = torch.randn(5000, 64)
+    expected = ops.plan(ids, 5, backend="torch")
+    with torch.cuda.device(0):
+        plan = ops.plan(ids.to("cuda:1"), 5, backend="cpp")
+        rows = ops.gather_rows(x.to("cuda:1"), plan, backend="cpp")
+    assert plan.row_to_slot.device == rows.device == torch.device("cuda", 1)
+    assert torch.equal(plan.row_to_slot.cpu(), expected.row_to_slot)
+    valid = slice(0, int(expected.expert_offsets[-1]))
+    assert torch.equal(rows.cpu()[valid], x[expected.row_to_token][valid])
