@@ -115,3 +115,17 @@ def test_texts_fix_the_ranges_of_a_quantised_model(moe_fast_cli):
     result = moe_fast_cli("quantize", "mixture", "--domain", "law", "-o", "y")
     assert result.exit_code == 2
     assert "need --texts" in result.output
+
+
+def test_export_writes_one_expert_or_all(moe_fast_cli):
+    pytest.importorskip("onnx", reason="needs the extra moe-fast[onnx]")
+    pytest.importorskip("onnxruntime", reason="needs the extra moe-fast[onnx]")
+    result = run(moe_fast_cli, "export", "mixture", "--domain", "law", "-o", "law")
+    assert "checked; load it with moe_fast.OnnxEncoder" in result.output
+    run(moe_fast_cli, "export", "mixture", "-o", "all")
+    expected = encode("mixture", domain="law")
+    np.testing.assert_allclose(moe_fast.OnnxEncoder("law").encode(TEXTS), expected, atol=1e-5)
+    both = moe_fast.OnnxEncoder("all").encode(TEXTS, domain="law")
+    np.testing.assert_allclose(both, expected, atol=1e-5)
+    wrong = moe_fast_cli("export", "mixture", "--domain", "sports", "-o", "x")
+    assert wrong.exit_code == 1 and "'law', 'medicine'" in wrong.stderr
