@@ -377,6 +377,12 @@ def direct_milliseconds(model: Any, questions: Sequence[Question], seconds: floa
     return 1e3 * float(np.median(times))
 
 
+def announce(what: str) -> None:
+    """Say what begins in a second, when the processor has come to rest."""
+    print(f"begins: {what}", flush=True)
+    time.sleep(1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -395,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(arguments.model)
     kinds = arguments.kinds.split(",")
     asked = {kind: questions_of(model, kind, arguments.texts) for kind in kinds}
-    print(f"begins: direct encode, {kinds[0]}", flush=True)
+    announce(f"direct encode, {kinds[0]}")
     direct = direct_milliseconds(model, asked[kinds[0]], min(arguments.seconds, 5.0))
     print(f"direct encode of one request: {direct:.2f} ms", flush=True)
     loads: list[Load] = []
@@ -424,7 +430,7 @@ def loads_of(name: str, arguments: Any, asked: dict[str, list[Question]]) -> lis
             for clients in (1, arguments.clients) if alone else (arguments.clients,):
                 seconds = arguments.seconds if clients > 1 else arguments.seconds / 3
                 load = Load(name, kind, clients, seconds, workers)
-                print(f"begins: {name}, {kind}, {clients} clients", flush=True)
+                announce(f"{name}, {kind}, {clients} clients")
                 press = Press(
                     load,
                     server,

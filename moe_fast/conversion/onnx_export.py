@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from moe_fast.conversion.extract import extract_expert
 from moe_fast.conversion.input_model import loaded
 from moe_fast.encoding.batches import padded_batch
-from moe_fast.encoding.lengths import tokenize_texts
+from moe_fast.encoding.lengths import counted_truncation, tokenize_texts
 from moe_fast.encoding.onnx_encoder import (
     DOMAIN_IDS,
     MODEL,
@@ -102,7 +102,8 @@ def export_onnx(
             _write_graph(_Network(_plain_copy(model), settings), folder / MODEL)
         settings.write(folder)
         model.tokenizer.save_pretrained(str(folder))
-        _compare(model, OnnxEncoder(folder, truncate=True))
+        with counted_truncation():  # the texts are the check's own
+            _compare(model, OnnxEncoder(folder, truncate=True))
     return path
 
 
@@ -118,7 +119,9 @@ def _checked(pipeline: Any, model_or_path: Any) -> Any:
             f"encoder, or the path of one; got {'a bare encoder' if kind == 'str' else kind}."
         )
     kind = getattr(pipeline, "model_type", type(pipeline).__name__)
-    if kind != "SentenceTransformer" or hasattr(pipeline, "encode_heads"):
+    from moe_fast.encoding.three_head_encoder import ThreeHeadPipeline
+
+    if kind != "SentenceTransformer" or isinstance(pipeline, ThreeHeadPipeline):
         raise ValueError(
             "model_or_path must be a SentenceTransformer with one vector per text; got "
             f"{type(pipeline).__name__}."

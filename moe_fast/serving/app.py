@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
@@ -36,6 +37,8 @@ from moe_fast.serving.requests import (
 from moe_fast.serving.settings import ServerSettings
 from moe_fast.version import __version__
 
+logger = logging.getLogger(__name__)
+
 # Texts of fewer characters are tokenized at once: handing them to a thread would take longer.
 _FEW_CHARACTERS = 4096
 
@@ -48,7 +51,10 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     415: {"model": ErrorResponse, "description": "The body is not announced as JSON."},
     429: {"model": ErrorResponse, "description": "Too many texts wait; see Retry-After."},
     500: {"model": ErrorResponse, "description": "A text cannot be computed."},
-    503: {"model": ErrorResponse, "description": "The server stops, or took too long."},
+    503: {
+        "model": ErrorResponse,
+        "description": "The server stops, computes no more, or took too long.",
+    },
 }
 
 
@@ -231,8 +237,19 @@ class _Server:
                 code="timeout",
                 headers={"Retry-After": "1"},
             )
+        except ClosedError as error:
+            raise _not_now(error) from error
         except ValueError as error:  # such as a router that computes NaN for a text
             raise RequestError(str(error), "input", status=500, code="not_computed") from error
+        except RequestError:
+            raise
+        except Exception as error:  # such as a device without memory
+            logger.exception("A request cannot be computed.")
+            raise RequestError(
+                "the texts cannot be computed; the server's log says why",
+                status=500,
+                code="internal_error",
+            ) from error
         finally:
             computed.cancel()
             gone.cancel()
@@ -250,9 +267,7 @@ class _Server:
                 headers={"Retry-After": str(error.retry_after)},
             ) from error
         except ClosedError as error:
-            raise RequestError(
-                str(error), status=503, code="stopping", headers={"Retry-After": "1"}
-            ) from error
+            raise _not_now(error) from error
 
     def _count_domains(self, domain_ids: Sequence[int | None]) -> None:
         for domain_id in set(domain_ids):
@@ -285,6 +300,10 @@ class _Server:
         if self.batcher is not None:
             self.metrics.waiting_tokens.set(self.batcher.waiting_tokens)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _not_now(error: ClosedError) -> RequestError:
+    return RequestError(str(error), status=503, code="stopping", headers={"Retry-After": "1"})
 
 
 def _texts_or_ids(given: Any) -> Any:

@@ -51,7 +51,7 @@ class QueueFullError(Exception):
 
 
 class ClosedError(Exception):
-    """The server is stopping, and takes no further requests."""
+    """The server is stopping, or its thread has died, and takes no further requests."""
 
 
 class _Job:
@@ -100,6 +100,7 @@ class Batcher:
         self._tokens_per_second = 0.0
         self._last_requests = 1
         self._closed = False
+        self._why_closed = "the server is stopping"
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="moe_fast-batcher", daemon=True)
         self._thread.start()
@@ -126,7 +127,7 @@ class Batcher:
         job = _Job(texts)
         with self._changed:
             if self._closed:
-                raise ClosedError("the server is stopping")
+                raise ClosedError(self._why_closed)
             if self._waiting_tokens >= self._max_queue_tokens:
                 raise QueueFullError(self._seconds_of_queue())
             self._jobs.append(job)
@@ -146,15 +147,30 @@ class Batcher:
         return max(1, min(3600, math.ceil(self._waiting_tokens / rate)))
 
     def _run(self) -> None:
-        while batch := self._next_batch():
-            started = time.perf_counter()
-            done = self._embed(batch)
-            if done:
-                tokens = sum(len(job.texts[i].ids) for job, i in batch)
-                rate = tokens / max(time.perf_counter() - started, 1e-9)
-                before = self._tokens_per_second or rate
-                self._tokens_per_second = 0.8 * before + 0.2 * rate
-                self._observe(len(batch), self._last_requests)
+        batch: list[tuple[_Job, int]] = []
+        try:
+            while batch := self._next_batch():
+                self._compute_batch(batch)
+        except BaseException:
+            # Nobody would compute what waits: it fails now, and whatever comes later at once.
+            with self._changed:
+                self._closed, self._why_closed = True, "the server's computing thread has died"
+                lost = [*(job for job, _ in batch), *self._jobs]
+                self._jobs.clear()
+                self._waiting_tokens = 0
+            for job in lost:
+                _settle(job.future, ClosedError(self._why_closed))
+            raise
+
+    def _compute_batch(self, batch: list[tuple[_Job, int]]) -> None:
+        """Embed a batch, and note how long it took."""
+        started = time.perf_counter()
+        if self._embed(batch):
+            tokens = sum(len(job.texts[i].ids) for job, i in batch)
+            rate = tokens / max(time.perf_counter() - started, 1e-9)
+            before = self._tokens_per_second or rate
+            self._tokens_per_second = 0.8 * before + 0.2 * rate
+            self._observe(len(batch), self._last_requests)
 
     def _next_batch(self) -> list[tuple[_Job, int]]:
         """The texts to embed next, as (request, index); none: the end."""

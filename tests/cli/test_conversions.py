@@ -148,3 +148,17 @@ def test_lora_experts_from_training_to_adapters_and_back(moe_fast_cli, workspace
     assert result.exit_code == 2 and "are not for --expert-form lora" in result.output
     result = moe_fast_cli("extract", "x", "--expert", 0, "--base", "dense-model", "-o", "z")
     assert result.exit_code == 2 and "--base is for --as-adapter" in result.output
+
+
+def test_export_writes_one_expert_or_all(moe_fast_cli):
+    pytest.importorskip("onnx", reason="needs the extra moe-fast[onnx]")
+    pytest.importorskip("onnxruntime", reason="needs the extra moe-fast[onnx]")
+    result = run(moe_fast_cli, "export", "mixture", "--domain", "law", "-o", "law")
+    assert "checked; load it with moe_fast.OnnxEncoder" in result.output
+    run(moe_fast_cli, "export", "mixture", "-o", "all")
+    expected = encode("mixture", domain="law")
+    np.testing.assert_allclose(moe_fast.OnnxEncoder("law").encode(TEXTS), expected, atol=1e-5)
+    both = moe_fast.OnnxEncoder("all").encode(TEXTS, domain="law")
+    np.testing.assert_allclose(both, expected, atol=1e-5)
+    wrong = moe_fast_cli("export", "mixture", "--domain", "sports", "-o", "x")
+    assert wrong.exit_code == 1 and "'law', 'medicine'" in wrong.stderr

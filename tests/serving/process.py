@@ -18,14 +18,15 @@ class Server:
 
     Args:
         options: of the command, but the port, which is a free one.
+        folder: the working folder.
     """
 
-    def __init__(self, *options):
+    def __init__(self, *options, folder=ROOT):
         self.log = []
         self.address = None
         self.process = subprocess.Popen(
             [*COMMAND, "--port", "0", *options],
-            cwd=ROOT,
+            cwd=folder,
             stderr=subprocess.STDOUT,
             stdout=subprocess.PIPE,
             text=True,

@@ -163,11 +163,23 @@ def test_another_model_is_not_found(client):
     assert "'enforced'" in error["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[1]", b'"text"', b"null"])
-def test_a_body_that_is_no_object_is_refused(client, body):
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body: Field required"),
+        (b"{", "the body must be JSON: "),
+        (b"\xff\xfe", "the body must be JSON: "),
+        (b"[1]", "the body: Input should be a valid dictionary"),
+        (b'"text"', "the body: Input should be a valid dictionary"),
+        (b"null", "the body: Input should be a valid dictionary"),
+    ],
+)
+def test_a_body_that_is_no_object_is_refused(client, body, message):
     response = client.post("/v1/embeddings", content=body)
     assert response.status_code == 400
-    assert response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert error["message"].startswith(message)
+    assert (error["type"], error["param"]) == ("invalid_request_error", None)
 
 
 def test_another_content_type_is_refused(client):
@@ -191,7 +203,9 @@ def test_the_key_is_asked_for_where_there_is_one(client_of):
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic c2VjcmV0"}):
         response = client.get("/v1/models", headers=headers)
         assert response.status_code == 401
-        assert response.json()["error"]["code"] == "invalid_api_key"
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+        assert "Authorization: Bearer KEY must have the server's API key" in error["message"]
         assert client.post("/v1/embeddings", json={}, headers=headers).status_code == 401
     client.headers["Authorization"] = "Bearer secret"
     ask(client)
@@ -199,12 +213,15 @@ def test_the_key_is_asked_for_where_there_is_one(client_of):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/v1", 404), ("PUT", "/health", 405)]
+    ("method", "path", "status", "message"),
+    [("GET", "/v1", 404, "Not Found"), ("PUT", "/health", 405, "Method Not Allowed")],
 )
-def test_other_paths_and_methods_get_the_same_kind_of_error(client, method, path, status):
+def test_other_paths_and_methods_get_the_same_kind_of_error(client, method, path, status, message):
     response = client.request(method, path)
     assert response.status_code == status
-    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] == message
 
 
 def test_models_says_what_is_served(client):
@@ -254,6 +271,46 @@ def test_a_text_that_cannot_be_computed_is_an_error_of_its_own(client, monkeypat
     assert "finite" in error["message"]
 
 
+def test_what_no_request_is_to_blame_for_is_said_without_its_details(client, monkeypatch):
+    server = next(route.endpoint.__self__ for route in client.app.routes if route.path == "/health")
+
+    def embed(texts):
+        raise RuntimeError("out of memory at 0x7f00")
+
+    monkeypatch.setattr(server.model, "embed", embed)
+    error = ask(client, status=500)["error"]
+    assert (error["type"], error["code"]) == ("server_error", "internal_error")
+    assert error["message"] == "the texts cannot be computed; the server's log says why"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_computing_thread_has_died_says_so(client, monkeypatch):
+    server = next(route.endpoint.__self__ for route in client.app.routes if route.path == "/health")
+
+    def embed(texts):
+        raise SystemExit
+
+    monkeypatch.setattr(server.model, "embed", embed)
+    for _ in range(2):  # the request that was computed, and one that comes later
+        error = ask(client, status=503)["error"]
+        assert (error["type"], error["code"]) == ("server_error", "stopping")
+        assert error["message"] == "the server's computing thread has died"
+    server.batcher._thread.join(30)
+    response = client.get("/health")
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "the server computes nothing"
+
+
+def test_a_server_that_stops_says_so(client):
+    server = next(route.endpoint.__self__ for route in client.app.routes if route.path == "/health")
+    server.batcher.close()
+    body = json.dumps({"model": "enforced", "input": "w1", "domain": "law"})
+    response = client.post("/v1/embeddings", content=body)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["message"] == "the server is stopping"
+    assert client.get("/health").status_code == 503
+
+
 def test_a_request_that_takes_too_long_ends(client_of, monkeypatch):
     client = client_of(timeout=0.2)
     routes = client.app.routes
@@ -290,7 +347,9 @@ def test_a_full_queue_answers_429_with_retry_after(client_of, monkeypatch):
         hold.set()
     assert response.status_code == 429
     assert int(response.headers["retry-after"]) >= 1
-    assert response.json()["error"]["type"] == "rate_limit_error"
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+    assert "too many texts are waiting; try again in" in error["message"]
     assert first.result(30).shape == second.result(30).shape == (1, 32)
 
 

@@ -189,3 +189,25 @@ def test_a_batch_waits_for_as_many_requests_as_the_last_had(make):
     one.result(30)
     other.result(30)
     assert [len(batch) for batch in gate.batches] == [1, 2, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_fails_what_waits_and_what_comes(make):
+    gate = Gate()
+
+    def compute(texts):
+        gate(texts)
+        raise SystemExit("no Exception, which would fail this batch alone")
+
+    batcher = make(compute)
+    computed = batcher.submit([text(1)])
+    gate.begun.wait(30)
+    waiting = [batcher.submit([text(9), text(9)]) for _ in range(3)]
+    gate.opened.set()
+    for future in (computed, *waiting):
+        with pytest.raises(ClosedError, match="computing thread has died"):
+            future.result(30)
+    batcher._thread.join(30)
+    assert not batcher.is_alive and batcher.waiting_tokens == 0
+    with pytest.raises(ClosedError, match="computing thread has died"):
+        batcher.submit([text(1)])
