@@ -178,7 +178,10 @@ def searched(model, questions, folder):
 
     mixture = moe_fast.upcycle(model, num_experts=2, routing="enforced", domains=DOMAINS)
     mixture.save_pretrained(str(folder / "searched"))
-    asked = [{"id": q, "text": q, "domain": domain} for q, domain in questions.items()]
+    asked = [
+        {"id": f"q{i}", "text": question, "domain": domain}
+        for i, (question, domain) in enumerate(questions.items())
+    ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     data, options = str(EXAMPLES / "data" / "pairs.csv"), ["--domain-column", "domain", "--quiet"]
     vectors = str(folder / "searched.parquet")
@@ -189,9 +192,10 @@ def searched(model, questions, folder):
         result = CliRunner().invoke(app, [*command, *options])
         assert result.exit_code == 0, result.output
     of_row = [row["domain"] for row in rows()]
+    found = read_run(folder / "run.trec")
     return {
-        question: [key for key in hits if of_row[int(key)] == questions[question]][:3]
-        for question, hits in read_run(folder / "run.trec").items()
+        question: [key for key in found[f"q{i}"] if of_row[int(key)] == domain][:3]
+        for i, (question, domain) in enumerate(questions.items())
     }
 
 
