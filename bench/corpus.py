@@ -4,8 +4,8 @@
     python -m bench.corpus run local       # or ray instead of local
     python -m bench.corpus compare         # ids and vectors of the two runs
 
-The seconds of a run in all have the start of its processes, in which the model is loaded, and of the
-cluster. The texts per second are those after the first chunks, when all processes are at work.
+The seconds of a run in all have the start of its processes, in which the model is loaded, and of
+the cluster. The texts per second are those after the first chunks, when all processes are at work.
 """
 
 from __future__ import annotations
