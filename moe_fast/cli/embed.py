@@ -10,6 +10,7 @@ import typer
 
 from moe_fast.cli.command import Run
 from moe_fast.cli.options import (
+    MOST_THREADS,
     TEXT,
     BatchSize,
     Delimiter,
@@ -141,6 +142,12 @@ def run_command(
         truncate=truncate,
         device=device,
     )
+    if ray_address is None:
+        for flag, count in (("--threads", threads), ("--processes", processes)):
+            if count is not None and count > MOST_THREADS:
+                raise typer.BadParameter(
+                    f"at most {MOST_THREADS} on this machine; got {count}", param_hint=f"'{flag}'"
+                )
     options: dict[str, Any] = {
         "chunk_size": chunk_size,
         "threads": threads,

@@ -25,7 +25,11 @@ _QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_LOG_LEVEL": "ERROR",
 }
-_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+_LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # one per process, for Ray reads it once
+}
 
 
 @contextlib.contextmanager
@@ -44,21 +48,22 @@ def ray_cluster(address: str | None, processors: int) -> Iterator[Any]:
         ConnectionError: there is no cluster at the address.
         RuntimeError: Ray was imported before, so that a new cluster would listen on every address.
     """
-    mine = "ray" not in sys.modules
-    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with variables(**_QUIET, **({} if address else _LOOPBACK | token)):
+    imported = sys.modules.get("ray")
+    if imported is not None and imported.is_initialized():
+        require("ray.data", "ray", "a run on a cluster")
+        yield imported
+        return
+    with variables(**_QUIET, **({} if address else _LOOPBACK)):
         ray = require("ray", "ray", "a run on a cluster")
         require("ray.data", "ray", "a run on a cluster")
-        if ray.is_initialized():
-            yield ray
-        elif address is not None:
+        if address is not None:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             try:
                 yield ray
             finally:
                 ray.shutdown()
         else:
-            if not mine and ray.util.get_node_ip_address() not in ("127.0.0.1", "::1"):
+            if ray.util.get_node_ip_address() not in ("127.0.0.1", "::1"):
                 raise RuntimeError(
                     "Ray was imported before, and would listen on every address of this machine. "
                     "Call ray.init(), and its cluster is used; or give the address of one."

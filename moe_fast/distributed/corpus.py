@@ -38,6 +38,7 @@ from moe_fast.inference.manifest import describe_run
 from moe_fast.inference.precision import Precision, StoredPrecision, needs_ranges
 from moe_fast.inference.text_encoder import EncoderSettings, with_precision
 from moe_fast.inference.threads import check_threads
+from moe_fast.ops import backends
 from moe_fast.ops.checks import check_count
 
 Job = EmbedJob | QuantizeJob
@@ -92,6 +93,7 @@ def embed_corpus(
         FileExistsError: `output` exists, or an interrupted run with other settings has left its
             files, unless `overwrite`.
         FileNotFoundError: the source or the model does not exist.
+        NotADirectoryError: `output` is a file.
         ValueError, TypeError: a setting or a text is invalid; the error names the file and the row.
         ImportError: Ray is not installed.
         RuntimeError: another run is writing `output`, or the workers died again and again.
@@ -109,6 +111,8 @@ def embed_corpus(
     check_model_path(settings.model)
     source, output = Path(source).resolve(), Path(output).absolute()
     check_output(output, overwrite or has_corpus_parts(output))
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} must be a folder; it is a file.")
     if importlib.util.find_spec("ray") is None:  # it is imported when its settings are made
         raise missing("ray", "ray", "embed_corpus")
     reading = Reading(tuple(columns), domain_column, id_column)
@@ -136,6 +140,7 @@ def embed_corpus(
                 parts.vectors,
                 with_ranges=needs_ranges(precision),
                 chunk_size=chunk_size,
+                backend=backends.default,
             )
             with _running(address, workers, parts.threads, settings.device) as run:
                 resumed = _embed(job, groups, parts, run, truncated, progress)

@@ -99,8 +99,8 @@ class Embedder:
                 batch of Arrow, such as of ``batch_format="pyarrow"`` and of Spark.
 
         Returns:
-            The same kind of batch with ``output_column``: an array [n, width], or Arrow lists of
-            fixed size.
+            The same kind of batch with ``output_column``: an array [n, width], in a table lists of
+            fixed size, in a record batch lists, since Spark takes no lists of fixed size.
 
         Raises:
             ValueError: a column is missing, a text is empty or too long, a domain is unknown, or a
@@ -118,7 +118,7 @@ class Embedder:
         stored = StoredPrecision(self.precision, vectors.shape[1], self.ranges).encode(vectors)
         if is_dict:
             return {**batch, self.output_column: stored}
-        column = fixed_size_lists(stored)
+        column = _arrow_column(batch, stored)
         if self.output_column in names:
             place = names.index(self.output_column)
             return batch.set_column(place, self.output_column, column)
@@ -183,6 +183,17 @@ class Embedder:
                 _loaded.clear()  # one model at a time
                 _loaded[self.settings] = TextEncoder(self.settings)
             return _loaded[self.settings]
+
+
+def _arrow_column(batch: Any, stored: NDArray[Any]) -> Any:
+    import pyarrow as pa
+
+    column = fixed_size_lists(stored)
+    return (
+        column.cast(pa.list_(column.type.value_type))
+        if isinstance(batch, pa.RecordBatch)
+        else column
+    )
 
 
 def _values(batch: Any, column: Any) -> Sequence[Any]:

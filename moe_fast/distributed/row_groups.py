@@ -16,6 +16,7 @@ from moe_fast.distributed.parts import Part, PartFolder
 from moe_fast.encoding.lengths import counted_truncation
 from moe_fast.inference.precision import StoredPrecision, ranges_of
 from moe_fast.messages import listed
+from moe_fast.ops.backends import use_backend
 
 _MOST_DEATHS = 5  # of workers at one row group
 
@@ -125,6 +126,7 @@ class EmbedJob:
         folder: where the files are written.
         with_ranges: whether each file keeps the ranges of its vectors.
         chunk_size: the number of texts that are tokenized together.
+        backend: the backend of the operations, see :func:`moe_fast.use_backend`.
     """
 
     embedder: Embedder
@@ -132,6 +134,7 @@ class EmbedJob:
     folder: PartFolder
     with_ranges: bool
     chunk_size: int
+    backend: str
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Embed a row group, given as a dict, unless its file is there.
@@ -148,7 +151,7 @@ class EmbedJob:
             error = f"{group.path}, row group {group.group}: {_MOST_DEATHS} workers died at it"
             return {**result, "error": f"{error} (out of memory? smaller row groups need less)"}
         try:
-            with counted_truncation() as truncated:
+            with counted_truncation() as truncated, use_backend(self.backend):
                 ids, vectors = self._vectors(group)
         except ValueError as error:
             return {**result, "error": str(error)}

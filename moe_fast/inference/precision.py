@@ -96,7 +96,8 @@ class StoredPrecision:
             ValueError: a number is too large for float16.
         """
         if self.is_float:
-            stored = vectors.astype(self.dtype, copy=False)
+            with np.errstate(over="ignore"):
+                stored = vectors.astype(self.dtype, copy=False)
             if not np.isfinite(stored).all():
                 raise ValueError(f"precision={self.precision!r}: a number is too large for it")
             return stored

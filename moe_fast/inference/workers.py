@@ -16,6 +16,7 @@ import torch
 from moe_fast.inference.chunks import Chunk, EmbeddedChunk, embed_chunk
 from moe_fast.inference.parts import Parts
 from moe_fast.inference.text_encoder import EncoderSettings, TextEncoder
+from moe_fast.ops import backends
 
 _state: dict[str, Any] = {}  # a worker's model and parts, used for all of its chunks
 
@@ -33,8 +34,9 @@ def embed_in_workers(
     """
     # spawn, because a forked process must not use CUDA or the parent's thread pools
     context = multiprocessing.get_context("spawn")
+    arguments = (settings, parts, backends.default)
     pending: set[Future[EmbeddedChunk]] = set()
-    with ProcessPoolExecutor(processes, context, _start, (settings, parts)) as pool:
+    with ProcessPoolExecutor(processes, context, _start, arguments) as pool:
         try:
             for chunk in chunks:
                 pending.add(pool.submit(_embed, chunk))
@@ -52,14 +54,15 @@ def embed_in_workers(
             pool.shutdown(cancel_futures=True)
 
 
-def _start(settings: EncoderSettings, parts: Parts) -> None:
+def _start(settings: EncoderSettings, parts: Parts, backend: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(parts.threads)
-    _state.update(encoder=TextEncoder(settings), parts=parts)
+    _state.update(encoder=TextEncoder(settings), parts=parts, backend=backend)
 
 
 def _embed(chunk: Chunk) -> EmbeddedChunk:
-    return embed_chunk(_state["encoder"], _state["parts"], chunk)
+    with backends.use_backend(_state["backend"]):
+        return embed_chunk(_state["encoder"], _state["parts"], chunk)
 
 
 def _end_with_parent() -> None:

@@ -81,6 +81,28 @@ def test_each_row_group_becomes_a_file_in_order(models, corpus, tmp_path, calls)
     np.testing.assert_allclose(vectors, expected(models), rtol=0, atol=1e-6)
 
 
+def test_workers_use_the_backend_of_the_run(models, corpus, tmp_path, monkeypatch):
+    from moe_fast.distributed.embedder import Embedder
+    from moe_fast.ops import backends, use_backend
+
+    seen, encode = set(), Embedder.embed
+    monkeypatch.setattr(
+        Embedder, "embed", lambda *args: (seen.add(backends.default), encode(*args))[1]
+    )
+    running = module._running
+
+    @contextlib.contextmanager
+    def elsewhere(*args):
+        """Another process, which has the default backend."""
+        with running(*args) as run, use_backend("auto"):
+            yield run
+
+    monkeypatch.setattr(module, "_running", elsewhere)
+    with use_backend("torch"):
+        embed(corpus, tmp_path / "out", settings(models))
+    assert seen == {"torch"}
+
+
 def test_ids_are_the_rows_of_the_corpus_if_it_has_none(models, tmp_path):
     source = write_corpus(tmp_path / "c", [14, 10], 6)
     for path in source.iterdir():
@@ -267,3 +289,7 @@ def test_what_is_refused_before_any_work(models, corpus, tmp_path, calls):
         with pytest.raises(error, match=message):
             embed(source, tmp_path / "out", chosen or settings(models), **options)
     assert not calls and not list(tmp_path.glob("out*"))
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(NotADirectoryError, match="out must be a folder; it is a file"):
+        embed(corpus, tmp_path / "out", settings(models), overwrite=True)
+    assert not calls
