@@ -129,7 +129,7 @@ class HeadSearch:
 
     def _rows(self, source: str) -> tuple[str | None, Iterator[TextRow]]:
         """Open a file of texts; returns the domain of all, and the rows."""
-        from moe_fast.cli.search import is_vectors
+        from moe_fast.cli.dense_search import is_vectors
         from moe_fast.data import read_texts
         from moe_fast.data.lines import refuse
         from moe_fast.data.tables import Skipped
