@@ -33,7 +33,7 @@ def factory_of(precision: str, dimension: int) -> str:
     if precision != "pq":
         return _FACTORIES[precision]
     parts = next(m for m in range(max(1, dimension // 4), 0, -1) if dimension % m == 0)
-    return f"PQ{parts}x8"
+    return f"PQ{parts}x8np"  # np: without polysemous training, which only Hamming distances use
 
 
 def new_index(dimension: int, factory: str) -> Any:

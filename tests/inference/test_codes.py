@@ -50,7 +50,9 @@ def test_bits_count_equal_signs(documents):
 
 
 def test_the_parts_of_a_product_quantisation():
-    assert [factory_of("pq", d) for d in (384, 10, 7, 2)] == ["PQ96x8", "PQ2x8", "PQ1x8", "PQ1x8"]
+    assert [factory_of("pq", d) for d in (384, 10, 7, 2)] == [
+        *("PQ96x8np", "PQ2x8np", "PQ1x8np", "PQ1x8np")
+    ]
     with pytest.raises(ValueError, match="precision must be one of"):
         factory_of("int4", 8)
 
