@@ -150,7 +150,7 @@ class HeadSearch:
     def _all(self, rows: Iterator[TextRow], skipped: Any) -> Iterator[TextRow]:
         yield from rows
         if skipped.count:
-            self.run.say(f"{skipped.summary()}")
+            self.run.say(f"{skipped.source}: {skipped.summary()}")
 
     def _encode(
         self,
