@@ -2,8 +2,9 @@
 
 Texts are ragged: from a quarter of L vectors to L. sentence-transformers' function takes lists of
 tensors, pads them in chunks and computes the products of a chunk at once; torch keeps these for its
-backward pass. Our products alone are timed too: twice the products of all vectors, which are the
-floor of a forward pass and of a backward pass that computes them again.
+backward pass. PyLate cannot be installed beside the releases that this package needs. Our products
+alone are timed too: twice the products of all vectors, which are the floor of a forward pass and of
+a backward pass that computes them again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ from .record import Work
 DIM = 384
 TOLERANCE = 1e-4  # near ties, float32 may choose another winner, whose gradient differs
 THEIRS = "sentence-transformers' maxsim"
+PYLATE = "PyLate's colbert_scores"
+# Of its newest release.
+PINS = (
+    "pylate 1.6.0 requires sentence-transformers==5.3.0 and transformers<=5.3.0; moe_fast requires "
+    "sentence-transformers>=6.2 and transformers>=5.17"
+)
 PRODUCTS = "two products of all vectors alone"
 
 
@@ -69,7 +76,7 @@ def candidates(texts: int, length: int) -> Candidates:
         OURS: partial(ours, leaves, starts, upstream),
         PRODUCTS: partial(products, *(leaf.detach() for leaf in leaves)),
     }
-    absent = {}
+    absent = {PYLATE: PINS}
     if find_spec("sentence_transformers") is None:
         absent[THEIRS] = "needs sentence-transformers, which is not installed"
     else:

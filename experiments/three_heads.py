@@ -270,6 +270,8 @@ def retrieval(arguments: argparse.Namespace) -> dict[str, Any]:
         training.run(min(training.step + SAVE_EVERY, arguments.steps))
         training.save(arguments.state, settings)
         print(f"step {training.step}, {training.seconds:.0f} s", flush=True)
+    if arguments.save is not None:
+        model.save(str(arguments.save))
     found: dict[str, Any] = {"settings": settings, "seconds": round(training.seconds, 1)}
     for name, test in tests.items():
         found[name] = _compared(before[name], measure(model, test))
@@ -389,6 +391,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=int, nargs=3, default=[1024, 128, 384], metavar=("B", "L", "DIM")
     )
+    parser.add_argument("--save", type=Path, help="folder for the model that retrieval has trained")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     known = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}

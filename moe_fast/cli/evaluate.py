@@ -275,7 +275,8 @@ def _retrieval_task(options: SimpleNamespace) -> Callable[..., Evaluation]:
     of_run = options.run_file is not None
     measures = split_commas(options.measures) or list(RUN_MEASURES if of_run else MEASURES)
     own = options.ignore_identical_ids
-    common = {"measures": measures, "ignore_identical_ids": not of_run if own is None else own}
+    common: dict[str, Any] = {"measures": measures}
+    common["ignore_identical_ids"] = not of_run if own is None else own
     if of_run and options.qrels is not None:
         return partial(evaluate_qrels, qrels=read_qrels(options.qrels), **common)
     retrieval = _read_retrieval(options)
@@ -287,7 +288,7 @@ def _read_retrieval(options: SimpleNamespace) -> Retrieval:
     from moe_fast.data import read_retrieval, read_retrieval_files
     from moe_fast.data.sources import split_domain
 
-    lenient = {"on_missing": options.on_missing}
+    lenient: dict[str, Any] = {"on_missing": options.on_missing}
     if options.retrieval is None:
         return read_retrieval_files(options.corpus, options.queries, options.qrels, **lenient)
     source = options.retrieval

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,13 +24,11 @@ from moe_fast.cli.options import (
     TextColumns,
     Truncate,
     check_delimiter,
-    file_and_reading,
+    option,
     text_reading,
 )
 
-if TYPE_CHECKING:
-    from moe_fast.inference.index import VectorIndex
-    from moe_fast.inference.vectors import Vectors
+_HEADS, _CODES = "Three heads", "Bytes and quality"
 
 EXAMPLE = (
     "moe-fast search --model mixture --domain law --documents texts.jsonl --queries queries.jsonl "
@@ -81,6 +80,53 @@ def run_command(
             "--normalize/--no-normalize", help="Rank by cosine; otherwise by the dot product."
         ),
     ] = True,
+    by: Annotated[
+        Literal["dense", "sparse", "multi", "hybrid"],
+        option(
+            _HEADS,
+            "Score: of the dense vectors; or, of a model with three heads, of shared words "
+            "(sparse), of token vectors (multi), or the weighted sum of all three (hybrid).",
+        ),
+    ] = "dense",
+    candidates: Annotated[
+        int | None,
+        option(
+            _HEADS,
+            "For multi and hybrid: documents that the dense and the sparse search each propose; "
+            "by default 1000.",
+            min=1,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        option(_HEADS, "For hybrid: weights of dense, sparse and multi; by default 1,0.3,1."),
+    ] = None,
+    pool_tokens: Annotated[
+        float | None,
+        option(
+            _HEADS,
+            "For multi and hybrid: merge a document's token vectors, so that one of this number is "
+            "left, such as 2; by default all are kept.",
+            min=1,
+        ),
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "float16", "int8", "pq", "binary"] | None,
+        option(
+            _CODES,
+            "How the index keeps vectors, also those of tokens: in 4, 2 or 1 bytes a number, by "
+            "product quantisation (a quarter of a byte) or as bits; by default float32.",
+        ),
+    ] = None,
+    rescore: Annotated[
+        int,
+        option(
+            _CODES,
+            "Score this many of the best documents again by the vectors themselves, which are kept "
+            "on the disk beside the index; 0: none.",
+            min=0,
+        ),
+    ] = 0,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Documents per query, at most.")] = 100,
     ignore_identical_ids: Annotated[
         bool,
@@ -111,70 +157,37 @@ def run_command(
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
-    """Build a faiss index, exact by default, and search it; writes a TREC run file.
+    """Build an index, exact by default, and search it; writes a TREC run file.
 
     Ids are those of the files' id or _id column (beside .npy: of its file of ids), or row numbers
     from 0.
     """
+    from moe_fast.cli.dense_search import DenseSearch
+    from moe_fast.cli.head_search import HeadSearch
     from moe_fast.evaluation import write_run
     from moe_fast.files import atomic_folder, check_output
-    from moe_fast.inference import EncoderSettings, embed_file, open_vectors
-    from moe_fast.inference import index as library
+    from moe_fast.inference.codes import require_faiss
 
-    if (documents is None) == (load_index is None):
-        raise typer.BadParameter("give --documents or --load-index, one of the two")
-    if (queries is None) != (output is None):
-        raise typer.BadParameter("give --queries and --output together")
-    if queries is None and save_index is None:
-        raise typer.BadParameter("nothing to do: give --queries and --output, or --save-index")
+    options = SimpleNamespace(**run.settings)
+    _check_flags(options)
     reading = text_reading(columns, text_column, domain_column, skip_invalid)
     check_delimiter(delimiter, [source for source in (documents, queries) if source is not None])
-    if load_index is not None and index != "Flat":
-        raise typer.BadParameter(f"--index {index} is for --documents; a saved index has its own")
     for path in (output, save_index):
         if path is not None:
             check_output(path, overwrite)
-    library.require_faiss()
-
-    def vectors_of(source: str, prompt_name: str | None, embedded: Path) -> Vectors:
-        path, own_domain, own_reading = file_and_reading(source, domain, reading, delimiter)
-        if _is_vectors(path):
-            vectors = open_vectors(path)
-            if not vectors.has_ids:
-                run.say(f"{path}: there are no ids beside it; they are the row numbers, from 0")
-            return vectors
-        if model is None:
-            raise typer.BadParameter(f"--model must be given to embed the texts in {path}")
-        settings = EncoderSettings(
-            model=model,
-            domain=own_domain,
-            prompt_name=prompt_name,
-            batch_size=batch_size,
-            truncate=truncate,
-            device=device,
-        )
-        embed_file(path, embedded, settings, **own_reading, progress=not run.quiet)
-        return open_vectors(embedded)
-
+    require_faiss()
     with tempfile.TemporaryDirectory() as folder:
-        if load_index is not None:
-            built = library.load_index(load_index)
-            if built.normalize and not normalize:
-                raise ValueError(
-                    f"--no-normalize: the index in {load_index} ranks by cosine; build it again"
-                )
-        else:
-            assert documents is not None
-            found = vectors_of(documents, document_prompt, Path(folder, "documents.parquet"))
-            built = library.build_index(found, factory=index, normalize=normalize)
+        kind = DenseSearch if by == "dense" else HeadSearch
+        search: Any = kind(options, run, reading, Path(folder))
+        search.open_documents()
         if save_index is not None:
             with atomic_folder(save_index, replaces=("*",)) as temporary:
-                library.save_index(built, temporary)
+                search.save(temporary)
                 run.save_settings(temporary)
-            run.say(f"{save_index}: {len(built.ids):,} documents, index {built.factory}")
+            run.say(f"{save_index}: {len(search.ids):,} documents, {search.description}")
         if queries is not None and output is not None:
-            asked = vectors_of(queries, query_prompt, Path(folder, "queries.parquet"))
-            hits, own = _hits(built, asked, k, ignore_identical_ids)
+            found, query_ids = search.hits()
+            hits, own = as_run(found, search.ids, query_ids, k, ignore_identical_ids, queries)
             run.save_settings(output)
             write_run(hits, output, tag=tag)
             run.say(f"{output}: {len(hits):,} queries, {sum(map(len, hits.values())):,} hits")
@@ -185,46 +198,68 @@ def run_command(
                 )
 
 
-def _is_vectors(path: Path) -> bool:
-    """Return whether a file holds vectors, by its name and, for Parquet, its columns.
+def _check_flags(options: SimpleNamespace) -> None:
+    """Raise typer.BadParameter for flags that do not go together."""
+    if (options.documents is None) == (options.load_index is None):
+        raise typer.BadParameter("give --documents or --load-index, one of the two")
+    if (options.queries is None) != (options.output is None):
+        raise typer.BadParameter("give --queries and --output together")
+    if options.queries is None and options.save_index is None:
+        raise typer.BadParameter("nothing to do: give --queries and --output, or --save-index")
+    if options.load_index is not None:
+        for flag, value in (
+            ("index", options.index if options.index != "Flat" else None),
+            ("precision", options.precision),
+            ("pool-tokens", options.pool_tokens),
+        ):
+            if value is not None:
+                raise typer.BadParameter(
+                    f"--{flag} {value} is for --documents; a saved index has its own"
+                )
+    if options.index != "Flat" and options.precision is not None:
+        raise typer.BadParameter("give --index or --precision, not both")
+    if options.rescore and options.rescore < options.k:
+        raise typer.BadParameter(f"--rescore must be at least -k {options.k}; or 0")
+    for name, known in (
+        ("candidates", ("multi", "hybrid")),
+        ("pool_tokens", ("multi", "hybrid")),
+        ("weights", ("hybrid",)),
+    ):
+        if getattr(options, name) is not None and options.by not in known:
+            flag = name.replace("_", "-")
+            raise typer.BadParameter(f"--{flag} is for --by {', '.join(known)}; got {options.by}")
+    if options.by == "sparse" and (options.rescore or options.precision or options.index != "Flat"):
+        raise typer.BadParameter("--precision, --index and --rescore are not for --by sparse")
 
-    A folder holds vectors that ``embed --engine ray`` has written.
-    """
-    if path.is_dir():
-        return True
-    if path.suffix == ".parquet" and path.is_file():
-        import pyarrow.parquet as pq
 
-        return "embedding" in pq.read_schema(path).names
-    return path.suffix == ".npy"
-
-
-def _hits(
-    built: VectorIndex, queries: Vectors, k: int, ignore_own: bool
+def as_run(
+    found: Iterable[tuple[list[str], Any, Any]],
+    documents: list[str],
+    query_ids: Iterable[str],
+    k: int,
+    ignore_own: bool,
+    source: str,
 ) -> tuple[dict[str, dict[str, float]], int]:
-    """Search, and return {query id: {document id: score}}, best first, and a count.
+    """Return {query id: {document id: score}}, best first, and a count.
 
+    ``found`` has the ids of some queries, and the scores and rows of their documents, [Q, k] each.
     The count is the number of documents left out because they have the id of their query. None is
     left out if the ids are row numbers.
     """
-    from moe_fast.inference.index import search_index
-
-    of_queries = (key for keys, _ in queries.pieces() for key in keys)
-    numbers = _are_row_numbers(built.ids) or _are_row_numbers(of_queries)
+    numbers = _are_row_numbers(documents) or _are_row_numbers(query_ids)
     ignore_own = ignore_own and not numbers
-    found: dict[str, dict[str, float]] = {}
+    run: dict[str, dict[str, float]] = {}
     left_out = 0
-    for ids, vectors in queries.pieces():
-        scores, rows = search_index(built, vectors, k + ignore_own)
+    for ids, scores, rows in found:
         for query, of_query, places in zip(ids, scores.tolist(), rows.tolist(), strict=True):
-            if query in found:
-                raise ValueError(f"{queries.path}: query id {query!r} is there twice")
+            if query in run:
+                raise ValueError(f"{source}: query id {query!r} is there twice")
             ranked = zip(places, of_query, strict=True)
-            hits = {built.ids[place]: score for place, score in ranked if place >= 0}
+            hits = {documents[place]: score for place, score in ranked if place >= 0}
             if ignore_own and hits.pop(query, None) is not None:
                 left_out += 1
-            found[query] = dict(list(hits.items())[:k])
-    return found, left_out
+            run[query] = dict(list(hits.items())[:k])
+    return run, left_out
 
 
 def _are_row_numbers(ids: Iterable[str]) -> bool:

@@ -8,6 +8,9 @@ import pytest
 
 pytest.importorskip("faiss", reason="needs the extra moe-fast[search]")
 
+from moe_fast import add_three_heads, load_three_heads
+from moe_fast.encoding.head_outputs import head_scores
+from moe_fast.encoding.three_heads import OUTPUTS
 from moe_fast.evaluation import read_run
 from moe_fast.inference import load_model
 
@@ -192,3 +195,88 @@ def test_duplicate_query_ids(moe_fast_cli, workspace):
     arguments = ["--documents", "texts.jsonl", "--queries", "q.jsonl", "-o", "r", *MODEL]
     result = moe_fast_cli("search", *arguments)
     assert result.exit_code == 1 and "query id 'q' is there twice" in result.stderr
+
+
+# --- three heads ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heads(workspace):
+    """A mixture with three heads that differ from each other, in the folder ``heads``."""
+    import torch
+
+    model = add_three_heads(load_model("mixture", device="cpu"), multi_vector_dim=8)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.heads.sparse_linear.weight, std=0.1)
+    torch.nn.init.constant_(model.heads.sparse_linear.bias, 0.5)
+    model.save("heads")
+    return load_three_heads("heads", device="cpu")
+
+
+@pytest.mark.parametrize("by", ["sparse", "multi", "hybrid"])
+def test_by_the_heads_outputs(by, heads, moe_fast_cli, workspace):
+    documents, queries = rows("texts.jsonl"), rows("queries.jsonl")
+    a, b = (
+        heads.encode([row["text"] for row in part], outputs=OUTPUTS, domain="law")
+        for part in (queries, documents)
+    )
+    weights = {"sparse": (0, 1, 0), "multi": (0, 0, 1), "hybrid": (1, 2, 0.5)}[by]
+    expected = head_scores(a, b, weights).combined
+    flags = ["--by", by, "--queries", "queries.jsonl", "-o", "run.trec", "-k", 5]
+    if by == "hybrid":
+        flags += ["--weights", "1,2,0.5", "--no-normalize"]
+    model = ["--model", "heads", "--domain", "law"]
+    found = search(moe_fast_cli, *model, "--documents", "texts.jsonl", *flags)
+    run = read_run("run.trec")
+    for q, query in enumerate(queries):
+        order = np.argsort(-expected[q], kind="stable")[:5]
+        best = {
+            documents[i]["id"]: expected[q, i] for i in order if by != "sparse" or expected[q, i]
+        }
+        assert found[query["_id"]] == list(best)
+        np.testing.assert_allclose(list(run[query["_id"]].values()), list(best.values()), rtol=1e-4)
+    save = ["--documents", "texts.jsonl", "--by", by, "--save-index", "index", "--no-normalize"]
+    search(moe_fast_cli, *model, *save)
+    again = search(moe_fast_cli, *model, "--load-index", "index", *flags, "--overwrite")
+    assert again == found
+
+
+def test_a_heads_index_has_a_dense_one(heads, moe_fast_cli):
+    queries = ["--queries", "queries.jsonl", "-o", "run.trec", "-k", 5, "--overwrite"]
+    model = ["--model", "heads", "--domain", "law"]
+    expected = search(moe_fast_cli, *model, "--documents", "texts.jsonl", *queries)
+    save = ["--documents", "texts.jsonl", "--by", "hybrid", "--save-index", "index"]
+    search(moe_fast_cli, *model, *save, "--pool-tokens", 2, "--rescore", 100, *queries)
+    assert search(moe_fast_cli, *model, "--load-index", "index", *queries) == expected
+
+
+def test_codes_and_a_second_scoring(moe_fast_cli, expected):
+    queries = ["--queries", "queries.jsonl", "-o", "run.trec", "-k", 5, "--overwrite"]
+    codes = ["--precision", "binary", "--rescore", 100]
+    found = search(moe_fast_cli, *MODEL, "--documents", "texts.jsonl", *codes, *queries)
+    assert found == {query: ids[:5] for query, ids in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--by", "multi"], "--model must be given with --by multi"),
+        (["--by", "sparse", "--rescore", "100"], "are not for --by sparse"),
+        (["--candidates", "10"], "--candidates is for --by multi, hybrid; got dense"),
+        (["--by", "multi", "--weights", "1,1,1"], "--weights is for --by hybrid; got multi"),
+        (["--by", "hybrid", "--weights", "1,1"], "--weights must be three numbers"),
+        (["--precision", "int8", "--index", "HNSW8"], "give --index or --precision"),
+        (["--rescore", "7"], "--rescore must be at least -k 100"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, moe_fast_cli):
+    files = ["--documents", "texts.jsonl", "--queries", "queries.jsonl", "-o", "r"]
+    result = moe_fast_cli("search", *files, *flags)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_model_without_heads(moe_fast_cli):
+    files = ["--documents", "texts.jsonl", "--save-index", "i", "--by", "sparse"]
+    result = moe_fast_cli("search", *files, *MODEL)
+    assert result.exit_code == 1 and "model 'mixture' has no heads" in result.stderr
