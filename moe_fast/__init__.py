@@ -33,7 +33,7 @@ from moe_fast.conversion import (  # noqa: E402
     write_adapter,
 )
 from moe_fast.integrations import transformers_experts as _transformers_experts  # noqa: E402, F401
-from moe_fast.layers import MoEBertLayer, MoEMLP  # noqa: E402
+from moe_fast.layers import MoEBertLayer, MoEMLP, MoEMultiHeadMLP  # noqa: E402
 from moe_fast.ops import available_backends, show_backends, use_backend  # noqa: E402
 from moe_fast.version import __version__  # noqa: E402
 
@@ -52,6 +52,7 @@ __all__ = [
     "MoEBertLayer",
     "MoECrossEncoder",
     "MoEMLP",
+    "MoEMultiHeadMLP",
     "MoESentenceTransformer",
     "MoESparseEncoder",
     "MoEThreeHeadEncoder",

@@ -122,6 +122,8 @@ def describe_model(model: Any, name: str) -> dict[str, Any]:
 
 def describe_form(config: Any) -> str:
     """Describe what an expert is, as ``inspect`` shows it."""
+    if config.moe_block == "multi_head":
+        return f"multi-head block, {config.moe_heads} heads per token, each routed apart"
     if config.expert_form == "full":
         return "weights of their own"
     rank, alpha = config.lora_rank, config.lora_alpha
