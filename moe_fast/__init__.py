@@ -20,6 +20,7 @@ if (_root / "kernels" / "triton_ops").is_dir():  # a checkout: kernels/triton_op
 from moe_fast import losses, ops  # noqa: E402
 from moe_fast.conversion import (  # noqa: E402
     add_expert,
+    add_projection_head,
     export_nomic,
     extract_expert,
     from_adapters,
@@ -59,6 +60,7 @@ __all__ = [
     "ThreeHeadEncoder",
     "__version__",
     "add_expert",
+    "add_projection_head",
     "add_three_heads",
     "available_backends",
     "export_nomic",

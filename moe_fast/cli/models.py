@@ -98,6 +98,7 @@ def describe_model(model: Any, name: str) -> dict[str, Any]:
     if hasattr(model, "encode"):
         shown["tokens per text"] = model.max_seq_length
         shown["embedding size"] = model.get_embedding_dimension()
+        shown["modules"] = [type(module).__name__ for module in model]
         shown["prompts"] = [f"{key}: {text!r}" for key, text in model.prompts.items() if text]
     if not hasattr(encoder, "moe_mlps"):
         return shown | {"experts": "none, the model is dense"}
