@@ -120,7 +120,7 @@ def run_command(
         bool, option(_STEPS, "Do not train the token embeddings.", "--freeze-embeddings")
     ] = False,
     loss: Annotated[
-        Literal["infonce", "mnr_plus", "clp", "sigmoid", "distillation"],
+        Literal["infonce", "mnr_plus", "clp", "sigmoid", "distillation", "listwise_distillation"],
         option(_LOSS, "Loss that is minimised."),
     ] = "infonce",
     temperature: Annotated[
