@@ -20,6 +20,7 @@ if (_root / "kernels" / "triton_ops").is_dir():  # a checkout: kernels/triton_op
 from moe_fast import losses, ops  # noqa: E402
 from moe_fast.conversion import (  # noqa: E402
     add_expert,
+    add_projection_head,
     export_nomic,
     extract_expert,
     from_adapters,
@@ -33,7 +34,7 @@ from moe_fast.conversion import (  # noqa: E402
     write_adapter,
 )
 from moe_fast.integrations import transformers_experts as _transformers_experts  # noqa: E402, F401
-from moe_fast.layers import MoEBertLayer, MoEMLP  # noqa: E402
+from moe_fast.layers import MoEBertLayer, MoEMLP, MoEMultiHeadMLP  # noqa: E402
 from moe_fast.ops import available_backends, show_backends, use_backend  # noqa: E402
 from moe_fast.version import __version__  # noqa: E402
 
@@ -54,6 +55,7 @@ __all__ = [
     "MoEBertLayer",
     "MoECrossEncoder",
     "MoEMLP",
+    "MoEMultiHeadMLP",
     "MoESentenceTransformer",
     "MoESparseEncoder",
     "MoEThreeHeadEncoder",
@@ -61,6 +63,7 @@ __all__ = [
     "ThreeHeadEncoder",
     "__version__",
     "add_expert",
+    "add_projection_head",
     "add_three_heads",
     "available_backends",
     "export_nomic",

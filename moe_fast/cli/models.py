@@ -98,6 +98,7 @@ def describe_model(model: Any, name: str) -> dict[str, Any]:
     if hasattr(model, "encode"):
         shown["tokens per text"] = model.max_seq_length
         shown["embedding size"] = model.get_embedding_dimension()
+        shown["modules"] = [type(module).__name__ for module in model]
         shown["prompts"] = [f"{key}: {text!r}" for key, text in model.prompts.items() if text]
     if not hasattr(encoder, "moe_mlps"):
         return shown | {"experts": "none, the model is dense"}
@@ -122,6 +123,8 @@ def describe_model(model: Any, name: str) -> dict[str, Any]:
 
 def describe_form(config: Any) -> str:
     """Describe what an expert is, as ``inspect`` shows it."""
+    if config.moe_block == "multi_head":
+        return f"multi-head block, {config.moe_heads} heads per token, each routed apart"
     if config.expert_form == "full":
         return "weights of their own"
     rank, alpha = config.lora_rank, config.lora_alpha

@@ -25,6 +25,8 @@ from moe_fast.cli.upcycle import (
     Layers,
     LoraAlpha,
     LoraRank,
+    MoEBlock,
+    MoEHeads,
     NumExperts,
     Routing,
     Target,
@@ -100,6 +102,8 @@ def run_command(
     weight_mode: WeightMode = "auto",
     layers: Layers = ALL_LAYERS,
     target: Target = "mlp",
+    moe_block: MoEBlock = "mlp",
+    moe_heads: MoEHeads = None,
     expert_form: ExpertForm = "full",
     lora_rank: LoraRank = None,
     lora_alpha: LoraAlpha = None,
@@ -124,7 +128,7 @@ def run_command(
         bool, option(_STEPS, "Do not train the token embeddings.", "--freeze-embeddings")
     ] = False,
     loss: Annotated[
-        Literal["infonce", "mnr_plus", "clp", "sigmoid", "distillation"],
+        Literal["infonce", "mnr_plus", "clp", "sigmoid", "distillation", "listwise_distillation"],
         option(_LOSS, "Loss that is minimised."),
     ] = "infonce",
     temperature: Annotated[

@@ -208,12 +208,13 @@ def build_loss(
         "clp": losses.ContrastiveLearningPenaltyLoss,
         "sigmoid": losses.SigmoidLoss,
         "distillation": losses.DistillationLoss,
+        "listwise_distillation": losses.ListwiseDistillationLoss,
     }
     given = {name: getattr(options, name) for name in ("temperature", "learn_temperature")}
     settings = {name: value for name, value in given.items() if value is not None}
     for name, default, known in (
         ("symmetric", False, ("infonce", "clp")),
-        ("negatives_from", "all", ("infonce", "clp", "sigmoid")),
+        ("negatives_from", "all", ("infonce", "clp", "sigmoid", "listwise_distillation")),
         ("gather", False, ("infonce", "clp")),
     ):
         value = getattr(options, name)

@@ -11,6 +11,7 @@ from moe_fast.cli.config import load_mapping, plain_settings
 
 _OF_EXPERTS = {
     **{"num_experts_per_tok": 1, "weight_mode": "auto", "layers": "all", "target": "mlp"},
+    **{"moe_block": "mlp", "moe_heads": None},
     **{"expert_form": "full", "lora_rank": None, "lora_alpha": None},
 }
 _BY_DOMAIN = ("mutual_information", "expert_supervision")

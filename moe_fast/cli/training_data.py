@@ -110,11 +110,12 @@ def for_loss(rows: Any, loss: str, run: Run) -> Any:
     Other losses would treat these queries as hard negatives. A note says that they are dropped.
 
     Raises:
-        ValueError: the loss is distillation, and the rows have no teacher scores.
+        ValueError: the loss is a distillation, and the rows have no teacher scores.
     """
-    if loss == "distillation" and not {"pos_scores", "neg_scores"} <= set(rows.column_names):
+    distils = loss in ("distillation", "listwise_distillation")
+    if distils and not {"pos_scores", "neg_scores"} <= set(rows.column_names):
         raise ValueError(
-            "--loss distillation needs FlagEmbedding rows with pos_scores and neg_scores; the "
+            f"--loss {loss} needs FlagEmbedding rows with pos_scores and neg_scores; the "
             f"columns are {', '.join(rows.column_names)}"
         )
     if loss != "clp" and "neg_q" in rows.column_names:  # they would become hard negatives

@@ -35,8 +35,11 @@ def run_command(
     from moe_fast.ops.tuning import tune
 
     mlp = _first_mixture(model)
-    if mlp.expert_form != "full":
-        raise ValueError("MODEL must have experts with weights of their own; its are LoRA pairs")
+    if mlp.expert_form != "full" or type(mlp).__name__ != "MoEMLP":
+        raise ValueError(
+            "MODEL must have experts in place of whole MLPs, with weights of their own; it has "
+            f"{type(mlp).__name__} with expert_form={mlp.expert_form!r}"
+        )
     tuned = tune(
         mlp.hidden_size,
         mlp.intermediate_size,

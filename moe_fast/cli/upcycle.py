@@ -51,6 +51,16 @@ Target = Annotated[
     Literal["mlp", "intermediate", "output"],
     _experts("Part of the MLP that each expert copies: all, or one of its two projections."),
 ]
+MoEBlock = Annotated[
+    Literal["mlp", "multi_head"],
+    _experts(
+        "Block in the MLP's place: experts for whole tokens, or for parts of tokens, each routed "
+        "apart (multi_head; the model then needs training before it is of use)."
+    ),
+]
+MoEHeads = Annotated[
+    int | None, _experts("Parts of a token in a multi-head block; by default 2.", min=1)
+]
 ExpertForm = Annotated[
     Literal["full", "lora"],
     _experts(
@@ -89,6 +99,8 @@ def run_command(
     weight_mode: WeightMode = "auto",
     layers: Layers = ALL_LAYERS,
     target: Target = "mlp",
+    moe_block: MoEBlock = "mlp",
+    moe_heads: MoEHeads = None,
     expert_form: ExpertForm = "full",
     lora_rank: LoraRank = None,
     lora_alpha: LoraAlpha = None,
@@ -107,7 +119,10 @@ def run_command(
     overwrite: Overwrite = False,
     run: Run,
 ) -> None:
-    """Turn a dense encoder into a mixture of experts that gives the same embeddings."""
+    """Turn a dense encoder into a mixture of experts that gives the same embeddings.
+
+    With --moe-block multi_head it gives others, and must be trained first.
+    """
     from moe_fast.cli.models import describe_size, save_converted
     from moe_fast.encoding.model_paths import check_model_path
     from moe_fast.files import check_output
@@ -142,6 +157,8 @@ def make_mixture(model: Any, options: SimpleNamespace, names: list[str], **furth
         weight_mode=options.weight_mode,
         layers=options.layers,
         target=options.target,
+        moe_block=options.moe_block,
+        moe_heads=options.moe_heads,
         expert_form=options.expert_form,
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,

@@ -6,6 +6,7 @@ from moe_fast.conversion.importing import IMPORT_STYLES, KeyRule, import_checkpo
 from moe_fast.conversion.join import from_experts
 from moe_fast.conversion.lora import from_adapters, merge_lora, write_adapter
 from moe_fast.conversion.nomic import export_nomic, import_nomic
+from moe_fast.conversion.projection_head import add_projection_head
 from moe_fast.conversion.quantize import quantize
 from moe_fast.conversion.trainable import set_trainable
 from moe_fast.conversion.upcycle import upcycle
@@ -14,6 +15,7 @@ __all__ = [
     "IMPORT_STYLES",
     "KeyRule",
     "add_expert",
+    "add_projection_head",
     "export_nomic",
     "extract_expert",
     "from_adapters",

@@ -42,11 +42,17 @@ def extract_expert(model: Any, expert: int | str, *, keep_domain_tokens: bool = 
         TypeError: for a model that is no mixture.
         ValueError: for an expert that is out of range or unknown; the message lists the allowed
             ones. For a model with PEFT adapters: merge them first. For a model with a
-            ``shared_bias``, because the bias belongs to all experts together.
+            ``shared_bias``, because the bias belongs to all experts together. For one with
+            multi-head blocks, whose experts have other shapes.
     """
     source = given(model)
     model = mixture_of(source)
     index = expert_index(model.config, expert)
+    if model.config.moe_block != "mlp":
+        raise ValueError(
+            "model must have experts in place of whole MLPs; those of a multi-head block see parts "
+            "of tokens, and are no dense model."
+        )
     if model.config.shared_bias:
         raise ValueError(
             "model must have biases in its experts, if any; with shared_bias=True they share one "

@@ -153,7 +153,8 @@ def import_checkpoint(
       be taken over, as a start for fine-tuning: that code normalises before the experts and adds
       after them, BERT the other way round, so outputs differ from those of that code (a warning
       says so). A gate (``new_linear``) that was trained is an error.
-    - "hallee_modernbert": ``layers.0.mlp.experts.0.Wi``; the projection head is left out.
+    - "hallee_modernbert": ``layers.0.mlp.experts.0.Wi``; the projection head is left out, and
+      :func:`moe_fast.add_projection_head` reads it from the same checkpoint.
     - "yu": ``encoder.layer.0.intermediate.dense.experts.0`` (or ``output.dense``): targets
       "intermediate" and "output"; give ``like`` ``weight_mode="renormalize"``, as that code does.
     - "mixtral", "qwen_moe", "transformers": ``block_sparse_moe.experts.0.w1``,

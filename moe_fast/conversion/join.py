@@ -83,6 +83,11 @@ def from_experts(
         ValueError: for models that differ in more than weights; the message says how.
     """
     _check_arguments(models, shared, upcycle_kwargs)
+    if upcycle_kwargs.get("moe_block", "mlp") != "mlp":
+        raise ValueError(
+            "moe_block must be 'mlp': the experts of from_experts are whole MLPs; got "
+            f"{upcycle_kwargs['moe_block']!r}."
+        )
     if upcycle_kwargs.get("expert_form", "full") != "full":
         raise ValueError(
             "expert_form must be 'full': the experts of from_experts are whole MLPs. "

@@ -15,7 +15,8 @@ def set_trainable(
     """Set ``requires_grad`` of every parameter of ``model``. Frozen ones get no optimizer state.
 
     Args:
-        trainable: "all"; "experts", only the stacked expert parameters; or "experts+router".
+        trainable: "all"; "experts", only the stacked expert parameters (and the maps around them in
+            multi-head blocks); or "experts+router".
             Yu, arXiv 2412.17364, trains only the experts of one projection. A head is trained
             only with "all".
         freeze_embeddings: with "all", freeze the embeddings: tokens (including domain tokens),
@@ -35,5 +36,7 @@ def set_trainable(
     for mlp in model.moe_mlps().values():
         for _, parameter in mlp.expert_parameters():
             parameter.requires_grad_(True)
+        for linear in mlp.children():  # of a multi-head block, as new as its experts
+            linear.requires_grad_(linear is not mlp.router)
         if trainable == "experts+router":
             mlp.router.requires_grad_(True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from moe_fast.architectures import encoder_prefix
 from moe_fast.conversion.input_model import loaded
+from moe_fast.conversion.multi_head import multi_head_weights
 from moe_fast.conversion.trainable import set_trainable
 from moe_fast.conversion.weights import config_settings, load_exactly, vocabulary_names
 from moe_fast.models.lora import freeze_shared, has_lora
@@ -38,6 +39,8 @@ def upcycle(
     weight_mode: str = "auto",
     layers: str | Sequence[int] = "all",
     target: str = "mlp",
+    moe_block: str = "mlp",
+    moe_heads: int | None = None,
     expert_form: str = "full",
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
@@ -65,6 +68,10 @@ def upcycle(
         layers: "all", "single" (the middle one, ``num_layers // 2``), "alternate" (every other
             one, from the second), or indices.
         target: "mlp", "intermediate" or "output", as in :class:`moe_fast.MoEMLP`.
+        moe_block, moe_heads: "multi_head" puts a :class:`moe_fast.MoEMultiHeadMLP` of so many heads
+            (by default 2) in the MLP's place. Its experts have other shapes than the MLP and start
+            as small random weights: the mixture does *not* give the dense model's output before it
+            is trained.
         expert_form, lora_rank, lora_alpha: "lora" gives experts that are low-rank pairs on one
             shared, frozen MLP, as in :class:`moe_fast.MoEMLP`; by default each expert has a full
             copy of the MLP.
@@ -82,7 +89,7 @@ def upcycle(
             ``requires_grad``. This is not saved; after loading the model again use
             :func:`moe_fast.models.set_trainable`. ``None``: "all", but of an encoder with LoRA
             experts only these and the routers, also after loading it again.
-        seed: of the initialisation of routers and LoRA experts; the global random state is not
+        seed: of the initialisation of routers and new experts; the global random state is not
             changed.
 
     Returns:
@@ -113,6 +120,8 @@ def upcycle(
         routing=routing,
         weight_mode=weight_mode,
         target=target,
+        moe_block=moe_block,
+        moe_heads=moe_heads,
         expert_form=expert_form,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
@@ -128,6 +137,7 @@ def upcycle(
     weights = _moe_state(model, moe)
     weights.update(_router_weights(moe, model, router_init, seed))
     weights.update(_lora_weights(moe, model, seed))
+    weights.update(multi_head_weights(moe, model, seed))
     load_exactly(moe, weights, buffers_of=model)
     if trainable is None and has_lora(moe):
         freeze_shared(moe)
@@ -201,8 +211,8 @@ def _moe_state(model: PreTrainedModel, moe: MoEPreTrainedModel) -> dict[str, Ten
         for new, names in architecture.mlp_names.items():
             places = [prefix + architecture.join(layer, name) for name in names]
             parts = [dense.pop(place, None) for place in places]
-            if parts[0] is None:
-                continue  # no bias
+            if parts[0] is None or moe.config.moe_block != "mlp":
+                continue  # no bias, or no place for the dense MLP
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
             copies = [mlp.num_experts] if mlp.is_expert(new.removeprefix("mlp.")) else []
             copied = value.expand(*copies, *value.shape).clone()

@@ -6,12 +6,14 @@ from moe_fast.architectures import ARCHITECTURES
 from moe_fast.layers import encoder_layers
 from moe_fast.layers.attention import ATTENTION
 from moe_fast.layers.moe_mlp import MoEMLP
+from moe_fast.layers.multi_head import MoEMultiHeadMLP
 from moe_fast.layers.router import MoERouter, RouterOutput
 from moe_fast.layers.routing_info import RoutingInfo
 
 __all__ = [
     "ATTENTION",
     "MoEMLP",
+    "MoEMultiHeadMLP",
     "MoERouter",
     "RouterOutput",
     "RoutingInfo",

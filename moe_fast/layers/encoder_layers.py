@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_fast.architectures import ARCHITECTURES, Architecture, make_class, setting
 from moe_fast.layers.moe_mlp import MoEMLP, OutputBlock
+from moe_fast.layers.multi_head import MoEMultiHeadMLP
 from moe_fast.layers.packed_inference import PackedInference
 from moe_fast.layers.routing_info import RoutingInfo
 from moe_fast.ops.activations import ACTIVATIONS
@@ -150,22 +151,7 @@ class MoELayer(GradientCheckpointingLayer):
         for name in parts.mlp:
             owner, _, leaf = name.rpartition(".")
             delattr(self.get_submodule(owner), leaf)
-        self.mlp = MoEMLP(
-            config.hidden_size,
-            setting(config, parts.intermediate_size),
-            config.num_experts,
-            config.num_experts_per_tok,
-            hidden_act=setting(config, parts.activation),
-            gated=parts.gated,
-            bias=setting(config, parts.bias),
-            shared_bias=config.shared_bias,
-            routing=config.routing,
-            weight_mode=config.weight_mode,
-            target=config.target,
-            expert_form=config.expert_form,
-            lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-        )
+        self.mlp = _block(config, parts)
 
     def routed(self, x: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Map hidden states [B, L, D] to [B, L, D]; for routing keywords see the module."""
@@ -215,6 +201,34 @@ class MoELayer(GradientCheckpointingLayer):
         dropout = self._part(parts.dropout) if parts.dropout is not None else None
         p = dropout.p if dropout is not None and dropout.training else 0.0
         return OutputBlock(residual, norm.weight, norm.bias, norm.eps, p)
+
+
+def _block(config: PreTrainedConfig, parts: Architecture) -> MoEMLP:
+    """The block in place of the MLP, as the configuration says."""
+    sizes = (
+        config.hidden_size,
+        setting(config, parts.intermediate_size),
+        config.num_experts,
+        config.num_experts_per_tok,
+    )
+    common = dict(
+        hidden_act=setting(config, parts.activation),
+        gated=parts.gated,
+        bias=setting(config, parts.bias),
+        routing=config.routing,
+        weight_mode=config.weight_mode,
+    )
+    if config.moe_block == "multi_head":
+        return MoEMultiHeadMLP(*sizes, config.moe_heads, **common)
+    return MoEMLP(
+        *sizes,
+        **common,
+        shared_bias=config.shared_bias,
+        target=config.target,
+        expert_form=config.expert_form,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+    )
 
 
 def layer_class(architecture: Architecture) -> type[MoELayer]:

@@ -20,6 +20,7 @@ from moe_fast.ops.route.modes import check_experts_per_tok, resolve_weight_mode
 
 TARGETS = ("mlp", "intermediate", "output")
 EXPERT_FORMS = ("full", "lora")
+BLOCKS = ("mlp", "multi_head")
 LORA_RANK = 8  # PEFT's default
 
 
@@ -155,6 +156,11 @@ class MoEMLP(nn.Module):
     def up_name(self) -> str:
         """Name of the up projection's parameter."""
         return "gate_up_proj" if self.gated else "up_proj"
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many experts a token visits at most."""
+        return self.num_experts_per_tok
 
     def is_expert(self, name: str) -> bool:
         """Whether every expert has its own parameter ``name``, a weight, a bias or half a pair."""
@@ -307,7 +313,7 @@ class MoEMLP(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings that ``print(module)`` shows."""
-        lora = f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha:g}"
+        lora = f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}"
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"hidden_act={self.hidden_act}, gated={self.gated}, target={self.target}"

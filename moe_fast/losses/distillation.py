@@ -120,13 +120,9 @@ class DistillationLoss(TemperatureLoss):
     def from_embeddings(self, embeddings: list[Tensor], columns: Columns, labels: Any) -> Tensor:
         """See :class:`moe_fast.losses.base.EmbeddingLoss`."""
         scale = self.current_scale()
-        dtype = compute_dtype(embeddings[0].dtype)
-        candidates = embeddings[1 : 2 + self.num_negatives(len(embeddings))]
-        query, keys = embeddings[0].to(dtype), torch.stack(candidates, dim=1).to(dtype)
-        if self.similarity == "cosine":
-            query, keys = F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
-        student = scale * (query[:, None] * keys).sum(-1)  # [B, 1 + G]
-        divergence = distillation(student, labels / self.teacher_temperature)
+        passages = torch.stack(embeddings[1 : 2 + self.num_negatives(len(embeddings))], dim=1)
+        teacher = labels / self.teacher_temperature
+        divergence = self.divergence(embeddings[0], passages, teacher, columns, scale)
         metrics = {"distillation": divergence.detach()}
         metrics |= temperature_metric(scale, "distillation_temperature")
         total = self.coefficient * divergence
@@ -135,6 +131,28 @@ class DistillationLoss(TemperatureLoss):
             metrics = self.loss.last_metrics | metrics
         self.last_metrics = metrics
         return total
+
+    def divergence(
+        self,
+        query: Tensor,
+        passages: Tensor,
+        teacher: Tensor,
+        columns: Columns,
+        scale: float | Tensor,
+    ) -> Tensor:
+        """The loss, [], of embeddings without ``coefficient``.
+
+        Args:
+            query, passages: [B, d] and [B, 1 + G, d], each row's own.
+            teacher: [B, 1 + G], divided by the teacher's temperature.
+            columns: as in :meth:`from_embeddings`.
+            scale: 1 / temperature.
+        """
+        dtype = compute_dtype(query.dtype)
+        query, keys = query.to(dtype), passages.to(dtype)
+        if self.similarity == "cosine":
+            query, keys = F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
+        return distillation(scale * (query[:, None] * keys).sum(-1), teacher)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings for the model card; the wrapped loss is given by its class name."""

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from packaging.version import InvalidVersion, Version
 
-from moe_fast.architectures import ARCHITECTURES, Architecture, make_class
+from moe_fast.architectures import ARCHITECTURES, Architecture, make_class, setting
 from moe_fast.layers.attention import AttentionOfTheCall
-from moe_fast.layers.moe_mlp import TARGETS, lora_settings
+from moe_fast.layers.moe_mlp import BLOCKS, TARGETS, lora_settings
+from moe_fast.layers.multi_head import check_heads
 from moe_fast.models.portable import auto_map, code_file, is_portable, portable_code
 from moe_fast.models.quantization import check_quantization
 from moe_fast.ops.checks import check_choice, check_count
@@ -33,6 +34,9 @@ class MoEConfigFields(AttentionOfTheCall):
         num_experts, num_experts_per_tok: E and K (K is E with ``routing="dense"``).
         routing, weight_mode: as in :func:`moe_fast.ops.route`.
         target: "mlp", "intermediate" or "output", as in :class:`moe_fast.MoEMLP`.
+        moe_block: "mlp", experts in place of whole tokens' MLPs, or "multi_head", a
+            :class:`moe_fast.MoEMultiHeadMLP`.
+        moe_heads: the heads of a multi-head block, by default 2; ``None`` for "mlp".
         expert_form, lora_rank, lora_alpha, shared_bias: as in :class:`moe_fast.MoEMLP`.
         moe_layers: indices of the layers with experts; ``None``: all of them.
         domains: names of the domains, in the order of their ids; with enforced routing a
@@ -62,6 +66,8 @@ class MoEConfigFields(AttentionOfTheCall):
     routing: str = "token_topk"
     weight_mode: str = "auto"
     target: str = "mlp"
+    moe_block: str = "mlp"
+    moe_heads: int | None = None
     expert_form: str = "full"
     lora_rank: int | None = None
     lora_alpha: float | None = None
@@ -91,6 +97,8 @@ class MoEConfigFields(AttentionOfTheCall):
             check_count("num_experts", self.num_experts)
             self.num_experts_per_tok = self.num_experts
         self.lora_rank, self.lora_alpha = self._lora_settings()
+        if self.moe_block == "multi_head" and self.moe_heads is None:
+            self.moe_heads = 2
         self.check()
 
     def check(self) -> None:
@@ -106,6 +114,7 @@ class MoEConfigFields(AttentionOfTheCall):
         resolve_weight_mode(self.routing, self.weight_mode, self.num_experts_per_tok, "routing")
         check_choice("target", self.target, TARGETS)
         self._lora_settings()
+        self._check_block()
         if self.fused_output and self.expert_form != "full":
             raise ValueError(
                 "fused_output must be False unless experts have weights of their own "
@@ -134,6 +143,23 @@ class MoEConfigFields(AttentionOfTheCall):
             )
         check_quantization(self.quantization)
         self._check_domains()
+
+    def _check_block(self) -> None:
+        check_choice("moe_block", self.moe_block, BLOCKS)
+        if self.moe_block == "mlp":
+            if self.moe_heads is not None:
+                raise ValueError(
+                    f"moe_heads must be None with moe_block='mlp'; got {self.moe_heads}."
+                )
+            return
+        size = setting(self, type(self).architecture.intermediate_size)
+        check_heads(self.moe_heads, self.hidden_size, size, "moe_heads")
+        for name, allowed in _OF_WHOLE_MLPS.items():
+            if getattr(self, name) != allowed:
+                raise ValueError(
+                    f"{name} must be {allowed!r} with moe_block='multi_head', whose experts are "
+                    f"MLPs of their own; got {getattr(self, name)!r}."
+                )
 
     def _lora_settings(self) -> tuple[int | None, float | None]:
         return lora_settings(self.expert_form, self.lora_rank, self.lora_alpha, self.shared_bias)
@@ -265,6 +291,14 @@ def _are_ints(value: Any) -> bool:
     return isinstance(value, (list, tuple, range)) and all(map(_is_int, value))
 
 
+# Settings that go with experts in place of the MLP alone, and their values in other blocks.
+_OF_WHOLE_MLPS: dict[str, Any] = {
+    "target": "mlp",
+    "expert_form": "full",
+    "shared_bias": False,
+    "fused_output": False,
+}
+
 # What a field must be before it is used: a configuration may come from anybody's file.
 _KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (lambda v: _is_int(v) and v > 0, "a whole number above 0", ("num_hidden_layers", "vocab_size")),
@@ -272,7 +306,7 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (
         lambda v: isinstance(v, str),
         "a name (str)",
-        ("routing", "weight_mode", "target", "expert_form"),
+        ("routing", "weight_mode", "target", "expert_form", "moe_block"),
     ),
     (
         lambda v: isinstance(v, bool),
@@ -281,7 +315,11 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     ),
     (lambda v: v is None or _are_ints(v), "a list of whole numbers", ("moe_layers",)),
     (_are_ints, "a list of whole numbers", ("domain_token_ids",)),
-    (lambda v: v is None or _is_int(v), "a whole number", ("domain_token_replaces", "lora_rank")),
+    (
+        lambda v: v is None or _is_int(v),
+        "a whole number",
+        ("domain_token_replaces", "lora_rank", "moe_heads"),
+    ),
     (lambda v: isinstance(v, (list, tuple)), "a list of names", ("domains",)),
     (lambda v: v is None or isinstance(v, dict), "a JSON object", ("domain_predictor",)),
     (_is_optional_text, "text", ("default_domain", "upcycled_from", "moe_fast_version")),

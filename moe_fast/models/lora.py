@@ -20,7 +20,11 @@ def freeze_shared(model: Any) -> None:
 
 
 def check_full(model: Any, what: str) -> None:
-    """Raise ``ValueError`` if ``model`` has LoRA experts, so that it cannot be ``what``."""
+    """Raise ``ValueError`` unless experts are full MLPs, for otherwise it cannot be ``what``."""
+    if getattr(getattr(model, "config", None), "moe_block", "mlp") != "mlp":
+        raise ValueError(
+            f"a mixture with multi-head blocks cannot be {what}: its experts see parts of tokens."
+        )
     if has_lora(model):
         raise ValueError(
             f"a mixture with LoRA experts cannot be {what}. moe_fast.merge_lora makes one of it "

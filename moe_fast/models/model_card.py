@@ -88,6 +88,11 @@ def describe_mixture(config: Any, total: int, active: int) -> str:
         "",
         f"- Architecture: `{config.model_type}`, {total:,} parameters, {active:,} active per token",
     ]
+    if config.moe_block == "multi_head":
+        lines.append(
+            f"- Experts: multi-head blocks, which route each of {config.moe_heads} parts of a "
+            "token apart"
+        )
     if config.expert_form == "lora":
         lines.append(
             f"- Experts: LoRA, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on one shared "

@@ -172,7 +172,7 @@ class MoEModelMixin(MoEPreTrainedModel):
         if output_router_logits and self.config.moe_layers:
             compat.check_recorded(output, "tokens_per_expert")
         if packing is not None:
-            unpack_outputs(self, packing, output)
+            unpack_outputs(self, packing, output, heads=self.config.moe_heads or 1)
         return self._returned(output, return_dict)
 
     def _runs_again(self) -> bool:

@@ -246,13 +246,22 @@ def _positions(model: PreTrainedModel, packing: Packing, inputs: dict[str, Any])
     return torch.arange(first, first + packing.shape[1], device=device)[None]
 
 
-def unpack_outputs(model: PreTrainedModel, packing: Packing, output: Any) -> None:
-    """Give outputs, in place, the shape of what came in; the pooler reads first tokens."""
+def unpack_outputs(
+    model: PreTrainedModel, packing: Packing, output: Any, *, heads: int = 1
+) -> None:
+    """Give outputs, in place, the shape of what came in; the pooler reads first tokens.
+
+    Args:
+        heads: how many rows of router logits a token has.
+    """
     output.last_hidden_state = packing.unpack(output.last_hidden_state)
     if output.hidden_states is not None:
         output.hidden_states = tuple(packing.unpack(x) for x in output.hidden_states)
     if output.router_logits is not None:
-        output.router_logits = tuple(packing.unpack_rows(x) for x in output.router_logits)
+        output.router_logits = tuple(
+            packing.unpack_rows(x.unflatten(0, (-1, heads))).flatten(0, 1)
+            for x in output.router_logits
+        )
     if getattr(model, "pooler", None) is not None:
         # What the model pooled was the first text's alone.
         output.pooler_output = model.pooler(packing.first_tokens(output.last_hidden_state))

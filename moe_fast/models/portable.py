@@ -87,6 +87,8 @@ def _check(model: PreTrainedModel) -> None:
         why = f"the file is of bare encoders, without a head; got {type(model).__name__}"
     elif model.config.quantization is not None:
         why = "the file computes in floating numbers, and this mixture is quantised"
+    elif model.config.moe_block != "mlp":
+        why = "the file has no multi-head blocks"
     elif model.config.expert_form != "full":
         why = "its experts are LoRA pairs (moe_fast.merge_lora gives them weights of their own)"
     elif foreign:

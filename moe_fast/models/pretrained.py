@@ -81,7 +81,8 @@ class MoEPreTrainedModel(PreTrainedModel):
         """Number of parameters, as transformers counts them.
 
         Args:
-            only_active: leave out the experts that a token does not visit: K of E count.
+            only_active: leave out the experts that a token does not visit: K of E count, and in a
+                multi-head block K for each head, since each may visit others.
 
         The 8-bit integers of a quantised mixture count too, though they are no parameters of
         PyTorch's.
@@ -97,7 +98,7 @@ class MoEPreTrainedModel(PreTrainedModel):
             experts = (
                 p for _, p in mlp.expert_parameters() if p.requires_grad or not only_trainable
             )
-            idle += sum(p[0].numel() for p in experts) * (mlp.num_experts - mlp.num_experts_per_tok)
+            idle += sum(p[0].numel() for p in experts) * (mlp.num_experts - mlp.experts_per_token)
         return total - idle
 
     @classmethod

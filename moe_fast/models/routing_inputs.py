@@ -131,7 +131,7 @@ def build_routing(
         dtype: of the hidden states.
     """
     info = RoutingInfo(expert_ids, token_mask_of(attention_mask), cu_seqlens)
-    if config.routing != "enforced":
+    if config.routing != "enforced" or config.moe_block != "mlp":  # other blocks route parts
         return info
     shape = (*like.shape[:2], 1)
     return info.with_shared_plan(

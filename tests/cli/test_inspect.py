@@ -99,3 +99,17 @@ def test_failures(arguments, message, moe_fast_cli, workspace):
     write_jsonl(workspace / "art.jsonl", mixed)
     result = moe_fast_cli("inspect", *arguments)
     assert result.exit_code == 1 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ([], "weights of their own"),
+        (["--moe-block", "multi_head", "--moe-heads", 4], "multi-head block, 4 heads per token"),
+        (["--expert-form", "lora", "--lora-rank", 3], "LoRA on one shared MLP, rank 3, alpha 3"),
+    ],
+)
+def test_the_form_of_the_experts(moe_fast_cli, flags, shown):
+    result = moe_fast_cli("upcycle", "dense-model", "--num-experts", 3, *flags, "-o", "x")
+    assert result.exit_code == 0, result.output
+    assert shown in moe_fast_cli("inspect", "x").stdout

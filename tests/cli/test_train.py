@@ -186,6 +186,21 @@ def test_a_domain_per_file(train, workspace, monkeypatch):
     assert usages["trained"][:, 0].tolist() == [[1, 0], [0, 1]]
 
 
+@pytest.mark.slow
+def test_listwise_distillation(train, workspace):
+    rng = random.Random(0)
+    rows = []
+    for i in range(8):
+        query, *passages = (words(rng, DOMAINS[i % 2], 6) for _ in range(4))
+        scores = {"pos_scores": [0.9], "neg_scores": [0.3, 0.2]}
+        texts = {"query": query, "pos": passages[:1], "neg": passages[1:]}
+        rows.append({**texts, **scores, "domain": DOMAINS[i % 2]})
+    write_jsonl(workspace / "flag.jsonl", rows)
+    flags = ["--loss", "listwise_distillation", "--negatives-from", "same_domain"]
+    train("mixture", *flags, "--hard-negatives", 2, data="flag.jsonl")
+    assert any("distillation" in entry for entry in log()["history"])
+
+
 def test_flag_rows_with_prompts_lengths_negatives_and_a_teacher(train, workspace):
     rng = random.Random(0)
     rows = []
@@ -378,7 +393,7 @@ LEARNED = ["--routing", "token_topk", "--num-experts", "2"]
         ),
         (["mixture", "--data", "pairs.jsonl", "--loss", "sigmoid", "--gather"], "--gather is for"),
         (
-            ["mixture", "--data", "pairs.jsonl", "--loss", "distillation"],
+            ["mixture", "--data", "pairs.jsonl", "--loss", "listwise_distillation"],
             "needs FlagEmb",
         ),
         (["mixture", "--data", "pairs.jsonl", "--temperature", "-1"], "temperature"),

@@ -118,6 +118,12 @@ def test_a_new_head_is_trained(tmp_path):
     assert not moe.bert.embeddings.word_embeddings.weight.requires_grad
 
 
+def test_what_a_block_prints():
+    assert "lora" not in repr(moe_fast.MoEMLP(4, 8, 2))
+    block = moe_fast.MoEMLP(4, 8, 2, expert_form="lora", lora_rank=3)
+    assert "target=mlp, lora_rank=3, lora_alpha=3.0" in repr(block)
+
+
 def test_counts_and_settings(tmp_path):
     moe = mixture(lora_rank=None, lora_alpha=None)
     assert (moe.config.lora_rank, moe.config.lora_alpha) == (8, 8.0)
