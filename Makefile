@@ -211,9 +211,9 @@ bench-gpu: setup
 	$(PY) -m bench.gpu --out $(GPU_OUT) $(ARGS)
 
 # Exit code 1: a case became slower. AGAINST: the committed run to hold RESULT against; by default the
-# newest of this processor's maker.
+# newest of this processor's maker. Names with a maker are parts of a run; AMD's whole one has none.
 INTEL := $(sort $(wildcard bench/results/cpu-intel-*.json))
-AMD := $(filter-out $(INTEL),$(sort $(wildcard bench/results/cpu-*.json)))
+AMD := $(sort $(wildcard bench/results/cpu-2*.json))
 AGAINST ?= $(lastword $(if $(shell grep -m 1 -s GenuineIntel /proc/cpuinfo),$(INTEL),$(AMD)))
 bench-compare: setup
 	@test -n "$(AGAINST)" || { echo "bench-compare: no committed run; name one: AGAINST=FILE" >&2; exit 2; }

@@ -100,6 +100,7 @@ class Int8Matrix(nn.Module):
         )
         return y.view(shape)
 
+    @compat.overrides
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As ``nn.Module``'s, but the scales stay float32 when the model is cast."""
 

@@ -133,6 +133,7 @@ class MoEPreTrainedModel(PreTrainedModel):
             freeze_shared(model)
         return (model, info) if wanted else model
 
+    @compat.overrides
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As ``nn.Module``'s, which ``to`` and ``bfloat16`` call; a cast of integers is refused."""
         if is_quantized(self):
