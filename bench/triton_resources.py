@@ -52,7 +52,7 @@ _BASE = Shape(65_536, experts=8, k=1, dim=768, hidden=3072, dtype=torch.bfloat16
 _ODD = Shape(1_001, experts=3, k=1, dim=389, hidden=1019, dtype=torch.bfloat16)
 # Tiles of persistent programs; 4 warps multiply and store, and others copy.
 PERSISTENT: dict[str, Any] = dict(
-    block_m=128, block_n=256, block_k=64, num_warps=4, num_stages=4, parts=4, persistent=True
+    block_m=128, block_n=256, block_k=64, num_warps=4, num_stages=4, persistent=True
 )
 # Bytes per thread that a kernel with limited registers may spill outside of its main loop.
 _MOST_SPILLED = 64
@@ -186,10 +186,10 @@ def launch_everything(shape: Shape) -> None:
         routed = dataclasses.replace(shape, k=k)
         order = plan(_new(shape.tokens, k, dtype=torch.int64), shape.experts)
         for gated in (False, True):
-            form = dataclasses.replace(routed, gated=gated, bias=not gated)
-            _expert_mlp(form, order)
+            mixture = dataclasses.replace(routed, gated=gated, bias=not gated)
+            _expert_mlp(mixture, order)
             with mock.patch.object(launch_config, "pads_experts", lambda *_: False):
-                _expert_mlp(form, order)  # as with fewer rows per expert
+                _expert_mlp(mixture, order)  # as with fewer rows per expert
         _expert_linear(routed, order)
         _output_block(routed, order[3])
     _by_descriptors(shape, order)
@@ -378,7 +378,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     hip = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)
     compiled = triton.compile(source, target=gpu, options=dict(launch.options))
-    read: dict[str, int] = {}
+    read: dict[str, Any] = {}
     if hip:
         code = compiled.asm["amdgcn"]
         registers, spills = _numbers(r"\.vgpr_count:\s+(\d+).*\.vgpr_spill_count:\s+(\d+)", code)

@@ -39,7 +39,8 @@ class PaddedPlan(NamedTuple):
 
 def padded_rows(num_rows: int, num_experts: int) -> int:
     """P, the rows that any S rows of E experts fit when they are padded: a multiple of 128."""
-    return triton.cdiv(num_rows + num_experts * (PAD_ROWS - 1), PAD_ROWS) * PAD_ROWS
+    # Plain arithmetic, because torch.compile traces it with symbols.
+    return (num_rows + (num_experts + 1) * (PAD_ROWS - 1)) // PAD_ROWS * PAD_ROWS
 
 
 def divides(block: int) -> bool:

@@ -23,7 +23,7 @@ from . import launch_config
 from .config import Config
 from .descriptors import is_transposed
 from .launch import accumulator, aligned, precision, triton_dtype
-from .numerics import cast, columns_of, dot
+from .numerics import cast, dot
 from .padded_plan import PAD_ROWS, PaddedPlan
 from .tiles import swizzle
 
@@ -49,7 +49,6 @@ def persistent_linear_kernel(
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
-    PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PAD_ROWS: tl.constexpr,
     BM: tl.constexpr,
@@ -78,25 +77,21 @@ def persistent_linear_kernel(
             else:
                 w_tile = w.load([expert * N + column * BN, start]).trans()
             acc = dot(a_tile, w_tile, acc, PRECISION)
+        n = column * BN + tl.arange(0, BN)
+        # In one piece: Triton 3.6 cannot divide a tile among warps and then into its columns.
+        if HAS_BIAS:
+            bias = bias_ptr + expert.to(tl.int64) * N + n
+            acc += tl.load(bias, mask=n < N, other=0).to(ACC)[None, :]
         row = tile.to(tl.int64) * BM + tl.arange(0, BM)
+        if WEIGHTED:
+            slot = tl.load(row_to_slot_ptr + row)
+            acc *= tl.load(row_weight_ptr + slot, mask=slot >= 0, other=0).to(ACC)[:, None]
         target = row
         if SCATTER:
             target = tl.load(row_to_token_ptr + row)
-        if WEIGHTED:
-            slot = tl.load(row_to_slot_ptr + row)
-            weight = tl.load(row_weight_ptr + slot, mask=slot >= 0, other=0).to(ACC)[:, None]
-        WIDTH: tl.constexpr = BN // PARTS
-        for part in tl.static_range(PARTS):
-            n = column * BN + part * WIDTH + tl.arange(0, WIDTH)
-            value = columns_of(acc, part, PARTS)
-            if HAS_BIAS:
-                bias = bias_ptr + expert.to(tl.int64) * N + n
-                value += tl.load(bias, mask=n < N, other=0).to(ACC)[None, :]
-            if WEIGHTED:
-                value *= weight
-            out = out_ptr + target[:, None] * N + n[None, :]
-            mask = (target >= 0)[:, None] & (n < N)[None, :]
-            tl.store(out, cast(value, out_ptr.dtype.element_ty), mask=mask)
+        out = out_ptr + target[:, None] * N + n[None, :]
+        mask = (target >= 0)[:, None] & (n < N)[None, :]
+        tl.store(out, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -146,7 +141,6 @@ def persistent_linear(
         TRANSPOSED=transposed,
         PRECISION=precision(a.dtype),
         ACC=triton_dtype(accumulator(a.dtype)),
-        PARTS=config.parts,
         PROGRAMS=programs,
         PAD_ROWS=PAD_ROWS,
         **config.meta(),
