@@ -212,3 +212,26 @@ def test_the_layer_decides_what_the_table_has(fastest, target, monkeypatch):
     expected = {"before": Config(32, 32, 32, 4, 1), "found": found, "grouped_mm": GROUPED}[fastest]
     assert {choice.after for choice in tuned.choices.values()} == {expected}
     assert set(tuning_tables.load_table("interpreter").values()) == {expected}
+
+
+def test_padded_rows_are_tuned_as_they_are_launched(monkeypatch):
+    """The products agree with those of rows that are gathered, and have the launchers' keys."""
+    monkeypatch.setattr(launch_config, "pads_experts", lambda *_: True)
+    found = tune.search(PROBLEM, CPU, seconds=1e-9, timer=by_size)
+    used = []
+    table = {key: Config(16, 16, 16) for key in found}
+    monkeypatch.setattr(launch_config, "load_table", lambda gpu: Recorded(table, used))
+    run_backward(PROBLEM)
+    assert set(used) == set(found)
+
+    def outputs(pads: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        monkeypatch.setattr(launch_config, "pads_experts", lambda *_: pads)
+        return {p.name: p.launch(Config(16, 16, 16)) for p in tune.products(PROBLEM, CPU)}
+
+    padded, plain = outputs(True), outputs(False)
+    for name in ("grad_down", "grad_up"):  # the others are by row
+        assert_close(padded[name], plain[name], TOLERANCES[torch.float32])
+    for name, rows in padded.items():
+        assert rows.isfinite().all(), name
+        assert name.startswith("grad_") or rows.shape[0] > plain[name].shape[0], name
