@@ -50,6 +50,7 @@ help:
 	@echo "  test-hostile   a thousand bad inputs and forty kills; how many errors are clear"
 	@echo "  test-serving   the server's description against five minutes of what schemathesis thinks of"
 	@echo "  test-stores  what embed writes, in LanceDB, Qdrant and a PostgreSQL with pgvector, which is started"
+	@echo "  bench-serving  the server beside a plain handler, under 64 clients for a minute each"
 	@echo "  test-sanitize  the native library's tests on a build with address and undefined-behaviour sanitizers,"
 	@echo "                 and the CUDA kernels' code run on the CPU under these and the thread sanitizer"
 	@echo "  fuzz         random problems and random nonsense for the native library, for 10 minutes"
@@ -155,6 +156,11 @@ test-mpnet: setup
 .PHONY: test-hostile
 test-hostile: setup
 	OMP_NUM_THREADS=1 $(PY) -m tests.hostile $(ARGS)
+
+# The server under 64 clients, with ones that hang or send garbage and a killed worker; some minutes.
+.PHONY: bench-serving
+bench-serving: setup
+	$(PY) -m bench.serving --kinds odd --clients 64 --seconds 60 --trouble --workers 2 -o $(LOCAL)/load.json $(ARGS)
 
 .PHONY: test-serving
 # SERVING_SECONDS: of schemathesis, which asks for all that the server's description allows, and more.

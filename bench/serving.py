@@ -1,12 +1,13 @@
 """A server under load: ``moe-fast serve`` beside a plain handler that calls ``encode``.
 
-    python -m bench.serving MODEL -o serving.json
-    python -m bench.serving MODEL --kinds odd --clients 64 --seconds 60 --trouble -o load.json
-    python -m bench.serving MODEL --requests 10000 --only-ours -o memory.json
+    python -m bench.serving -o serving.json
+    python -m bench.serving --kinds odd --clients 64 --seconds 60 --trouble --workers 2 -o load.json
+    python -m bench.serving --kinds short --requests 10000 --only-ours -o memory.json
 
-Both servers serve the same mixture, in a process of their own on loopback, with the same number of
-threads; the clients are coroutines of this process, which keep their connections. Every vector is
-compared with that of a direct ``encode``. The plain handler is :mod:`bench.plain_server`.
+The model is all-MiniLM-L6-v2 with five experts that differ, or the mixture in a given folder. Both
+servers serve it in processes of their own on loopback, with the same number of threads in all; the
+clients are coroutines of this process, which keep their connections. Every vector is compared with
+that of a direct ``encode``. The plain handler is :mod:`bench.plain_server`.
 
 ``--trouble`` adds a client that never finishes its request, and one that sends garbage; with
 ``--workers`` of 2 or more it also kills one of our server's workers in the middle.
@@ -24,6 +25,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -33,11 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+import moe_fast
 from moe_fast.inference import load_model
 
-from .embedding import read_pairs
+from .embedding import pretrained, read_pairs
 from .harness import ROOT, environment, write_json
 
 OURS, PLAIN = "moe-fast serve", "plain handler"
@@ -386,7 +390,7 @@ def announce(what: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder of a mixture with domains")
+    parser.add_argument("model", nargs="?", help="folder of a mixture with domains")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--kinds", default="short,long", help="of texts: short, long, odd")
     parser.add_argument("--clients", type=int, default=32)
@@ -398,6 +402,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trouble", action="store_true", help="some clients hang or send garbage")
     parser.add_argument("--only-ours", action="store_true")
     arguments = parser.parse_args(argv)
+    if arguments.model is not None:
+        return measure(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.model = str(Path(folder) / "minilm-five")
+        save_five_experts(arguments.model)
+        return measure(arguments)
+
+
+def save_five_experts(folder: str) -> None:
+    """Save all-MiniLM-L6-v2 as a mixture of five experts that differ, each of a domain."""
+    torch.manual_seed(0)
+    mixture = moe_fast.upcycle(
+        pretrained(), num_experts=5, routing="enforced", domains=["a", "b", "c", "d", "e"]
+    )
+    with torch.no_grad():
+        for mlp in mixture.transformers_model.moe_mlps().values():
+            mlp.down_proj += 0.02 * torch.randn(mlp.down_proj.shape)
+    mixture.save_pretrained(folder, create_model_card=False)
+
+
+def measure(arguments: Any) -> int:
+    """Measure what the arguments say, and write it."""
     model = load_model(arguments.model)
     kinds = arguments.kinds.split(",")
     asked = {kind: questions_of(model, kind, arguments.texts) for kind in kinds}
@@ -409,9 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loads += loads_of(server, arguments, asked)
     if arguments.output is not None:
         record = {
-            "environment": environment(
-                threads=arguments.threads, model=Path(arguments.model).name, command=sys.argv[1:]
-            ),
+            "environment": environment(threads=arguments.threads, model=Path(arguments.model).name),
             "direct_encode_milliseconds": direct,
             "loads": [asdict(load) for load in loads],
         }
