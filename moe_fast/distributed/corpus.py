@@ -110,7 +110,8 @@ def embed_corpus(
     settings, precision = with_precision(settings, precision)
     check_model_path(settings.model)
     source, output = Path(source).resolve(), Path(output).absolute()
-    check_output(output, overwrite or has_corpus_parts(output))
+    begun = has_corpus_parts(output)
+    check_output(output, overwrite or begun)
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} must be a folder; it is a file.")
     if importlib.util.find_spec("ray") is None:  # it is imported when its settings are made
@@ -132,7 +133,7 @@ def embed_corpus(
             overwrite=overwrite,
         )
         resumed, truncated = sum(group.rows for group in groups), TruncatedTexts()
-        if not parts.are_in_output(groups):
+        if not (begun and parts.are_in_output(groups)):
             check_output(output, overwrite)
             job = EmbedJob(
                 _embedder(settings, precision, domain_column, parts.threads),

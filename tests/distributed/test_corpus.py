@@ -213,6 +213,8 @@ def test_killed_before_the_clean_up(models, corpus, tmp_path, calls):
     assert not calls and not (tmp_path / "out.parts").exists()
     with pytest.raises(FileExistsError, match="out exists already"):
         embed(corpus, tmp_path / "out", settings(models))
+    done = embed(corpus, tmp_path / "out", settings(models), overwrite=True)
+    assert done.resumed_rows == 0 and len(calls) == 5, "what is finished is computed again"
 
 
 def test_another_run_is_refused_or_replaces(models, corpus, tmp_path, calls):
