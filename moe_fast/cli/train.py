@@ -203,6 +203,15 @@ def run_command(
             "For --mutual-information: weight of earlier batches in a running average, in (0, 1).",
         ),
     ] = None,
+    pool_experts: Annotated[
+        float | None,
+        option(
+            _LOSS,
+            "With a domain per expert: let experts learn from other domains' texts, too; this "
+            "number, such as 300, over itself plus the rows of its domain is the share of each.",
+            min=0,
+        ),
+    ] = None,
     batch_size: Annotated[int, option(_STEPS, "Rows per step and process.", min=1)] = 32,
     tokens_per_chunk: Annotated[
         int | None,

@@ -20,11 +20,14 @@ from moe_fast.cli.command import Run, is_first_process
 from moe_fast.cli.models import describe_size
 from moe_fast.cli.options import check_delimiter
 from moe_fast.cli.training_checks import (
+    FEW_ROWS,
     check_batches,
     check_dims,
+    check_pooled,
     check_resumed,
     check_settings,
     check_weights,
+    warn_of_few_rows,
     wants_experts,
 )
 from moe_fast.cli.training_data import (
@@ -34,6 +37,7 @@ from moe_fast.cli.training_data import (
     for_loss,
     read_data,
     reading_of,
+    rows_per_expert,
 )
 from moe_fast.cli.training_pictures import draw
 from moe_fast.cli.upcycle import make_mixture
@@ -333,12 +337,22 @@ def build_trainer(
     """Make the loss, the arguments and the trainer, which checks them against the data."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from moe_fast.training import ExpertUsageCallback, MoESentenceTransformerTrainer
+    from moe_fast.training import (
+        ExpertPoolingCallback,
+        ExpertUsageCallback,
+        MoESentenceTransformerTrainer,
+    )
 
     names = list(train.column_names)
     callbacks: list[Any] = []
     if hasattr(model.transformers_model, "moe_mlps"):
         callbacks.append(ExpertUsageCallback(log_shares=False))
+    rows = rows_per_expert(model, train)
+    if options.pool_experts is not None:
+        check_pooled(rows)
+        callbacks.append(ExpertPoolingCallback(rows, options.pool_experts))
+    elif few := {name: count for name, count in rows.items() if count < FEW_ROWS}:
+        run.say(warn_of_few_rows(few))
     if options.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping))
     both = {name for rows in (train, evaluation) if rows is not None for name in domains_of(rows)}

@@ -19,6 +19,8 @@ _MAY_CHANGE = {  # settings that may change when a run is resumed
     *("output", "overwrite", "resume", "device", "backend", "workers", "epochs", "max-steps"),
     *("save-steps", "save-total-limit", "eval-steps", "logging-steps", "report-to"),
 }
+FEW_ROWS = 100
+"""An expert that is trained on fewer rows loses to a dense model (experiments/results)."""
 _COMPARING = ("infonce", "clp", "mnr_plus")  # losses that are 0 without negatives
 
 
@@ -66,6 +68,25 @@ def check_batches(options: SimpleNamespace, rows: Any) -> None:
             f"--loss {options.loss} takes its negatives from the batch, which must have at least 2 "
             f"rows; got --batch-size {options.batch_size} and {len(rows)} rows of data"
         )
+
+
+def check_pooled(rows: Mapping[str, int]) -> None:
+    """Raise ``ValueError`` if --pool-experts has nothing to pool, {domain: rows}."""
+    if not rows:
+        raise ValueError(
+            "--pool-experts needs a mixture with an expert per domain (--routing enforced) and "
+            "data with domains: a column 'domain', or --data DOMAIN=FILE"
+        )
+
+
+def warn_of_few_rows(rows: Mapping[str, int]) -> str:
+    """Return what to say of domains whose experts have few rows, {domain: rows}."""
+    counts = ", ".join(f"{name} {count:,}" for name, count in rows.items())
+    return (
+        f"warning: experts with fewer than {FEW_ROWS} rows of training data: {counts}. Such an "
+        "expert tends to be worse than a dense model; --pool-experts 300 lets it learn from the "
+        "other domains, too"
+    )
 
 
 def check_dims(dims: list[int], size: int) -> None:

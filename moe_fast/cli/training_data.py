@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -156,6 +157,15 @@ def check_domains(model: Any, rows: Any, allow_one: bool) -> None:
             "the model routes by domain, and the training data have no column 'domain'; add one, "
             f"or pass --data DOMAIN=FILE. Known domains: {', '.join(known)}"
         )
+
+
+def rows_per_expert(model: Any, rows: Any) -> dict[str, int]:
+    """Return {domain: training rows} of a model with an expert per domain, and {} of another."""
+    config = model.transformers_model.config
+    if getattr(config, "routing", None) != "enforced" or "domain" not in rows.column_names:
+        return {}
+    counts = Counter(rows["domain"])
+    return {name: counts[name] for name in config.domains}
 
 
 def columns_of(names: list[str]) -> tuple[list[str], list[str]]:

@@ -158,6 +158,14 @@ def test_a_dense_model_stays_dense_or_becomes_a_mixture(train):
     assert (config.num_experts, config.num_experts_per_tok, config.moe_layers) == (3, 2, [1])
 
 
+def test_experts_with_few_rows_can_be_pooled(train):
+    hint = "fewer than 100 rows of training data: law 12, medicine 12"
+    assert hint in train("mixture", output="alone").stdout
+    assert hint not in train("mixture", "--pool-experts", 300, output="pooled").stdout
+    assert changed("alone", "pooled")
+    assert "--pool-experts" not in train("dense-model", output="dense").stdout
+
+
 def test_what_is_frozen_does_not_change(train):
     train("mixture", "--trainable", "experts", "--learning-rate", "1e-2")
     assert changed("mixture", "out")
@@ -410,6 +418,7 @@ LEARNED = ["--routing", "token_topk", "--num-experts", "2"]
             ["dense-model", "--data", "plain.jsonl", *LEARNED, "--mutual-information", "1"],
             "--mutual-information need data with domains",
         ),
+        (["dense-model", "--data", "pairs.jsonl", "--pool-experts", "9"], "--pool-experts needs"),
         (["dense-model", "--data", "pairs.jsonl", "--batch-size", "1"], "at least 2 rows; got"),
         (["dense-model", "--data", "row.jsonl", "--loss", "mnr_plus"], "and 1 rows of data"),
         (
