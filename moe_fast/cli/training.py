@@ -27,8 +27,8 @@ from moe_fast.cli.training_checks import (
     check_resumed,
     check_settings,
     check_weights,
-    warn_of_few_rows,
     wants_experts,
+    warn_of_few_rows,
 )
 from moe_fast.cli.training_data import (
     check_domains,
