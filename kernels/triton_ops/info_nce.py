@@ -79,7 +79,7 @@ def own_logits_kernel(
     row = first + tl.arange(0, BM)
     own = tl.zeros((BM,), ACC)
     WIDTH: tl.constexpr = BN // PARTS
-    for tile in tl.static_range(tl.cdiv(BM, BN)):
+    for tile in tl.static_range((BM + BN - 1) // BN):  # tl.cdiv is no constant on Triton 3.6
         col0 = (first + tile * BN) // BN * BN
         acc = product(
             q_ptr, k_ptr, row, col0 + tl.arange(0, BN), M, M, D, stride_q, stride_k,

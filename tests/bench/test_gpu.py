@@ -41,7 +41,7 @@ def test_the_dry_run_goes_through_everything(tmp_path):
     assert {"up, triton", "grad_up, grouped_mm", "plan"} <= set(parts["kernels"])
     assert all(found["ms"] > 0 for found in parts["kernels"].values())
     assert len(parts["tune"]["K=1"]["choices"]) == 6
-    assert set(parts["tune"]["K=1"]["layer_ms"]) >= {"before", "grouped_mm"}
+    assert set(parts["tune"]["K=1"]["layer_ms"]) >= {"before"}  # others where they differ
     table = json.loads((tmp_path / "tuning" / "interpreter.json").read_text())
     assert json.loads(parts["tune"]["table"]["interpreter.json"]) == table
     tuned = {key for case in ("K=1", "K=2") for key in parts["tune"][case]["choices"]}

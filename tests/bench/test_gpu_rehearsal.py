@@ -22,10 +22,10 @@ def test_the_calls_compile_in_time():
     assert committed["environment"]["python"].startswith("3.12")
     assert versions["torch"].startswith("2.11") and versions["triton"] == "3.6.0"
     assert versions["transformers"] == "5.17.0"
-    assert {"1", "2", "3"} < {call["call"] for call in committed["calls"]}
+    assert {"1", "2", "3"} <= {call["call"] for call in committed["calls"]}
     assert any(call["kernels"] == call["kernels_collected"] for call in committed["calls"])
     for call in committed["calls"]:
-        assert call["kernels"] >= 15 and call["kernels_collected"] > 50 and not call["failed"]
+        assert call["kernels"] >= 10 and call["kernels_collected"] > 50 and not call["failed"]
         assert call["estimated_seconds_in_16_processes"] <= 60
         assert sum("needs a GPU" in found for found in call["parts"].values()) > 1
 
@@ -54,9 +54,9 @@ def test_a_call_is_summed_up(tmp_path, monkeypatch):
     call = written["calls"][0]
     assert written["environment"] == known and (call["call"], call["commit"]) == ("7", "abc")
     assert call["parts"]["kernels"] == "left out: it needs a GPU"
-    assert call["failed"] == 1 and call["estimated_seconds_in_16_processes"] == 4 + 2 * 48 / 16
+    assert call["failed"] == 1 and call["estimated_seconds_in_16_processes"] == 2 * 48 / 16
     assert call["slowest"][0] == {"kernel": "k2", "processor_seconds": 32.0}
-    assert "| 7 | 2 of 4 | 1 | 48 s | 96 s | 4 s | 10 s |" in page.read_text()
+    assert "| 7 | 2 of 4 | 1 | 48 s | 96 s | 6 s |" in page.read_text()
     assert page.read_text().startswith("above\n") and page.read_text().endswith("\nbelow\n")
 
 
