@@ -70,6 +70,19 @@ def test_ops_as_the_reference(chosen):
 
 
 @pytest.mark.slow
+def test_mixtures_over_padded_rows():
+    """As on large GPUs, where each expert's rows are padded; here to multiples of 32."""
+    names = (
+        "(test_expert_mlp.py and (precision or (recompute_gives and dtype0) or autocast or nan"
+        " or (leak and 1099511627776-None) or compiles_as_one))"
+        " or (test_expert_mlp_norm.py and ((oracle and 0.4) or (opcheck and 0.5)))"
+    )
+    files = [f"tests/ops/test_{op}.py" for op in ("expert_mlp", "expert_mlp_norm")]
+    plugin = "tests.triton_ops.interpreted.padded"
+    run_pytest(*files, "-p", plugin, "-k", names, "-m", "not slow", MOE_FAST_BACKEND="triton")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in CHOSEN if op != "plan"])
 def test_the_rest_of_the_specification_of_the_op(op):
     """All other tests of the op but those that differentiate numerically: minutes."""
