@@ -3,6 +3,7 @@
 Each operation has a folder. Its ``__init__.py`` holds the public function and the mathematics,
 ``reference.py`` the form in plain PyTorch; the other files hold other forms and are named after
 their backends. The forms are registered as ``torch.library`` ops of the namespace ``moe_fast``.
+``lora_experts.py`` is made of other operations, and has no forms of its own.
 Functions with several backends take ``backend=`` as their last argument.
 """
 
