@@ -20,6 +20,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
 from moe_fast.encoding.lengths import TokenizedText
+from moe_fast.malloc import malloc_trim
 from moe_fast.messages import shown
 from moe_fast.serving.batcher import Batcher, ClosedError, QueueFullError, Text, Vectors
 from moe_fast.serving.errors import RequestError
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 # Texts of fewer characters are tokenized at once: handing them to a thread would take longer.
 _FEW_CHARACTERS = 4096
+
+TRIM_EVERY = 2.0
+"""Seconds between two returns of freed memory to the system."""
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "A field is wrong; the message names it."},
@@ -82,6 +86,7 @@ class _Server:
         self.metrics = Metrics()
         self.started = int(time.time())
         self.batcher: Batcher | None = None
+        self._trim, self._next_trim = malloc_trim(), 0.0
         self.app = FastAPI(
             title="moe_fast",
             version=__version__,
@@ -144,7 +149,14 @@ class _Server:
         self.metrics.batches.inc()
         self.metrics.tokens.inc(sum(lengths))
         self.metrics.padding_avoided.inc(max(lengths) * len(lengths) - sum(lengths))
+        self._trim_memory()
         return vectors
+
+    def _trim_memory(self) -> None:
+        """Give freed memory back now and then: batches of ever other sizes leave gaps in it."""
+        if self._trim is not None and time.monotonic() >= self._next_trim:
+            self._trim(0)
+            self._next_trim = time.monotonic() + TRIM_EVERY
 
     def observe(self, texts: int, requests: int) -> None:
         """Count the texts and requests of a batch."""

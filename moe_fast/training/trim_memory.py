@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import warnings
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moe_fast.malloc import malloc_trim
 
 
 class TrimMemoryCallback(TrainerCallback):
@@ -30,7 +30,7 @@ class TrimMemoryCallback(TrainerCallback):
         if isinstance(every_steps, bool) or not isinstance(every_steps, int) or every_steps < 1:
             raise ValueError(f"every_steps must be an integer of at least 1; got {every_steps!r}.")
         self.every_steps = every_steps
-        self._trim = _malloc_trim()
+        self._trim = malloc_trim()
         if self._trim is None:
             warnings.warn(
                 "TrimMemoryCallback: this system has no malloc_trim, which is part of glibc; "
@@ -44,10 +44,3 @@ class TrimMemoryCallback(TrainerCallback):
         """Trim after every `every_steps` steps."""
         if self._trim is not None and state.global_step % self.every_steps == 0:
             self._trim(0)
-
-
-def _malloc_trim() -> Any:
-    """Return glibc's function, or None."""
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)

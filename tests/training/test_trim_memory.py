@@ -10,6 +10,7 @@ from sentence_transformers.sentence_transformer.training_args import (
 from tiny_models import make_moe, make_pairs
 from transformers import TrainerState
 
+from moe_fast import malloc
 from moe_fast.losses import InfoNCELoss
 from moe_fast.training import MoESentenceTransformerTrainer, TrimMemoryCallback, trim_memory
 
@@ -18,7 +19,7 @@ from moe_fast.training import MoESentenceTransformerTrainer, TrimMemoryCallback,
 def trims(monkeypatch):
     """The calls of a replaced malloc_trim."""
     calls = []
-    monkeypatch.setattr(trim_memory, "_malloc_trim", lambda: calls.append)
+    monkeypatch.setattr(trim_memory, "malloc_trim", lambda: calls.append)
     return calls
 
 
@@ -37,7 +38,7 @@ def test_other_numbers_are_refused(every):
 
 
 def test_without_glibc_it_warns_and_does_nothing(monkeypatch):
-    monkeypatch.setattr(trim_memory.sys, "platform", "darwin")
+    monkeypatch.setattr(malloc.sys, "platform", "darwin")
     with pytest.warns(UserWarning, match="has no malloc_trim"):
         callback = TrimMemoryCallback()
     callback.on_step_end(None, TrainerState(global_step=1), None)
