@@ -8,7 +8,7 @@ from types import ModuleType
 from moe_fast.version import install_command
 
 # Packages whose names differ from their modules'.
-_PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn"}
+_PACKAGES = {"Bio": "biopython", "faiss": "faiss-cpu", "sklearn": "scikit-learn"}
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -21,6 +21,7 @@ _FORMATS: dict[str, dict[str, tuple[str, ...]]] = {  # command: {parameter: its 
     "evaluate": {"json_output": JSON},
     "inspect": {"output": PICTURES, "json_output": JSON},
     "mine": {"output": (".jsonl", ".jsonl.gz", ".parquet")},
+    "papers": {"output": (".jsonl", ".jsonl.gz", ".parquet")},
     "bench": {"output": (".json",)},
 }
 _FILES = (  # suffixes of files, which the name of a folder must not have

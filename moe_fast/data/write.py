@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from moe_fast.data import flag_rows, pairs
+from moe_fast.data import flag_rows, pairs, papers
 from moe_fast.data.columns import Columns
 from moe_fast.data.file_formats import FORMATS, Row, file_format
 from moe_fast.data.sources import DatasetSource
@@ -26,6 +26,7 @@ from moe_fast.data.tables import BATCH_ROWS, checked_rows, features_of
 from moe_fast.files import atomic_write
 
 Rows = Iterable[Mapping[str, Any]]
+LIST_FORMATS = (".jsonl", ".jsonl.gz", ".parquet")  # a cell of CSV cannot hold a list
 
 
 def write_pairs(rows: Rows, path: str | os.PathLike[str]) -> int:
@@ -65,9 +66,26 @@ def write_flag_rows(rows: Rows, path: str | os.PathLike[str]) -> int:
         ValueError: the format is unknown, there are no rows, or `read_flag_rows` would refuse a
             row. No file is written, and an existing file is kept.
     """
-    formats = (".jsonl", ".jsonl.gz", ".parquet")  # a cell of CSV cannot hold a list
     wanted = flag_rows.FlagRowColumns(flag_rows.REQUIRED, flag_rows.OPTIONAL)
-    return _write(rows, path, wanted, formats)
+    return _write(rows, path, wanted, LIST_FORMATS)
+
+
+def write_papers(rows: Rows, path: str | os.PathLike[str]) -> int:
+    """Write papers to a file that `read_papers` reads.
+
+    Args:
+        rows: a dataset or any iterable of rows with the columns of `read_papers`. May be an
+            iterator, which is consumed once, and larger than memory.
+        path: a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file. An existing file is replaced.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        ValueError: the format is unknown, there are no rows, or a row lacks an id or an abstract.
+            No file is written, and an existing file is kept.
+    """
+    return _write(rows, path, Columns(papers.REQUIRED, papers.OPTIONAL), LIST_FORMATS)
 
 
 def _write(

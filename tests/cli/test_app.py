@@ -26,6 +26,7 @@ NAMES = {
     "embed",
     "search",
     "inspect",
+    "papers",
     "cocite",
     "mine",
     "tune",
@@ -56,9 +57,21 @@ def test_help_ends_with_the_example(name, moe_fast_cli):
         assert flag in result.output
 
 
+@pytest.fixture
+def papers_service(monkeypatch):
+    """Papers on the loopback address, in place of PubMed Central."""
+    pytest.importorskip("Bio", reason="needs the extra moe-fast[papers]")
+    from tests.data.pmc_service import loopback, make_service
+
+    with loopback(make_service(), monkeypatch):
+        yield
+
+
 # serve does not end, and tune needs a GPU.
 @pytest.mark.parametrize("name", sorted(NAMES - {"demo", "serve", "tune"}))
-def test_the_example_runs(name, moe_fast_cli, workspace):
+def test_the_example_runs(name, moe_fast_cli, workspace, request):
+    if name == "papers":
+        request.getfixturevalue("papers_service")
     words = shlex.split(COMMANDS[name].EXAMPLE)
     assert words[:2] == ["moe-fast", name]
     flag = "-o" if "-o" in words else "--json"
