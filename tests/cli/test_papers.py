@@ -15,6 +15,7 @@ import yaml
 
 pytest.importorskip("Bio", reason="needs the extra moe-fast[papers]")
 
+from moe_fast.data import EntrezClient, fetch_papers, pmc_papers
 from tests.data.pmc_service import KEY, Reply, loopback, make_service, serve
 
 QUERIES = ["--query", "cancer=Breast Neoplasms", "--query", "heart=Heart Failure"]
@@ -106,33 +107,41 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [0, 1, 2, 5, 9])
-def test_a_killed_process_goes_on(stop, tmp_path):
-    """Killed while it waits for the answer to a request; then the same command ends as usual."""
-    service, reached, go = make_service(), threading.Event(), threading.Event()
+def test_killed_processes_go_on(tmp_path, monkeypatch):
+    """Killed three times while it waits for an answer, the same command ends as if undisturbed."""
+    monkeypatch.setattr(pmc_papers, "BATCH", 5)
+    whole = make_service()
+    with loopback(whole, monkeypatch) as clock:
+        client = EntrezClient("a@example.org", KEY, clock.sleep)
+        queries = {"cancer": "Breast Neoplasms", "heart": "Heart Failure"}
+        fetch_papers(queries, tmp_path / "whole.jsonl", client)
+
+    service, stops = make_service(), [0, 4, 9]
+    reached, go = threading.Event(), threading.Event()
 
     def fault(request, reply):
-        if request.number == stop and not go.is_set():
+        if request.number in stops:
+            stops.remove(request.number)
             reached.set()
-            go.wait(100)
+            go.wait(200)
         return reply
 
     service.fault = fault
+    place = tmp_path / "killed"
+    place.mkdir()
     environment = os.environ | {"NCBI_API_KEY": KEY, "NCBI_EMAIL": "a@example.org"}
     environment["PYTHONPATH"] = str(ROOT)
     with serve(service) as port:
         line = [sys.executable, "-c", PROGRAM, str(port), "papers", *QUERIES, "-o", "x.jsonl"]
-        process = subprocess.Popen([*line, "--quiet"], cwd=tmp_path, env=environment)
-        assert reached.wait(100)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        while stops:
+            process = subprocess.Popen([*line, "--quiet"], cwd=place, env=environment)
+            assert reached.wait(200)
+            reached.clear()
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+            assert not (place / "x.jsonl").exists()
         go.set()
-        assert not (tmp_path / "x.jsonl").exists()
-        subprocess.run([*line, "--quiet"], cwd=tmp_path, env=environment, check=True)
-        killed, asked = (tmp_path / "x.jsonl").read_bytes(), list(service.requests)
-        assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl", "x.jsonl.yaml"}
-        (tmp_path / "x.jsonl").unlink()
-        service.requests.clear()
-        subprocess.run([*line, "--quiet"], cwd=tmp_path, env=environment, check=True)
-    assert (tmp_path / "x.jsonl").read_bytes() == killed
-    assert len(asked) == len(service.requests) + 1  # the one that was not answered
+        subprocess.run([*line, "--quiet"], cwd=place, env=environment, check=True)
+    assert (place / "x.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert {path.name for path in place.iterdir()} == {"x.jsonl", "x.jsonl.yaml"}
+    assert len(service.requests) == len(whole.requests) + 3  # those that were not answered

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 import textwrap
 import threading
 import urllib.request
@@ -60,7 +59,6 @@ class Service:
     Attributes:
         fault: takes a request and its right reply; returns the reply that is sent instead.
         dead: ids that searches find and that have no record.
-        page: the most ids per search, if it is less than what is asked for.
     """
 
     terms: dict[str, list[str]]
@@ -252,10 +250,3 @@ def loopback(service: Service, monkeypatch: Any) -> Iterator[Clock]:
             yield clock
         finally:
             urllib.request.install_opener(None)  # type: ignore[arg-type]
-
-
-def free_port() -> int:
-    """A port on which nothing listens."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
