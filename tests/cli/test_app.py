@@ -34,6 +34,7 @@ NAMES = {
     "demo",
     "quantize",
     "serve",
+    "export",
 }
 
 
