@@ -224,7 +224,9 @@ def _open_npy(path: Path) -> Vectors:
     def pieces() -> Iterator[tuple[list[str], NDArray[np.floating]]]:
         keys = _read_ids(path_of_ids) if has_ids else map(str, range(len(array)))
         for start in range(0, len(array), _ROWS_AT_ONCE):
-            rows = np.asarray(array[start : start + _ROWS_AT_ONCE])
+            # a mapping for each piece: pages that were read would count as this process's memory
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+            rows = np.array(mapped[start : start + _ROWS_AT_ONCE])
             yield list(itertools.islice(keys, len(rows))), rows
 
     return Vectors(path, array.shape[0], array.shape[1], pieces, has_ids)
