@@ -316,25 +316,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ[TABLES] = str(out / "tuning")
     _restore_table(known.get("tune", {}).get("table"), out)
     head = {"environment": environment(), "command": list(sys.argv[1:] if argv is None else argv)}
-    results = Results(out / "record.json", head, arguments.deadline, begun, known)
-    run = Run(arguments, results)
-    for part, measure in PARTS.items():
-        if part not in arguments.parts:
-            continue
-        run.begin(part)
-        start = time.monotonic()
-        if arguments.rehearse and part not in WITHOUT_A_GPU:
-            run.measure("rehearsed", lambda: {LEFT_OUT: "it needs a GPU; its kernels are compiled"})
-            continue
-        with counting_compilations() as compiled:
-            try:
-                measure(run)
-            except Exception as error:  # while preparing; the other parts still run
-                run.note("prepared", {"error": f"{type(error).__name__}: {error}"})
-        if compiled.kernels:  # those that precompile has missed
-            results.note("compiled late", part, vars(compiled))
-        print(f"== {part}: {time.monotonic() - start:.0f} s", flush=True)
-    failures = results.finish()
+    with Results(out / "record.json", head, arguments.deadline, begun, known) as results:
+        run = Run(arguments, results)
+        for part, measure in PARTS.items():
+            if part not in arguments.parts:
+                continue
+            run.begin(part)
+            start = time.monotonic()
+            if arguments.rehearse and part not in WITHOUT_A_GPU:
+                run.measure(
+                    "rehearsed", lambda: {LEFT_OUT: "it needs a GPU; its kernels are compiled"}
+                )
+                continue
+            with counting_compilations() as compiled:
+                try:
+                    measure(run)
+                except Exception as error:  # while preparing; the other parts still run
+                    run.note("prepared", {"error": f"{type(error).__name__}: {error}"})
+            if compiled.kernels:  # those that precompile has missed
+                results.note("compiled late", part, vars(compiled))
+            print(f"== {part}: {time.monotonic() - start:.0f} s", flush=True)
+        failures = results.finish()
     print(f"{results.path}: {'; '.join(failures) + ' FAILED' if failures else 'nothing failed'}")
     return 1 if failures else 0
 

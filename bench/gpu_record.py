@@ -35,6 +35,8 @@ class Results:
         seconds: how long the run may take; measurements that come later are left out.
         started: when the run began, by ``time.monotonic``.
         known: the parts of an earlier record. Its results are taken over, and not measured again.
+
+    As a context manager it stops watching the time at the end, whatever happened.
     """
 
     def __init__(
@@ -56,6 +58,12 @@ class Results:
         self._watch.daemon = True
         if seconds < math.inf:
             self._watch.start()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.cancel()
 
     def left(self) -> float:
         """Seconds until the deadline; none of them may be left."""
@@ -90,8 +98,7 @@ class Results:
         write_json(self.path, self.record)
 
     def finish(self) -> list[str]:
-        """Stop watching the time; return the names of what failed."""
-        self._watch.cancel()
+        """Write the record a last time; return the names of what failed."""
         with self._lock:
             self._write()
         return [

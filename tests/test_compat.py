@@ -61,8 +61,8 @@ UNDOCUMENTED = (
     "transformers.masking_utils",
     "transformers.utils.output_capturing",
 )
-# Public, whatever their names look like: Python's own documentation has them.
-DOCUMENTED = {"_fields", "_replace", "_exit"}
+# Public, whatever their names look like: the documentation of Python, and of Ray, has them.
+DOCUMENTED = {"_fields", "_replace", "_exit", "_temp_dir"}
 
 
 def _is_private(name):

@@ -29,7 +29,7 @@ def test_whole_jobs_write_every_row(tiny_encoder, tmp_path, monkeypatch):
     path, data = tmp_path / "jobs.json", tmp_path / "pairs.jsonl"
     lines = [{"a": f"w{i}", "b": f"w{i} " * (1 + 7 * i)} for i in range(5)]
     data.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
-    monkeypatch.delenv(embedding.DATA, raising=False)
+    monkeypatch.setenv(embedding.DATA, "the program sets it, which ends with this test")
     words = ["embedding", "natural_step", "--size", "tiny", "--processes", "1", "--seconds", "0"]
     assert main([*words, "--data", str(data), "--json", str(path)]) == 0
     found = {}

@@ -50,21 +50,29 @@ def test_a_failure_leaves_the_others(path):
 
 
 def test_nothing_begins_after_the_deadline(path):
-    results = Results(path, {}, seconds=30)
-    assert results.measure("a", "one", lambda: 1) == 1
-    assert "left out" in results.measure("a", "long", lambda: 1, least=60)
-    results = Results(path, {}, seconds=30, started=time.monotonic() - 31)
-    assert "0 s were left" in results.measure("a", "late", lambda: 1)["left out"]
-    assert results.finish() == []  # what was left out has not failed
+    with Results(path, {}, seconds=30) as results:
+        assert results.measure("a", "one", lambda: 1) == 1
+        assert "left out" in results.measure("a", "long", lambda: 1, least=60)
+    with Results(path, {}, seconds=30, started=time.monotonic() - 31) as results:
+        assert "0 s were left" in results.measure("a", "late", lambda: 1)["left out"]
+        assert results.finish() == []  # what was left out has not failed
+
+
+def test_the_time_is_watched_no_longer_after_the_run(path):
+    with pytest.raises(KeyboardInterrupt), Results(path, {}, seconds=30) as results:
+        assert results._watch.is_alive()
+        raise KeyboardInterrupt
+    results._watch.join(5)
+    assert not results._watch.is_alive()
 
 
 def test_what_does_not_end_is_cut_off(path, monkeypatch):
     ended = []
     monkeypatch.setattr(gpu_record, "GRACE", 0.1)
     monkeypatch.setattr(gpu_record.os, "_exit", ended.append)
-    results = Results(path, {}, seconds=0.05)
-    results.measure("a", "fast", lambda: 1)
-    results.measure("a", "hangs", lambda: time.sleep(0.5))
+    with Results(path, {}, seconds=0.05) as results:
+        results.measure("a", "fast", lambda: 1)
+        results.measure("a", "hangs", lambda: time.sleep(0.5))
     assert ended == [gpu_record.CUT_OFF]
     # The test's process goes on; what the file held then is what a real run leaves.
     assert read(path)["parts"]["a"]["fast"] == 1

@@ -507,7 +507,7 @@ def test_no_such_model(models, texts, tmp_path):
 
 
 def tokenizing_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("moe_fast")]
+    return [t for t in threading.enumerate() if t.name.startswith("moe_fast_tokenize")]
 
 
 def test_tokenizing_ahead_changes_nothing(models, texts, tmp_path, monkeypatch):

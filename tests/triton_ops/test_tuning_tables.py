@@ -107,7 +107,7 @@ def test_an_entry_too_large_for_the_gpu_is_refused(monkeypatch):
     t.add_to_table("A GPU", {KEY: Config(256, 256, 128, 8, 4)})
     with pytest.raises(ValueError) as error:
         launch_config.config_for("up", torch.empty(0, dtype=torch.bfloat16), 3072, 768, 8192)
-    assert_says(error, "A GPU", KEY, 4 * 128 * 512 * 2, 166_912)
+    assert_says(error, "A GPU", KEY, 3 * 128 * 512 * 2, 166_912)  # three buffers of four stages
 
 
 def test_an_entry_for_grouped_mm_where_there_is_none_is_refused(monkeypatch):
