@@ -47,11 +47,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """A safe dumper that quotes the texts that the loader would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,9 +102,9 @@ def read_config(path: Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
 def write_config(path: Path, settings: Mapping[str, Any], title: str) -> None:
     """Write settings as YAML that ``--config`` reads back; a comment line holds ``title``."""
     plain = plain_settings(settings)
-    body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    body = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     if yaml.load(body, _Loader) != plain:  # YAML reads some rare characters as line ends
-        body = yaml.safe_dump(plain, sort_keys=False)
+        body = yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
     write_text(path, f"# {title}\n{body}")
 
 

@@ -153,6 +153,13 @@ def test_what_is_written_is_read(tmp_path_factory, settings):
     assert read_config(path, ALLOWED) == settings
 
 
+@pytest.mark.parametrize("text", ["0E0", "1e5", "-2.e+3", ".5E-1", "2e-5", "1_000", "yes", "null"])
+def test_a_text_that_looks_like_something_else_stays_a_text(tmp_path, text):
+    settings = {"domain": text, "domains": [text, "law"]}
+    write_config(tmp_path / "settings.yaml", settings, "a title")
+    assert read_config(tmp_path / "settings.yaml", ALLOWED) == settings
+
+
 def test_paths_and_what_is_unset(tmp_path):
     write_config(tmp_path / "s.yaml", {"output": Path("a/b"), "domain": None}, "t")
     assert yaml.safe_load((tmp_path / "s.yaml").read_text()) == {"output": "a/b"}
