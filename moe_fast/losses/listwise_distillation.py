@@ -22,11 +22,10 @@ class ListwiseDistillationLoss(DistillationLoss):
     The cross entropy of each of a row's passages, in their order, against all passages of the
     batch but the earlier ones of the row, weighted by the teacher's share of the passage; see
     :func:`moe_fast.losses.functional.listwise_distillation`. Columns and labels are those of
-    :class:`DistillationLoss`. Candidates are those of the process's own batch.
+    :class:`DistillationLoss`, and so are the arguments that are not listed here. Candidates are
+    those of the process's own batch.
 
     Args:
-        model_or_loss, coefficient, temperature, learn_temperature, min_temperature,
-            max_temperature, teacher_temperature, similarity: as in :class:`DistillationLoss`.
         mask_duplicates: never compare a passage with another query's copy of the row's texts.
         negatives_from: "all", or "same_domain" (needs the collator's ``domain_ids``).
 
